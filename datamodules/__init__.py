@@ -1,0 +1,6 @@
+"""LightningDataModules; importing the package lets configs name them without their module."""
+
+from datamodules.documents import DocumentWindows
+from datamodules.lifespan_shards import LifespanShards
+
+__all__ = ["DocumentWindows", "LifespanShards"]

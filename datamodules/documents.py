@@ -1,0 +1,269 @@
+"""Documents -> token windows: what the harvest reads.
+
+`plan_windows` fixes, before anything runs, which windows there are; the plan is kept beside the shards, so that every
+process and every later run works on the same ones.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from datamodules.packing import Packer, Window, shares
+from datamodules.sources import Source, SourceConfig, resolve
+from smartkv import backbones
+from smartkv.errors import SmartKVError
+from smartkv.shards import SPLITS, open_tensors, read_header, write_atomically
+
+PLAN = "windows.safetensors"
+
+
+@dataclass
+class WindowCounts:
+    """How many windows to harvest of each split."""
+
+    train: int = 64
+    validation: int = 16
+    test: int = 0
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """All windows of a run.
+
+    Attributes:
+        tokens: int32 `[windows, window]`.
+        document: int32 `[windows, window]`, index into `documents`.
+        split: int32 `[windows]`, index into `SPLITS`; ascending, so that a shard holds one split.
+        documents: "source/id" of each document.
+        sources: name, origin, and windows by split of each source.
+    """
+
+    tokens: Tensor
+    document: Tensor
+    split: Tensor
+    documents: list[str]
+    sources: list[dict[str, Any]]
+
+    def of_split(self, split: str) -> Tensor:
+        """The tokens of one split's windows, `[windows, window]`."""
+        return self.tokens[self.split == SPLITS.index(split)]
+
+
+def plan_windows(
+    sources: list[SourceConfig],
+    counts: dict[str, int],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    windows_per_document: int = 4,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> WindowPlan:
+    """Take windows from a weighted mix of sources.
+
+    Args:
+        counts: windows by split.
+        window: tokens a window.
+        windows_per_document: most windows taken from one long document, unless its source runs out.
+        say: called with a line for the user.
+
+    Raises:
+        SmartKVError: a source that cannot be had, or texts that give no window at all.
+    """
+    if min(counts.values()) < 0 or not any(counts.values()):
+        raise SmartKVError(f"windows must be 0 or more of each split and not all 0, got {counts}")
+    if min(window, windows_per_document) < 1:
+        raise SmartKVError(f"window and windows_per_document must be at least 1, got {window}, {windows_per_document}")
+    found = _merge([resolve(config, say) for config in sources])
+    tokens, owners, splits, documents = [], [], [], []
+    used: list[dict[str, Any]] = [{"name": s.name, "origin": s.origin, "windows": {}} for s in found]
+    for split_index, split in enumerate(SPLITS):
+        windows: list[Window] = []
+        for number, (source, count) in enumerate(
+            zip(found, shares([s.weight for s in found], counts.get(split, 0)), strict=True)
+        ):
+            packer = Packer(tokenizer, window, windows_per_document, seed=_seed(seed, split_index, number))
+            got = packer.pack(source.documents(split), count) if count else []
+            if len(got) < count:
+                say(f"source '{source.name}' has only {len(got)} of {count} {split} windows of {window} tokens")
+            windows += [Window(w.tokens, w.document + len(documents)) for w in got]
+            documents += [f"{source.name}/{name}" for name in packer.documents]
+            used[number]["windows"][split] = len(got)
+        if counts.get(split, 0) and not windows:
+            raise SmartKVError(
+                f"the texts give no {split} window of {window} tokens: they are empty or shorter than that; "
+                "give more text, or a smaller window"
+            )
+        order = np.random.default_rng(_seed(seed, split_index, -1)).permutation(len(windows))
+        tokens += [windows[i].tokens for i in order]
+        owners += [windows[i].document for i in order]
+        splits += [split_index] * len(windows)
+    return WindowPlan(
+        torch.from_numpy(np.stack(tokens)),
+        torch.from_numpy(np.stack(owners)),
+        torch.tensor(splits, dtype=torch.int32),
+        documents,
+        used,
+    )
+
+
+def _merge(sources: list[Source]) -> list[Source]:
+    """Sources that fell back on the same text become one, with their weights added."""
+    merged: dict[tuple[str, str], Source] = {}
+    for source in sources:
+        key = (source.name, source.origin)
+        weight = source.weight + (merged[key].weight if key in merged else 0)
+        merged[key] = Source(source.name, weight, source.origin, source.documents)
+    return list(merged.values())
+
+
+def _seed(seed: int, split: int, source: int) -> list[int]:
+    return [seed, split, source + 1]
+
+
+class WindowRuns(Dataset):
+    """Item = the windows of one shard, so that however shards are dealt to processes, each is made by one."""
+
+    def __init__(self, plan: WindowPlan, runs: list["WindowRun"]) -> None:
+        self.plan, self.runs = plan, runs
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __getitem__(self, index: int) -> "WindowRun":
+        run = self.runs[index]
+        here = slice(run.first, run.first + run.windows)
+        return WindowRun(run.file, run.split, run.first, run.windows, self.plan.tokens[here], self.plan.document[here])
+
+
+@dataclass  # not frozen: Lightning refuses frozen ones in batches
+class WindowRun:
+    """A run of whole windows: the content of one shard. `tokens`, `document`: int32 `[windows, window]`."""
+
+    file: str
+    split: str
+    first: int
+    windows: int
+    tokens: Tensor | None = field(default=None, compare=False)
+    document: Tensor | None = field(default=None, compare=False)
+
+
+def shard_runs(plan: WindowPlan, windows_per_shard: int) -> list[WindowRun]:
+    """Cut the plan into shards, each of one split."""
+    runs = []
+    for index, split in enumerate(SPLITS):
+        places = (plan.split == index).nonzero().flatten().tolist()
+        for number, start in enumerate(range(0, len(places), windows_per_shard)):
+            chosen = places[start : start + windows_per_shard]
+            runs.append(WindowRun(f"{split}-{number:05d}.safetensors", split, chosen[0], len(chosen)))
+    return runs
+
+
+class DocumentWindows(L.LightningDataModule):
+    """Windows of a weighted mix of texts, for `predict`.
+
+    Args:
+        out: folder for the plan and the shards.
+        backbone: hub id, local folder, .gguf file or smollm2-135m; here its tokenizer is used.
+        sources: the mix.
+        windows: windows to harvest of each split.
+        window: tokens a window.
+        windows_per_document: most windows taken from one long document, unless its source runs out.
+        windows_per_shard: windows a shard; what is lost at most, per process, when a run is killed.
+        seed: of the choice and the order of windows.
+        trust_remote_code: run code that comes with the tokenizer.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        sources: list[SourceConfig],
+        windows: WindowCounts,
+        backbone: str = backbones.PACKAGED,
+        window: int = 2048,
+        windows_per_document: int = 4,
+        windows_per_shard: int = 2,
+        seed: int = 0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.out, self.backbone, self.sources, self.counts = Path(out), backbone, sources, asdict(windows)
+        self.window, self.windows_per_document = window, windows_per_document
+        self.windows_per_shard, self.seed, self.trust_remote_code = windows_per_shard, seed, trust_remote_code
+        self.plan: WindowPlan | None = None
+        self.runs: list[WindowRun] = []
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What decides which windows there are."""
+        names = ("backbone", "counts", "window", "windows_per_document", "windows_per_shard", "seed")
+        return {name: getattr(self, name) for name in names} | {"sources": [asdict(s) for s in self.sources]}
+
+    def prepare_data(self) -> None:
+        """Plan the windows, once; a plan that is there is kept."""
+        if self.windows_per_shard < 1:
+            raise SmartKVError(f"windows_per_shard must be at least 1, got {self.windows_per_shard}")
+        path = self.out / PLAN
+        if path.exists():
+            if (there := read_header(path)["arguments"]) != self.arguments:
+                changed = sorted(k for k in self.arguments if there.get(k) != self.arguments[k])
+                raise SmartKVError(
+                    f"{self.out} holds another harvest (it differs in {', '.join(changed)}): "
+                    "give another 'out', or delete that folder"
+                )
+            return
+        options = {"trust_remote_code": self.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(backbones.resolve_name(self.backbone), **options)
+        plan = plan_windows(self.sources, self.counts, tokenizer, self.window, self.windows_per_document, self.seed)
+        header = {"arguments": self.arguments, "documents": plan.documents, "sources": plan.sources}
+        tensors = {"tokens": plan.tokens, "document": plan.document, "split": plan.split}
+        write_atomically(path, save(tensors, metadata={"smartkv": json.dumps(header, sort_keys=True)}))
+
+    def setup(self, stage: str) -> None:
+        self.plan = read_plan(self.out)
+        self.runs = shard_runs(self.plan, self.windows_per_shard)
+        # one process decides what is still to do: another may already be writing when the last one looks
+        missing = [run for run in self.runs if not self._is_whole(run)]
+        self.todo = self.trainer.strategy.broadcast(missing) if self.trainer else missing
+
+    def _is_whole(self, run: WindowRun) -> bool:
+        path = self.out / run.file
+        if not path.exists():
+            return False
+        try:
+            read_header(path)
+            return True
+        except SmartKVError:
+            path.unlink()  # truncated by something other than us; it is made again
+            return False
+
+    def predict_dataloader(self) -> DataLoader:
+        assert self.plan is not None
+        # a map-style dataset is split across processes by the Trainer, without overlap and without repeats
+        return DataLoader(WindowRuns(self.plan, self.todo), batch_size=1, shuffle=False, collate_fn=_only_one)
+
+
+def _only_one(runs: list[WindowRun]) -> WindowRun:
+    return runs[0]
+
+
+def read_plan(folder: Path) -> WindowPlan:
+    """The plan beside the shards.
+
+    Raises:
+        SmartKVError: it is missing or damaged.
+    """
+    path = folder / PLAN
+    header = read_header(path)
+    with open_tensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in ("tokens", "document", "split")}
+    return WindowPlan(**tensors, documents=header["documents"], sources=header["sources"])

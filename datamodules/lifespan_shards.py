@@ -1,0 +1,193 @@
+"""Shards -> batches of keys and targets, streamed: what the gates are trained on.
+
+An epoch is a permutation of all blocks of the split, over documents and shards; a batch takes the next few of them.
+Each process reads its part of every batch, so the rows of step n do not depend on how many processes there are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from smartkv.errors import SmartKVError
+from smartkv.rows import LabelledRows
+from smartkv.shards import Block, Manifest
+
+
+@dataclass
+class KeyBatch:
+    """Rows of all gates.
+
+    Attributes:
+        keys: float16 `[gates, rows, head_dim]`.
+        target: float32 `[gates, rows]`, log4 lifespan capped at the follow-up.
+        position, token: int32 `[rows]`.
+        global_rows: rows that all processes together hold of this batch.
+    """
+
+    keys: Tensor
+    target: Tensor
+    position: Tensor
+    token: Tensor
+    global_rows: int
+
+    def to(self, device: torch.device, **_: Any) -> "KeyBatch":
+        moved = (tensor.to(device, non_blocking=True) for tensor in (self.keys, self.target, self.position, self.token))
+        return KeyBatch(*moved, global_rows=self.global_rows)
+
+
+class BlockReader(Dataset):
+    """Reads a list of blocks as one `KeyBatch`. `__getitem__` takes (blocks of this process, rows of all)."""
+
+    def __init__(self, rows: LabelledRows) -> None:
+        self.rows = rows
+        self.empty = Block(rows.manifest.shards[0].file, 0, 0, 0)
+
+    def __getitem__(self, item: tuple[list[Block], int]) -> KeyBatch:
+        blocks, global_rows = item
+        blocks = blocks or [self.empty]  # a process without rows still takes part in every step
+        return KeyBatch(
+            keys=torch.cat([self.rows.keys(block) for block in blocks], dim=1),
+            target=torch.cat([self.rows.target(block) for block in blocks], dim=1),
+            position=torch.cat([self.rows.position(block) for block in blocks]),
+            token=torch.cat([self.rows.token(block) for block in blocks]),
+            global_rows=global_rows,
+        )
+
+
+class BlockLoader:
+    """Batches of blocks, in an order that seed and epoch decide; it can be stopped and taken up inside an epoch.
+
+    Lightning saves `state_dict` with a checkpoint and calls `set_epoch` on `sampler` before each epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: BlockReader,
+        blocks: list[Block],
+        batch_size: int,
+        shuffle_seed: int | None,
+        rank: int,
+        world_size: int,
+        num_workers: int = 0,
+    ) -> None:
+        self.dataset, self.blocks, self.batch_size, self.shuffle_seed = dataset, blocks, batch_size, shuffle_seed
+        self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
+        self.sampler, self.batch_sampler = self, None  # where Lightning looks for set_epoch
+        self.epoch = self.consumed = 0
+        size = max(block.stop - block.start for block in blocks)
+        self.blocks_per_batch = max(1, batch_size // size)
+
+    def __len__(self) -> int:
+        return -(-len(self.blocks) // self.blocks_per_batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "consumed": self.consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.consumed = state["epoch"], state["consumed"]
+
+    def batches(self) -> list[tuple[list[Block], int]]:
+        """This process's blocks of every batch of the current epoch, and the rows of all processes."""
+        order = torch.arange(len(self.blocks))
+        if self.shuffle_seed is not None:
+            generator = torch.Generator().manual_seed(self.shuffle_seed * 1_000_003 + self.epoch)
+            order = torch.randperm(len(self.blocks), generator=generator)
+        batches = []
+        for chosen in order.split(self.blocks_per_batch):
+            blocks = [self.blocks[i] for i in chosen.tolist()]
+            rows = sum(block.stop - block.start for block in blocks)
+            batches.append((blocks[self.rank :: self.world_size], rows))
+        return batches
+
+    def __iter__(self) -> Iterator[KeyBatch]:
+        # the body runs at the first `next`, after set_epoch and load_state_dict
+        batches = self.batches()
+        if self.consumed >= len(batches):
+            self.consumed = 0
+        loader = DataLoader(
+            self.dataset,
+            sampler=batches[self.consumed :],  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=self.num_workers,
+        )
+        for batch in loader:
+            self.consumed += 1
+            yield batch
+        self.consumed = 0
+
+
+class LifespanShards(L.LightningDataModule):
+    """Keys and log4 lifespans from harvested shards, for `fit` and `validate`.
+
+    Args:
+        shards: folder that a harvest made.
+        threshold: attention probability that counts as a hit; one of those harvested.
+        follow_up: tokens; only keys with at least this horizon are used, lifespans are capped here.
+            Null: what the harvest had.
+        inputs: what the gates read: keys (before the rotary embedding) or keys_post_rope (if harvested).
+        layers: ranges of layers that get gates, such as "3-19"; null: all.
+        batch_size: keys a head an optimiser step, over all processes together.
+        block: consecutive keys read at once; smaller shuffles better, larger reads faster.
+        seed: of the order of blocks.
+        num_workers: reader processes; 0 reads in the training process.
+    """
+
+    def __init__(
+        self,
+        shards: str,
+        threshold: float = 0.05,
+        follow_up: int | None = None,
+        inputs: Literal["keys", "keys_post_rope"] = "keys",
+        layers: str | None = None,
+        batch_size: int = 1024,
+        block: int = 64,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.shards, self.threshold, self.follow_up = shards, threshold, follow_up
+        self.inputs, self.layers = inputs, layers
+        self.batch_size, self.block, self.seed, self.num_workers = batch_size, block, seed, num_workers
+
+    def setup(self, stage: str) -> None:
+        if min(self.batch_size, self.block) < 1:
+            raise SmartKVError(f"batch_size and block must be at least 1, got {self.batch_size} and {self.block}")
+        manifest = Manifest.read(self.shards)
+        self.rows = LabelledRows(manifest, self.threshold, self.follow_up, self.inputs, self.layers)
+        self.dataset = BlockReader(self.rows)
+        for split in ("train", "validation"):
+            self.blocks(split)  # both are needed, so say at once if one is missing
+
+    def blocks(self, split: str) -> list[Block]:
+        return self.rows.blocks(split, min(self.block, self.batch_size))
+
+    def _loader(self, split: str, shuffle: bool, batch_size: int) -> BlockLoader:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        blocks = self.blocks(split)
+        return BlockLoader(
+            self.dataset, blocks, batch_size, self.seed if shuffle else None, rank, world, self.num_workers
+        )
+
+    def train_dataloader(self) -> BlockLoader:
+        loader = self._loader("train", True, self.batch_size)
+        if self.trainer:
+            loader.set_epoch(self.trainer.current_epoch)  # or a resumed run replays epoch 0 first
+        return loader
+
+    def val_dataloader(self) -> BlockLoader:
+        return self._loader("validation", False, max(self.batch_size, 1024))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self.seed, "batch_size": self.batch_size, "block": self.block}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state != (now := self.state_dict()):
+            raise SmartKVError(f"the checkpoint was made with {state}, this run has {now}: the same rows cannot follow")

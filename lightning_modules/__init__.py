@@ -1,0 +1,6 @@
+"""LightningModules; importing the package lets configs name them without their module."""
+
+from lightning_modules.gates import LifespanGates
+from lightning_modules.harvest import Harvest
+
+__all__ = ["Harvest", "LifespanGates"]

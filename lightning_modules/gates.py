@@ -1,0 +1,172 @@
+"""All gates of a model, trained jointly on harvested keys. For `fit` and `validate`."""
+
+import math
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import R2Score
+
+from datamodules.lifespan_shards import KeyBatch, LifespanShards
+from lightning_modules.metrics import HeadMean
+from smartkv.errors import SmartKVError
+from smartkv.gates import GateBank
+from smartkv.moments import Moments
+
+
+def head_name(layer: int, head: int) -> str:
+    """The log name of a head: `L07H1`."""
+    return f"L{layer:02d}H{head}"
+
+
+class LifespanGates(L.LightningModule):
+    """Regression of log4 lifespan on keys, one small MLP a KV head.
+
+    The loss is the sum over heads of each head's mean over rows: a head learns as if it were trained alone, however
+    many there are.
+
+    Args:
+        hidden: width of each gate's hidden layer.
+        loss: huber or mse.
+        huber_delta: where Huber turns from square to linear, in units of log4 (factors of 4).
+        learning_rate: of AdamW, after warm-up.
+        weight_decay: of AdamW, on weights (not on biases).
+        warmup_steps: optimiser steps of linear warm-up; cosine decay to 0 follows, over the run.
+    """
+
+    def __init__(
+        self,
+        hidden: int = 64,
+        loss: Literal["huber", "mse"] = "huber",
+        huber_delta: float = 1.0,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 50,
+    ) -> None:
+        super().__init__()
+        for name, value in (("hidden", hidden), ("huber_delta", huber_delta), ("learning_rate", learning_rate)):
+            if value <= 0:
+                raise SmartKVError(f"{name} must be above 0, got {value}")
+        self.save_hyperparameters()
+        self.bank: GateBank | None = None
+        self.val_r2_head: Tensor | None = None  # float64 [gates], of the last validation
+        self.loss_history: list[dict[str, Any]] = []  # one entry an epoch: {"epoch", "train": [gates], "val": [gates]}
+
+    # -- what is trained ------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if self.bank is not None:
+            return
+        data: LifespanShards = self.trainer.datamodule
+        fingerprint = data.rows.manifest.fingerprint
+        self.bank = GateBank(fingerprint, data.rows.layers, self.hparams.hidden)
+        gates = len(self.bank)
+        self.register_buffer("key_mean", torch.zeros(gates, fingerprint.head_dim))
+        self.register_buffer("key_std", torch.ones(gates, fingerprint.head_dim))
+        self.register_buffer("standardised", torch.tensor(False))
+        # float64: R² is a difference of large sums
+        self.val_r2 = R2Score(multioutput="raw_values").set_dtype(torch.float64)
+        self.train_loss_head, self.val_loss_head = HeadMean(gates), HeadMean(gates)
+
+    @torch.no_grad()
+    def on_fit_start(self) -> None:
+        """Mean and std of the training keys; each gate's output starts at its mean target. A resumed run has them."""
+        if self.standardised:
+            return
+        data: LifespanShards = self.trainer.datamodule
+        moments = Moments.zeros(len(self.bank), self.bank.fingerprint.head_dim)
+        for block in data.rows.blocks("train")[self.global_rank :: self.trainer.world_size]:
+            moments.update(data.rows.keys(block), data.rows.target(block))
+        for total in moments.tensors():
+            total.copy_(self.trainer.strategy.reduce(total.to(self.device), reduce_op="sum"))
+        mean, std, target = moments.result()
+        self.key_mean.copy_(mean)
+        self.key_std.copy_(std)
+        self.bank.bias2.copy_(target[:, None, None])
+        self.standardised.fill_(True)
+
+    def forward(self, keys: Tensor) -> Tensor:
+        """Raw `keys` `[gates, rows, head_dim]` -> log4 lifespan float32 `[gates, rows]`."""
+        standard = (keys.float() - self.key_mean[:, None]) / self.key_std[:, None]
+        return self.bank(standard).squeeze(-1)
+
+    def gates(self) -> GateBank:
+        """The gates as they stand now, for raw keys."""
+        return self.bank.folded(self.key_mean, self.key_std)
+
+    def row_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """`[gates, rows]`, not reduced."""
+        if self.hparams.loss == "mse":
+            return F.mse_loss(prediction, target, reduction="none")
+        return F.huber_loss(prediction, target, reduction="none", delta=self.hparams.huber_delta)
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: KeyBatch, batch_idx: int) -> Tensor:
+        losses = self.row_loss(self(batch.keys), batch.target)
+        self.train_loss_head.update(losses.detach())
+        # DDP averages gradients over processes; dividing by all rows makes that the mean over the whole batch
+        loss = losses.sum() * self.trainer.world_size / batch.global_rows
+        self.log("train_loss", loss.detach() / len(self.bank), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: KeyBatch, batch_idx: int) -> None:
+        prediction = self(batch.keys)
+        self.val_r2.update(prediction.T.double(), batch.target.T.double())
+        self.val_loss_head.update(self.row_loss(prediction, batch.target))
+
+    def on_validation_epoch_end(self) -> None:
+        r2, loss = self.val_r2.compute(), self.val_loss_head.compute()
+        self.val_r2.reset()
+        self.val_loss_head.reset()
+        self.val_r2_head = r2.cpu()
+        # computed from sums over all processes, so every process logs the same
+        self.log("val_r2_mean", r2.mean().float(), prog_bar=True)
+        for name, share in (("median", 0.5), ("p10", 0.1), ("min", 0.0)):
+            self.log(f"val_r2_{name}", r2.quantile(share).float())
+        self.log("val_loss", loss.mean().float())
+        self._log_heads("val_r2_head", r2)
+        self._log_heads("val_loss_head", loss)
+        if not self.trainer.sanity_checking:
+            self.loss_history.append({"epoch": self.current_epoch, "val": loss.tolist()})
+
+    def on_train_epoch_end(self) -> None:
+        loss = self.train_loss_head.compute()
+        self.train_loss_head.reset()
+        self._log_heads("train_loss_head", loss)
+        if self.loss_history and self.loss_history[-1]["epoch"] == self.current_epoch:
+            self.loss_history[-1]["train"] = loss.tolist()
+
+    def _log_heads(self, name: str, values: Tensor) -> None:
+        heads = zip(self.bank.heads, values.float(), strict=True)
+        self.log_dict({f"{name}/{head_name(*head)}": value for head, value in heads})
+
+    # -- optimisation and checkpoints -----------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        weights = [p for name, p in self.bank.named_parameters() if name.startswith("weight")]
+        biases = [p for name, p in self.bank.named_parameters() if name.startswith("bias")]
+        groups = [
+            {"params": weights, "weight_decay": self.hparams.weight_decay},
+            {"params": biases, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams.learning_rate)
+        total, warmup = self.trainer.estimated_stepping_batches, self.hparams.warmup_steps
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            if not math.isfinite(total):
+                return 1.0
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["loss_history"] = self.loss_history
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.loss_history = checkpoint["loss_history"]

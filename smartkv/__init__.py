@@ -1,0 +1,19 @@
+"""SmartKV: a KV cache that frees memory and learns what to keep."""
+
+from smartkv.backbones import Architecture, Backbone, Fingerprint, load_backbone
+from smartkv.errors import SmartKVError
+from smartkv.gates import GateBank
+from smartkv.lifespans import LabelSpec, label_window
+from smartkv.shards import Manifest
+
+__all__ = [
+    "Architecture",
+    "Backbone",
+    "Fingerprint",
+    "GateBank",
+    "LabelSpec",
+    "Manifest",
+    "SmartKVError",
+    "label_window",
+    "load_backbone",
+]

@@ -1,0 +1,131 @@
+"""Attention in blocks of queries, shown to an observer as it is computed.
+
+`observe_attention` swaps a model's attention for one that walks over the queries block by block, hands each block's
+probabilities to an observer and forgets them. Memory grows with tokens × block, never with tokens².
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from smartkv.backbones import KEY_SITES, attention_modules
+
+NAME = "smartkv_observed"
+BLOCK_ELEMENTS = 2**22  # probabilities held at once, over all heads: 16 MiB in float32
+_OBSERVER = "_smartkv_observer"
+
+
+class AttentionObserver(Protocol):
+    """What `observe_attention` calls, layer by layer, for one sequence a forward pass."""
+
+    def on_keys(self, layer: int, keys: Tensor) -> None:
+        """`keys`: before the rotary embedding, `[kv_heads, tokens, head_dim]`, the model's dtype."""
+
+    def on_rotated_keys(self, layer: int, keys: Tensor) -> None:
+        """`keys`: as attention uses them (equal to `on_keys` where the model has no rotary embedding)."""
+
+    def on_block(self, layer: int, first_query: int, probabilities: Tensor) -> None:
+        """`probabilities`: float32 `[kv_heads, group, queries, keys]` of queries `first_query …` over the keys up to
+        the last of these queries; what causality or a sliding window hides is 0. Valid during the call only."""
+
+
+def attention_blocks(
+    query: Tensor, key: Tensor, scaling: float, sliding_window: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Causal attention probabilities, a block of queries at a time.
+
+    Args:
+        query: `[query_heads, tokens, head_dim]`.
+        key: `[kv_heads, tokens, head_dim]`.
+        scaling: factor on the scores.
+        sliding_window: a query sees only the last so many keys, itself included; None: all.
+
+    Yields:
+        (first query, float32 probabilities `[kv_heads, group, queries, keys up to the block's last query]`).
+    """
+    query_heads, tokens, _ = query.shape
+    kv_heads = key.shape[0]
+    grouped = query.unflatten(0, (kv_heads, query_heads // kv_heads))
+    block = max(16, min(128, BLOCK_ELEMENTS // (query_heads * tokens)))
+    for start in range(0, tokens, block):
+        stop = min(start + block, tokens)
+        queries = grouped[:, :, start:stop].flatten(1, 2)  # [kv_heads, group · queries, head_dim]
+        scores = torch.matmul(queries, key[:, :stop].transpose(1, 2)).float()
+        scores = scores.mul_(scaling).unflatten(1, (-1, stop - start))
+        index = torch.arange(start, stop, device=key.device)
+        # only the last `block` columns can lie in a query's future
+        scores[..., start:].masked_fill_(index[None, :] > index[:, None], float("-inf"))
+        if sliding_window is not None and stop > sliding_window:
+            past = torch.arange(stop, device=key.device)
+            scores.masked_fill_(past[None, :] <= index[:, None] - sliding_window, float("-inf"))
+        yield start, scores.softmax(dim=-1)
+
+
+def observed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: `query` `[1, query_heads, tokens, head_dim]` ->
+    (output `[1, tokens, query_heads, head_dim]`, None)."""
+    observer: AttentionObserver = getattr(module, _OBSERVER)
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    observer.on_rotated_keys(layer, key[0])
+    output = torch.empty_like(query[0])
+    for start, probabilities in attention_blocks(query[0], key[0], scaling, sliding_window):
+        observer.on_block(layer, start, probabilities)
+        kv_heads, _group, queries, keys = probabilities.shape
+        mixed = torch.matmul(probabilities.to(value.dtype).flatten(1, 2), value[0, :, :keys])
+        output[:, start : start + queries] = mixed.view(kv_heads * _group, queries, -1)
+    return output.transpose(0, 1).unsqueeze(0), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Causality is computed in `attention_blocks`; no mask is built."""
+
+
+AttentionInterface.register(NAME, observed_attention)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+
+@contextmanager
+def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> Iterator[None]:
+    """Inside, forward passes of `model` (one unpadded sequence each, no cache) report to `observer`.
+
+    The model is as it was on leaving, also after an exception.
+    """
+    site = KEY_SITES[model.config.model_type]
+    modules = attention_modules(model)
+    implementation = model.config._attn_implementation
+    hooks = []
+    try:
+        for layer, module in enumerate(modules):
+            setattr(module, _OBSERVER, observer)
+
+            def on_output(
+                _: nn.Module, __: Any, output: Tensor, layer: int = layer, module: nn.Module = module
+            ) -> None:
+                if output.shape[0] != 1:
+                    raise ValueError(f"observe_attention takes one sequence a forward pass, got {output.shape[0]}")
+                observer.on_keys(layer, site.read(output, module)[0])
+
+            hooks.append(module.get_submodule(site.module).register_forward_hook(on_output))
+        model.set_attn_implementation(NAME)
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+        for hook in hooks:
+            hook.remove()
+        for module in modules:
+            module.__dict__.pop(_OBSERVER, None)

@@ -1,0 +1,246 @@
+"""GateBank: the gates of all KV heads, as grouped weights.
+
+A gate is `Linear(head_dim → hidden) → ReLU → Linear(hidden → outputs)` and reads a key before the rotary embedding.
+All gates run in two batched matrix products.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from smartkv.backbones import Fingerprint
+from smartkv.errors import SmartKVError
+from smartkv.shards import write_atomically
+
+log = logging.getLogger(__name__)
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+class GateBank(nn.Module, ModelHubMixin):
+    """Gates for the KV heads of some layers of one model.
+
+    Args:
+        fingerprint: the model that the gates belong to.
+        layers: the layers that have gates, ascending; None: all.
+        hidden: width of the hidden layer.
+        outputs: predictions a key; one for log4 lifespan.
+        details: what the config remembers beside the shape: target, threshold, training data, metrics, policy.
+
+    Attributes:
+        weight1 `[gates, head_dim, hidden]`, bias1 `[gates, 1, hidden]`,
+        weight2 `[gates, hidden, outputs]`, bias2 `[gates, 1, outputs]`: gates in the order (layer, head).
+    """
+
+    def __init__(
+        self,
+        fingerprint: Fingerprint,
+        layers: Iterable[int] | None = None,
+        hidden: int = 64,
+        outputs: int = 1,
+        details: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.fingerprint = fingerprint
+        self.layers = list(range(fingerprint.layers) if layers is None else layers)
+        self.hidden, self.outputs = hidden, outputs
+        self.details = details or {}
+        gates = len(self.layers) * fingerprint.kv_heads
+
+        def uniform(*shape: int, fan_in: int) -> nn.Parameter:  # as nn.Linear does
+            return nn.Parameter((2 * torch.rand(*shape) - 1) / math.sqrt(fan_in))
+
+        self.weight1 = uniform(gates, fingerprint.head_dim, hidden, fan_in=fingerprint.head_dim)
+        self.bias1 = uniform(gates, 1, hidden, fan_in=fingerprint.head_dim)
+        self.weight2 = uniform(gates, hidden, outputs, fan_in=hidden)
+        self.bias2 = uniform(gates, 1, outputs, fan_in=hidden)
+
+    def __len__(self) -> int:
+        return self.weight1.shape[0]
+
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        """(layer, head) of each gate."""
+        return [(layer, head) for layer in self.layers for head in range(self.fingerprint.kv_heads)]
+
+    def forward(self, keys: Tensor) -> Tensor:
+        """`keys` `[gates, rows, head_dim]` -> predictions `[gates, rows, outputs]`."""
+        return torch.baddbmm(self.bias2, torch.baddbmm(self.bias1, keys, self.weight1).relu(), self.weight2)
+
+    def predict(self, layer: int, keys: Tensor) -> Tensor:
+        """One layer's predictions.
+
+        Args:
+            layer: its index in the model.
+            keys: before the rotary embedding, `[batch, kv_heads, tokens, head_dim]`, any float dtype.
+
+        Returns:
+            float32 `[batch, kv_heads, tokens, outputs]`.
+
+        Raises:
+            SmartKVError: the layer has no gates.
+        """
+        if layer not in self.layers:
+            raise SmartKVError(f"layer {layer} has no gates: they were trained for layers {format_layers(self.layers)}")
+        place = self.layers.index(layer) * self.fingerprint.kv_heads
+        here = slice(place, place + self.fingerprint.kv_heads)
+        hidden = (keys.float() @ self.weight1[here] + self.bias1[here]).relu()
+        return hidden @ self.weight2[here] + self.bias2[here]
+
+    @torch.no_grad()
+    def folded(self, mean: Tensor, std: Tensor) -> "GateBank":
+        """The same gates for raw keys: `gate((key − mean) / std)` with the standardisation in the first Linear.
+
+        Args:
+            mean, std: of each gate's training keys, `[gates, head_dim]`.
+        """
+        bank = GateBank(self.fingerprint, self.layers, self.hidden, self.outputs, self.details)
+        bank.load_state_dict(self.state_dict())
+        weight = self.weight1.double() / std.double()[:, :, None]
+        bank.weight1.copy_(weight)
+        bank.bias1.copy_(self.bias1.double() - mean.double()[:, None, :] @ weight)
+        return bank
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        config = {
+            "format_version": 1,
+            "fingerprint": asdict(self.fingerprint),
+            "layers": self.layers,
+            "hidden": self.hidden,
+            "outputs": self.outputs,
+            "details": self.details,
+        }
+        state = {name: tensor.detach().cpu().float().contiguous() for name, tensor in self.state_dict().items()}
+        write_atomically(save_directory / WEIGHTS, save(state))
+        write_atomically(save_directory / CONFIG, json.dumps(config, indent=1, sort_keys=True).encode())
+        write_atomically(save_directory / CARD, self._card().encode())
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, folder_or_id: str | Path, model: PreTrainedModel | None = None, revision: str | None = None
+    ) -> "GateBank":
+        """Load gates from a folder or from the hub; safetensors and JSON only.
+
+        Args:
+            folder_or_id: a folder that `save_pretrained` wrote, or a hub id.
+            model: the model they shall serve; its architecture is checked.
+            revision: of the hub repository.
+
+        Raises:
+            SmartKVError: not there, damaged, or for another architecture (both are named).
+        """
+        config_path = _find(folder_or_id, CONFIG, revision)
+        try:
+            config = json.loads(config_path.read_text())
+            fingerprint = Fingerprint(**config["fingerprint"])
+            bank = cls(fingerprint, config["layers"], config["hidden"], config["outputs"], config["details"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise SmartKVError(f"{config_path} does not describe gates ({type(error).__name__}: {error})") from error
+        if model is not None:
+            Fingerprint.of(model).check(fingerprint, f"the gates in {folder_or_id}")
+            if Fingerprint.of(model).weight_hash != fingerprint.weight_hash:
+                log.warning("the gates in %s were trained on other weights of the same architecture", folder_or_id)
+        weights_path = _find(folder_or_id, WEIGHTS, revision)
+        try:
+            bank.load_state_dict(load_file(weights_path))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SmartKVError(f"{weights_path} does not hold the gates its config.json describes: {reason}") from error
+        return bank.eval()
+
+    def export_heads(self, out: Path) -> None:
+        """One file a head, `l{layer}_h{head}.safetensors`, named like `nn.Sequential(Linear, ReLU, Linear)`:
+        `net.0.weight` `[hidden, head_dim]`, `net.0.bias`, `net.2.weight` `[outputs, hidden]`, `net.2.bias`."""
+        for gate, (layer, head) in enumerate(self.heads):
+            tensors = {
+                "net.0.weight": self.weight1[gate].T,
+                "net.0.bias": self.bias1[gate, 0],
+                "net.2.weight": self.weight2[gate].T,
+                "net.2.bias": self.bias2[gate, 0],
+            }
+            data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+            write_atomically(out / f"l{layer}_h{head}.safetensors", data)
+
+    def _card(self) -> str:
+        details = json.dumps(self.details, indent=1, sort_keys=True)
+        return f"""---
+library_name: smartkv
+tags: [kv-cache, key-eviction]
+---
+
+# SmartKV gates
+
+{len(self)} gates for {self.fingerprint.describe()} (layers {format_layers(self.layers)}). Each reads a key before the
+rotary embedding and predicts how long later queries will look at it.
+
+```python
+from smartkv import GateBank
+gates = GateBank.from_pretrained("this folder or hub id", model=model)
+log4_lifespan = gates.predict(layer, keys)  # keys [batch, kv_heads, tokens, head_dim]
+```
+
+Trained with:
+
+```json
+{details}
+```
+"""
+
+
+def _find(folder_or_id: str | Path, name: str, revision: str | None) -> Path:
+    """A file of a local folder, or of a hub repository."""
+    folder = Path(folder_or_id).expanduser()
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise SmartKVError(f"{folder / name} is missing: '{folder_or_id}' is not a folder of gates")
+        return folder / name
+    try:
+        return Path(hf_hub_download(str(folder_or_id), name, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise SmartKVError(f"gates '{folder_or_id}' are neither a local folder nor to be had from the hub") from error
+
+
+def parse_layers(layers: str | None, total: int) -> list[int]:
+    """`"0-2,20-29"` -> indices; None or `"all"`: every layer.
+
+    Raises:
+        SmartKVError: not a range, or one that the model does not have.
+    """
+    if layers is None or layers == "all":
+        return list(range(total))
+    chosen: set[int] = set()
+    for part in str(layers).split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if not match:
+            raise SmartKVError(f"layers '{layers}' is no list of ranges: write for example '0-2,20-{total - 1}'")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last or last >= total:
+            raise SmartKVError(f"layers '{layers}' asks for {part.strip()}, but the model has layers 0-{total - 1}")
+        chosen.update(range(first, last + 1))
+    return sorted(chosen)
+
+
+def format_layers(layers: list[int]) -> str:
+    """The inverse of `parse_layers`: `[0, 1, 2, 5]` -> `"0-2,5"`."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][1] + 1:
+            parts[-1][1] = layer
+        else:
+            parts.append([layer, layer])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

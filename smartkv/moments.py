@@ -1,0 +1,52 @@
+"""Per-head mean and standard deviation of keys, streamed; what the gates' inputs are standardised by."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Sums over rows, in float64.
+
+    Attributes:
+        count: rows seen.
+        key_sum, key_square_sum: `[gates, head_dim]`.
+        target_sum: `[gates]`.
+    """
+
+    count: Tensor
+    key_sum: Tensor
+    key_square_sum: Tensor
+    target_sum: Tensor
+
+    @classmethod
+    def zeros(cls, gates: int, head_dim: int, device: torch.device | str = "cpu") -> "Moments":
+        def zero(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(zero(), zero(gates, head_dim), zero(gates, head_dim), zero(gates))
+
+    def update(self, keys: Tensor, target: Tensor) -> None:
+        """`keys` `[gates, rows, head_dim]`, `target` `[gates, rows]`."""
+        wide = keys.double()
+        self.count += keys.shape[1]
+        self.key_sum += wide.sum(dim=1)
+        self.key_square_sum += wide.square().sum(dim=1)
+        self.target_sum += target.double().sum(dim=1)
+
+    def tensors(self) -> list[Tensor]:
+        """The sums, for a reduction over processes in place."""
+        return [self.count, self.key_sum, self.key_square_sum, self.target_sum]
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """float32 (mean `[gates, head_dim]`, std `[gates, head_dim]`, mean target `[gates]`).
+
+        A dimension that never varies gets std 1, so that it is centred and not divided by zero.
+        """
+        mean = self.key_sum / self.count
+        variance = (self.key_square_sum / self.count - mean.square()).clamp(min=0)
+        scale = mean.square() + 1
+        std = torch.where(variance > 1e-10 * scale, variance.sqrt(), torch.ones_like(variance))
+        return mean.float(), std.float(), (self.target_sum / self.count).float()

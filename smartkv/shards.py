@@ -1,0 +1,305 @@
+"""Shards: keys and labels on disk, and the manifest that lists them.
+
+A shard is one safetensors file for a run of whole windows, all heads together:
+
+=================== ======= ================================================ ==========================================
+tensor              dtype   shape                                            meaning
+=================== ======= ================================================ ==========================================
+`keys`              float16 `[layers, kv_heads, tokens, head_dim]`           before the rotary embedding
+`keys_post_rope`    float16 the same                                         after it (optional)
+`lifespan`          int32   `[thresholds, layers, kv_heads, tokens]`         tokens, as seen in the window, not capped
+`future_attention`  float32 `[ages, layers, kv_heads, tokens]`               mean probability, or NaN (optional)
+`horizon`           int32   `[tokens]`                                       later queries that the window still held
+`position`          int32   `[tokens]`                                       place in the window
+`token`             int32   `[tokens]`                                       token id
+`document`          int32   `[tokens]`                                       index into the manifest's documents
+`split`             int32   `[tokens]`                                       index into `SPLITS`
+=================== ======= ================================================ ==========================================
+
+Every file is written under a temporary name, synced and renamed: a file that is there is whole. The manifest is written
+last. Nothing here is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from smartkv.backbones import Fingerprint
+from smartkv.errors import SmartKVError
+from smartkv.lifespans import LabelSpec, log4_lifespan
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "validation", "test")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write under a temporary name beside `path`, sync, rename: readers see the old file, the new one, or none.
+
+    Raises:
+        SmartKVError: the folder cannot be written to, or the disk is full.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private, results are not
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise SmartKVError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write one shard. Equal tensors and metadata give equal bytes.
+
+    The header holds `metadata` as JSON under the one key `smartkv`: safetensors writes several keys in random order.
+    """
+    header = {"smartkv": json.dumps(metadata, sort_keys=True)}
+    write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=header))
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """A shard's metadata.
+
+    Raises:
+        SmartKVError: not there, not whole, or not one of ours.
+    """
+    with open_tensors(path) as file:
+        try:
+            return json.loads((file.metadata() or {})["smartkv"])
+        except (KeyError, json.JSONDecodeError) as error:
+            raise SmartKVError(f"{path} is a safetensors file, but not one that SmartKV wrote") from error
+
+
+def open_tensors(path: Path) -> Any:
+    """An open safetensors file (a context manager).
+
+    Raises:
+        SmartKVError: not there or not whole.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise SmartKVError(f"{path} is missing: run the same harvest again, it makes what is not there") from error
+    except (SafetensorError, OSError) as error:
+        raise SmartKVError(f"{path} is damaged ({error}): delete it and run the same harvest again") from error
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One line of the manifest. `windows` and `tokens` are counts, `bytes` the file's size."""
+
+    file: str
+    split: str
+    windows: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds.
+
+    Attributes:
+        folder: where it was read from.
+        fingerprint: of the model that made the keys.
+        spec: thresholds, ages and follow-up of the labels.
+        window: tokens a window.
+        sinks: tokens at the start of each window that are left out of training and scoring.
+        sources: for each text source its name, origin ("local", "hub", "builtin"), windows and documents by split.
+        documents: ids, in the order that the shards' `document` counts.
+        arguments: of the harvest, model name and versions included.
+        shards: in order.
+    """
+
+    folder: Path
+    fingerprint: Fingerprint
+    spec: LabelSpec
+    window: int
+    sinks: int
+    sources: list[dict[str, Any]]
+    documents: list[str]
+    arguments: dict[str, Any]
+    shards: list[ShardEntry]
+
+    def write(self) -> None:
+        """Write `manifest.json`; the last thing that a harvest does."""
+        data = {"format_version": FORMAT_VERSION, **asdict(self)}
+        del data["folder"]
+        write_atomically(self.folder / MANIFEST, json.dumps(data, indent=1, sort_keys=True).encode())
+
+    @classmethod
+    def read(cls, folder: Path | str) -> "Manifest":
+        """Read a folder's manifest and check that every shard it lists is there with its size.
+
+        Raises:
+            SmartKVError: naming the file that is missing, truncated, foreign, or outside the folder.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise SmartKVError(
+                f"{path} is missing: '{folder}' is no folder of shards, or its harvest has not finished "
+                "(run the same harvest command again, it goes on where it stopped)"
+            )
+        try:
+            data = json.loads(path.read_text())
+            if data["format_version"] != FORMAT_VERSION:
+                raise SmartKVError(
+                    f"{path} has format version {data['format_version']}, this SmartKV reads {FORMAT_VERSION}"
+                )
+            spec = data["spec"]
+            manifest = cls(
+                folder=folder,
+                fingerprint=Fingerprint(**data["fingerprint"]),
+                spec=LabelSpec(tuple(spec["thresholds"]), tuple(spec["ages"]), spec["follow_up"]),
+                shards=[ShardEntry(**entry) for entry in data["shards"]],
+                **{key: data[key] for key in ("window", "sinks", "sources", "documents", "arguments")},
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise SmartKVError(
+                f"{path} is damaged ({type(error).__name__}: {error}): run the same harvest again"
+            ) from error
+        for entry in manifest.shards:
+            manifest._check(entry)
+        return manifest
+
+    def _check(self, entry: ShardEntry) -> None:
+        path = self.folder / entry.file
+        if Path(entry.file).name != entry.file:
+            raise SmartKVError(f"{self.folder / MANIFEST} lists '{entry.file}', which is not a file name in its folder")
+        if not path.is_file():
+            raise SmartKVError(f"{path} is missing, but the manifest lists it: run the same harvest again")
+        if (size := path.stat().st_size) != entry.bytes:
+            raise SmartKVError(
+                f"{path} is damaged: {size} bytes, the manifest says {entry.bytes}; "
+                "delete it and run the same harvest again"
+            )
+
+    def threshold_index(self, threshold: float) -> int:
+        """Which row of `lifespan` belongs to `threshold`.
+
+        Raises:
+            SmartKVError: it was not harvested.
+        """
+        if threshold not in self.spec.thresholds:
+            known = ", ".join(str(t) for t in self.spec.thresholds)
+            raise SmartKVError(f"threshold {threshold} was not harvested into {self.folder}: it holds {known}")
+        return self.spec.thresholds.index(threshold)
+
+    def of_split(self, split: str) -> list[ShardEntry]:
+        return [entry for entry in self.shards if entry.split == split]
+
+    def labelled(self, split: str, block: int, follow_up: int) -> list["Block"]:
+        """The keys with horizon ≥ `follow_up` that are no sinks, cut into blocks of at most `block` tokens."""
+        return [
+            Block(entry.file, window, start, min(start + block, window * self.window + self.window - follow_up))
+            for entry in self.of_split(split)
+            for window in range(entry.windows)
+            for start in range(window * self.window + self.sinks, window * self.window + self.window - follow_up, block)
+        ]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive tokens `[start, stop)` of one window of one shard; what is read from disk at once."""
+
+    file: str
+    window: int
+    start: int
+    stop: int
+
+
+class ShardReader:
+    """Reads blocks out of shards by memory map; holds no data. Files are opened when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[tuple[int, str], Any] = {}
+
+    def read(self, block: Block, name: str, layers: list[int] | None = None) -> Tensor:
+        """One tensor of one block, all layers or some.
+
+        Returns:
+            `[layers, kv_heads, tokens, head_dim]` for keys, `[thresholds or ages, layers, kv_heads, tokens]` for
+            labels, `[tokens]` for the rest, in the dtype on disk.
+
+        Raises:
+            SmartKVError: the file is damaged or lacks this tensor.
+        """
+        here = slice(block.start, block.stop)
+        try:
+            tensor = self._file(block.file).get_slice(name)
+            if name.startswith("keys"):
+                data = tensor[:, :, here]
+                return data if layers is None else data[layers]
+            if name in ("lifespan", "future_attention"):
+                data = tensor[:, :, :, here]
+                return data if layers is None else data[:, layers]
+            return tensor[here]
+        except SafetensorError as error:
+            raise SmartKVError(f"{self.folder / block.file} has no usable '{name}': {error}") from error
+
+    def _file(self, name: str) -> Any:
+        key = (os.getpid(), name)  # a forked worker opens its own
+        if key not in self._open:
+            self._open[key] = open_tensors(self.folder / name)
+        return self._open[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "_open": {}}  # open files do not travel to worker processes
+
+
+def entry_of(path: Path, split: str, windows: int, tokens: int) -> ShardEntry:
+    """The manifest's line for a written shard."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return ShardEntry(path.name, split, windows, tokens, path.stat().st_size, digest)
+
+
+def export_heads(manifest: Manifest, out: Path, threshold: float, split: str = "train") -> int:
+    """Write the layout of earlier tools: `l{layer}_h{head}/shard_{n}.safetensors`, one folder a head.
+
+    Each file holds `keys` float16 `[rows, head_dim]` and `target` float32 `[rows]` (log4 lifespan, capped at the
+    follow-up), the labelled keys of one shard.
+
+    Returns:
+        The number of files written.
+    """
+    reader, row = ShardReader(manifest.folder), manifest.threshold_index(threshold)
+    written = 0
+    for number, entry in enumerate(manifest.of_split(split)):
+        labelled = manifest.labelled(split, manifest.window, manifest.spec.follow_up)
+        blocks = [block for block in labelled if block.file == entry.file]
+        keys = torch.cat([reader.read(block, "keys") for block in blocks], dim=2)
+        lifespan = torch.cat([reader.read(block, "lifespan")[row] for block in blocks], dim=2)
+        target = log4_lifespan(lifespan, manifest.spec.follow_up)
+        for layer, head in heads_of(manifest.fingerprint):
+            tensors = {"keys": keys[layer, head].contiguous(), "target": target[layer, head].contiguous()}
+            write_atomically(out / f"l{layer}_h{head}" / f"shard_{number}.safetensors", save(tensors))
+            written += 1
+    return written
+
+
+def heads_of(fingerprint: Fingerprint) -> Iterable[tuple[int, int]]:
+    """(layer, head) of every KV head, in the order of the gates."""
+    return ((layer, head) for layer in range(fingerprint.layers) for head in range(fingerprint.kv_heads))
