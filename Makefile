@@ -18,8 +18,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 # Each step leaves a file, so a second `make demo` reuses what is there and a killed one goes on.
-demo: $(RUN)/report.json
-	@$(PY) -m eval report --run $(RUN) --out $(RUN) --show true
+demo: $(RUN)/scores/gates.json
+	@$(PY) -m eval report --run $(RUN) --out $(RUN) --reuse true
 
 $(RUN)/calibrate/calibrate.json: configs/demo/calibrate.yaml | $(VENV)/.installed
 	$(PY) -m eval calibrate --config configs/demo/calibrate.yaml --out $(@D)
@@ -33,9 +33,6 @@ $(RUN)/gates/done: configs/demo/gates.yaml $(RUN)/shards/manifest.json | $(VENV)
 
 $(RUN)/scores/gates.json: $(RUN)/gates/done | $(VENV)/.installed
 	$(PY) -m eval gates --gates $(RUN)/gates/export --shards $(RUN)/shards --out $(@D)
-
-$(RUN)/report.json: $(RUN)/scores/gates.json | $(VENV)/.installed
-	$(PY) -m eval report --run $(RUN) --out $(RUN)
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -57,9 +57,10 @@ class GateExport(L.Callback):
                 "windows": {
                     split: sum(s.windows for s in manifest.of_split(split)) for split in ("train", "validation")
                 },
+                "keys_a_head": sum(block.stop - block.start for block in rows.blocks("train")),
                 "epoch": trainer.current_epoch,
                 "step": trainer.global_step,
-                "settings": dict(pl_module.hparams),
+                "settings": {k: v for k, v in pl_module.hparams.items() if not k.startswith("_")},
             },
             "metrics": metrics,
         }

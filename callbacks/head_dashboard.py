@@ -72,7 +72,8 @@ class HeadDashboard(L.Callback):
         if logger is not None:
             final = {f"hp/{tag}": float(trainer.callback_metrics[tag]) for tag in SUMMARY_TAGS}
             data = {"threshold": trainer.datamodule.rows.threshold, "inputs": trainer.datamodule.rows.inputs}
-            logger.log_hyperparams({**pl_module.hparams, **data}, metrics=final)
+            settings = {k: v for k, v in pl_module.hparams.items() if not k.startswith("_")}
+            logger.log_hyperparams({**settings, **data}, metrics=final)
             logger.save()
         Console().print(self.table(pl_module))
 

@@ -64,5 +64,27 @@ def lines_by_layer(
     axes.set_ylabel(label)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+def survival(series: Mapping[str, np.ndarray], longest: int, title: str) -> Figure:
+    """Share of keys that are hit again after each age; `series`: name -> lifespans in tokens, any shape."""
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    ages = np.unique(np.geomspace(1, longest, 80).astype(int))
+    for number, (name, lifespans) in enumerate(series.items()):
+        alive = [float((lifespans > age).mean()) for age in ages]
+        axes.plot(
+            ages, alive, color=COLOURS[number % len(COLOURS)], linestyle=("-", "--", "-.", ":")[number % 4], label=name
+        )
+    ticks = [4**power for power in range(12) if 4**power <= longest]
+    axes.set_xscale("log", base=4)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("age in tokens")
+    axes.set_ylabel("share of keys that are hit again")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure

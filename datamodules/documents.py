@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from datamodules.packing import Packer, Window, shares
 from datamodules.sources import Source, SourceConfig, resolve
@@ -214,15 +214,19 @@ class DocumentWindows(L.LightningDataModule):
             raise SmartKVError(f"windows_per_shard must be at least 1, got {self.windows_per_shard}")
         path = self.out / PLAN
         if path.exists():
-            if (there := read_header(path)["arguments"]) != self.arguments:
+            there = read_header(path)["arguments"]
+            if there == self.arguments:
+                return
+            if any(self.out.glob("*-*.safetensors")):  # a plan without shards is no loss
                 changed = sorted(k for k in self.arguments if there.get(k) != self.arguments[k])
                 raise SmartKVError(
                     f"{self.out} holds another harvest (it differs in {', '.join(changed)}): "
                     "give another 'out', or delete that folder"
                 )
-            return
-        options = {"trust_remote_code": self.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(backbones.resolve_name(self.backbone), **options)
+        limit = backbones.read_architecture(self.backbone, self.trust_remote_code).max_positions
+        if self.window > limit:
+            raise SmartKVError(f"window {self.window} is longer than the {limit} positions of '{self.backbone}'")
+        tokenizer = backbones.load_tokenizer(self.backbone, self.trust_remote_code)
         plan = plan_windows(self.sources, self.counts, tokenizer, self.window, self.windows_per_document, self.seed)
         header = {"arguments": self.arguments, "documents": plan.documents, "sources": plan.sources}
         tensors = {"tokens": plan.tokens, "document": plan.document, "split": plan.split}
@@ -231,9 +235,10 @@ class DocumentWindows(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         self.plan = read_plan(self.out)
         self.runs = shard_runs(self.plan, self.windows_per_shard)
-        # one process decides what is still to do: another may already be writing when the last one looks
-        missing = [run for run in self.runs if not self._is_whole(run)]
-        self.todo = self.trainer.strategy.broadcast(missing) if self.trainer else missing
+        # one process decides what is still to do: others may already be writing when the last one looks
+        first = self.trainer is None or self.trainer.is_global_zero
+        missing = [run for run in self.runs if not self._is_whole(run)] if first else []
+        self.todo = missing if self.trainer is None else self.trainer.strategy.broadcast(missing)
 
     def _is_whole(self, run: WindowRun) -> bool:
         path = self.out / run.file

@@ -266,5 +266,6 @@ def _builtin(split: str) -> Iterator[Document]:
     from pydoc_data.topics import topics
 
     for name, text in topics.items():
-        if _own_split(name, False, split):
-            yield Document(f"python/{name}", text)
+        document = Document(f"python/{name}", text)
+        if _own_split(document.id, False, split):
+            yield document

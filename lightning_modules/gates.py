@@ -46,9 +46,6 @@ class LifespanGates(L.LightningModule):
         warmup_steps: int = 50,
     ) -> None:
         super().__init__()
-        for name, value in (("hidden", hidden), ("huber_delta", huber_delta), ("learning_rate", learning_rate)):
-            if value <= 0:
-                raise SmartKVError(f"{name} must be above 0, got {value}")
         self.save_hyperparameters()
         self.bank: GateBank | None = None
         self.val_r2_head: Tensor | None = None  # float64 [gates], of the last validation
@@ -59,6 +56,9 @@ class LifespanGates(L.LightningModule):
     def configure_model(self) -> None:
         if self.bank is not None:
             return
+        for name in ("hidden", "huber_delta", "learning_rate"):
+            if (value := self.hparams[name]) <= 0:
+                raise SmartKVError(f"{name} must be above 0, got {value}")
         data: LifespanShards = self.trainer.datamodule
         fingerprint = data.rows.manifest.fingerprint
         self.bank = GateBank(fingerprint, data.rows.layers, self.hparams.hidden)
@@ -78,7 +78,7 @@ class LifespanGates(L.LightningModule):
         data: LifespanShards = self.trainer.datamodule
         moments = Moments.zeros(len(self.bank), self.bank.fingerprint.head_dim)
         for block in data.rows.blocks("train")[self.global_rank :: self.trainer.world_size]:
-            moments.update(data.rows.keys(block), data.rows.target(block))
+            moments.update(data.rows.checked_keys(block), data.rows.target(block))
         for total in moments.tensors():
             total.copy_(self.trainer.strategy.reduce(total.to(self.device), reduce_op="sum"))
         mean, std, target = moments.result()

@@ -43,9 +43,7 @@ class Harvest(L.LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        if sinks < 0 or threads < 1:
-            raise SmartKVError(f"sinks must be at least 0 and threads at least 1, got {sinks} and {threads}")
-        self.spec = LabelSpec(tuple(thresholds), tuple(ages), follow_up)
+        self.thresholds, self.ages, self.follow_up = tuple(thresholds), tuple(ages), follow_up
         self.backbone, self.dtype_name, self.sinks = backbone, dtype, sinks
         self.post_rope, self.threads, self.trust_remote_code = post_rope, threads, trust_remote_code
         self.frozen: list[Backbone] = []  # in a list: the LM is no submodule, so DDP and checkpoints leave it alone
@@ -65,6 +63,9 @@ class Harvest(L.LightningModule):
         }
 
     def setup(self, stage: str) -> None:
+        if self.sinks < 0 or self.threads < 1:
+            raise SmartKVError(f"sinks must be at least 0 and threads at least 1, got {self.sinks} and {self.threads}")
+        self.spec = LabelSpec(self.thresholds, self.ages, self.follow_up)
         torch.set_num_threads(self.threads)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         data = self.trainer.datamodule
@@ -78,12 +79,12 @@ class Harvest(L.LightningModule):
             )
         if not self.frozen:
             options = {"trust_remote_code": self.trust_remote_code}
-            self.frozen.append(load_backbone(self.backbone, self.dtype_name, self.device, **options))
+            device = self.trainer.strategy.root_device  # `self.device` is still the CPU at this point
+            self.frozen.append(load_backbone(self.backbone, self.dtype_name, device, **options))
         check_window(self.lm.model, data.window)
 
     def predict_step(self, run: WindowRun, batch_idx: int) -> dict[str, Tensor]:
         """The tensors of one shard (see `smartkv.shards`), all its windows one after another."""
-        self.lm.model.to(self.device)
         windows = [label_window(self.lm.model, tokens, self.spec, self.post_rope) for tokens in run.tokens]
         count, length = run.tokens.shape
         shard = {

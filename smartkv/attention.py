@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from smartkv.backbones import KEY_SITES, attention_modules
+from smartkv.errors import SmartKVError
 
 NAME = "smartkv_observed"
 BLOCK_ELEMENTS = 2**22  # probabilities held at once, over all heads: 16 MiB in float32
@@ -85,9 +86,11 @@ def observed_attention(
     output = torch.empty_like(query[0])
     for start, probabilities in attention_blocks(query[0], key[0], scaling, sliding_window):
         observer.on_block(layer, start, probabilities)
-        kv_heads, _group, queries, keys = probabilities.shape
+        queries, keys = probabilities.shape[2:]
         mixed = torch.matmul(probabilities.to(value.dtype).flatten(1, 2), value[0, :, :keys])
-        output[:, start : start + queries] = mixed.view(kv_heads * _group, queries, -1)
+        output[:, start : start + queries] = mixed.view(query.shape[1], queries, -1)
+    if not torch.isfinite(output).all():  # a NaN probability is above no threshold: it would pass as "never hit"
+        raise SmartKVError(f"layer {layer} gave attention that is NaN or infinite: check the model's weights and dtype")
     return output.transpose(0, 1).unsqueeze(0), None
 
 

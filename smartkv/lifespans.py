@@ -1,6 +1,6 @@
 """Labels: for how long, and how strongly, later queries look at a key.
 
-Definitions (docs/definitions.md):
+Definitions:
 
 * query `i ≥ j` *hits* key `j` of a KV head when the largest attention probability over the query heads of that head's
   group exceeds the threshold;
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartkv.attention import observe_attention
+from smartkv.backbones import Architecture
 from smartkv.errors import SmartKVError
 
 
@@ -180,12 +181,14 @@ def label_window(
 
 
 def check_window(model: PreTrainedModel, window: int) -> None:
-    """Refuse a window that the model has no positions for.
+    """Refuse a window that the model has no positions for, and a model whose keys we do not know.
 
     Raises:
-        SmartKVError: naming both lengths.
+        SmartKVError: naming both lengths, or the model's family.
     """
-    limit = model.config.max_position_embeddings
+    limit = Architecture.of(model.config).max_positions
+    if window < 1:
+        raise SmartKVError("a window needs at least one token, got none")
     if window > limit:
         raise SmartKVError(f"window of {window} tokens is longer than the model's {limit} positions: make it shorter")
 

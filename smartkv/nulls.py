@@ -21,6 +21,8 @@ NULLS = ("constant", "position", "token_table", "random")
 
 
 class Null(Protocol):
+    """A prediction of log4 lifespan that never sees the key."""
+
     def update(self, target: Tensor, position: Tensor, token: Tensor) -> None:
         """Learn from `target` `[gates, rows]` with `position`, `token` `[rows]`."""
 

@@ -59,13 +59,17 @@ class LabelledRows:
         return self.manifest.labelled(split, size or self.manifest.window, self.follow_up)
 
     def keys(self, block: Block) -> Tensor:
-        """float16 `[gates, rows, head_dim]`.
+        """float16 `[gates, rows, head_dim]`."""
+        return self._reader.read(block, self.inputs, self._layers).flatten(0, 1)
+
+    def checked_keys(self, block: Block) -> Tensor:
+        """The same, and finite.
 
         Raises:
             SmartKVError: NaN or infinite keys, naming the file.
         """
-        keys = self._reader.read(block, self.inputs, self._layers).flatten(0, 1)
-        if not torch.isfinite(keys).all():
+        keys = self.keys(block)
+        if not torch.isfinite(keys.sum(dtype=torch.float32)):
             raise SmartKVError(
                 f"{self.manifest.folder / block.file} holds {self.inputs} that are NaN or infinite: "
                 "delete it and run the same harvest again"

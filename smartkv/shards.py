@@ -61,10 +61,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private, results are not
         os.replace(temporary, path)
+        temporary = None
     except OSError as error:
+        raise SmartKVError(f"{path} could not be written: {error.strerror or error}") from error
+    finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise SmartKVError(f"{path} could not be written: {error.strerror or error}") from error
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -184,6 +186,8 @@ class Manifest:
         return manifest
 
     def _check(self, entry: ShardEntry) -> None:
+        if not isinstance(entry.file, str) or entry.split not in SPLITS:
+            raise SmartKVError(f"{self.folder / MANIFEST} is damaged: shard {entry.file!r} of split {entry.split!r}")
         path = self.folder / entry.file
         if Path(entry.file).name != entry.file:
             raise SmartKVError(f"{self.folder / MANIFEST} lists '{entry.file}', which is not a file name in its folder")
@@ -193,6 +197,14 @@ class Manifest:
             raise SmartKVError(
                 f"{path} is damaged: {size} bytes, the manifest says {entry.bytes}; "
                 "delete it and run the same harvest again"
+            )
+        fingerprint, tokens = self.fingerprint, self.window * entry.windows
+        with open_tensors(path) as file:
+            shape = list(file.get_slice("keys").get_shape()) if "keys" in file.keys() else None  # noqa: SIM118
+        expected = [fingerprint.layers, fingerprint.kv_heads, tokens, fingerprint.head_dim]
+        if shape != expected or entry.tokens != tokens:
+            raise SmartKVError(
+                f"{path} holds keys of shape {shape}, its manifest says {expected}: run the harvest again"
             )
 
     def threshold_index(self, threshold: float) -> int:
@@ -207,6 +219,7 @@ class Manifest:
         return self.spec.thresholds.index(threshold)
 
     def of_split(self, split: str) -> list[ShardEntry]:
+        """The shards of one split, in order."""
         return [entry for entry in self.shards if entry.split == split]
 
     def labelled(self, split: str, block: int, follow_up: int) -> list["Block"]:
@@ -284,8 +297,13 @@ def export_heads(manifest: Manifest, out: Path, threshold: float, split: str = "
 
     Returns:
         The number of files written.
+
+    Raises:
+        SmartKVError: no keys of this split are labelled, or the threshold was not harvested.
     """
     reader, row = ShardReader(manifest.folder), manifest.threshold_index(threshold)
+    if not manifest.labelled(split, manifest.window, manifest.spec.follow_up):
+        raise SmartKVError(f"{manifest.folder} has no labelled {split} keys to export")
     written = 0
     for number, entry in enumerate(manifest.of_split(split)):
         labelled = manifest.labelled(split, manifest.window, manifest.spec.follow_up)

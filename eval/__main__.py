@@ -1,0 +1,26 @@
+"""`python -m eval <command> --help`; every command takes `--config FILE` as well."""
+
+import sys
+
+from jsonargparse import auto_cli
+
+from eval.calibrate import calibrate
+from eval.gates import gates
+from eval.report import report
+from eval.speed import speed
+from smartkv.errors import SmartKVError
+
+COMMANDS = {"calibrate": calibrate, "gates": gates, "report": report, "speed": speed}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one command; a user's mistake ends with one line on stderr and status 2."""
+    try:
+        auto_cli(COMMANDS, args=args, as_positional=False, prog="python -m eval")
+    except SmartKVError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

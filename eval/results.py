@@ -1,0 +1,41 @@
+"""What every command leaves behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from matplotlib.figure import Figure
+
+from smartkv.errors import SmartKVError
+from smartkv.shards import write_atomically
+
+
+def versions() -> dict[str, str]:
+    return {"torch": str(torch.__version__), "transformers": transformers.__version__}
+
+
+def write_result(out: Path, command: str, arguments: dict[str, Any], figures: dict[str, Any]) -> Path:
+    """`<out>/<command>.json`: arguments, versions and figures."""
+    path = out / f"{command}.json"
+    content = {"command": command, "arguments": arguments, "versions": versions(), **figures}
+    write_atomically(path, json.dumps(content, indent=1, default=str).encode())
+    return path
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        SmartKVError: missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise SmartKVError(f"{path} cannot be read ({type(error).__name__}): run the command that makes it") from error
+
+
+def save_picture(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path

@@ -1,0 +1,173 @@
+"""`python -m eval speed`: harvest tokens/s and peak memory, beside the way with `output_attentions=True`.
+
+Each figure is measured in a process of its own, so that peak memory is that of one way at one length.
+"""
+
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor
+
+from callbacks.pictures import COLOURS
+from eval.console import make_console
+from eval.results import save_picture, write_result
+from smartkv import backbones
+from smartkv.backbones import Backbone, load_backbone
+from smartkv.lifespans import LabelSpec, label_window
+
+WAYS = ("smartkv", "forward", "output_attentions")
+
+
+def speed(
+    out: str,
+    backbone: str = backbones.PACKAGED,
+    dtype: str = "auto",
+    lengths: list[int] = [1024, 2048, 8192],  # noqa: B006 - jsonargparse shows it; it is never changed
+    ways: list[str] = list(WAYS),  # noqa: B006
+    repeats: int = 3,
+    threads: int = 2,
+) -> None:
+    """Measure the harvest of one window.
+
+    Args:
+        out: folder for speed.json and the picture.
+        backbone: hub id, local folder, .gguf file or smollm2-135m.
+        dtype: auto, float32, bfloat16 or float16.
+        lengths: tokens a window.
+        ways: smartkv (labels block by block), forward (the model alone with SDPA: the limit), output_attentions
+            (eager attention kept for all layers, labels by a vectorised scan).
+        repeats: timed passes, after one that is not counted; the median is given.
+        threads: CPU threads.
+    """
+    console = make_console()
+    figures = []
+    for length in lengths:
+        for way in ways:
+            figure = {"way": way, "tokens": length, **_measure_apart(way, length, backbone, dtype, repeats, threads)}
+            figures.append(figure)
+            console.print(_line(figure), highlight=False)
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    machine["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    arguments = {"backbone": backbone, "dtype": dtype, "repeats": repeats, "threads": threads, "machine": machine}
+    units = {"tokens_per_second": "tokens/s", "peak_memory": "bytes, of the whole process"}
+    folder = Path(out)
+    result = write_result(folder, "speed", arguments, {"units": units, "harvest": figures})
+    picture = save_picture(_picture(figures), folder / "harvest_speed.png")
+    console.print(_table(figures))
+    console.print(f"  {result}\n  {picture}", highlight=False)
+
+
+def _measure_apart(way: str, *arguments: Any) -> dict[str, Any]:
+    """`_measure` in a fresh process; {"note": …} where it cannot run."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(sender, way, *arguments))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        return {"note": "the process ended without a result (out of memory?)"}
+    finally:
+        process.join()
+
+
+def _measure(sender: Any, way: str, length: int, backbone: str, dtype: str, repeats: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    lm = load_backbone(backbone, dtype)
+    arch = lm.architecture
+    attentions = arch.layers * arch.query_heads * length**2 * lm.model.dtype.itemsize
+    # eager attention also holds one layer's float32 scores and softmax, and the mask
+    needed = attentions + 3 * arch.query_heads * length**2 * 4
+    if way == "output_attentions" and needed > psutil.virtual_memory().available:
+        sender.send({"note": f"needs {needed / 2**30:.0f} GiB"})
+        return
+    tokens = torch.randint(lm.model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    run = {"smartkv": _smartkv, "forward": _forward, "output_attentions": _output_attentions}[way]
+    if way == "output_attentions":
+        lm.model.set_attn_implementation("eager")
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        with torch.inference_mode():
+            run(lm, tokens)
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sender.send({"tokens_per_second": length / statistics.median(seconds[1:]), "peak_memory": peak})
+
+
+def _smartkv(lm: Backbone, tokens: Tensor) -> None:
+    label_window(lm.model, tokens, LabelSpec((0.02, 0.05, 0.11), (128,), len(tokens) // 2))
+
+
+def _forward(lm: Backbone, tokens: Tensor) -> None:
+    lm.model.base_model(input_ids=tokens[None], use_cache=False)
+
+
+def _output_attentions(lm: Backbone, tokens: Tensor) -> list[Tensor]:
+    """The same lifespans for one threshold, from attention matrices that are kept."""
+    output = lm.model.base_model(input_ids=tokens[None], use_cache=False, output_attentions=True)
+    query = torch.arange(len(tokens))
+    lifespans = []
+    for attention in output.attentions:  # [1, query_heads, queries, keys]
+        strongest = attention[0].unflatten(0, (lm.architecture.kv_heads, -1)).amax(dim=1)
+        last = torch.where(strongest > 0.05, query[:, None], -1).amax(dim=1)  # [kv_heads, keys]
+        lifespans.append((last - query + 1).clamp(min=1))
+    return lifespans
+
+
+def _line(figure: dict[str, Any]) -> str:
+    head = f"{figure['way']:>18} {figure['tokens']:>6} tokens: "
+    if "note" in figure:
+        return head + figure["note"]
+    return head + f"{figure['tokens_per_second']:.0f} tokens/s, peak {figure['peak_memory'] / 2**30:.2f} GiB"
+
+
+def _table(figures: list[dict[str, Any]]) -> Table:
+    table = Table(title="Harvest of one window")
+    for column in ("tokens", "way", "tokens/s", "peak memory, GiB", "note"):
+        table.add_column(column, justify="right")
+    for row in figures:
+        measured = "note" not in row
+        table.add_row(
+            str(row["tokens"]),
+            row["way"],
+            f"{row['tokens_per_second']:.0f}" if measured else "",
+            f"{row['peak_memory'] / 2**30:.2f}" if measured else "",
+            row.get("note", ""),
+        )
+    return table
+
+
+def _picture(figures: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = {"tokens_per_second": ("tokens/s", 1), "peak_memory": ("peak process memory, GiB", 2**30)}
+    for place, (key, (label, unit)) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, 2, place)
+        for number, way in enumerate(dict.fromkeys(row["way"] for row in figures)):
+            rows = [row for row in figures if row["way"] == way and key in row]
+            marker = "osD"[number % 3]
+            axes.plot(
+                [r["tokens"] for r in rows],
+                [r[key] / unit for r in rows],
+                color=COLOURS[number],
+                marker=marker,
+                label=way,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens a window")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    return figure

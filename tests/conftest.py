@@ -1,0 +1,54 @@
+"""No network, one thread, and what several tests share."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models import save_tiny_backbone
+
+ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)
+
+FRESH = """
+import importlib, json, pkgutil, sys
+import smartkv
+names = sorted(module.name for module in pkgutil.walk_packages(smartkv.__path__, "smartkv."))
+for name in names:
+    importlib.import_module(name)
+roots = sorted({name.partition(".")[0] for name in sys.modules})
+
+from pathlib import Path
+from smartkv.shards import write_shard
+from tests.models import shard_tensors
+write_shard(Path(sys.argv[1]), shard_tensors(ages=1, post_rope=True), {"b": 1, "a": [2, "é"], "c": {"y": 0, "x": None}})
+print(json.dumps({"imported": names, "roots": roots}))
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that `load_backbone` takes: a tiny Llama of 512 positions with a byte-level tokenizer."""
+    return save_tiny_backbone(tmp_path_factory.mktemp("backbone"), max_positions=512)
+
+
+@pytest.fixture(scope="session")
+def fresh_interpreter(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a new Python process sees: `imported` modules of smartkv, the `roots` in `sys.modules` after that, and the
+    bytes of a `shard` it wrote. One process for all who ask: it starts for seconds."""
+    path = tmp_path_factory.mktemp("fresh") / "shard.safetensors"
+    environment = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FRESH, str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]) | {"shard": path.read_bytes()}

@@ -1,0 +1,254 @@
+"""Shards -> batches: every labelled row once an epoch, whatever the number of processes, and resumable inside an epoch.
+
+Rows are told apart by position, token and the keys of all heads, taken here straight from the shard files.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from datamodules.lifespan_shards import BlockLoader, BlockReader, KeyBatch, LifespanShards
+from smartkv.errors import SmartKVError
+from smartkv.rows import LabelledRows
+from smartkv.shards import Manifest
+from tests.lightning_fixtures import FOLLOW_UP, SINKS, WINDOW, labelled
+from tests.models import write_tiny_shards
+
+BATCH, BLOCK = 40, 9  # 28 labelled keys a window are cut into 9 + 9 + 9 + 1; 28 blocks, 4 a batch
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_shards: Path) -> LabelledRows:
+    return LabelledRows(Manifest.read(tiny_shards))
+
+
+def loader(
+    rows: LabelledRows,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int | None = 0,
+    epoch: int = 0,
+    batch_size: int = BATCH,
+    num_workers: int = 0,
+) -> BlockLoader:
+    blocks = rows.blocks("train", BLOCK)
+    made = BlockLoader(BlockReader(rows), blocks, batch_size, seed, rank, world_size, num_workers)
+    made.set_epoch(epoch)
+    return made
+
+
+def content(position: torch.Tensor, token: torch.Tensor, keys: torch.Tensor, target: torch.Tensor) -> Counter[Any]:
+    """Each row with everything that belongs to it."""
+    bits = keys.view(torch.int16).transpose(0, 1).flatten(1).tolist()
+    targets = target.T.double().mul(1e4).round().tolist()
+    return Counter(zip(position.tolist(), token.tolist(), map(tuple, bits), map(tuple, targets), strict=True))
+
+
+def of_batch(batch: KeyBatch) -> Counter[Any]:
+    return content(batch.position, batch.token, batch.keys, batch.target)
+
+
+def union(batches: Iterable[KeyBatch]) -> Counter[Any]:
+    return sum((of_batch(batch) for batch in batches), Counter())
+
+
+def equal(a: KeyBatch, b: KeyBatch) -> bool:
+    return a.global_rows == b.global_rows and all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in ("keys", "target", "position", "token")
+    )
+
+
+# -- an epoch ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_labelled_row_is_seen_exactly_once_an_epoch(
+    tiny_shards: Path, rows: LabelledRows, world_size: int
+) -> None:
+    seen = sum((union(loader(rows, rank, world_size)) for rank in range(world_size)), Counter())
+    truth = labelled(tiny_shards, "train")
+    assert seen == content(truth["position"], truth["token"], truth["keys"], truth["target"])
+
+
+def test_there_are_as_many_labelled_rows_as_the_definition_says(tiny_shards: Path) -> None:
+    truth = labelled(tiny_shards, "train")
+    assert truth["keys"].shape[1] == 7 * (WINDOW - FOLLOW_UP - SINKS)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_each_step_s_rows_do_not_depend_on_the_number_of_processes(rows: LabelledRows, world_size: int) -> None:
+    alone = [of_batch(batch) for batch in loader(rows)]
+    ranks = [list(loader(rows, rank, world_size)) for rank in range(world_size)]
+    assert [union(parts) for parts in zip(*ranks, strict=True)] == alone
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_global_rows_counts_the_rows_of_all_processes(rows: LabelledRows, world_size: int) -> None:
+    ranks = [list(loader(rows, rank, world_size)) for rank in range(world_size)]
+    for parts in zip(*ranks, strict=True):
+        assert {part.global_rows for part in parts} == {sum(part.keys.shape[1] for part in parts)}
+
+
+def test_the_length_is_the_number_of_batches(rows: LabelledRows) -> None:
+    batches = loader(rows)
+    assert len(batches) == len(list(batches)) == 7
+
+
+def test_no_batch_is_larger_than_asked_for(rows: LabelledRows) -> None:
+    assert max(batch.keys.shape[1] for batch in loader(rows)) <= BATCH
+
+
+def test_two_epochs_have_different_orders(rows: LabelledRows) -> None:
+    first, second = list(loader(rows, epoch=0)), list(loader(rows, epoch=1))
+    assert not all(equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_every_epoch_sees_the_same_rows(rows: LabelledRows) -> None:
+    assert union(loader(rows, epoch=0)) == union(loader(rows, epoch=1))
+
+
+def test_the_same_seed_and_epoch_give_the_same_order(rows: LabelledRows) -> None:
+    pairs = zip(loader(rows, seed=3, epoch=2), loader(rows, seed=3, epoch=2), strict=True)
+    assert all(equal(a, b) for a, b in pairs)
+
+
+def test_another_seed_gives_another_order(rows: LabelledRows) -> None:
+    assert not all(equal(a, b) for a, b in zip(loader(rows, seed=3), loader(rows, seed=4), strict=True))
+
+
+def test_without_a_seed_rows_come_in_the_order_of_the_shards(tiny_shards: Path, rows: LabelledRows) -> None:
+    position = torch.cat([batch.position for batch in loader(rows, seed=None)])
+    assert torch.equal(position, labelled(tiny_shards, "train")["position"])
+
+
+def test_a_second_pass_starts_anew(rows: LabelledRows) -> None:
+    batches = loader(rows)
+    assert union(batches) == union(batches)
+
+
+def test_reader_processes_yield_the_same_batches(rows: LabelledRows) -> None:
+    assert all(equal(a, b) for a, b in zip(loader(rows), loader(rows, num_workers=1), strict=True))
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("done", [1, 4, 6])
+def test_resuming_inside_an_epoch_yields_exactly_the_remaining_batches(rows: LabelledRows, done: int) -> None:
+    first = loader(rows, epoch=1)
+    iterator = iter(first)
+    for _ in range(done):
+        next(iterator)
+    resumed = loader(rows)
+    resumed.load_state_dict(first.state_dict())
+    assert all(equal(a, b) for a, b in zip(iterator, resumed, strict=True))
+
+
+def test_after_a_resumed_epoch_the_next_one_is_whole(rows: LabelledRows) -> None:
+    resumed = loader(rows)
+    resumed.load_state_dict({"epoch": 0, "consumed": 5})
+    assert len(list(resumed)) == 2
+    resumed.set_epoch(1)
+    assert union(resumed) == union(loader(rows, epoch=1))
+
+
+def test_resuming_at_the_end_of_an_epoch_starts_the_next_one(rows: LabelledRows) -> None:
+    resumed = loader(rows)
+    resumed.load_state_dict({"epoch": 0, "consumed": 7})
+    resumed.set_epoch(1)
+    assert all(equal(a, b) for a, b in zip(loader(rows, epoch=1), resumed, strict=True))
+
+
+def test_a_checkpoint_of_another_batch_size_is_refused(tiny_shards: Path) -> None:
+    state = LifespanShards(str(tiny_shards), batch_size=BATCH).state_dict()
+    with pytest.raises(SmartKVError, match="the same rows cannot follow"):
+        LifespanShards(str(tiny_shards), batch_size=BATCH + 1).load_state_dict(state)
+
+
+# -- one batch --------------------------------------------------------------------------------------------------------
+
+
+def test_a_process_without_rows_gets_an_empty_batch_of_the_right_shapes(rows: LabelledRows) -> None:
+    first, second = (next(iter(loader(rows, rank, 2, batch_size=BLOCK))) for rank in (0, 1))
+    assert first.keys.shape[1] == second.global_rows > 0
+    assert second.keys.shape == (4, 0, 8) and second.keys.dtype == torch.float16
+    assert second.target.shape == (4, 0) and second.target.dtype == torch.float32
+    assert second.position.shape == second.token.shape == (0,)
+
+
+def test_reading_a_batch_gives_the_asked_slice_of_each_shard(tiny_shards: Path, rows: LabelledRows) -> None:
+    blocks = rows.blocks("train", BLOCK)
+    chosen = [blocks[5], blocks[-2], blocks[0]]
+    batch = BlockReader(rows)[chosen, 99]
+    shards = [load_file(tiny_shards / block.file) for block in chosen]
+    here = [slice(block.start, block.stop) for block in chosen]
+    keys = [shard["keys"][:, :, at].flatten(0, 1) for shard, at in zip(shards, here, strict=True)]
+    tokens = [shard["token"][at] for shard, at in zip(shards, here, strict=True)]
+    assert torch.equal(batch.keys, torch.cat(keys, dim=1))
+    assert torch.equal(batch.token, torch.cat(tokens))
+
+
+def test_targets_are_log4_of_the_threshold_s_lifespan_capped_at_the_follow_up(tiny_shards: Path) -> None:
+    data = LifespanShards(str(tiny_shards), threshold=0.02, follow_up=16, batch_size=10_000, block=64)
+    data.setup("fit")
+    batch = next(iter(data.val_dataloader()))
+    lifespans = []
+    for entry in data.rows.manifest.of_split("validation"):
+        shard = load_file(tiny_shards / entry.file)
+        chosen = (shard["horizon"] >= 16) & (shard["position"] >= SINKS)
+        lifespans.append(shard["lifespan"][0][:, :, chosen].flatten(0, 1))
+    lifespan = torch.cat(lifespans, dim=1)
+    assert lifespan.max() > 16
+    torch.testing.assert_close(4.0**batch.target, lifespan.clamp(max=16).float())
+
+
+def test_layers_choose_the_gates_of_a_batch(tiny_shards: Path, rows: LabelledRows) -> None:
+    data = LifespanShards(str(tiny_shards), layers="1-1", batch_size=BATCH, block=BLOCK)
+    data.setup("fit")
+    batch, both = next(iter(data.train_dataloader())), next(iter(loader(rows)))
+    assert torch.equal(batch.keys, both.keys[2:])
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"layers": "1-7"}, "asks for 1-7, but the model has layers 0-1"),
+        ({"layers": "first"}, "'first' is no list of ranges"),
+        ({"threshold": 0.3}, r"threshold 0.3 was not harvested .* it holds 0.02, 0.05"),
+        ({"follow_up": WINDOW - SINKS}, "follow_up 60 leaves no key of a window of 64 tokens"),
+        ({"follow_up": 0}, "follow_up 0"),
+        ({"batch_size": 0}, "batch_size and block must be at least 1"),
+        ({"block": 0}, "batch_size and block must be at least 1"),
+    ],
+)
+def test_a_setting_that_the_shards_cannot_serve_is_refused(tiny_shards: Path, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(SmartKVError, match=said):
+        LifespanShards(str(tiny_shards), **wrong).setup("fit")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SmartKVError, match=str(tmp_path / "gone")):
+        LifespanShards(str(tmp_path / "gone")).setup("fit")
+
+
+@pytest.mark.parametrize("missing", ["train", "validation"])
+def test_shards_without_a_split_are_refused_before_training(tmp_path: Path, missing: str) -> None:
+    there = "validation" if missing == "train" else "train"
+    write_tiny_shards(tmp_path, splits=[(there, 2)])
+    with pytest.raises(SmartKVError, match=f"has no {missing} windows"):
+        LifespanShards(str(tmp_path)).setup("fit")
+
+
+def test_keys_post_rope_that_were_not_harvested_are_refused(tiny_shards: Path) -> None:
+    with pytest.raises(SmartKVError, match="keys_post_rope"):
+        data = LifespanShards(str(tiny_shards), inputs="keys_post_rope")
+        data.setup("fit")
+        next(iter(data.train_dataloader()))

@@ -1,0 +1,117 @@
+"""`python -m eval …` as a user types it, on a tiny backbone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.__main__ import main
+from tests.lightning_fixtures import ROOT, write_texts
+from tests.models import save_tiny_backbone
+
+PNG = b"\x89PNG"
+
+
+def run_eval(*args: str | Path) -> None:
+    main([str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
+    folder = tmp_path_factory.mktemp("calibrate")
+    texts = write_texts(folder / "texts")
+    run_eval("calibrate", "--backbone", tiny_backbone, "--out", folder / "out", "--window", "64", "--windows", "2",
+             "--sources", json.dumps([{"name": "mine", "path": str(texts)}]))  # fmt: skip
+    return folder / "out"
+
+
+def figures(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def test_calibrate_tells_the_architecture_and_the_key_site(calibrated: Path) -> None:
+    architecture = figures(calibrated / "calibrate.json")["architecture"]
+    assert (architecture["layers"], architecture["query_heads"], architecture["kv_heads"]) == (2, 4, 2)
+    assert architecture["gates"] == 4
+    assert architecture["pre_rope_key"]["module"] == "k_proj"
+
+
+def test_calibrate_describes_attention_by_layer_and_over_all_heads(calibrated: Path) -> None:
+    attention = figures(calibrated / "calibrate.json")["attention"]
+    assert len(attention["layers"]) == 2
+    for row in [*attention["layers"], attention["all_heads"]]:
+        assert set(row["percentiles"]) == {"50", "75", "90", "95", "99", "99.9"}
+        assert 0 <= row["min"] <= row["median"] <= row["suggested_threshold"] <= row["max"] <= 1
+        assert {"0.05", "0.1"} < set(row["share_above"])
+
+
+def test_calibrate_shows_that_a_higher_threshold_shortens_lives(calibrated: Path) -> None:
+    labels = figures(calibrated / "calibrate.json")["labels"]
+    assert list(labels) == ["0.02", "0.05", "0.11"]
+    means = [row["mean_log4_lifespan"] for row in labels.values()]
+    assert means == sorted(means, reverse=True)
+
+
+def test_calibrate_leaves_three_pictures(calibrated: Path) -> None:
+    pictures = sorted(calibrated.glob("*.png"))
+    names = [picture.stem for picture in pictures]
+    assert names == ["attention_by_layer", "lifespans_by_head", "lifespans_by_threshold"]
+    assert all(picture.read_bytes().startswith(PNG) for picture in pictures)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "gpt2"])
+def test_calibrate_works_for_every_family(family: str, tmp_path: Path) -> None:
+    backbone = save_tiny_backbone(tmp_path / "lm", family)
+    texts = write_texts(tmp_path / "texts", files=1)
+    run_eval("calibrate", "--backbone", backbone, "--out", tmp_path / "out", "--window", "32", "--windows", "1",
+             "--sources", json.dumps([{"name": "mine", "path": str(texts)}]))  # fmt: skip
+    assert (tmp_path / "out" / "calibrate.json").exists()
+
+
+def test_a_mistake_ends_in_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_eval("gates", "--gates", tmp_path / "none", "--shards", tmp_path, "--out", tmp_path / "out")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: gates") and error.count("\n") == 1
+
+
+def test_speed_measures_tokens_a_second_and_peak_memory(tmp_path: Path, tiny_backbone: Path) -> None:
+    ways = ["smartkv"]  # each is a process that starts for seconds
+    run_eval("speed", "--backbone", tiny_backbone, "--out", tmp_path, "--lengths", "[64]", "--repeats", "1",
+             "--threads", "1", "--ways", json.dumps(ways))  # fmt: skip
+    rows = figures(tmp_path / "speed.json")["harvest"]
+    assert [row["way"] for row in rows] == ways
+    assert all(row["tokens_per_second"] > 0 and row["peak_memory"] > 2**26 for row in rows)
+    assert (tmp_path / "harvest_speed.png").read_bytes().startswith(PNG)
+
+
+def test_both_ways_of_the_speed_command_give_the_same_lifespans(tiny_backbone: Path) -> None:
+    import torch
+
+    from eval.speed import _output_attentions
+    from smartkv import LabelSpec, label_window, load_backbone
+
+    lm, tokens = load_backbone(str(tiny_backbone), "float32"), torch.arange(100) % 250
+    ours = label_window(lm.model, tokens, LabelSpec((0.05,), (), 10)).lifespan[0]
+    lm.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        old = torch.stack(_output_attentions(lm, tokens))
+    assert torch.equal(ours.long(), old)
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [("benchmark_kv.py", "not part of SmartKV yet"), ("explore_model.py --help", "calibrate"),
+     ("generate_dataset.py --help", "--num_samples"), ("train_mlps.py --help", "--batch_size"),
+     ("export_heads.py --help", "{shards,gates}")],
+)  # fmt: skip
+def test_the_old_scripts_answer(script: str, says: str) -> None:
+    name, *args = script.split()
+    command = [sys.executable, str(ROOT / "scripts" / name), *args]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, cwd="/")
+    assert says in done.stdout + done.stderr

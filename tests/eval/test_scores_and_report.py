@@ -1,0 +1,122 @@
+"""`python -m eval gates` and `report`: figures against plain recomputation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchmetrics.functional import r2_score
+
+from eval.__main__ import main
+from smartkv import GateBank, Manifest, load_backbone
+from smartkv.rows import LabelledRows
+from tests.lightning_fixtures import fit
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    """The folder that harvest, fit and `eval gates` leave, as the demo's."""
+    root = tmp_path_factory.mktemp("run")
+    (root / "shards").symlink_to(tiny_shards)
+    export = {"class_path": "GateExport", "init_args": {"out": str(root / "gates" / "export")}}
+    fit(tiny_shards, root / "gates", callbacks=[export])
+    arguments = ["--gates", root / "gates" / "export", "--shards", root / "shards", "--out", root / "scores"]
+    main(["gates", *map(str, arguments)])
+    return root
+
+
+@pytest.fixture(scope="module")
+def scores(run: Path) -> dict[str, Any]:
+    return json.loads((run / "scores" / "gates.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(run: Path) -> LabelledRows:
+    return LabelledRows(Manifest.read(run / "shards"), 0.05)
+
+
+def whole_split(rows: LabelledRows, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = rows.blocks(split)
+    keys = torch.cat([rows.keys(block) for block in blocks], dim=1)
+    return keys, torch.cat([rows.target(block) for block in blocks], dim=1)
+
+
+def test_r2_is_that_of_the_exported_gates_on_all_validation_keys(
+    run: Path, scores: dict[str, Any], rows: LabelledRows
+) -> None:
+    keys, target = whole_split(rows, "validation")
+    with torch.no_grad():
+        prediction = GateBank.from_pretrained(run / "gates" / "export")(keys.float())[..., 0]
+    expected = r2_score(prediction.double().T, target.double().T, multioutput="raw_values")
+    assert list(scores["r2_head"]) == ["L00H0", "L00H1", "L01H0", "L01H1"]
+    assert list(scores["r2_head"].values()) == pytest.approx(expected.tolist(), abs=1e-6)
+    assert scores["r2_mean"] == pytest.approx(float(expected.mean()), abs=1e-6)
+    assert scores["r2_median"] == pytest.approx(float(expected.median()), abs=1e-6)
+
+
+def test_the_exported_figure_is_the_one_that_fit_logged(run: Path, scores: dict[str, Any]) -> None:
+    config = json.loads((run / "gates" / "export" / "config.json").read_text())
+    assert config["details"]["metrics"]["val_r2_mean"] == pytest.approx(scores["r2_mean"], abs=1e-4)
+
+
+def test_the_constant_null_is_the_mean_of_the_training_labels(scores: dict[str, Any], rows: LabelledRows) -> None:
+    _, train = whole_split(rows, "train")
+    _, target = whole_split(rows, "validation")
+    constant = train.mean(dim=1, keepdim=True).expand_as(target)
+    expected = r2_score(constant.double().T, target.double().T, multioutput="raw_values")
+    assert list(scores["r2_head_nulls"]["constant"].values()) == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_every_null_stands_beside_the_gates(scores: dict[str, Any]) -> None:
+    assert set(scores["r2_nulls"]) == {"constant", "position", "token_table", "random"}
+    assert scores["r2_above_token_table"] == pytest.approx(scores["r2_mean"] - scores["r2_token_table"])
+    low, high = scores["r2_mean_interval_95"]
+    assert low <= scores["r2_mean"] <= high
+
+
+def test_gates_leave_three_pictures(run: Path) -> None:
+    names = sorted(path.stem for path in (run / "scores").glob("*.png"))
+    assert names == ["predicted_against_true", "r2_by_head", "r2_by_layer"]
+
+
+@pytest.fixture(scope="module")
+def report(run: Path) -> dict[str, Any]:
+    main(["report", "--run", str(run), "--out", str(run), "--score_from", "16"])
+    return json.loads((run / "report.json").read_text())
+
+
+def test_the_report_has_what_it_promises(report: dict[str, Any], scores: dict[str, Any], run: Path) -> None:
+    assert report["heads"] == 4
+    assert report["tokens_harvested"] == 10 * 64
+    assert report["texts"][0]["name"] == "mine"
+    for name in ("r2_mean", "r2_median", "r2_token_table"):
+        assert report[name] == scores[name]
+    assert GateBank.from_pretrained(report["gates"])
+    assert load_backbone(report["model"])
+
+
+def test_nll_full_is_the_frozen_models_on_the_validation_windows(report: dict[str, Any], run: Path) -> None:
+    manifest = Manifest.read(run / "shards")
+    model = load_backbone(manifest.arguments["backbone"], "float32").model
+    rows = LabelledRows(manifest)
+    total, count = 0.0, 0
+    for entry in manifest.of_split("validation"):
+        from safetensors.torch import load_file
+
+        for tokens in load_file(rows.manifest.folder / entry.file)["token"].view(-1, manifest.window).long():
+            with torch.no_grad():
+                logs = model(tokens[None]).logits[0].log_softmax(dim=-1)
+            total -= float(logs[15:-1].gather(1, tokens[16:, None]).sum())
+            count += manifest.window - 16
+    assert report["nll_full"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_report_that_is_there_is_shown_again(
+    run: Path, report: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "report.json").stat().st_mtime_ns
+    main(["report", "--run", str(run), "--out", str(run), "--reuse", "true"])
+    assert (run / "report.json").stat().st_mtime_ns == before
+    shown = capsys.readouterr().out
+    assert f"mean R² {report['r2_mean']:.3f}" in shown and "r2_by_layer.png" in shown
