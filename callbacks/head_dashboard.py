@@ -1,14 +1,16 @@
 """What TensorBoard shows of the heads, and the table at the end of a fit."""
 
+import csv
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
 from rich.table import Table
 
+from callbacks.console import make_console
 from callbacks.pictures import heads_heatmap, predicted_against_true
 from lightning_modules.gates import LifespanGates, head_name
 from smartkv.nulls import score_nulls
@@ -19,7 +21,7 @@ SUMMARY_TAGS = ["val_r2_mean", "val_r2_median", "val_r2_p10", "val_r2_min"]
 
 class HeadDashboard(L.Callback):
     """Nulls, heatmap of R² by layer and head, predicted-against-true histograms, custom scalar layout, hparams with the
-    final figure, and a table by layer.
+    final figure; at the end a table by layer, and `heads.csv` in the run's folder with every head.
 
     Args:
         sample_windows: validation windows whose keys are drawn in the histograms.
@@ -75,25 +77,39 @@ class HeadDashboard(L.Callback):
             settings = {k: v for k, v in pl_module.hparams.items() if not k.startswith("_")}
             logger.log_hyperparams({**settings, **data}, metrics=final)
             logger.save()
-        Console().print(self.table(pl_module))
+        path = Path(trainer.default_root_dir) / "heads.csv"
+        self._write_heads(path, pl_module)
+        console = make_console()
+        console.print(self._table(pl_module))
+        console.print(f"every head: {path}", highlight=False)
 
-    def table(self, module: LifespanGates) -> Table:
-        """R² of the last validation beside the nulls, and training losses of the first and last epoch, by layer."""
-        table = Table(title="Gates by layer: mean over KV heads, last epoch")
+    def _columns(self, module: LifespanGates) -> dict[str, torch.Tensor]:
+        """R² of the last validation, the nulls, training losses of the first and last epoch: `[gates]` each."""
+        columns = {"R²": module.val_r2_head, **{f"R² {name}": sums.r2() for name, sums in self.nulls.items()}}
         epochs = [entry for entry in module.loss_history if "train" in entry]
-        columns = ["R²", *(f"R² {name}" for name in self.nulls)]
-        values = [module.val_r2_head, *(sums.r2() for sums in self.nulls.values())]
-        if epochs:
-            columns += [f"loss, epoch {epochs[0]['epoch']}", f"loss, epoch {epochs[-1]['epoch']}"]
-            values += [torch.tensor(epochs[0]["train"]), torch.tensor(epochs[-1]["train"])]
-        table.add_column("layer", justify="right")
-        for column in columns:
-            table.add_column(column, justify="right")
-        by_layer = [value.view(len(module.bank.layers), -1).nanmean(dim=1).tolist() for value in values]
+        for entry in epochs[:1] + epochs[-1:]:
+            columns[f"loss, epoch {entry['epoch']}"] = torch.tensor(entry["train"])
+        return columns
+
+    def _write_heads(self, path: Path, module: LifespanGates) -> None:
+        columns = self._columns(module)
+        rows = zip(module.bank.heads, *(values.tolist() for values in columns.values()), strict=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["head", *columns])
+            writer.writerows([head_name(*head), *values] for head, *values in rows)
+
+    def _table(self, module: LifespanGates) -> Table:
+        columns = self._columns(module)
+        table = Table(title="Gates by layer, mean over KV heads")
+        for name in ("layer", *columns):
+            table.add_column(name.replace("_", " "), justify="right")
+        by_layer = [v.view(len(module.bank.layers), -1).nanmean(dim=1).tolist() for v in columns.values()]
         for layer, *cells in zip(module.bank.layers, *by_layer, strict=True):
             table.add_row(str(layer), *(f"{cell:.3f}" for cell in cells))
         table.add_section()
-        table.add_row("mean", *(f"{float(value.nanmean()):.3f}" for value in values))
+        table.add_row("mean", *(f"{float(value.nanmean()):.3f}" for value in columns.values()))
         return table
 
 

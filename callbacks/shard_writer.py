@@ -1,6 +1,5 @@
 """Write each shard as it is made, and the manifest when all are there."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from torch import Tensor
 
 from datamodules.documents import DocumentWindows, WindowRun
 from lightning_modules.harvest import Harvest
-from smartkv.errors import SmartKVError
-from smartkv.shards import FORMAT_VERSION, Manifest, entry_of, read_header, write_shard
+from smartkv.shards import Manifest, entry_of, write_shard
 
 
 class ShardWriter(BasePredictionWriter):
@@ -24,16 +22,6 @@ class ShardWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Harvest) -> None:
         trainer.predict_loop.return_predictions = False  # true by default, and would keep every shard in memory
-        data: DocumentWindows = trainer.datamodule
-        expected = _metadata(pl_module, data)
-        for run in data.runs:
-            path = data.out / run.file
-            if run not in data.todo and (there := read_header(path)) != expected:
-                changed = sorted(k for k in expected if there.get(k) != expected[k])
-                raise SmartKVError(
-                    f"{path} was harvested with other settings (it differs in {', '.join(changed)}): "
-                    "give another 'out', or delete that folder"
-                )
 
     def write_on_batch_end(
         self,
@@ -46,9 +34,10 @@ class ShardWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         data: DocumentWindows = trainer.datamodule
-        write_shard(data.out / batch.file, prediction, _metadata(pl_module, data))
+        write_shard(data.out / batch.file, prediction, pl_module.header)
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: Harvest) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: Harvest, stage: str) -> None:
+        # not in on_predict_end, which a process without shards to make never sees
         trainer.strategy.barrier("all shards are written")
         if trainer.is_global_zero and not _cut_short(trainer):
             manifest = _manifest(pl_module, trainer.datamodule)
@@ -64,19 +53,6 @@ def _cut_short(trainer: L.Trainer) -> bool:
     """A run limited to a few batches leaves shards to be made, and so no manifest."""
     data: DocumentWindows = trainer.datamodule
     return any(not (data.out / run.file).exists() for run in data.runs)
-
-
-def _metadata(module: Harvest, data: DocumentWindows) -> dict[str, Any]:
-    """The header of every shard of a run. As JSON gives it back, so that it compares equal."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": asdict(module.lm.fingerprint),
-        "thresholds": list(module.spec.thresholds),
-        "ages": list(module.spec.ages),
-        "follow_up": module.spec.follow_up,
-        "window": data.window,
-        "arguments": module.arguments,
-    }
 
 
 def _manifest(module: Harvest, data: DocumentWindows) -> Manifest:

@@ -5,7 +5,7 @@ process and every later run works on the same ones.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.packing import Packer, Window, shares
@@ -117,12 +116,18 @@ def plan_windows(
 
 
 def _merge(sources: list[Source]) -> list[Source]:
-    """Sources that fell back on the same text become one, with their weights added."""
-    merged: dict[tuple[str, str], Source] = {}
+    """Sources that fell back on the built-in prose become one, with their weights added.
+
+    Raises:
+        SmartKVError: two other sources of one name.
+    """
+    merged: dict[str, Source] = {}
     for source in sources:
-        key = (source.name, source.origin)
-        weight = source.weight + (merged[key].weight if key in merged else 0)
-        merged[key] = Source(source.name, weight, source.origin, source.documents)
+        if (there := merged.get(source.name)) is not None:
+            if source.origin != "builtin" or there.origin != "builtin":
+                raise SmartKVError(f"two sources are named '{source.name}': give each a name of its own")
+            source = Source(source.name, source.weight + there.weight, source.origin, source.documents)
+        merged[source.name] = source
     return list(merged.values())
 
 
@@ -130,7 +135,7 @@ def _seed(seed: int, split: int, source: int) -> list[int]:
     return [seed, split, source + 1]
 
 
-class WindowRuns(Dataset):
+class WindowRuns(Sequence):
     """Item = the windows of one shard, so that however shards are dealt to processes, each is made by one."""
 
     def __init__(self, plan: WindowPlan, runs: list["WindowRun"]) -> None:
@@ -199,6 +204,7 @@ class DocumentWindows(L.LightningDataModule):
         self.out, self.backbone, self.sources, self.counts = Path(out), backbone, sources, asdict(windows)
         self.window, self.windows_per_document = window, windows_per_document
         self.windows_per_shard, self.seed, self.trust_remote_code = windows_per_shard, seed, trust_remote_code
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards to do than processes
         self.plan: WindowPlan | None = None
         self.runs: list[WindowRun] = []
 
@@ -251,14 +257,28 @@ class DocumentWindows(L.LightningDataModule):
             path.unlink()  # truncated by something other than us; it is made again
             return False
 
-    def predict_dataloader(self) -> DataLoader:
-        assert self.plan is not None
-        # a map-style dataset is split across processes by the Trainer, without overlap and without repeats
-        return DataLoader(WindowRuns(self.plan, self.todo), batch_size=1, shuffle=False, collate_fn=_only_one)
+    def check_shards(self, header: dict[str, Any]) -> None:
+        """Refuse to add to shards that were made with other settings or another model.
 
+        Args:
+            header: of the shards that this run makes.
 
-def _only_one(runs: list[WindowRun]) -> WindowRun:
-    return runs[0]
+        Raises:
+            SmartKVError: naming the shard and what differs.
+        """
+        for run in self.runs:
+            path = self.out / run.file
+            if run not in self.todo and (there := read_header(path)) != header:
+                changed = sorted(key for key in header if there.get(key) != header[key])
+                raise SmartKVError(
+                    f"{path} was harvested with other settings (it differs in {', '.join(changed)}): "
+                    "give another 'out', or delete that folder"
+                )
+
+    def predict_dataloader(self) -> WindowRuns:
+        """This process's shards. Dealt here and not by the Trainer's sampler, which wants one for every process."""
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return WindowRuns(self.plan, self.todo[rank::world_size])
 
 
 def read_plan(folder: Path) -> WindowPlan:

@@ -86,7 +86,8 @@ class BlockLoader:
         return -(-len(self.blocks) // self.blocks_per_batch)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        if epoch != self.epoch:  # in the same one, a resumed run goes on where it was
+            self.epoch, self.consumed = epoch, 0
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "consumed": self.consumed}

@@ -84,12 +84,14 @@ class _Known:
         local: file or folder under the data folder, by our split; "*" serves all splits.
         render: record -> text.
         id: the record's field that names it, or None: its number.
+        fields: the record's fields that `render` needs, in a local file.
     """
 
     hub: tuple[str, str | None, dict[str, str]]
     local: dict[str, str]
     render: Callable[[dict[str, Any]], str]
     id: str | None = None
+    fields: tuple[str, ...] = ()
 
 
 def _problem(record: dict[str, Any]) -> str:
@@ -117,11 +119,22 @@ KNOWN: dict[str, _Known | None] = {
         ("openai/gsm8k", "main", {"train": "train", "validation": "train", "test": "test"}),
         {"train": "gsm8k/train.jsonl", "validation": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
         _question,
+        fields=("question", "answer"),
     ),
     "math500": _Known(
-        ("HuggingFaceH4/MATH-500", None, {"*": "test"}), {"*": "math/math500.jsonl"}, _problem, "unique_id"
+        ("HuggingFaceH4/MATH-500", None, {"*": "test"}),
+        {"*": "math/math500.jsonl"},
+        _problem,
+        "unique_id",
+        ("problem", "solution"),
     ),
-    "aime24": _Known(("HuggingFaceH4/aime_2024", None, {"*": "train"}), {"*": "math/aime24.jsonl"}, _problem, "id"),
+    "aime24": _Known(
+        ("HuggingFaceH4/aime_2024", None, {"*": "train"}),
+        {"*": "math/aime24.jsonl"},
+        _problem,
+        "id",
+        ("problem", "solution"),
+    ),
     "c4": _Known(("allenai/c4", "en", {"*": "validation"}), {"*": "webtext/c4_sample.jsonl"}, _web),
     "builtin": None,
 }
@@ -172,14 +185,20 @@ def _own_split(name: str, known_split: bool, split: str) -> bool:
     return split == ("train" if share < 0.8 else "validation" if share < 0.9 else "test")
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+def _records(path: Path, *fields: str) -> Iterator[dict[str, Any]]:
+    """The lines of a .jsonl file; each must have these fields."""
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise SmartKVError(f"{path}, line {number}: not JSON ({error})") from error
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except ValueError as error:  # not UTF-8, or not JSON
+                raise SmartKVError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from error
+            if not isinstance(record, dict) or not all(isinstance(record.get(field), str) for field in fields):
+                wanted = " and ".join(f"'{field}'" for field in fields)
+                raise SmartKVError(f"{path}, line {number}: expected an object with strings in {wanted}")
+            yield record
 
 
 def _select(
@@ -203,11 +222,12 @@ def _local(known: _Known) -> Callable[[str], Iterator[Document]]:
     def documents(split: str) -> Iterator[Document]:
         path = paths[split]
         if path.is_dir():
-            yield from _text_files(sorted(path.glob("*.txt")))
+            for file in sorted(path.glob("*.txt")):
+                yield _text_file(file, file.stem)
         else:
             # a file that serves several splits is divided by id
             settled = list(paths.values()).count(path) == 1
-            yield from _select(_records(path), known, path.stem, split, settled)
+            yield from _select(_records(path, *known.fields), known, path.stem, split, settled)
 
     return documents
 
@@ -234,31 +254,26 @@ def _hub(known: _Known) -> Callable[[str], Iterator[Document]]:
     return documents
 
 
-def _text_files(paths: list[Path]) -> Iterator[Document]:
-    for path in paths:
-        yield Document(path.stem, path.read_text(encoding="utf-8", errors="replace"))
+def _text_file(path: Path, name: str) -> Document:
+    return Document(name, path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _own_texts(path: Path, split: str) -> Iterator[Document]:
-    """Documents of a user's own folder or file."""
+    """Documents of a user's own folder or file, named by their path in it."""
     settled = path.is_dir() and (path / split).is_dir()
     if path.is_dir() and not settled and any((path / other).is_dir() for other in SPLITS):
         return  # it has splits, but not this one
     root = path / split if settled else path
     for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        name = str(file.relative_to(root).with_suffix("")) if root.is_dir() else file.stem
         if file.suffix == ".txt":
-            documents = _text_files([file])
+            documents = iter([_text_file(file, name)])
         elif file.suffix == ".jsonl":
-            documents = (Document(f"{file.stem}/{i}", _text_of(r, file, i)) for i, r in enumerate(_records(file)))
+            records = enumerate(_records(file, "text"))
+            documents = (Document(f"{name}/{number}", record["text"]) for number, record in records)
         else:
             continue
         yield from (document for document in documents if _own_split(document.id, settled, split))
-
-
-def _text_of(record: dict[str, Any], path: Path, number: int) -> str:
-    if not isinstance(record.get("text"), str):
-        raise SmartKVError(f"{path}, record {number + 1}: a string in the field 'text' is expected")
-    return record["text"]
 
 
 def _builtin(split: str) -> Iterator[Document]:

@@ -9,10 +9,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from callbacks.console import make_console
 from callbacks.pictures import heads_heatmap, lines_by_layer, survival
 from datamodules.documents import plan_windows
 from datamodules.sources import SourceConfig
-from eval.console import make_console
 from eval.results import save_picture, write_result
 from smartkv import backbones
 from smartkv.backbones import load_backbone

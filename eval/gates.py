@@ -9,8 +9,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from callbacks.console import make_console
 from callbacks.pictures import heads_heatmap, lines_by_layer, predicted_against_true
-from eval.console import make_console
 from eval.results import save_picture, write_result
 from lightning_modules.gates import head_name
 from smartkv.gates import GateBank, format_layers

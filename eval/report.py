@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from callbacks.console import make_console
 from datamodules.documents import read_plan
-from eval.console import make_console
 from eval.results import read_result, write_result
 from smartkv.backbones import load_backbone
 from smartkv.perplexity import window_nll

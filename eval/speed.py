@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
+from callbacks.console import make_console
 from callbacks.pictures import COLOURS
-from eval.console import make_console
 from eval.results import save_picture, write_result
 from smartkv import backbones
 from smartkv.backbones import Backbone, load_backbone

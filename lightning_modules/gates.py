@@ -70,6 +70,11 @@ class LifespanGates(L.LightningModule):
         self.val_r2 = R2Score(multioutput="raw_values").set_dtype(torch.float64)
         self.train_loss_head, self.val_loss_head = HeadMean(gates), HeadMean(gates)
 
+    def setup(self, stage: str) -> None:
+        rows = self.trainer.datamodule.rows
+        for block in rows.blocks("validation")[self.global_rank :: self.trainer.world_size]:
+            rows.checked_keys(block)  # those of training are checked while they are averaged
+
     @torch.no_grad()
     def on_fit_start(self) -> None:
         """Mean and std of the training keys; each gate's output starts at its mean target. A resumed run has them."""
@@ -118,7 +123,8 @@ class LifespanGates(L.LightningModule):
         self.val_loss_head.update(self.row_loss(prediction, batch.target))
 
     def on_validation_epoch_end(self) -> None:
-        r2, loss = self.val_r2.compute(), self.val_loss_head.compute()
+        # torchmetrics makes a scalar of a single head's figure
+        r2, loss = self.val_r2.compute().reshape(-1), self.val_loss_head.compute().reshape(-1)
         self.val_r2.reset()
         self.val_loss_head.reset()
         self.val_r2_head = r2.cpu()
@@ -133,7 +139,7 @@ class LifespanGates(L.LightningModule):
             self.loss_history.append({"epoch": self.current_epoch, "val": loss.tolist()})
 
     def on_train_epoch_end(self) -> None:
-        loss = self.train_loss_head.compute()
+        loss = self.train_loss_head.compute().reshape(-1)
         self.train_loss_head.reset()
         self._log_heads("train_loss_head", loss)
         if self.loss_history and self.loss_history[-1]["epoch"] == self.current_epoch:
@@ -153,7 +159,7 @@ class LifespanGates(L.LightningModule):
             {"params": biases, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.hparams.learning_rate)
-        total, warmup = self.trainer.estimated_stepping_batches, self.hparams.warmup_steps
+        total, warmup = self._total_steps(), self.hparams.warmup_steps
 
         def factor(step: int) -> float:
             if step < warmup:
@@ -164,6 +170,16 @@ class LifespanGates(L.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> float:
+        """Optimiser steps of the whole run. The Trainer's own estimate would load the data before a checkpoint is
+        restored, and so lose the place in the epoch."""
+        if self.trainer.max_steps >= 0:
+            return self.trainer.max_steps
+        if self.trainer.max_epochs < 0:
+            return math.inf
+        batches = len(self.trainer.datamodule.train_dataloader())
+        return self.trainer.max_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["loss_history"] = self.loss_history

@@ -1,6 +1,7 @@
 """Harvest: a frozen LM over windows; keys and labels out of its own attention step. For `predict`."""
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -12,7 +13,7 @@ from smartkv import backbones
 from smartkv.backbones import Backbone, load_backbone
 from smartkv.errors import SmartKVError
 from smartkv.lifespans import LabelSpec, check_window, label_window
-from smartkv.shards import SPLITS
+from smartkv.shards import FORMAT_VERSION, SPLITS
 
 
 class Harvest(L.LightningModule):
@@ -62,6 +63,19 @@ class Harvest(L.LightningModule):
             "threads": self.threads,
         }
 
+    @property
+    def header(self) -> dict[str, Any]:
+        """The metadata of every shard of this run, as JSON gives it back."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": asdict(self.lm.fingerprint),
+            "thresholds": list(self.spec.thresholds),
+            "ages": list(self.spec.ages),
+            "follow_up": self.spec.follow_up,
+            "window": self.trainer.datamodule.window,
+            "arguments": self.arguments,
+        }
+
     def setup(self, stage: str) -> None:
         if self.sinks < 0 or self.threads < 1:
             raise SmartKVError(f"sinks must be at least 0 and threads at least 1, got {self.sinks} and {self.threads}")
@@ -82,6 +96,7 @@ class Harvest(L.LightningModule):
             device = self.trainer.strategy.root_device  # `self.device` is still the CPU at this point
             self.frozen.append(load_backbone(self.backbone, self.dtype_name, device, **options))
         check_window(self.lm.model, data.window)
+        data.check_shards(self.header)
 
     def predict_step(self, run: WindowRun, batch_idx: int) -> dict[str, Tensor]:
         """The tensors of one shard (see `smartkv.shards`), all its windows one after another."""

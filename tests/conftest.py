@@ -52,3 +52,19 @@ def fresh_interpreter(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]) | {"shard": path.read_bytes()}
+
+
+@pytest.fixture(scope="session")
+def tiny_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of made texts with a train and a validation split."""
+    from tests.lightning_fixtures import write_texts
+
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, tiny_texts: Path) -> Path:
+    """A real harvest of the tiny model: 7 training and 3 validation windows of 64 tokens."""
+    from tests.lightning_fixtures import harvest
+
+    return harvest(tmp_path_factory.mktemp("harvest") / "shards", tiny_backbone, tiny_texts)

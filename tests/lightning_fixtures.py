@@ -13,14 +13,16 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from torch import Tensor
 
 import main
 from callbacks import ShardWriter
 from datamodules.documents import DocumentWindows, WindowCounts
+from datamodules.lifespan_shards import LifespanShards
 from datamodules.sources import SourceConfig
-from lightning_modules import Harvest
+from lightning_modules import Harvest, LifespanGates
 from smartkv.backbones import Fingerprint
 from smartkv.lifespans import LabelSpec
 from smartkv.shards import SPLITS, Manifest, ShardEntry, entry_of, write_shard
@@ -55,21 +57,13 @@ def run_cli(*args: str | Path) -> None:
         main.main([str(arg) for arg in args])
 
 
-def run_command(*args: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """`python main.py …` in a process of its own."""
-    done = subprocess.run(command(*args), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def command(*args: str | Path) -> list[str]:
-    return [sys.executable, str(ROOT / "main.py"), *(str(arg) for arg in args)]
-
-
-def environment() -> dict[str, str]:
-    """One thread a process, and a free port for a process group."""
+def run_command(*args: str | Path) -> None:
+    """`python main.py …` in a process of its own, one thread each, with a free port for a group of processes."""
+    command = [sys.executable, "main.py", *(str(arg) for arg in args)]
     kept = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK")}
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def write_config(path: Path, config: dict[str, Any]) -> Path:
@@ -259,6 +253,16 @@ def fit(shards: Path, root: Path, **settings: Any) -> Watcher:
     settings["callbacks"] = [*settings.get("callbacks", ()), WATCHER]
     config = write_config(root.with_name(f"{root.name}-fit.yaml"), gates_config(shards, root, **settings))
     run_cli("fit", "-c", config)
+    return Watcher.last
+
+
+def fit_by_trainer(shards: Path, root: Path, **settings: Any) -> Watcher:
+    """The same without the command line, which takes longer to read a config than these fits take to run."""
+    config = gates_config(shards, root, **settings)
+    L.seed_everything(config["seed_everything"])
+    logger = CSVLogger(**config["trainer"]["logger"]["init_args"])
+    trainer = L.Trainer(**config["trainer"] | {"callbacks": [Watcher()], "logger": logger})
+    trainer.fit(LifespanGates(**config["model"]["init_args"]), datamodule=LifespanShards(**config["data"]["init_args"]))
     return Watcher.last
 
 

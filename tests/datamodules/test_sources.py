@@ -308,7 +308,7 @@ def test_a_broken_line_is_named_with_its_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize("record", [{"body": "x"}, {"text": 3}, {"text": None}])
 def test_a_record_without_text_is_named_with_its_number(tmp_path: Path, record: dict[str, Any]) -> None:
     path = write_jsonl(tmp_path / "odd.jsonl", [{"text": "fine"}, record])
-    with pytest.raises(SmartKVError, match=r"odd\.jsonl, record 2: .*'text'"):
+    with pytest.raises(SmartKVError, match=r"odd\.jsonl, line 2: .*'text'"):
         everything(own(path))
 
 
@@ -325,7 +325,20 @@ def test_a_jsonl_that_is_not_utf8_is_told_in_one_line(tmp_path: Path) -> None:
         everything(own(path))
 
 
-def test_a_local_record_that_lacks_a_field_is_told_in_one_line(local_data: Path) -> None:
-    write_jsonl(local_data / "gsm8k/train.jsonl", [{"question": "and the answer?"}])
-    with pytest.raises(SmartKVError, match=r"answer"):
-        by_split(resolve(SourceConfig("gsm8k"), quiet))
+@pytest.mark.parametrize(
+    ("name", "file", "record"),
+    [
+        ("gsm8k", "gsm8k/train.jsonl", {"question": "and the answer?"}),
+        ("math500", "math/math500.jsonl", {"unique_id": "a", "problem": "and the solution?"}),
+        ("math500", "math/math500.jsonl", {"problem": "who am I?", "solution": "nobody knows"}),
+        ("aime24", "math/aime24.jsonl", {"problem": "who am I?", "solution": "nobody knows"}),
+        ("c4", "webtext/c4_sample.jsonl", {"url": "and the text?"}),
+    ],
+    ids=["gsm8k answer", "math500 solution", "math500 id", "aime24 id", "c4 text"],
+)
+def test_a_local_record_that_lacks_a_field_is_told_in_one_line(
+    local_data: Path, name: str, file: str, record: dict[str, Any]
+) -> None:
+    write_jsonl(local_data / file, [record])
+    with pytest.raises(SmartKVError, match=Path(file).name):
+        by_split(resolve(SourceConfig(name), quiet))

@@ -1,0 +1,140 @@
+"""Runs of `fit`: any number of processes, checkpoints that can be gone on from, mistakes told in one line."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smartkv.shards import Manifest, entry_of, write_shard
+from tests.lightning_fixtures import (
+    STEPS_AN_EPOCH,
+    Watcher,
+    error_line,
+    fit,
+    gates_config,
+    last_logged,
+    refused,
+    run_cli,
+    run_command,
+    weights,
+    write_config,
+)
+
+# -- processes and checkpoints ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_validate_from_a_checkpoint_gives_the_figures_of_the_fit(
+    tiny_shards: Path, root: Path, trained: Watcher, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path.with_name(f"{tmp_path.name}-validate.yaml"), gates_config(tiny_shards, tmp_path))
+    run_cli("validate", "-c", config, "--ckpt_path", root / "checkpoints" / f"step={2 * STEPS_AN_EPOCH}.ckpt")
+    assert last_logged(tmp_path)["val_r2_mean"] == pytest.approx(last_logged(root)["val_r2_mean"], abs=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_two_processes_reach_the_figures_of_one(
+    tiny_shards: Path, root: Path, trained: Watcher, tmp_path: Path, strategy: str
+) -> None:
+    config = gates_config(tiny_shards, tmp_path, trainer={"devices": 2, "strategy": strategy})
+    path = write_config(tmp_path.with_name(f"{tmp_path.name}-two.yaml"), config)
+    if strategy == "ddp":
+        run_command("fit", "-c", path)  # a real command line, which starts both processes anew
+    else:
+        run_cli("fit", "-c", path)
+    assert last_logged(tmp_path)["val_r2_mean"] == pytest.approx(last_logged(root)["val_r2_mean"], abs=1e-3)
+
+
+def test_the_same_seed_gives_the_same_gates(tiny_shards: Path, trained: Watcher, tmp_path: Path) -> None:
+    again = weights(fit(tiny_shards, tmp_path).module)
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights(trained.module).items())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("step", [4, STEPS_AN_EPOCH, 14], ids=["first epoch", "between epochs", "second epoch"])
+def test_a_resumed_fit_ends_with_the_weights_of_the_uninterrupted_one(
+    tiny_shards: Path, root: Path, trained: Watcher, tmp_path: Path, step: int
+) -> None:
+    config = gates_config(tiny_shards, tmp_path, callbacks=[{"class_path": "tests.lightning_fixtures.Watcher"}])
+    checkpoint = root / "checkpoints" / f"step={step}.ckpt"
+    run_cli(
+        "fit",
+        "-c",
+        write_config(tmp_path.with_name(f"{tmp_path.name}-resumed.yaml"), config),
+        "--ckpt_path",
+        checkpoint,
+    )
+    resumed = Watcher.last
+    assert resumed.steps[-1] == 2 * STEPS_AN_EPOCH
+    for name, tensor in weights(trained.module).items():
+        torch.testing.assert_close(weights(resumed.module)[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_checkpoints_hold_nothing_that_needs_unpickling(root: Path, trained: Watcher) -> None:
+    checkpoint = torch.load(root / "checkpoints" / "step=14.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 14
+
+
+def test_a_checkpoint_of_another_batch_size_stops_with_one_line(
+    tiny_shards: Path, root: Path, trained: Watcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(
+        tmp_path.with_name(f"{tmp_path.name}-other.yaml"), gates_config(tiny_shards, tmp_path, data={"batch_size": 48})
+    )
+    said = refused(capsys, "fit", "-c", config, "--ckpt_path", root / "checkpoints" / "step=4.ckpt")
+    assert "the same rows cannot follow" in error_line(said)
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_keys_that_are_nan_stop_with_one_line_naming_the_file(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str
+) -> None:
+    shards = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    path = shards / f"{split}-00001.safetensors"
+    tensors = load_file(path)
+    tensors["keys"][1, 1, 10, 3] = float("nan")
+    write_shard(path, tensors, {})
+    manifest = Manifest.read(tiny_shards)  # and the manifest as a harvest would have left it
+    entries = [entry_of(shards / entry.file, entry.split, entry.windows, entry.tokens) for entry in manifest.shards]
+    replace(manifest, folder=shards, shards=entries).write()
+    config = write_config(tmp_path / "fit.yaml", gates_config(shards, tmp_path / "fit"))
+    said = error_line(refused(capsys, "fit", "-c", config))
+    assert str(path) in said and "NaN" in said
+
+
+def test_a_missing_shards_folder_stops_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path / "fit.yaml", gates_config(tmp_path / "gone", tmp_path / "fit"))
+    assert str(tmp_path / "gone") in error_line(refused(capsys, "fit", "-c", config))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model": {"lerning_rate": 0.1}}, "lerning_rate"),
+        ({"data": {"treshold": 0.1}}, "treshold"),
+        ({"trainer": {"max_epoch": 3}}, "max_epoch"),
+        ({"model": {"loss": "hubber"}}, "hubber"),
+        ({"data": {"inputs": "kyes"}}, "kyes"),
+    ],
+    ids=["model", "data", "trainer", "loss", "inputs"],
+)
+def test_a_misspelt_setting_is_named_without_a_traceback(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], named: str
+) -> None:
+    config = write_config(tmp_path / "fit.yaml", gates_config(tiny_shards, tmp_path / "fit", **change))
+    assert named in refused(capsys, "fit", "-c", config, status=None)
+
+
+@pytest.mark.parametrize(("name", "value"), [("hidden", 0), ("learning_rate", -0.1), ("huber_delta", 0.0)])
+def test_a_setting_that_makes_no_sense_stops_with_one_line(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: float
+) -> None:
+    config = write_config(tmp_path / "fit.yaml", gates_config(tiny_shards, tmp_path / "fit", model={name: value}))
+    assert f"{name} must be above 0, got {value}" in error_line(refused(capsys, "fit", "-c", config))

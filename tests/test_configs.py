@@ -1,0 +1,236 @@
+"""Every run that configs/ describes: it parses, it runs at a tiny size, and it explains itself."""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from smartkv import GateBank, Manifest
+from tests.lightning_fixtures import ROOT, WINDOW, harvest, prose, run_cli, write_texts
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def runs(subcommand: str) -> list[Any]:
+    """The configs of one subcommand of main.py, as test parameters; told apart by the class of their model."""
+    model = {"predict": "Harvest", "fit": "LifespanGates"}[subcommand]
+    found = [path for path in CONFIGS if load(path).get("model", {}).get("class_path") == model]
+    return [pytest.param(path, id=str(path.relative_to(ROOT / "configs").with_suffix(""))) for path in found]
+
+
+def load(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for SMARTKV_DATA with a little of every source that the configs name."""
+    folder = tmp_path_factory.mktemp("data")
+    write_texts(folder / "books", splits=["train", "validation", "test"])
+    records = {
+        "gsm8k/train.jsonl": [{"question": prose(80, i), "answer": "4"} for i in range(40)],
+        "gsm8k/test.jsonl": [{"question": prose(80, i), "answer": "4"} for i in range(40)],
+        "math/math500.jsonl": [{"unique_id": str(i), "problem": prose(80, i), "solution": "4"} for i in range(40)],
+        "math/aime24.jsonl": [{"id": i, "problem": prose(80, i), "solution": "4"} for i in range(40)],
+    }
+    for name, lines in records.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
+    folder = tmp_path_factory.mktemp("configs")
+    return harvest(folder / "shards", tiny_backbone, write_texts(folder / "texts"), model={"post_rope": True})
+
+
+# -- they parse -------------------------------------------------------------------------------------------------------
+
+
+def test_every_config_of_main_is_tested() -> None:
+    tested = {param.values[0] for subcommand in ("predict", "fit") for param in runs(subcommand)}
+    folders = [path for path in CONFIGS if path.parent.name in ("harvest", "gates")]
+    demo = [ROOT / "configs" / "demo" / f"{name}.yaml" for name in ("harvest", "gates")]
+    assert folders and tested == {*folders, *demo}
+
+
+def printed_config(*args: str | Path) -> dict[str, Any]:
+    """What `--print_config` prints; it must end with status 0."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
+        run_cli(*args, "--print_config")
+    assert stop.value.code == 0
+    return yaml.safe_load(printed.getvalue())
+
+
+@pytest.mark.parametrize("path", runs("predict"))
+def test_a_harvest_config_prints_what_it_sets(path: Path) -> None:
+    printed, written = printed_config("predict", "-c", path), load(path)
+    for part in ("model", "data"):
+        assert only(printed[part], written[part]) == written[part]
+
+
+@pytest.mark.parametrize("path", runs("fit"))
+def test_a_gates_config_prints_what_it_sets(path: Path) -> None:
+    printed, written = printed_config("fit", "-c", path), load(path)
+    for part in ("model", "data"):
+        assert only(printed[part], written[part]) == written[part]
+
+
+def only(printed: Any, written: Any) -> Any:
+    """`printed`, cut down to what the file writes."""
+    if isinstance(written, dict):
+        return {key: only(printed[key], value) for key, value in written.items()}
+    if isinstance(written, list):
+        return [only(there, here) for there, here in zip(printed, written, strict=True)]
+    return printed.rpartition(".")[2] if isinstance(printed, str) and printed.endswith(f".{written}") else printed
+
+
+# -- they run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", runs("predict"))
+def test_a_harvest_config_runs(
+    path: Path, tiny_backbone: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the configs write below runs/
+    monkeypatch.setenv("SMARTKV_DATA", str(tiny_data))
+    small = {"data.init_args.window": WINDOW, "data.init_args.windows": '{"train": 2, "validation": 1, "test": 0}',
+             "model.init_args.follow_up": 32, "model.init_args.ages": "[8]", "model.init_args.threads": 1,
+             "model.init_args.backbone": tiny_backbone, "data.init_args.backbone": tiny_backbone}  # fmt: skip
+    overrides = [part for name, value in small.items() for part in (f"--{name}", str(value))]
+    run_cli("predict", "-c", path, *overrides, "--trainer.accelerator", "cpu")
+    manifest = Manifest.read(tmp_path / load(path)["data"]["init_args"]["out"])
+    assert {split: sum(s.windows for s in manifest.of_split(split)) for split in ("train", "validation")} == {
+        "train": 2,
+        "validation": 1,
+    }
+    assert {source["origin"] for source in manifest.sources} == {"local"}
+
+
+@pytest.mark.parametrize("path", runs("fit"))
+def test_a_gates_config_runs(path: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = ["--data.init_args.shards", shards, "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
+    run_cli("fit", "-c", path, *overrides)
+    export = next(c for c in load(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
+    assert len(GateBank.from_pretrained(tmp_path / export["init_args"]["out"])) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*no last checkpoint", "ignore:The number of training batches")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_the_demo_s_fit_starts_without_a_checkpoint_and_goes_on_from_its_last(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, last = ROOT / "configs/demo/gates.yaml", tmp_path / "runs/demo/gates/checkpoints/last.ckpt"
+    steps = []
+    for epochs in (1, 2):
+        overrides = ["--data.init_args.shards", shards, "--trainer.accelerator", "cpu", "--trainer.max_epochs", epochs]
+        run_cli("fit", "-c", config, "--ckpt_path", "last", *map(str, overrides))
+        steps.append(torch.load(last, weights_only=True)["global_step"])
+    assert steps[1] == 2 * steps[0] > 0
+
+
+# -- they fit together ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", runs("predict"))
+def test_a_harvest_config_names_one_backbone(path: Path) -> None:
+    config = load(path)
+    assert config["model"]["init_args"]["backbone"] == config["data"]["init_args"]["backbone"]
+
+
+@pytest.mark.parametrize("path", runs("fit"))
+def test_a_gates_config_reads_what_a_harvest_config_writes(path: Path) -> None:
+    data = load(path)["data"]["init_args"]
+    harvests = [load(param.values[0]) for param in runs("predict")]
+    made = [config for config in harvests if config["data"]["init_args"]["out"] == data["shards"]]
+    assert len(made) == 1
+    labels = made[0]["model"]["init_args"]
+    assert data["threshold"] in labels["thresholds"]
+    assert data["inputs"] == "keys" or labels["post_rope"]
+
+
+@pytest.mark.parametrize("path", runs("predict") + runs("fit"))
+def test_a_run_keeps_its_files_below_runs(path: Path) -> None:
+    config = load(path)
+    names = ("default_root_dir", "save_dir", "dirpath", "out", "shards")
+    folders = [value for name, value in settings(config) if name in names]
+    assert "default_root_dir" in config["trainer"]  # or the CLI leaves its config.yaml where it is started
+    assert all(folder.startswith("runs/") for folder in folders)
+
+
+def settings(config: Any) -> Iterator[tuple[str, Any]]:
+    """All (name, value) of a config, however deep."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield name, value
+            yield from settings(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from settings(value)
+
+
+@pytest.mark.parametrize("path", runs("fit"))
+def test_the_best_gates_are_kept_stopped_and_exported_by_one_figure(path: Path) -> None:
+    monitors = [value for name, value in settings(load(path)) if name == "monitor"]
+    assert monitors == ["val_r2_mean"] * 3  # of ModelCheckpoint, EarlyStopping and GateExport
+
+
+# -- they explain themselves ------------------------------------------------------------------------------------------
+
+
+def unexplained(text: str) -> list[str]:
+    """Settings that nothing explains.
+
+    A setting is a line `key: value`. It is explained by a comment on its line, by a comment line directly above it or
+    above a block that it is in, or by an explained setting of the same name earlier in the file. `class_path` names a
+    class, whose documentation explains it.
+    """
+    found: list[str] = []
+    known = {"class_path"}
+    blocks: list[tuple[int, bool]] = []  # indent of each open block, and whether it is explained
+    above = False  # a comment stands on the line before
+    for line in text.splitlines():
+        content, indent = line.strip(), len(line) - len(line.lstrip())
+        if not content or content.startswith("#"):
+            above = bool(content)
+            continue
+        while blocks and blocks[-1][0] >= indent:
+            blocks.pop()
+        setting, _, comment = content.removeprefix("- ").partition(" #")
+        key, _, value = setting.partition(":")
+        explained = bool(comment.strip()) or above or any(block for _, block in blocks)
+        if not value.strip():
+            blocks.append((indent, explained))
+        elif explained:
+            known.add(key)
+        elif key not in known:
+            found.append(content)
+        above = False
+    return found
+
+
+def test_the_search_for_unexplained_settings_finds_them() -> None:
+    opening = "# of the file\n\na: 1\nb: 2  # said\n"
+    text = opening + "c:\n  class_path: C\n  b: 3\n  d: 4\n# of the block\ne:\n  - {f: 5}\n  - g: 6\n"
+    assert unexplained(text) == ["a: 1", "d: 4"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs").with_suffix("")))
+def test_every_setting_is_explained(path: Path) -> None:
+    assert unexplained(path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs").with_suffix("")))
+def test_every_config_says_with_which_command_it_runs(path: Path) -> None:
+    opening = path.read_text().partition("\n\n")[0]
+    assert str(path.relative_to(ROOT)) in opening and ("python main.py" in opening or "python -m eval" in opening)
