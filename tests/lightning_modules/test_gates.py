@@ -131,6 +131,18 @@ def test_the_loss_is_a_sum_over_heads_of_each_head_s_mean_over_rows(trained: Wat
         torch.testing.assert_close(found["bias2"][0], net[2].bias.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "limit",
+    [{"max_epochs": 2}, {"max_steps": 6}, {"max_epochs": 1, "max_steps": 100}, {"limit_train_batches": 4}],
+    ids=["epochs", "steps", "epochs before steps", "part of each epoch"],
+)
+def test_the_learning_rate_has_come_down_to_zero_when_the_run_ends(
+    tiny_shards: Path, tmp_path: Path, limit: dict[str, int]
+) -> None:
+    watcher = fit_by_trainer(tiny_shards, tmp_path, trainer={"limit_val_batches": 0, **limit})
+    assert watcher.module.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
 def test_a_single_gate_can_be_trained(tmp_path: Path) -> None:
     keys = {"train": made_keys(2, 64, 0, kv_heads=1), "validation": made_keys(1, 64, 1, kv_heads=1)}
     lifespans = {split: [lifespan_of(window) for window in windows] for split, windows in keys.items()}
