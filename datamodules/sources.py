@@ -205,9 +205,13 @@ def _select(
     records: Iterator[dict[str, Any]], known: _Known, where: str, split: str, settled: bool
 ) -> Iterator[Document]:
     for number, record in enumerate(records):
-        name = str(record[known.id]) if known.id else f"{where}/{number}"
+        try:
+            name = str(record[known.id]) if known.id else f"{Path(where).stem}/{number}"
+            text = known.render(record)
+        except KeyError as missing:
+            raise SmartKVError(f"{where}, record {number + 1}: the field {missing} is missing") from missing
         if _own_split(name, settled, split):
-            yield Document(name, known.render(record))
+            yield Document(name, text)
 
 
 def _local(known: _Known) -> Callable[[str], Iterator[Document]]:
@@ -227,7 +231,7 @@ def _local(known: _Known) -> Callable[[str], Iterator[Document]]:
         else:
             # a file that serves several splits is divided by id
             settled = list(paths.values()).count(path) == 1
-            yield from _select(_records(path, *known.fields), known, path.stem, split, settled)
+            yield from _select(_records(path, *known.fields), known, path.name, split, settled)
 
     return documents
 

@@ -174,12 +174,13 @@ class LifespanGates(L.LightningModule):
     def _total_steps(self) -> float:
         """Optimiser steps of the whole run. The Trainer's own estimate would load the data before a checkpoint is
         restored, and so lose the place in the epoch."""
-        if self.trainer.max_steps >= 0:
-            return self.trainer.max_steps
-        if self.trainer.max_epochs < 0:
-            return math.inf
-        batches = len(self.trainer.datamodule.train_dataloader())
-        return self.trainer.max_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)
+        trainer = self.trainer
+        by_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+        if trainer.max_epochs is None or trainer.max_epochs < 0:
+            return by_steps
+        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return min(by_steps, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["loss_history"] = self.loss_history
