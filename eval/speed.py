@@ -164,10 +164,12 @@ def _picture(figures: list[dict[str, Any]]) -> Figure:
                 marker=marker,
                 label=way,
             )
+        lengths = sorted({row["tokens"] for row in figures})
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens a window")
         axes.set_ylabel(label)
-        axes.grid(alpha=0.3, which="both")
+        axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return figure
