@@ -32,6 +32,7 @@ $(RUN)/gates/done: configs/demo/gates.yaml $(RUN)/shards/manifest.json | $(VENV)
 	touch $@
 
 $(RUN)/scores/gates.json: $(RUN)/gates/done | $(VENV)/.installed
+	rm -f $(RUN)/report.json  # it would tell of the gates before
 	$(PY) -m eval gates --gates $(RUN)/gates/export --shards $(RUN)/shards --out $(@D)
 
 lint: install

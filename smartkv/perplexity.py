@@ -1,7 +1,5 @@
 """Negative log-likelihood of text under a model."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,9 +33,3 @@ def window_nll(model: PreTrainedModel, tokens: Tensor, first: int = 1) -> float:
         logits = head(hidden[start:stop]).float()
         total += float(F.cross_entropy(logits, ids[start + 1 : stop + 1], reduction="sum"))
     return total / (length - first)
-
-
-def mean_nll(model: PreTrainedModel, windows: Iterable[Tensor], first: int = 1) -> float:
-    """Mean over windows of `window_nll`, nats a token."""
-    values = [window_nll(model, tokens, first) for tokens in windows]
-    return sum(values) / len(values)
