@@ -88,3 +88,22 @@ def survival(series: Mapping[str, np.ndarray], longest: int, title: str) -> Figu
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
+
+
+def frontier(series: Mapping[str, Sequence[tuple[float, float, float, float]]], title: str) -> Figure:
+    """Loss by footprint; `series`: name -> points (footprint, ΔNLL, and the interval of ΔNLL)."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, points) in enumerate(series.items()):
+        footprint, delta, low, high = np.array(sorted(points)).T
+        bars = np.clip(np.stack([delta - low, high - delta]), 0, None)
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": "osD^vP*"[number % 7], "markersize": 5}
+        axes.errorbar(footprint, delta, yerr=bars, label=name, capsize=3, linewidth=1.4, **style)
+    axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xlim(left=0)
+    axes.set_xlabel("KV footprint: share of the full cache's keys")
+    axes.set_ylabel("ΔNLL against the full cache, nats a token")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure

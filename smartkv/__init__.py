@@ -1,9 +1,11 @@
 """SmartKV: a KV cache that frees memory and learns what to keep."""
 
 from smartkv.backbones import Architecture, Backbone, Fingerprint, load_backbone
+from smartkv.cache import LifespanCache
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
 from smartkv.lifespans import LabelSpec, label_window
+from smartkv.policies import HybridPolicy, LayerRule
 from smartkv.shards import Manifest
 
 __all__ = [
@@ -11,7 +13,10 @@ __all__ = [
     "Backbone",
     "Fingerprint",
     "GateBank",
+    "HybridPolicy",
     "LabelSpec",
+    "LayerRule",
+    "LifespanCache",
     "Manifest",
     "SmartKVError",
     "label_window",

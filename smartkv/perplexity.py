@@ -1,22 +1,29 @@
-"""Negative log-likelihood of text under a model."""
+"""Negative log-likelihood of text under a model, with a full cache or with one that evicts."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from smartkv.backbones import Architecture
+from smartkv.cache import LifespanCache
 from smartkv.errors import SmartKVError
+from smartkv.gates import GateBank
+from smartkv.policies import HybridPolicy
 
 LOGITS_AT_ONCE = 256  # tokens whose logits are held together: vocabularies are large
 
 
 @torch.inference_mode()
-def window_nll(model: PreTrainedModel, tokens: Tensor, first: int = 1) -> float:
-    """Mean NLL of `tokens[first:]` given what stands before each, full cache, in nats a token.
+def window_nll(model: PreTrainedModel, tokens: Tensor, first: int = 1, cache: LifespanCache | None = None) -> float:
+    """Mean NLL of `tokens[first:]` given what stands before each, in nats a token.
 
     Args:
         tokens: ids of one window, `[tokens]`.
         first: index of the first token that is scored, at least 1.
+        cache: an unused cache, attached; None: a full cache.
 
     Raises:
         SmartKVError: no token is left to score.
@@ -25,7 +32,9 @@ def window_nll(model: PreTrainedModel, tokens: Tensor, first: int = 1) -> float:
     if not 1 <= first < length:
         raise SmartKVError(f"a window of {length} tokens has nothing to score from token {first} on")
     ids = tokens.long().to(model.device)
-    hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+    # the last token predicts nothing: neither it nor its key is needed
+    output = model.base_model(input_ids=ids[None, :-1], past_key_values=cache, use_cache=cache is not None)
+    hidden = output.last_hidden_state[0]
     head = model.get_output_embeddings()
     total = 0.0
     for start in range(first - 1, length - 1, LOGITS_AT_ONCE):
@@ -33,3 +42,42 @@ def window_nll(model: PreTrainedModel, tokens: Tensor, first: int = 1) -> float:
         logits = head(hidden[start:stop]).float()
         total += float(F.cross_entropy(logits, ids[start + 1 : stop + 1], reduction="sum"))
     return total / (length - first)
+
+
+@dataclass(frozen=True)
+class EvictedWindow:
+    """One window under a policy.
+
+    Attributes:
+        nll: mean over the scored tokens, nats.
+        footprint: float64 `[layers, kv_heads]`, over the queries whose next token is scored.
+        peak_bytes: largest storage, the chunk at work included.
+    """
+
+    nll: float
+    footprint: Tensor
+    peak_bytes: int
+
+
+def evicted_nll(
+    model: PreTrainedModel,
+    gates: GateBank | None,
+    policy: HybridPolicy,
+    tokens: Tensor,
+    first: int = 1,
+    chunk: int = 256,
+) -> EvictedWindow:
+    """`window_nll` with a fresh LifespanCache, and what the cache held.
+
+    Raises:
+        SmartKVError: as `window_nll` and `LifespanCache`.
+    """
+    with LifespanCache(model, gates, policy, chunk, count_from=first - 1) as cache:
+        nll = window_nll(model, tokens, first, cache)
+    return EvictedWindow(nll, cache.footprint_by_head, cache.peak_bytes)
+
+
+def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of the keys and values of one sequence under a full cache, in the model's dtype."""
+    arch = Architecture.of(model.config)
+    return 2 * arch.gates * tokens * arch.head_dim * model.dtype.itemsize

@@ -1,0 +1,135 @@
+"""A policy's free figure, solved for a target footprint on calibration text.
+
+How many keys are visible to which queries follows from predictions alone, so the LM is run once for each calibration
+window, with a full cache, and the figure is found by bisection over the predictions. (Under eviction later layers' keys
+differ a little from the full cache's; what a cache really held is measured where it is used.)
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smartkv.attention import read_keys
+from smartkv.backbones import Architecture
+from smartkv.errors import SmartKVError
+from smartkv.gates import GateBank
+from smartkv.policies import FOREVER, HybridPolicy, LayerRule
+
+STEPS = 32  # of bisection: more than float32 predictions can tell apart
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What gates say of the keys of some windows.
+
+    Attributes:
+        predictions: float32 `[windows, kv_heads, tokens]` of each gated layer.
+        layers: of the model.
+        tokens: a window.
+        first, last: the queries that count, `first ≤ i < last`.
+    """
+
+    predictions: dict[int, Tensor]
+    layers: int
+    tokens: int
+    first: int
+    last: int
+
+    @classmethod
+    @torch.inference_mode()
+    def measure(
+        cls, model: PreTrainedModel, gates: GateBank | None, windows: Iterable[Tensor], first: int = 0
+    ) -> "Calibration":
+        """Run `model` over `windows` (ids `[tokens]`, all of one length) with a full cache.
+
+        Args:
+            first: the first query that counts; the last is the last but one, which predicts the window's last token.
+
+        Raises:
+            SmartKVError: no window, or none of its queries counts.
+        """
+        windows = list(windows)
+        if not windows or not 0 <= first < len(windows[0]) - 1:
+            raise SmartKVError(f"calibration needs windows of more than {first + 1} tokens")
+        found: dict[int, list[Tensor]] = {layer: [] for layer in (gates.layers if gates else [])}
+        if gates is not None:
+            for ids in windows:
+                for layer, keys in enumerate(read_keys(model, ids)):
+                    if layer in found:
+                        found[layer].append(gates.predict(layer, keys)[0, ..., 0].cpu())
+        predictions = {layer: torch.stack(parts) for layer, parts in found.items()}
+        tokens = len(windows[0])
+        return cls(predictions, Architecture.of(model.config).layers, tokens, first, tokens - 1)
+
+    def footprint(self, policy: HybridPolicy) -> float:
+        """Σ visible keys ÷ Σ keys of a full cache, over layers, heads, windows and the counted queries."""
+        shares = [self._layer(policy, rule, layer) for layer, rule in enumerate(policy.by_layer(self.layers))]
+        return sum(shares) / len(shares)
+
+    def _layer(self, policy: HybridPolicy, rule: LayerRule, layer: int) -> float:
+        position = torch.arange(self.tokens)
+        if rule.rule == "gated" and layer not in self.predictions:
+            raise SmartKVError(f"policy '{policy.name}' gates layer {layer}, but there are no gates for it")
+        ttl = torch.as_tensor(policy.times_to_live(rule, self.predictions.get(layer)))
+        lifetime = ttl.clamp(min=rule.window or FOREVER)
+        lifetime = torch.where(position < policy.sinks, FOREVER, lifetime)
+        visible = self._queries(position, (position + lifetime).clamp(max=self.last))
+        full = self._queries(position, torch.tensor(self.last))
+        return float(visible.double().reshape(-1, self.tokens).mean(dim=0).sum() / full.sum())
+
+    def _queries(self, born: Tensor, end: Tensor) -> Tensor:
+        """Counted queries in `[born, end)`."""
+        return (end - born.clamp(min=self.first)).clamp(min=0)
+
+
+def solve(policy: HybridPolicy, footprint: float, calibration: Calibration) -> HybridPolicy:
+    """The policy with what it leaves open (windows, price or multiple) such that it keeps `footprint` of a full cache.
+
+    Where both windows and gates are open, the windows get `policy.window_share` of the footprint, the gates the rest.
+
+    Raises:
+        SmartKVError: nothing is open, or no value of it gives that footprint.
+    """
+    if not 0 < footprint <= 1:
+        raise SmartKVError(f"a footprint is a share of the full cache above 0 and at most 1, got {footprint}")
+    if policy.open is None:
+        raise SmartKVError(f"policy '{policy.name}' leaves nothing open that could be solved for a footprint")
+    if policy.open == "window":
+        if not policy.gated:
+            return _bisect(policy, footprint, calibration, 1, calibration.tokens)
+        # what windows keep while nothing else stays
+        alone = replace(policy, rules=tuple(replace(r, price=None) for r in policy.rules), price=math.inf, multiple=1.0)
+        share = _bisect(alone, policy.window_share * footprint, calibration, 1, calibration.tokens)
+        windows = [rule.window for rule in share.rules]
+        rules = (replace(rule, window=window) for rule, window in zip(policy.rules, windows, strict=True))
+        policy = replace(policy, rules=tuple(rules))
+    if policy.open == "multiple":
+        return _bisect(policy, footprint, calibration, 1e-6, 1e9)
+    if policy.open is None:
+        return policy
+    low = min(float(prediction.min()) for prediction in calibration.predictions.values())
+    high = max(float(prediction.max()) for prediction in calibration.predictions.values())
+    return _bisect(policy, footprint, calibration, high, math.nextafter(low, -math.inf))  # a lower price keeps more
+
+
+def _bisect(policy: HybridPolicy, footprint: float, calibration: Calibration, low: float, high: float) -> HybridPolicy:
+    """Give what is open the value between `low` (smallest footprint) and `high` that comes up to `footprint`."""
+    smallest, largest = (calibration.footprint(policy.closed(value)) for value in (low, high))
+    if not smallest <= footprint <= largest:
+        raise SmartKVError(
+            f"policy '{policy.name}' cannot keep {footprint:.3g} of the cache: "
+            f"with its {policy.open} open it keeps {smallest:.3g} to {largest:.3g}"
+        )
+    for _ in range(STEPS):
+        if policy.open == "window" and int(low) == int(high):
+            break
+        middle = math.sqrt(low * high) if policy.open == "multiple" else (low + high) / 2
+        if calibration.footprint(policy.closed(middle)) > footprint:
+            high = middle
+        else:
+            low = middle
+    return policy.closed(low)
