@@ -6,11 +6,12 @@ from jsonargparse import auto_cli
 
 from eval.calibrate import calibrate
 from eval.gates import gates
+from eval.perplexity import perplexity
 from eval.report import report
 from eval.speed import speed
 from smartkv.errors import SmartKVError
 
-COMMANDS = {"calibrate": calibrate, "gates": gates, "report": report, "speed": speed}
+COMMANDS = {"calibrate": calibrate, "gates": gates, "perplexity": perplexity, "report": report, "speed": speed}
 
 
 def main(args: list[str] | None = None) -> None:

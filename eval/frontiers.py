@@ -1,0 +1,143 @@
+"""A frontier: what each policy loses at each footprint, and what it needs beside the sliding window."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from smartkv.perplexity import EvictedWindow
+from smartkv.policies import HybridPolicy
+from smartkv.scores import bootstrap
+
+REFERENCE = "window"  # the policy that others are compared with
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy at one footprint, over some windows.
+
+    Attributes:
+        policy: its name; target: the footprint asked for (None: nothing was left open).
+        footprint: measured, over the queries whose next token is scored.
+        delta_nll: NLL minus the full cache's, nats a token; interval: 95 % by bootstrap over windows.
+        perplexity: `exp` of the mean NLL.
+        peak_bytes, peak_bytes_full: largest of the windows; of a full cache.
+        footprint_by_head: `[layers][kv_heads]`.
+        delta_nll_window: of each window.
+        settings: the policy as it was used.
+    """
+
+    policy: str
+    target: float | None
+    footprint: float
+    delta_nll: float
+    interval: tuple[float, float]
+    perplexity: float
+    peak_bytes: int
+    peak_bytes_full: int
+    footprint_by_head: list[list[float]]
+    delta_nll_window: list[float]
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        policy: HybridPolicy,
+        target: float | None,
+        full: list[float],
+        windows: list[EvictedWindow],
+        full_bytes: int,
+    ) -> "Point":
+        """`full`: NLL of each window under the full cache."""
+        nll = torch.tensor([window.nll for window in windows], dtype=torch.float64)
+        delta = nll - torch.tensor(full, dtype=torch.float64)
+        heads = torch.stack([window.footprint for window in windows]).mean(dim=0)
+        return cls(
+            policy.name,
+            target,
+            float(heads.mean()),
+            float(delta.mean()),
+            bootstrap(len(delta), lambda weight: mean_over(weight, delta)),
+            math.exp(float(nll.mean())),
+            max(window.peak_bytes for window in windows),
+            full_bytes,
+            heads.tolist(),
+            delta.tolist(),
+            policy.to_dict(),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def mean_over(weight: Tensor, values: Tensor) -> Tensor:
+    """Weighted mean over windows: `[draws, windows]`, `[windows]` -> `[draws]`."""
+    return weight @ values / weight.sum(dim=-1)
+
+
+def equal_loss_ratio(point: Point, reference: list[Point]) -> tuple[float, tuple[float, float]] | None:
+    """The point's footprint ÷ the footprint at which the reference loses as much, with a 95 % interval over windows.
+
+    Between two of its points the reference is a straight line in log footprint and log ΔNLL. None where its points
+    do not reach that loss.
+    """
+    curve = sorted(reference, key=lambda p: p.footprint)
+    if len(curve) < 2:
+        return None
+    log_footprint = torch.tensor([p.footprint for p in curve], dtype=torch.float64).log()
+    losses = torch.tensor([p.delta_nll_window for p in curve], dtype=torch.float64)  # [points, windows]
+    own = torch.tensor(point.delta_nll_window, dtype=torch.float64)
+
+    def ratio(weight: Tensor) -> Tensor:
+        curve_loss = torch.stack([mean_over(weight, row) for row in losses])  # [points, draws]
+        return point.footprint / _footprint_at(curve_loss, mean_over(weight, own), log_footprint)
+
+    middle = float(ratio(torch.ones(1, len(own), dtype=torch.float64)))
+    if math.isnan(middle):
+        return None
+    drawn: list[Tensor] = []
+    bootstrap(len(own), lambda weight: drawn.append(ratio(weight)) or drawn[0])
+    edges = drawn[0].nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return middle, (edges[0], edges[1])
+
+
+def _footprint_at(curve_loss: Tensor, loss: Tensor, log_footprint: Tensor) -> Tensor:
+    """`curve_loss` `[points, draws]`, `loss` `[draws]`, `log_footprint` `[points]` ascending -> footprints `[draws]`;
+    NaN where the curve does not come to that loss."""
+    found = torch.full_like(loss, torch.nan)
+    log_curve, log_loss = curve_loss.clamp(min=1e-9).log(), loss.clamp(min=1e-9).log()
+    for left in range(len(log_footprint) - 1):
+        high, low = log_curve[left], log_curve[left + 1]
+        inside = (log_loss <= high) & (log_loss >= low) & found.isnan() & (high > low)
+        share = (high - log_loss) / (high - low)
+        here = (log_footprint[left] + share * (log_footprint[left + 1] - log_footprint[left])).exp()
+        found = torch.where(inside, here, found)
+    return found
+
+
+def frontier_table(points: list[Point], title: str) -> Table:
+    """Points by policy and footprint."""
+    table = Table(title=title)
+    for column in ("policy", "footprint", "ΔNLL, nats a token", "95 %", "perplexity", "peak KV", "of the full cache's"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    table.add_column(f"footprint ÷ the {REFERENCE}'s at equal ΔNLL", justify="right")
+    reference = [point for point in points if point.policy == REFERENCE]
+    for number, point in enumerate(points):
+        if number and point.policy != points[number - 1].policy:
+            table.add_section()
+        ratio = None if point.policy == REFERENCE else equal_loss_ratio(point, reference)
+        table.add_row(
+            point.policy,
+            f"{point.footprint:.3f}",
+            f"{point.delta_nll:+.4f}",
+            f"{point.interval[0]:+.4f} to {point.interval[1]:+.4f}",
+            f"{point.perplexity:.2f}",
+            f"{point.peak_bytes / 2**20:.1f} MiB",
+            f"{point.peak_bytes / point.peak_bytes_full:.0%}",
+            "" if ratio is None else f"{ratio[0]:.2f} ({ratio[1][0]:.2f} to {ratio[1][1]:.2f})",
+        )
+    return table
