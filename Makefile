@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 # Each step leaves a file, so a second `make demo` reuses what is there and a killed one goes on.
-demo: $(RUN)/scores/gates.json
+demo: $(RUN)/scores/gates.json $(RUN)/perplexity/perplexity.json
 	@$(PY) -m eval report --run $(RUN) --out $(RUN) --reuse true
 
 $(RUN)/calibrate/calibrate.json: configs/demo/calibrate.yaml | $(VENV)/.installed
@@ -34,6 +34,10 @@ $(RUN)/gates/done: configs/demo/gates.yaml $(RUN)/shards/manifest.json | $(VENV)
 $(RUN)/scores/gates.json: $(RUN)/gates/done | $(VENV)/.installed
 	rm -f $(RUN)/report.json  # it would tell of the gates before
 	$(PY) -m eval gates --gates $(RUN)/gates/export --shards $(RUN)/shards --out $(@D)
+
+$(RUN)/perplexity/perplexity.json: configs/demo/perplexity.yaml $(RUN)/gates/done | $(VENV)/.installed
+	rm -f $(RUN)/report.json
+	$(PY) -m eval perplexity --config configs/demo/perplexity.yaml --out $(@D)
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -3,6 +3,7 @@
 from callbacks.gate_export import GateExport
 from callbacks.harvest_progress import HarvestProgress
 from callbacks.head_dashboard import HeadDashboard
+from callbacks.hybrid_cache_perplexity import HybridCachePerplexity
 from callbacks.shard_writer import ShardWriter
 
-__all__ = ["GateExport", "HarvestProgress", "HeadDashboard", "ShardWriter"]
+__all__ = ["GateExport", "HarvestProgress", "HeadDashboard", "HybridCachePerplexity", "ShardWriter"]

@@ -35,7 +35,7 @@ class HeadDashboard(L.Callback):
         if not trainer.is_global_zero:
             return
         self.nulls = score_nulls(trainer.datamodule.rows)
-        writer = _writer(trainer)
+        writer = tensorboard_writer(trainer)
         if writer is None:
             return
         for name, sums in self.nulls.items():
@@ -43,7 +43,7 @@ class HeadDashboard(L.Callback):
         writer.add_custom_scalars(_layout(pl_module))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
-        writer = _writer(trainer)
+        writer = tensorboard_writer(trainer)
         if writer is None or trainer.sanity_checking or not trainer.is_global_zero:
             return
         r2 = pl_module.val_r2_head
@@ -117,7 +117,8 @@ def _logger(trainer: L.Trainer) -> TensorBoardLogger | None:
     return next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
 
 
-def _writer(trainer: L.Trainer) -> Any:
+def tensorboard_writer(trainer: L.Trainer) -> Any:
+    """TensorBoard's own writer; None where the run has no such logger."""
     logger = _logger(trainer)
     return None if logger is None else logger.experiment
 

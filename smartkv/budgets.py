@@ -55,15 +55,21 @@ class Calibration:
         windows = list(windows)
         if not windows or not 0 <= first < len(windows[0]) - 1:
             raise SmartKVError(f"calibration needs windows of more than {first + 1} tokens")
-        found: dict[int, list[Tensor]] = {layer: [] for layer in (gates.layers if gates else [])}
         if gates is not None:
-            for ids in windows:
-                for layer, keys in enumerate(read_keys(model, ids)):
-                    if layer in found:
-                        found[layer].append(gates.predict(layer, keys)[0, ..., 0].cpu())
-        predictions = {layer: torch.stack(parts) for layer, parts in found.items()}
+            return cls.of(gates, [read_keys(model, ids) for ids in windows], first)
         tokens = len(windows[0])
-        return cls(predictions, Architecture.of(model.config).layers, tokens, first, tokens - 1)
+        return cls({}, Architecture.of(model.config).layers, tokens, first, tokens - 1)
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, gates: GateBank, keys: list[list[Tensor]], first: int = 0) -> "Calibration":
+        """The same from keys that were read before: of each window, of each layer `[1, kv_heads, tokens, head_dim]`."""
+        predictions = {
+            layer: torch.cat([gates.predict(layer, window[layer])[..., 0].cpu() for window in keys])
+            for layer in gates.layers
+        }
+        tokens = keys[0][0].shape[2]
+        return cls(predictions, gates.fingerprint.layers, tokens, first, tokens - 1)
 
     def footprint(self, policy: HybridPolicy) -> float:
         """Σ visible keys ÷ Σ keys of a full cache, over layers, heads, windows and the counted queries."""

@@ -206,6 +206,10 @@ class HybridPolicy:
                 f"policy '{self.name}' gates layers {format_layers(missing)}, "
                 f"but these gates are for layers {format_layers(gates.layers)}"
             )
+        if gated and gates is not None and gates.details.get("inputs", "keys") != "keys":
+            raise SmartKVError(
+                f"these gates read {gates.details['inputs']}; a cache gives them keys before the rotary embedding"
+            )
         if gated and gates is not None and self.multiple not in (None, math.inf):
             target = gates.details.get("target", LOG4_TARGET)
             if target != LOG4_TARGET:
