@@ -1,13 +1,16 @@
 """A frontier: what each policy loses at each footprint, and what it needs beside the sliding window."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
+from eval.results import read_result
+from smartkv.errors import SmartKVError
 from smartkv.perplexity import EvictedWindow
 from smartkv.policies import HybridPolicy
 from smartkv.scores import bootstrap
@@ -72,6 +75,37 @@ class Point:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def read_points(folder: Path) -> list[Point]:
+    """What `eval perplexity` left in a folder; nothing where it was not run.
+
+    Raises:
+        SmartKVError: the file is there but is not what `eval perplexity` writes.
+    """
+    path = folder / "perplexity.json"
+    if not path.exists():
+        return []
+    names = [field.name for field in fields(Point)]
+    try:
+        return [Point(**{name: row[name] for name in names}) for row in read_result(path)["frontier"]]
+    except (KeyError, TypeError) as error:
+        raise SmartKVError(f"{path} is not what `eval perplexity` writes ({error}): run it again") from error
+
+
+def won(points: list[Point]) -> str:
+    """What the gated policy saved, in a line a policy and footprint."""
+    reference = [point for point in points if point.policy == REFERENCE]
+    lines = []
+    for point in points:
+        found = None if point.policy == REFERENCE else equal_loss_ratio(point, reference)
+        head = (
+            f"{point.policy} keeps {point.footprint:.0%} of the keys and loses {point.delta_nll:.3f} nats a token; "
+            f"peak {point.peak_bytes / 2**20:.1f} MiB instead of {point.peak_bytes_full / 2**20:.1f}"
+        )
+        if found:
+            lines.append(f"{head}; a sliding window needs {point.footprint / found[0]:.0%} to lose as little")
+    return "\n".join(lines) or "no policy lost as much, or as little, as the sliding window at any of its footprints"
 
 
 def mean_over(weight: Tensor, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`python -m eval report`: what a run of calibrate, harvest, fit and gates came to, in one file."""
+"""`python -m eval report`: what a run of calibrate, harvest, fit, gates and perplexity came to, in one file."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from rich.table import Table
 
 from callbacks.console import make_console
 from datamodules.documents import read_plan
+from eval.frontiers import frontier_table, read_points, won
 from eval.results import read_result, write_result
 from smartkv.backbones import load_backbone
 from smartkv.perplexity import window_nll
@@ -18,7 +19,7 @@ def report(run: str, out: str, score_from: int = 512, device: str = "cpu", reuse
     """Write report.json from the folder of a run, and show it.
 
     Args:
-        run: folder with calibrate/, shards/, gates/export/ and scores/ as `make demo` leaves them.
+        run: folder with calibrate/, shards/, gates/export/, scores/ and perplexity/ as `make demo` leaves them.
         out: folder for report.json.
         score_from: the frozen model's NLL is taken over the tokens of each validation window from this one on.
         device: cpu or cuda.
@@ -32,6 +33,7 @@ def report(run: str, out: str, score_from: int = 512, device: str = "cpu", reuse
         lm = load_backbone(manifest.arguments["backbone"], manifest.arguments["dtype"], device)
         windows = read_plan(folder / "shards").of_split("validation")
         nll = [window_nll(lm.model, w, score_from) for w in track(windows, "Frozen model", console=console)]
+        points = read_points(folder / "perplexity")
         names = ("heads", "r2_mean", "r2_mean_interval_95", "r2_median", "r2_token_table", "r2_nulls")
         write_result(
             Path(out),
@@ -45,9 +47,13 @@ def report(run: str, out: str, score_from: int = 512, device: str = "cpu", reuse
                 "nll_full": sum(nll) / len(nll),
                 "nll_unit": f"nats a token, validation windows of {manifest.window} tokens, from token {score_from} on",
                 "gates": str(folder / "gates" / "export"),
+                "frontier": [{name: getattr(point, name) for name in FRONTIER} for point in points],
             },
         )
     _show(console, folder, path)
+
+
+FRONTIER = ("policy", "footprint", "delta_nll", "peak_bytes", "peak_bytes_full")
 
 
 def _show(console: Console, folder: Path, path: Path) -> None:
@@ -76,6 +82,14 @@ def _show(console: Console, folder: Path, path: Path) -> None:
     )
     console.print(f"gates: {content['gates']}\nreport: {path}", highlight=False)
     console.print("pictures:")
-    for picture in sorted([*folder.glob("calibrate/*.png"), *folder.glob("scores/*.png")]):
+    for picture in sorted(
+        path for part in ("calibrate", "scores", "perplexity") for path in folder.glob(f"{part}/*.png")
+    ):
         console.print(f"  {picture}", highlight=False)
     console.print(f"curves: tensorboard --logdir {folder}", highlight=False)
+    points = read_points(folder / "perplexity")
+    if points:
+        console.print(
+            frontier_table(points, "What is lost when keys are evicted, by share of the KV cache that is kept")
+        )
+        console.print(won(points), highlight=False)

@@ -11,11 +11,12 @@ from torchmetrics.functional import r2_score
 from eval.__main__ import main
 from smartkv import GateBank, Manifest, load_backbone
 from smartkv.rows import LabelledRows
+from tests.eval.test_perplexity import measure
 from tests.lightning_fixtures import fit
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, tiny_backbone: Path, tiny_texts: Path) -> Path:
     """The folder that harvest, fit and `eval gates` leave, as the demo's."""
     root = tmp_path_factory.mktemp("run")
     (root / "shards").symlink_to(tiny_shards)
@@ -23,6 +24,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
     fit(tiny_shards, root / "gates", callbacks=[export])
     arguments = ["--gates", root / "gates" / "export", "--shards", root / "shards", "--out", root / "scores"]
     main(["gates", *map(str, arguments)])
+    measure(root / "perplexity", tiny_backbone, tiny_texts, gates=root / "gates" / "export", split="validation",
+            policies='["all-gated", "window"]', footprints="[0.3, 0.5, 0.8]")  # fmt: skip
     return root
 
 
@@ -120,3 +123,19 @@ def test_a_report_that_is_there_is_shown_again(
     assert (run / "report.json").stat().st_mtime_ns == before
     shown = capsys.readouterr().out
     assert f"mean R² {report['r2_mean']:.3f}" in shown and "r2_by_layer.png" in shown
+
+
+def test_the_report_has_the_frontier_of_gates_and_window(report: dict[str, Any], run: Path) -> None:
+    measured = json.loads((run / "perplexity/perplexity.json").read_text())["frontier"]
+    assert [row["policy"] for row in report["frontier"]] == ["all-gated"] * 3 + ["window"] * 3
+    for row, point in zip(report["frontier"], measured, strict=True):
+        assert set(row) == {"policy", "footprint", "delta_nll", "peak_bytes", "peak_bytes_full"}
+        assert all(row[name] == point[name] for name in row)
+
+
+def test_the_report_ends_with_what_was_won(
+    run: Path, report: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["report", "--run", str(run), "--out", str(run), "--reuse", "true"])
+    shown = capsys.readouterr().out
+    assert "What is lost when keys are evicted" in shown and "frontier.png" in shown
