@@ -1,8 +1,17 @@
-"""The old benchmark of gates in a cache. The cache that obeys the gates is not built yet, and this says so."""
+"""The old name of `python -m eval perplexity`."""
 
+import argparse
 import sys
+from pathlib import Path
 
-sys.exit(
-    "benchmark_kv.py: the eviction cache is not part of SmartKV yet, so there is nothing to benchmark.\n"
-    "What can be measured today: python -m eval gates (R² of the gates beside their nulls), python -m eval speed."
-)
+sys.path.insert(0, str(Path(__file__).parents[1]))  # scripts run from anywhere; the commands live in the checkout
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--gates", default="runs/smollm2/gates/export", help="folder of exported gates, or hub id")
+parser.add_argument("--out", default="runs/benchmark", help="folder for perplexity.json and the pictures")
+args = parser.parse_args()
+
+from eval.__main__ import main  # noqa: E402 - seconds, which --help need not wait for
+
+config = str(Path(__file__).parents[1] / "configs" / "eval" / "perplexity.yaml")
+main(["perplexity", "--config", config, "--gates", args.gates, "--out", args.out])

@@ -106,7 +106,7 @@ def test_both_ways_of_the_speed_command_give_the_same_lifespans(tiny_backbone: P
 
 @pytest.mark.parametrize(
     ("script", "says"),
-    [("benchmark_kv.py", "not part of SmartKV yet"), ("explore_model.py --help", "calibrate"),
+    [("benchmark_kv.py --help", "perplexity"), ("explore_model.py --help", "calibrate"),
      ("generate_dataset.py --help", "--num_samples"), ("train_mlps.py --help", "--batch_size"),
      ("export_heads.py --help", "{shards,gates}")],
 )  # fmt: skip

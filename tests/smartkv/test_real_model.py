@@ -12,6 +12,8 @@ from smartkv import Backbone, GateBank, LabelSpec, label_window, load_backbone
 from smartkv.calibration import check_key_site
 from smartkv.perplexity import window_nll
 from tests.conftest import ROOT
+from tests.smartkv.masked_reference import masked_logits, visibility
+from tests.smartkv.test_cache import Injected, random_ttl, recent
 
 TEXT = "The key to the cellar hung where it had always hung, on a nail behind the kitchen door. " * 8
 
@@ -55,6 +57,27 @@ def test_its_pre_rope_key_is_where_we_say(smollm2: Backbone) -> None:
 
 def test_it_has_90_gates(smollm2: Backbone) -> None:
     assert len(GateBank(smollm2.fingerprint)) == smollm2.architecture.gates == 90
+
+
+def test_greedy_generation_gives_the_tokens_of_the_masked_model(smollm2: Backbone) -> None:
+    """Each layer and head drops keys of its own; the reference computes everything again for each token."""
+    prompt, count = tokens_of(smollm2, 40)[None], 16
+    total = 40 + count
+    ttl = random_ttl(smollm2.model, 1, total, 3)
+    cache = Injected(smollm2.model, None, recent(8, 4), chunk=16)
+    cache.table = ttl
+    with cache:
+        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+        got = smollm2.model.generate(prompt, past_key_values=cache, attention_mask=torch.ones_like(prompt), **options)
+    assert 0.2 < cache.footprint < 0.8
+    masks = [visibility(layer, 8, 4, torch.ones(1, total, dtype=torch.bool)) for layer in ttl]
+    ids = prompt
+    for length in range(40, total):
+        seen = [mask[:, :, :length, :length] for mask in masks]
+        scores = masked_logits(smollm2.model, ids, seen, torch.ones_like(ids, dtype=torch.bool))[0, -1].clone()
+        scores[smollm2.model.generation_config.eos_token_id] = float("-inf")  # min_new_tokens
+        ids = torch.cat([ids, scores.argmax().view(1, 1)], dim=1)
+    assert got.tolist() == ids.tolist()
 
 
 def peak_bytes(length: int) -> int:
