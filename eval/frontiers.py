@@ -156,9 +156,9 @@ def _footprint_at(curve_loss: Tensor, loss: Tensor, log_footprint: Tensor) -> Te
 def frontier_table(points: list[Point], title: str) -> Table:
     """Points by policy and footprint."""
     table = Table(title=title)
-    for column in ("policy", "footprint", "ΔNLL, nats a token", "95 %", "perplexity", "peak KV", "of the full cache's"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
-    table.add_column(f"footprint ÷ the {REFERENCE}'s at equal ΔNLL", justify="right")
+    columns = ("policy", "footprint", "ΔNLL (95 %)", "perplexity", "peak KV", "of full", f"÷ {REFERENCE}'s (95 %)")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     reference = [point for point in points if point.policy == REFERENCE]
     for number, point in enumerate(points):
         if number and point.policy != points[number - 1].policy:
@@ -167,11 +167,14 @@ def frontier_table(points: list[Point], title: str) -> Table:
         table.add_row(
             point.policy,
             f"{point.footprint:.3f}",
-            f"{point.delta_nll:+.4f}",
-            f"{point.interval[0]:+.4f} to {point.interval[1]:+.4f}",
+            f"{point.delta_nll:+.3f} ({point.interval[0]:+.3f} to {point.interval[1]:+.3f})",
             f"{point.perplexity:.2f}",
             f"{point.peak_bytes / 2**20:.1f} MiB",
             f"{point.peak_bytes / point.peak_bytes_full:.0%}",
             "" if ratio is None else f"{ratio[0]:.2f} ({ratio[1][0]:.2f} to {ratio[1][1]:.2f})",
         )
+    table.caption = (
+        "ΔNLL: nats a token above the full cache. "
+        f"÷ {REFERENCE}'s: footprint over the {REFERENCE}'s at equal ΔNLL, where it was measured."
+    )
     return table

@@ -202,7 +202,7 @@ def _write(console: Any, out: Path, settings: dict[str, Any], full: list[float],
     pictures = [
         save_picture(frontier(series, title), out / "frontier.png"),
         save_picture(
-            lines_by_layer(shares, layers, f"Which layers hold the memory: {title}", "share of a full cache's keys"),
+            lines_by_layer(shares, layers, "Which layers hold the memory", "share of a full cache's keys"),
             out / "footprint_by_layer.png",
         ),
     ]
