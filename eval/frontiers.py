@@ -103,8 +103,11 @@ def won(points: list[Point]) -> str:
             f"{point.policy} keeps {point.footprint:.0%} of the keys and loses {point.delta_nll:.3f} nats a token; "
             f"peak {point.peak_bytes / 2**20:.1f} MiB instead of {point.peak_bytes_full / 2**20:.1f}"
         )
+        best = min(reference, key=lambda p: p.delta_nll, default=None)
         if found:
             lines.append(f"{head}; a sliding window needs {point.footprint / found[0]:.0%} to lose as little")
+        elif best is not None and point.policy != REFERENCE and best.delta_nll > point.delta_nll:
+            lines.append(f"{head}; a sliding window of {best.footprint:.0%} still loses {best.delta_nll:.3f}")
     return "\n".join(lines) or "no policy lost as much, or as little, as the sliding window at any of its footprints"
 
 
