@@ -18,7 +18,7 @@ from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
 from smartkv.perplexity import evicted_nll, full_cache_bytes, window_nll
 from smartkv.policies import HybridPolicy, named_policy
-from smartkv.scores import bootstrap
+from smartkv.scores import bootstrap, mean_over
 
 
 class HybridCachePerplexity(L.Callback):
@@ -78,7 +78,8 @@ class HybridCachePerplexity(L.Callback):
                 f"score_from must be at least 1 and below the window of {window} tokens, got {self.first}"
             )
         self.policy = HybridPolicy.read(self.policy_name, fingerprint.layers)
-        self.policy.check(fingerprint, GateBank(fingerprint, rows.layers, details={"inputs": rows.inputs}))
+        with torch.device("meta"):  # gates to come: no weights yet, and no random numbers drawn before the module's
+            self.policy.check(fingerprint, GateBank(fingerprint, rows.layers, details={"inputs": rows.inputs}))
         if self.policy.open is None:
             raise SmartKVError(f"policy '{self.policy_name}' leaves nothing open that a footprint could decide")
         plan = read_plan(Path(rows.manifest.folder))
@@ -137,7 +138,7 @@ class HybridCachePerplexity(L.Callback):
         self.keys = [read_keys(self.lm.model, window) for window in self.learn]
         self.full = self._windows(trainer, None, None)
         tokens, layers = self.held_out.shape[1], manifest.fingerprint.layers
-        calibration = Calibration({}, layers, tokens, self.first - 1, tokens - 1)
+        calibration = Calibration.without_gates(layers, tokens, self.first - 1)
         self.reference = {}
         for footprint in self.footprints:
             policy = solve(named_policy("window", layers), footprint, calibration)
@@ -180,7 +181,7 @@ class HybridCachePerplexity(L.Callback):
         for name, rows in measured.items():
             if name != "full":
                 delta = rows[:, 0] - measured["full"][:, 0]
-                interval = bootstrap(len(delta), lambda weight, delta=delta: weight @ delta / weight.sum(dim=-1))
+                interval = bootstrap(len(delta), lambda weight, delta=delta: mean_over(weight, delta))
                 point = (float(rows[:, 1].mean()), float(delta.mean()), *interval)
                 series.setdefault(name.rpartition("_")[0], []).append(point)
         title = f"{len(self.held_out)} validation windows of {self.held_out.shape[1]:,} tokens"

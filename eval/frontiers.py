@@ -13,7 +13,7 @@ from eval.results import read_result
 from smartkv.errors import SmartKVError
 from smartkv.perplexity import EvictedWindow
 from smartkv.policies import HybridPolicy
-from smartkv.scores import bootstrap
+from smartkv.scores import bootstrap, mean_over
 
 REFERENCE = "window"  # the policy that others are compared with
 
@@ -111,11 +111,6 @@ def won(points: list[Point]) -> str:
     return "\n".join(lines) or "no policy lost as much, or as little, as the sliding window at any of its footprints"
 
 
-def mean_over(weight: Tensor, values: Tensor) -> Tensor:
-    """Weighted mean over windows: `[draws, windows]`, `[windows]` -> `[draws]`."""
-    return weight @ values / weight.sum(dim=-1)
-
-
 def equal_loss_ratio(point: Point, reference: list[Point]) -> tuple[float, tuple[float, float]] | None:
     """The point's footprint ÷ the footprint at which the reference loses as much, with a 95 % interval over windows.
 
@@ -136,10 +131,7 @@ def equal_loss_ratio(point: Point, reference: list[Point]) -> tuple[float, tuple
     middle = float(ratio(torch.ones(1, len(own), dtype=torch.float64)))
     if math.isnan(middle):
         return None
-    drawn: list[Tensor] = []
-    bootstrap(len(own), lambda weight: drawn.append(ratio(weight)) or drawn[0])
-    edges = drawn[0].nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return middle, (edges[0], edges[1])
+    return middle, bootstrap(len(own), ratio)
 
 
 def _footprint_at(curve_loss: Tensor, loss: Tensor, log_footprint: Tensor) -> Tensor:

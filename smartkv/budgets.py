@@ -17,7 +17,7 @@ from smartkv.attention import read_keys
 from smartkv.backbones import Architecture
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
-from smartkv.policies import FOREVER, HybridPolicy, LayerRule
+from smartkv.policies import HybridPolicy, LayerRule
 
 STEPS = 32  # of bisection: more than float32 predictions can tell apart
 
@@ -57,8 +57,12 @@ class Calibration:
             raise SmartKVError(f"calibration needs windows of more than {first + 1} tokens")
         if gates is not None:
             return cls.of(gates, [read_keys(model, ids) for ids in windows], first)
-        tokens = len(windows[0])
-        return cls({}, Architecture.of(model.config).layers, tokens, first, tokens - 1)
+        return cls.without_gates(Architecture.of(model.config).layers, len(windows[0]), first)
+
+    @classmethod
+    def without_gates(cls, layers: int, tokens: int, first: int = 0) -> "Calibration":
+        """For policies that ask no gates: what they keep is the same in every window of `tokens`."""
+        return cls({}, layers, tokens, first, tokens - 1)
 
     @classmethod
     @torch.inference_mode()
@@ -80,9 +84,7 @@ class Calibration:
         position = torch.arange(self.tokens)
         if rule.rule == "gated" and layer not in self.predictions:
             raise SmartKVError(f"policy '{policy.name}' gates layer {layer}, but there are no gates for it")
-        ttl = torch.as_tensor(policy.times_to_live(rule, self.predictions.get(layer)))
-        lifetime = ttl.clamp(min=rule.window or FOREVER)
-        lifetime = torch.where(position < policy.sinks, FOREVER, lifetime)
+        lifetime = policy.lifetime(rule, policy.times_to_live(rule, self.predictions.get(layer)), position)
         visible = self._queries(position, (position + lifetime).clamp(max=self.last))
         full = self._queries(position, torch.tensor(self.last))
         return float(visible.double().reshape(-1, self.tokens).mean(dim=0).sum() / full.sum())

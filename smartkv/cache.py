@@ -104,13 +104,11 @@ class LifespanCache(Cache):
     def expiry(self, layer: int, keys: Tensor, position: Tensor, sliding_window: int | None) -> Tensor:
         """First position whose query does not see each new key, int64 `[batch, kv_heads, tokens]`. Arguments as above;
         `sliding_window`: the model's own, which hides sinks too."""
-        ttl = torch.as_tensor(self.times_to_live(layer, keys, position), device=position.device)
-        window = self.rules[layer].window or FOREVER
-        lifetime = ttl.clamp(min=window).expand(keys.shape[:3])
-        lifetime = torch.where(position[:, None] < self.policy.sinks, FOREVER, lifetime)
+        ttl, born = self.times_to_live(layer, keys, position), position[:, None]
+        lifetime = self.policy.lifetime(self.rules[layer], ttl, born)
         if sliding_window is not None:
             lifetime = lifetime.clamp(max=sliding_window)
-        return (position[:, None] + lifetime).clamp(max=FOREVER)
+        return (born + lifetime).clamp(max=FOREVER).expand(keys.shape[:3])
 
     def attend(self, layer: int, step: EvictionStep) -> Tensor:
         """Attention of one layer over the tokens of a forward pass; `[batch, query_heads, tokens, head_dim]`."""

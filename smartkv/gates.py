@@ -4,6 +4,7 @@ A gate is `Linear(head_dim → hidden) → ReLU → Linear(hidden → outputs)` 
 All gates run in two batched matrix products.
 """
 
+import copy
 import json
 import logging
 import math
@@ -115,8 +116,7 @@ class GateBank(nn.Module, ModelHubMixin):
         Args:
             mean, std: of each gate's training keys, `[gates, head_dim]`.
         """
-        bank = GateBank(self.fingerprint, self.layers, self.hidden, self.outputs, self.details)
-        bank.load_state_dict(self.state_dict())
+        bank = copy.deepcopy(self)  # a new bank would draw random numbers, and change what the training draws next
         weight = self.weight1.double() / std.double()[:, :, None]
         bank.weight1.copy_(weight)
         bank.bias1.copy_(self.bias1.double() - mean.double()[:, None, :] @ weight)

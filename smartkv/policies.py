@@ -240,6 +240,20 @@ class HybridPolicy:
             ttl = (multiple * torch.pow(4.0, prediction.double())).ceil().clamp(max=FOREVER).long()
         return torch.where(prediction > price, ttl, 0)
 
+    def lifetime(self, rule: LayerRule, ttl: Tensor | int, position: Tensor) -> Tensor:
+        """How long keys stay visible, in tokens: `max(TTL, window)`, and a sink for good.
+
+        Args:
+            rule: of the layer.
+            ttl: int64, of each key, or one figure for all.
+            position: int64, each key's place among the real tokens of its row; broadcasts with `ttl`.
+
+        Returns:
+            int64, at most `FOREVER`.
+        """
+        longest = torch.as_tensor(ttl, device=position.device).clamp(min=rule.window or FOREVER)
+        return torch.where(position < self.sinks, FOREVER, longest)
+
 
 def _known(cls: type, content: Any, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):

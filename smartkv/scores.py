@@ -49,17 +49,23 @@ class RegressionSums:
         return bootstrap(len(self.count), lambda weight: self.r2(weight).nanmean(dim=-1), draws, level, seed)
 
 
+def mean_over(weight: Tensor, values: Tensor) -> Tensor:
+    """Weighted mean over windows: `[draws, windows]`, `[windows]` -> `[draws]`."""
+    return weight @ values / weight.sum(dim=-1)
+
+
 def bootstrap(
     windows: int, statistic: Callable[[Tensor], Tensor], draws: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile interval of a statistic when windows are drawn with replacement.
 
     Args:
-        statistic: how often each window counts `[draws, windows]` -> `[draws]`.
+        statistic: how often each window counts, float64 `[draws, windows]` -> `[draws]`; a draw for which it is NaN is
+            left out.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(windows, (draws, windows), generator=generator)
     weight = torch.zeros(draws, windows, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
     edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = statistic(weight).quantile(edges).tolist()
+    low, high = statistic(weight).nanquantile(edges).tolist()
     return low, high
