@@ -78,6 +78,6 @@ def evicted_nll(
 
 
 def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes of the keys and values of one sequence under a full cache, in the model's dtype."""
+    """Bytes of the keys and values of one sequence of `tokens` under a full cache, in the dtype of `model`."""
     arch = Architecture.of(model.config)
     return 2 * arch.gates * tokens * arch.head_dim * model.dtype.itemsize

@@ -144,14 +144,14 @@ class LifespanLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """(keys, offset) of a mask; only its padding is read."""
-        tokens = query_length if isinstance(query_length, int) else len(query_length)  # cache_position before 5.10
+        tokens = query_length if isinstance(query_length, int) else len(query_length)  # 5.2 hands the positions
         return self.columns + tokens, 0
 
     def get_max_length(self) -> int:
         """No limit."""
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before 5.20
+    get_max_cache_shape = get_max_length  # its name in 5.2
 
 
 def _grouped_attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float) -> Tensor:

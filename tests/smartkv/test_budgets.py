@@ -82,9 +82,26 @@ def test_a_range_with_a_price_of_its_own_keeps_it() -> None:
     assert solved.price is not None
 
 
-@pytest.mark.parametrize("target", [0, 1.5, 0.01])
-def test_a_footprint_out_of_reach_is_refused(target: float) -> None:
-    with pytest.raises(SmartKVError):
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_open_windows_take_their_share_and_gates_the_rest(share: float) -> None:
+    calibration, target = random_calibration(), 0.7
+    open_both = HybridPolicy((LayerRule("all", "gated"),), sinks=1, window_share=share)
+    policy = solve(open_both, target, calibration)
+
+    def windows_only(window: int) -> float:
+        return calibration.footprint(HybridPolicy((LayerRule("all", "window", window),), sinks=1))
+
+    window = policy.rules[0].window
+    assert window is not None
+    assert windows_only(window) <= share * target < windows_only(window + 1)
+    assert calibration.footprint(policy) == pytest.approx(target, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"), [(0, "above 0 and at most 1"), (1.5, "above 0 and at most 1"), (0.01, "cannot keep 0.01")]
+)
+def test_a_footprint_out_of_reach_is_refused(target: float, message: str) -> None:
+    with pytest.raises(SmartKVError, match=message):
         solve(HybridPolicy((GATED,)), target, random_calibration())
 
 

@@ -96,13 +96,50 @@ def test_a_policy_is_the_same_after_a_dict_and_after_yaml(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "text", ["[1", "just words", "rules: 3", "rules: [{layers: all, rule: full, colour: 1}]", "{rules: [], shade: 1}"]
+    ("text", "message"),
+    [
+        ("[1", "is no YAML"),
+        ("just words", "a mapping with a list of rules"),
+        ("rules: 3", "a mapping with a list of rules"),
+        ("rules: [window]", "a rule is a mapping, got 'window'"),
+        ("rules: [{layers: all, rule: full, colour: 1}]", "a rule has no colour: expected layers, price, rule, window"),
+        ("{rules: [], shade: 1}", "a policy has no shade"),
+        ("rules: []", "at least one rule"),
+        ("{rules: [{layers: all, rule: gated}], price: cheap}", "cannot be read"),
+        ("{rules: [{layers: all, rule: gated}], sinks: some}", "sinks must be a number"),
+        ("{rules: [{layers: all, rule: gated}], window_share: 1.0}", "window_share must lie between 0 and 1"),
+        ("rules: [{rule: full}]", "cannot be read"),
+    ],
 )
-def test_a_file_that_holds_no_policy_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_file_that_holds_no_policy_says_what_is_wrong(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "some.yaml"
     path.write_text(text)
-    with pytest.raises(SmartKVError):
+    with pytest.raises(SmartKVError, match=message):
         HybridPolicy.read(path, 4)
+
+
+@pytest.mark.parametrize(("layers", "gated"), [(12, range(2, 10)), (30, range(3, 21)), (56, range(6, 40))])
+def test_the_default_scales_with_depth(layers: int, gated: range) -> None:
+    rules = named_policy("default", layers).by_layer(layers)
+    assert [layer for layer, rule in enumerate(rules) if rule.rule == "gated"] == list(gated)
+
+
+def test_check_refuses_gates_that_cannot_serve_the_policy() -> None:
+    price = HybridPolicy((LayerRule("all", "gated", 8),), price=1.0)
+    with pytest.raises(SmartKVError, match="read keys_post_rope"):
+        price.check(SHAPE, GateBank(SHAPE, hidden=4, details={"inputs": "keys_post_rope"}))
+    other = GateBank(SHAPE, hidden=4, details={"target": "future attention"})
+    price.check(SHAPE, other)  # a price is in the unit of any target
+    with pytest.raises(SmartKVError, match="these predict future attention"):
+        HybridPolicy(price.rules, price=1.0, multiple=2.0).check(SHAPE, other)
+
+
+@pytest.mark.parametrize("ttl", [3, 8, 20, FOREVER])
+@pytest.mark.parametrize("rule", [LayerRule("all", "window", 8), LayerRule("all", "full")])
+def test_a_key_lives_for_its_ttl_or_the_window_and_a_sink_for_good(ttl: int, rule: LayerRule) -> None:
+    lifetime = HybridPolicy((rule,), sinks=2).lifetime(rule, ttl, torch.arange(4))
+    longest = max(ttl, rule.window or FOREVER)
+    assert lifetime.tolist() == [FOREVER, FOREVER, longest, longest]
 
 
 def test_neither_a_name_nor_a_file_is_refused() -> None:
