@@ -78,6 +78,10 @@ def evicted_nll(
 
 
 def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes of the keys and values of one sequence of `tokens` under a full cache, in the dtype of `model`."""
+    """Bytes of the keys and values of one sequence of `tokens` under a full cache, in the dtype of `model`.
+
+    Raises:
+        SmartKVError: a family that is not supported.
+    """
     arch = Architecture.of(model.config)
     return 2 * arch.gates * tokens * arch.head_dim * model.dtype.itemsize
