@@ -1,14 +1,13 @@
 """LifespanCache: a KV cache from which keys are freed when their time to live is up.
 
-    with LifespanCache(model, gates, policy) as cache:
-        model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, past_key_values=LifespanCache(model, gates, policy))
 
 Each layer stores what is alive and nothing else: flat tensors over all rows and KV heads, `[live keys, head_dim]`, with
 the position and the expiry of each key. A forward pass walks over its tokens in chunks: gates decide the TTL of the
 chunk's keys, queries attend to what is visible to them, and what no later query can see is freed.
 """
 
-from contextlib import ExitStack
+import weakref
 from types import TracebackType
 from typing import Any
 
@@ -16,16 +15,20 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from smartkv.attention import EvictionStep, attach_eviction, offer_cache
+from smartkv.attention import EvictionStep, offer_cache
 from smartkv.backbones import Architecture, Fingerprint, attention_modules
 from smartkv.errors import SmartKVError
+from smartkv.feeding import follow_cache
 from smartkv.gates import GateBank
 from smartkv.policies import FOREVER, HybridPolicy
 from smartkv.storage import HOLE, LifespanLayer
 
 
 class LifespanCache(Cache):
-    """A cache for `model(...)` and `model.generate(...)`, inside its own `with`.
+    """A cache for `model(...)` and `model.generate(...)`.
+
+    The model is changed while it works on the cache and not between. It keeps a forward of ours for as long as such a
+    cache lives; `with cache:` takes that away at the block's end, `detach()` at once.
 
     Args:
         model: a causal LM of a supported family.
@@ -64,23 +67,30 @@ class LifespanCache(Cache):
         self.model, self.policy, self.gates = model, policy, gates
         self.chunk, self.count_from, self.peak_bytes = chunk, count_from, 0
         self._modules = attention_modules(model)
-        self._attached = ExitStack()
-        self._depth = 0
+        self.attach()
 
     # -- attach and detach --------------------------------------------------------------------------------------------
 
+    def attach(self) -> None:
+        """Let the model take this cache; done by the constructor."""
+        self._undo = follow_cache(self.model, LifespanCache)
+        self._finalizer = weakref.finalize(self, self._undo)
+        self.attached = True
+
+    def detach(self) -> None:
+        """Leave the model as it was; what is stored stays. Called again, it does nothing."""
+        self.attached = False
+        self._finalizer()
+
     def __enter__(self) -> "LifespanCache":
-        if not self._depth:
-            self._attached.enter_context(attach_eviction(self.model))
-        self._depth += 1
+        if not self.attached:
+            self.attach()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._attached.close()
+        self.detach()
 
     # -- the rule -----------------------------------------------------------------------------------------------------
 
@@ -137,8 +147,8 @@ class LifespanCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by the model just before attention: says to the attention function which cache it works on."""
-        if not self._depth:
-            raise SmartKVError("the cache is not attached: call the model inside `with cache:`")
+        if not self.attached:
+            raise SmartKVError("the cache was detached from its model: call cache.attach(), or use it in `with cache:`")
         offer_cache(self._modules[layer_idx], self)
         return key_states, value_states
 

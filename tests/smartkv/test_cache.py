@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from smartkv.backbones import Fingerprint, attention_modules
+from smartkv.backbones import Fingerprint
 from smartkv.cache import LifespanCache
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
@@ -221,7 +221,7 @@ def test_a_full_policy_keeps_everything() -> None:
 def state(model: PreTrainedModel) -> list[object]:
     modules = list(model.modules())
     hooks = [len(module._forward_hooks) for module in modules]
-    return [model.config._attn_implementation, hooks, [sorted(module.__dict__) for module in attention_modules(model)]]
+    return [model.config._attn_implementation, hooks, [sorted(module.__dict__) for module in modules]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -246,16 +246,20 @@ def test_caches_can_be_nested_and_do_not_mix() -> None:
     torch.testing.assert_close(torch.cat([first, second], dim=1), alone, atol=1e-5, rtol=0)
 
 
-def test_a_cache_that_is_not_attached_is_refused() -> None:
+def test_a_detached_cache_is_refused() -> None:
     model = MODELS["llama"]
-    with pytest.raises(SmartKVError, match="with cache"):
-        model(token_ids(4)[None], past_key_values=LifespanCache(model, None, recent(4)))
+    cache = LifespanCache(model, None, recent(4))
+    cache.detach()
+    with pytest.raises(SmartKVError, match=r"cache\.attach"):
+        model(token_ids(4)[None], past_key_values=cache)
 
 
-def test_an_attached_model_without_its_cache_is_refused() -> None:
-    model = MODELS["llama"]
-    with LifespanCache(model, None, recent(4)), pytest.raises(SmartKVError, match="past_key_values=cache"):
-        model(token_ids(4)[None], past_key_values=DynamicCache())
+def test_other_caches_work_as_before_beside_a_lifespan_cache() -> None:
+    model, ids = MODELS["llama"], token_ids(8)[None]
+    alone = model(ids, past_key_values=DynamicCache()).logits
+    cache = LifespanCache(model, None, recent(1))
+    torch.testing.assert_close(model(ids, past_key_values=DynamicCache()).logits, alone, atol=0, rtol=0)
+    assert (model(ids, past_key_values=cache).logits - alone).abs().max() > 0.05
 
 
 def test_a_mask_of_the_users_own_is_refused() -> None:
