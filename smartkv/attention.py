@@ -1,27 +1,27 @@
-"""The attention functions that we register with transformers.
+"""Attention that is looked at: what harvest and calibration read from a model.
 
 `observe_attention` swaps a model's attention for one that walks over the queries block by block, hands each block's
 probabilities to an observer and forgets them. Memory grows with tokens × block, never with tokens².
 
-`attach_eviction` swaps it for one that leaves the work to the cache (`smartkv.cache`), and gives it the pre-RoPE keys.
+(The one that leaves the work to a cache is in `smartkv.feeding`.)
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from smartkv.backbones import KEY_SITES, attention_modules
 from smartkv.errors import SmartKVError
 
-OBSERVED, EVICTING = "smartkv_observed", "smartkv_evicting"
+OBSERVED = "smartkv_observed"
 BLOCK_ELEMENTS = 2**22  # probabilities held at once, over all heads: 16 MiB in float32
-_OBSERVER, _CACHE, _KEYS = "_smartkv_observer", "_smartkv_cache", "_smartkv_keys"
+_OBSERVER = "_smartkv_observer"
 
 
 class AttentionObserver(Protocol):
@@ -131,92 +131,29 @@ def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> It
             module.__dict__.pop(_OBSERVER, None)
 
 
-@dataclass(frozen=True)
-class EvictionStep:
-    """What one layer's attention gets in a forward pass.
+def register_key_hooks(model: PreTrainedModel, on_keys: Callable[[nn.Module, Tensor], None]) -> list[RemovableHandle]:
+    """From now on each layer's attention module hands its keys before the rotary embedding,
+    `[batch, kv_heads, tokens, head_dim]`, to `on_keys(module, keys)`, until the handles returned are removed."""
+    site = KEY_SITES[model.config.model_type]
+    handles = []
+    for module in attention_modules(model):
 
-    Attributes:
-        query: `[batch, query_heads, tokens, head_dim]`, after the rotary embedding.
-        key, value: `[batch, kv_heads, tokens, head_dim]`, of the new tokens.
-        pre_rope: the keys before the rotary embedding, shaped like `key`.
-        real: bool `[batch, tokens]`, False for padding; None: no padding.
-        scaling: factor on the scores.
-        sliding_window: of the model itself, in tokens; None: it has none.
-    """
+        def on_output(_: nn.Module, __: Any, output: Tensor, module: nn.Module = module) -> None:
+            on_keys(module, site.read(output, module))
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    pre_rope: Tensor
-    real: Tensor | None
-    scaling: float
-    sliding_window: int | None
-
-
-class EvictingCache(Protocol):
-    """What `evicting_attention` leaves the work to."""
-
-    def attend(self, layer: int, step: EvictionStep) -> Tensor:
-        """Attention of one layer, `[batch, query_heads, tokens, head_dim]`."""
-
-
-def offer_cache(module: nn.Module, cache: EvictingCache) -> None:
-    """Say to a layer's attention module which cache its next attention works on."""
-    module.__dict__[_CACHE] = cache
-
-
-def evicting_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: `query` `[batch, query_heads, tokens, head_dim]` ->
-    (output `[batch, tokens, query_heads, head_dim]`, None)."""
-    cache: EvictingCache | None = module.__dict__.pop(_CACHE, None)
-    if cache is None:
-        raise SmartKVError("a LifespanCache is attached to this model: pass past_key_values=cache, with use_cache on")
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise SmartKVError(
-            f"a LifespanCache takes an attention mask [batch, tokens] that marks padding, got {attention_mask.dim()}-D"
-        )
-    real = None if attention_mask is None else attention_mask[:, -query.shape[2] :].bool()
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    step = EvictionStep(query, key, value, module.__dict__.pop(_KEYS), real, scaling, sliding_window)
-    output = cache.attend(module.layer_idx, step)  # type: ignore[arg-type]
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
-    """The cache knows what is visible; all it needs is where padding is."""
-    return attention_mask
-
-
-AttentionInterface.register(EVICTING, evicting_attention)
-AttentionMaskInterface.register(EVICTING, _padding_mask)
+        handles.append(module.get_submodule(site.module).register_forward_hook(on_output))
+    return handles
 
 
 @contextmanager
 def hook_keys(model: PreTrainedModel, on_keys: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
-    """Inside, each layer's attention module hands its keys before the rotary embedding,
-    `[batch, kv_heads, tokens, head_dim]`, to `on_keys(module, keys)`."""
-    site = KEY_SITES[model.config.model_type]
-    hooks = []
+    """`register_key_hooks` for the time inside."""
+    handles = register_key_hooks(model, on_keys)
     try:
-        for module in attention_modules(model):
-
-            def on_output(_: nn.Module, __: Any, output: Tensor, module: nn.Module = module) -> None:
-                on_keys(module, site.read(output, module))
-
-            hooks.append(module.get_submodule(site.module).register_forward_hook(on_output))
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def read_keys(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
@@ -226,21 +163,3 @@ def read_keys(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
     with hook_keys(model, lambda _, keys: found.append(keys)):
         model.base_model(input_ids=tokens.long().to(model.device)[None], use_cache=False)
     return found
-
-
-@contextmanager
-def attach_eviction(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, `model` attends by way of the cache that `offer_cache` names, layer by layer.
-
-    The model is as it was on leaving, also after an exception.
-    """
-    implementation = model.config._attn_implementation
-    try:
-        with hook_keys(model, lambda module, keys: module.__dict__.update({_KEYS: keys})):
-            model.set_attn_implementation(EVICTING)
-            yield
-    finally:
-        model.set_attn_implementation(implementation)
-        for module in attention_modules(model):
-            module.__dict__.pop(_KEYS, None)
-            module.__dict__.pop(_CACHE, None)

@@ -104,6 +104,8 @@ def solve(policy: HybridPolicy, footprint: float, calibration: Calibration) -> H
     """
     if not 0 < footprint <= 1:
         raise SmartKVError(f"a footprint is a share of the full cache above 0 and at most 1, got {footprint}")
+    if policy.max_tokens is not None:
+        raise SmartKVError(f"policy '{policy.name}' has a cap: it keeps max_tokens, not a share of the cache")
     if policy.open is None:
         raise SmartKVError(f"policy '{policy.name}' leaves nothing open that could be solved for a footprint")
     if policy.open == "window":

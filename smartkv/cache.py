@@ -2,26 +2,40 @@
 
     model.generate(**inputs, past_key_values=LifespanCache(model, gates, policy))
 
-Each layer stores what is alive and nothing else: flat tensors over all rows and KV heads, `[live keys, head_dim]`, with
-the position and the expiry of each key. A forward pass walks over its tokens in chunks: gates decide the TTL of the
-chunk's keys, queries attend to what is visible to them, and what no later query can see is freed.
+Gates decide the TTL of new keys, queries attend to what is visible to them, and what no later query can see is freed:
+after every chunk of a prompt, and every few tokens while decoding.
 """
 
+import functools
 import weakref
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from smartkv.attention import EvictionStep, offer_cache
-from smartkv.backbones import Architecture, Fingerprint, attention_modules
+from smartkv.backbones import Architecture, Fingerprint
+from smartkv.blocks import HOLE, NEVER, Fields
 from smartkv.errors import SmartKVError
-from smartkv.feeding import follow_cache
+from smartkv.feeding import EvictionStep, follow_cache
 from smartkv.gates import GateBank
-from smartkv.policies import FOREVER, HybridPolicy
-from smartkv.storage import HOLE, LifespanLayer
+from smartkv.policies import HybridPolicy
+from smartkv.storage import LifespanLayer
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _outside_autograd(function: F) -> F:
+    """No gradients, and plain tensors also in `torch.inference_mode`: what is stored there may be changed outside."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
 
 
 class LifespanCache(Cache):
@@ -34,14 +48,14 @@ class LifespanCache(Cache):
         model: a causal LM of a supported family.
         gates: its gates; None for a policy that needs none.
         policy: what each layer keeps; nothing may be left open in it.
-        chunk: tokens that are computed before memory is freed again; no logit depends on it beyond rounding.
+        chunk: tokens of a prompt that are fed before memory is freed again; no logit depends on it beyond rounding.
         count_from: position of the first query that `footprint` counts.
 
     Raises:
         SmartKVError: model, gates and policy do not fit together.
 
     Attributes:
-        peak_bytes: largest sum of storage so far, the chunk at work included.
+        peak_bytes: largest sum of storage so far, what was held while keys were moved included.
     """
 
     def __init__(
@@ -52,21 +66,27 @@ class LifespanCache(Cache):
         chunk: int = 256,
         count_from: int = 0,
     ) -> None:
-        architecture = Architecture.of(model.config)
+        self.architecture = Architecture.of(model.config)
         if gates is not None:
             Fingerprint.of(model).check(gates.fingerprint, "the gates")
-        self.rules = policy.check(architecture, gates)
+            if gates.device != model.device:
+                raise SmartKVError(
+                    f"the gates are on {gates.device}, the model is on {model.device}: call gates.to('{model.device}')"
+                )
+        self.rules = policy.check(self.architecture, gates)
         if policy.open:
             raise SmartKVError(
                 f"policy '{policy.name}' leaves its {policy.open} open: give it, or solve it for a footprint"
             )
         if chunk < 1:
             raise SmartKVError(f"chunk must be at least 1 token, got {chunk}")
-        self.storage = [LifespanLayer() for _ in range(architecture.layers)]
+        caps = policy.caps(self.architecture)
+        self.storage = [
+            LifespanLayer(rule.window or NEVER, cap, count_from) for rule, cap in zip(self.rules, caps, strict=True)
+        ]
         super().__init__(layers=list(self.storage))
         self.model, self.policy, self.gates = model, policy, gates
         self.chunk, self.count_from, self.peak_bytes = chunk, count_from, 0
-        self._modules = attention_modules(model)
         self.attach()
 
     # -- attach and detach --------------------------------------------------------------------------------------------
@@ -107,9 +127,14 @@ class LifespanCache(Cache):
             int64 `[batch, kv_heads, tokens]`, 0 … `FOREVER`; or one figure for all. The layer's window comes on top.
         """
         rule = self.rules[layer]
-        if rule.rule != "gated" or self.gates is None:
-            return self.policy.times_to_live(rule, None)
-        return self.policy.times_to_live(rule, self.gates.predict(layer, keys)[..., 0])
+        return self.policy.times_to_live(rule, self.scores(layer, keys) if rule.rule == "gated" else None)
+
+    @torch.no_grad()
+    def scores(self, layer: int, keys: Tensor) -> Tensor | None:
+        """What the layer's gates predict, float32 `[batch, kv_heads, tokens]`; None where it has none."""
+        if self.gates is None or layer not in self.gates.layers:
+            return None
+        return self.gates.predict(layer, keys)[..., 0]
 
     def expiry(self, layer: int, keys: Tensor, position: Tensor, sliding_window: int | None) -> Tensor:
         """First position whose query does not see each new key, int64 `[batch, kv_heads, tokens]`. Arguments as above;
@@ -118,38 +143,105 @@ class LifespanCache(Cache):
         lifetime = self.policy.lifetime(self.rules[layer], ttl, born)
         if sliding_window is not None:
             lifetime = lifetime.clamp(max=sliding_window)
-        return (born + lifetime).clamp(max=FOREVER).expand(keys.shape[:3])
+        return (born + lifetime).clamp(max=NEVER).expand(keys.shape[:3])
 
+    # -- a forward pass -----------------------------------------------------------------------------------------------
+
+    @_outside_autograd
     def attend(self, layer: int, step: EvictionStep) -> Tensor:
-        """Attention of one layer over the tokens of a forward pass; `[batch, query_heads, tokens, head_dim]`."""
+        """Attention of one layer over the tokens of a forward pass; `[batch, query_heads, tokens, head_dim]`.
+
+        No gradient flows through it.
+
+        Raises:
+            SmartKVError: another number of rows, or another dtype, than what the cache holds.
+        """
         storage, tokens = self.storage[layer], step.key.shape[2]
         if not storage.is_initialized:
-            storage.lazy_initialization(step.key, step.value)
-        if len(storage.seen) != len(step.key):
-            raise SmartKVError(f"the cache holds {len(storage.seen)} rows, the model was given {len(step.key)}")
+            self._begin(storage, step)
+        if len(storage.seen) != len(step.key) or storage.store.fields.key.dtype != step.key.dtype:
+            raise SmartKVError(
+                f"the cache holds {len(storage.seen)} rows in {storage.store.fields.key.dtype}, "
+                f"the model was given {len(step.key)} rows and computes in {step.key.dtype}"
+            )
+        if tokens == 1 and step.real is None:
+            if not storage.ready:
+                self._settle(layer, pack=True)
+            storage.unjudged.append(step.pre_rope)
+            return storage.step(step.query, step.key, step.value, step.scaling)
+        self._settle(layer, pack=False)
         real = step.real if step.real is not None else step.key.new_ones(len(step.key), tokens, dtype=torch.bool)
         position = storage.seen[:, None] + real.cumsum(dim=1) - 1
-        expiry = self.expiry(layer, step.pre_rope, position, step.sliding_window).int()
-        position = position.masked_fill(~real, HOLE)[:, None].expand(expiry.shape).int()
-        outputs = []
-        for start in range(0, tokens, self.chunk):
-            here = slice(start, start + self.chunk)
-            new = [tensor[:, :, here] for tensor in (step.key, step.value, position, expiry)]
-            held = self.storage_bytes
-            window = step.sliding_window or FOREVER
-            output, bytes_at_work = storage.step(step.query[:, :, here], new, step.scaling, self.count_from, window)
-            self.peak_bytes = max(self.peak_bytes, held + bytes_at_work)
-            outputs.append(output)
-        storage.columns += tokens
-        return torch.cat(outputs, dim=2)
+        expiry, score = self._judged(layer, step.pre_rope, position)
+        position = position.masked_fill(~real, HOLE)[:, None].expand(expiry.shape)
+        new = Fields(step.key, step.value, position.int(), expiry.int(), score).map(lambda tensor: tensor.flatten(0, 1))
+        held = self.storage_bytes - storage.storage_bytes
+        output = storage.chunk(step.query, new, step.real, step.scaling)
+        self.peak_bytes = max(self.peak_bytes, held + storage.at_work)
+        return output
+
+    def _begin(self, storage: LifespanLayer, step: EvictionStep) -> None:
+        storage.lazy_initialization(step.key, step.value)
+        if step.sliding_window is not None:
+            storage.sliding_window = step.sliding_window
+            storage.shortest_life = min(storage.shortest_life, step.sliding_window)
+
+    def _judged(self, layer: int, keys: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Expiry and, where a cap asks for it, score of new keys; arguments as `times_to_live`."""
+        storage = self.storage[layer]
+        limit = None if storage.sliding_window == NEVER else storage.sliding_window
+        expiry, score = self.expiry(layer, keys, position, limit), None
+        if storage.store.fields.score is not None:
+            score = self.scores(layer, keys)
+            score = torch.zeros(expiry.shape, device=keys.device) if score is None else score
+        return expiry, score
+
+    def _settle(self, layer: int, pack: bool) -> None:
+        """Judge the layer's latest tokens, and free what died."""
+        storage = self.storage[layer]
+        expiry = score = None
+        if storage.pending:
+            keys = torch.cat(storage.unjudged, dim=2)
+            position = storage.seen[:, None] + torch.arange(storage.pending, device=keys.device)
+            expiry, score = self._judged(layer, keys, position)
+        held = self.storage_bytes - storage.storage_bytes
+        storage.settle(expiry, score, pack)
+        self.peak_bytes = max(self.peak_bytes, held + storage.at_work)
+
+    @_outside_autograd
+    def settle(self) -> None:
+        """Free now what is dead, in all layers; decoding does it every few tokens by itself."""
+        for layer, storage in enumerate(self.storage):
+            if storage.is_initialized:
+                self._settle(layer, pack=False)
+
+    def check_call(self, tokens: int) -> None:
+        """Called before a forward pass over so many tokens.
+
+        Raises:
+            SmartKVError: the cache is not attached, or the model has no positions for them.
+        """
+        if not self.attached:
+            raise SmartKVError("the cache was detached from its model: call cache.attach(), or use it in `with cache:`")
+        self.check_length(self.get_seq_length() + tokens)
+
+    def check_length(self, tokens: int) -> None:
+        """
+        Raises:
+            SmartKVError: the model has no positions for so many tokens.
+        """
+        if tokens > self.architecture.max_positions:
+            raise SmartKVError(
+                f"prompt and answer come to {tokens} tokens, the model has {self.architecture.max_positions} positions "
+                f"({self.get_seq_length()} are in the cache): shorten the prompt, or lower max_new_tokens"
+            )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Called by the model just before attention: says to the attention function which cache it works on."""
+        """Called by the model just before attention, which hands the keys to `attend`."""
         if not self.attached:
-            raise SmartKVError("the cache was detached from its model: call cache.attach(), or use it in `with cache:`")
-        offer_cache(self._modules[layer_idx], self)
+            self.check_call(0)
         return key_states, value_states
 
     def reset(self) -> None:
@@ -157,22 +249,72 @@ class LifespanCache(Cache):
         super().reset()
         self.peak_bytes = 0
 
+    # -- rows of the batch --------------------------------------------------------------------------------------------
+
+    @_outside_autograd
+    def select_rows(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, int64 `[rows]`; any may come twice."""
+        self.settle()
+        for storage in self.storage:
+            storage.select(rows.to(self.model.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search goes on with other rows."""
+        self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows: indices, or bool `[batch]`."""
+        self.select_rows(torch.arange(self._rows, device=indices.device)[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self.select_rows(torch.arange(self._rows).repeat_interleave(repeats))
+
+    @property
+    def _rows(self) -> int:
+        return len(self.storage[0].seen) if self.storage[0].is_initialized else 0
+
+    def crop(self, *_: Any) -> None:
+        """
+        Raises:
+            SmartKVError: always; what was freed cannot come back.
+        """
+        raise SmartKVError("a LifespanCache cannot be cropped: keys that were freed cannot come back")
+
     # -- what it holds ------------------------------------------------------------------------------------------------
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes that all layers hold now: keys, values, positions, expiries, counts."""
+        """Bytes that all layers hold now: keys, values, holes, positions, expiries, tables."""
         return sum(layer.storage_bytes for layer in self.storage)
 
     @property
+    def bytes_by_layer(self) -> Tensor:
+        """The same by layer, int64 `[layers]`."""
+        return torch.tensor([layer.storage_bytes for layer in self.storage])
+
+    @property
     def live_keys(self) -> Tensor:
-        """int64 `[layers, batch, kv_heads]`, on the CPU.
+        """Keys that are not expired, int64 `[layers, batch, kv_heads]`, on the CPU.
 
         Raises:
             SmartKVError: no token has been seen.
         """
         self._check_used()
-        return torch.stack([layer.counts.cpu() for layer in self.storage])
+        return torch.stack([layer.live.cpu() for layer in self.storage])
+
+    @property
+    def slots(self) -> Tensor:
+        """Places for a key that are allocated, those of dead keys and of tokens to come included; as `live_keys`."""
+        self._check_used()
+        return torch.stack([layer.slots.cpu() for layer in self.storage])
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the live keys and values alone: what no cache could do without. Raises as `live_keys`."""
+        arch = self.architecture
+        itemsize = self.storage[0].store.fields.key.element_size() if self.storage[0].is_initialized else 0
+        return int(self.live_keys.sum()) * 2 * arch.head_dim * itemsize
 
     @property
     def footprint_by_head(self) -> Tensor:
@@ -182,9 +324,10 @@ class LifespanCache(Cache):
             SmartKVError: no query was counted.
         """
         self._check_used()
-        if not int(self.storage[0].held.sum()):
+        counted = [layer.counted() for layer in self.storage]
+        if not int(counted[0][1].sum()):
             raise SmartKVError(f"no query from position {self.count_from} on was seen: there is no footprint")
-        return torch.stack([(layer.visible.sum(0).double() / layer.held.sum()).cpu() for layer in self.storage])
+        return torch.stack([(visible.sum(0).double() / held.sum()).cpu() for visible, held in counted])
 
     @property
     def footprint(self) -> float:
@@ -194,10 +337,3 @@ class LifespanCache(Cache):
     def _check_used(self) -> None:
         if not all(layer.is_initialized for layer in self.storage):
             raise SmartKVError("the cache has not seen a token yet")
-
-    def crop(self, *_: Any) -> None:
-        """
-        Raises:
-            SmartKVError: always; what was freed cannot come back.
-        """
-        raise SmartKVError("a LifespanCache cannot be cropped: keys that were freed cannot come back")

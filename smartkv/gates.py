@@ -81,6 +81,11 @@ class GateBank(nn.Module, ModelHubMixin):
         return self.weight1.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weight1.device
+
+    @property
     def heads(self) -> list[tuple[int, int]]:
         """(layer, head) of each gate."""
         return [(layer, head) for layer in self.layers for head in range(self.fingerprint.kv_heads)]

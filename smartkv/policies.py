@@ -19,6 +19,7 @@ import yaml
 from torch import Tensor
 
 from smartkv.backbones import Architecture, Fingerprint
+from smartkv.caps import Cap
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank, format_layers, parse_layers
 
@@ -70,6 +71,8 @@ class HybridPolicy:
             has its own TTL (then the multiple decides).
         multiple: `c` of `TTL = c · 4^y`; inf: for good.
         window_share: of a target footprint, what open windows take where gates have the rest.
+        max_tokens: keys that are kept at most, whatever the rules say (see `smartkv.caps`); None: no cap.
+        max_tokens_per: what the cap is for: each KV head, or each layer, whose heads then share it.
         name: what results call it.
 
     Raises:
@@ -81,6 +84,8 @@ class HybridPolicy:
     price: float | None = None
     multiple: float | None = math.inf
     window_share: float = WINDOW_SHARE
+    max_tokens: int | None = None
+    max_tokens_per: Literal["head", "layer"] = "head"
     name: str = "custom"
 
     def __post_init__(self) -> None:
@@ -94,6 +99,10 @@ class HybridPolicy:
             raise SmartKVError("price must be a number, got NaN")
         if not 0 < self.window_share < 1:
             raise SmartKVError(f"window_share must lie between 0 and 1, got {self.window_share}")
+        if self.max_tokens is not None and (type(self.max_tokens) is not int or self.max_tokens < 1):
+            raise SmartKVError(f"max_tokens must be a number of keys, at least 1, got {self.max_tokens!r}")
+        if self.max_tokens_per not in ("head", "layer"):
+            raise SmartKVError(f"max_tokens_per must be head or layer, got {self.max_tokens_per!r}")
         if self.gated and self.price is None and self.multiple is None:
             raise SmartKVError("a policy can be solved for its price or for its multiple: give one of them a value")
 
@@ -129,6 +138,8 @@ class HybridPolicy:
             "price": self.price,
             "multiple": self.multiple,
             "window_share": self.window_share,
+            "max_tokens": self.max_tokens,
+            "max_tokens_per": self.max_tokens_per,
             "rules": rules,
         }
 
@@ -217,6 +228,28 @@ class HybridPolicy:
                     f"a multiple of a predicted lifespan needs gates that predict {LOG4_TARGET}, these predict {target}"
                 )
         return rules
+
+    def caps(self, model: Architecture) -> list[Cap | None]:
+        """The cap of each layer; None: none.
+
+        Raises:
+            SmartKVError: it leaves no room for sinks and window.
+        """
+        if self.max_tokens is None:
+            return [None] * model.layers
+        heads = model.kv_heads if self.max_tokens_per == "layer" else 1
+        found: list[Cap | None] = []
+        for rule in self.by_layer(model.layers):
+            window = rule.window or 1  # a full layer has none, but a token sees itself
+            room = self.max_tokens - heads * (self.sinks + window)
+            if room < 0:
+                raise SmartKVError(
+                    f"max_tokens {self.max_tokens} a {self.max_tokens_per} leaves no room for the {self.sinks} sinks "
+                    f"and the window of {window} tokens of layers {rule.layers}: give at least "
+                    f"{heads * (self.sinks + window)}, or a smaller window"
+                )
+            found.append(Cap(room, heads, window, self.sinks))
+        return found
 
     def times_to_live(self, rule: LayerRule, prediction: Tensor | None) -> Tensor | int:
         """TTL in tokens by a layer's rule, from 0 to `FOREVER`; the window comes on top of it.

@@ -1,141 +1,225 @@
-"""What one layer of a LifespanCache holds: the keys that are alive, and nothing else.
+"""What one layer of a LifespanCache holds, and its two ways of taking tokens in.
 
-Keys of all rows and KV heads lie in one flat tensor. For a chunk's attention they are put side by side, padded to the
-longest head; afterwards the survivors are stored flat again, so nothing dead outlives a chunk.
+* `chunk`: many tokens at once. What no later query sees is freed at the end, and nothing else is left.
+* `step`: one token a row. Keys lie in blocks with some spare slots; when those are used up, what has died meanwhile is
+  freed and the rest is packed anew (`settle`). A dead key that still lies there is hidden, so no logit tells.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin
 
-HOLE = -1  # position of a slot without a key, while heads of unlike length stand side by side
+from smartkv.blocks import HOLE, MOST_SPARE, NEVER, Blocks, Fields, Ragged, spare_tokens, storage_bytes
+from smartkv.caps import Cap
+from smartkv.chunks import chunk_attention, queries_that_saw
 
 
 class LifespanLayer(CacheLayerMixin):
     """What one layer holds.
 
+    Args:
+        shortest_life: tokens that every key is seen for at least.
+        cap: of this layer; None: none.
+        count_from: position of the first query that is counted in `visible` and `held`.
+
     Attributes:
-        keys, values: `[live, head_dim]` in the order (row, KV head, position), the model's dtype.
-        position: int32 `[live]`, each key's place among the real tokens of its row.
-        expiry: int32 `[live]`, the first position whose query does not see the key.
-        counts: int64 `[batch, kv_heads]`, live keys.
-        seen: int64 `[batch]`, real tokens so far; `columns`: tokens so far, padding included.
-        visible, held: int64 `[batch, kv_heads]` and `[batch]`: keys that the counted queries saw, and those that a full
-            cache would have held for them.
+        store: the keys, between two calls.
+        unjudged: pre-RoPE keys `[batch, kv_heads, 1, head_dim]` of the single tokens that came since keys were packed.
+        pending: how many tokens that are.
+        seen: int64 `[batch]`, real tokens when keys were packed; `columns`: tokens so far, padding included.
+        visible, held: int64 `[batch, kv_heads]` and `[batch]`: keys that the counted queries before `seen` saw, and
+            those that a full cache would have held for them.
+        sliding_window: keys that a full cache would hold at most.
+        at_work: bytes of this layer at the fullest moment of the last call.
     """
 
     is_sliding = False
-    keys: Tensor
-    values: Tensor
-    position: Tensor
-    expiry: Tensor
-    counts: Tensor
+    store: Ragged | Blocks
     seen: Tensor
     visible: Tensor
     held: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, shortest_life: int = 1, cap: Cap | None = None, count_from: int = 0) -> None:
         super().__init__()
-        self.columns = 0
+        self.shortest_life, self.cap, self.count_from = shortest_life, cap, count_from
+        self.reset()
+
+    def reset(self) -> None:
+        """As new."""
+        self.is_initialized = False
+        self.__dict__.pop("store", None)
+        self.unjudged: list[Tensor] = []
+        self.columns = self.pending = self.at_work = 0
+        self.sliding_window = NEVER
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty storage. Both `[batch, kv_heads, tokens, head_dim]`."""
-        batch, kv_heads, _, head_dim = key_states.shape
-        self.keys, self.values = key_states.new_empty(0, head_dim), value_states.new_empty(0, head_dim)
-        self.position = torch.empty(0, dtype=torch.int32, device=key_states.device)
-        self.expiry = self.position.clone()
-        self.counts = torch.zeros(batch, kv_heads, dtype=torch.int64, device=key_states.device)
-        self.seen = self.counts.new_zeros(batch)
-        self.visible, self.held = self.counts.clone(), self.seen.clone()
+        batch, self.kv_heads, _, head_dim = key_states.shape
+        position = torch.empty(0, dtype=torch.int32, device=key_states.device)
+        score = torch.empty(0, device=key_states.device) if self.cap and self.cap.heads > 1 else None
+        keys, values = key_states.new_empty(0, head_dim), value_states.new_empty(0, head_dim)
+        counts = torch.zeros(batch * self.kv_heads, dtype=torch.int64, device=key_states.device)
+        self.restore(Ragged(Fields(keys, values, position, position.clone(), score), counts), counts.new_zeros(batch))
+
+    def restore(self, store: Ragged, seen: Tensor) -> None:
+        """Hold `store`, after `seen` real tokens of each row (int64 `[batch]`)."""
+        self.store, self.seen = store, seen
+        self.kv_heads = len(store.counts) // len(seen)
+        self.visible, self.held = store.counts.new_zeros(len(seen), self.kv_heads), torch.zeros_like(seen)
         self.is_initialized = True
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.__init__()  # type: ignore[misc]
+    # -- what it holds ------------------------------------------------------------------------------------------------
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes of all tensors, as allocated."""
-        if not self.is_initialized:
-            return 0
-        names = ("keys", "values", "position", "expiry", "counts", "seen")
-        return sum(getattr(self, name).untyped_storage().nbytes() for name in names)
+        """Bytes of all tensors, as allocated: slots, dead or not, positions, expiries, tables, tokens not judged yet."""
+        return self.store.nbytes + storage_bytes([self.seen, *self.unjudged]) if self.is_initialized else 0
 
-    def slots(self) -> list[Tensor]:
-        """Keys, values, position and expiry side by side: `[batch, kv_heads, slots, …]`, as many slots as the longest
-        head has keys; the others end with slots of position `HOLE`."""
-        longest = int(self.counts.max())
-        filled = torch.arange(longest, device=self.counts.device) < self.counts[..., None]
-        padded = []
-        for flat, fill in ((self.keys, 0), (self.values, 0), (self.position, HOLE), (self.expiry, HOLE)):
-            slots = flat.new_full((*filled.shape, *flat.shape[1:]), fill)
-            slots[filled] = flat
-            padded.append(slots)
-        return padded
+    @property
+    def live(self) -> Tensor:
+        """Keys that are not expired, int64 `[batch, kv_heads]`."""
+        return self.store.live(self.pending).view(-1, self.kv_heads)
 
-    def keep(self, slots: list[Tensor], alive: Tensor) -> None:
-        """Store the slots that are `alive` (bool `[batch, kv_heads, slots]`), and free all else."""
-        self.keys, self.values, self.position, self.expiry = (tensor[alive] for tensor in slots)
-        self.counts = alive.sum(dim=-1)
+    @property
+    def slots(self) -> Tensor:
+        """Slots that are stored, live or not, int64 `[batch, kv_heads]`."""
+        return self.store.slots.view(-1, self.kv_heads)
 
-    def step(
-        self, query: Tensor, new: list[Tensor], scaling: float, count_from: int, window: int
-    ) -> tuple[Tensor, int]:
-        """Attention of one chunk; its keys are added, and what no later query sees is freed.
+    def counted(self) -> tuple[Tensor, Tensor]:
+        """`visible` and `held` of all queries so far."""
+        if not self.pending:
+            return self.visible, self.held
+        return self._count(self._ends(self.pending), self.store.pair())
+
+    def _count(self, ends: Tensor, pair: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with the `pending` queries, from when each slot's key ends and the pair of each slot."""
+        start, end = self._of_pairs(self.seen), self._of_pairs(self.seen + self.pending)
+        seen = queries_that_saw(self.store.fields.position, ends, start[pair], end[pair], self.count_from)
+        visible = torch.zeros_like(start).index_add_(0, pair, seen).view(self.visible.shape)
+        return self.visible + visible, self.held + self._held(self.seen, self.seen + self.pending)
+
+    def _held(self, start: Tensor, end: Tensor) -> Tensor:
+        """Keys that a full cache would have held for the counted queries `start ≤ i < end`, int64 `[batch]`."""
+
+        def until(query: Tensor) -> Tensor:  # Σ min(i + 1, sliding window) over i < query
+            growing = query.clamp(max=self.sliding_window)
+            return growing * (growing + 1) // 2 + (query - growing) * self.sliding_window
+
+        return until(end) - until(torch.minimum(start.clamp(min=self.count_from), end))
+
+    def _of_pairs(self, rows: Tensor) -> Tensor:
+        """`[batch]` -> `[pairs]`."""
+        return rows.repeat_interleave(self.kv_heads)
+
+    def _ends(self, queries: int) -> Tensor:
+        """First position whose query does not see the key in each slot, drops by a cap included that come up to so
+        many queries after `seen`; int `[slots]`."""
+        fields = self.store.fields
+        if self.cap is None or not len(fields.position):
+            return fields.expiry
+        index, filled = self.store.side_by_side()
+        position = fields.position[index].masked_fill(~filled, HOLE)
+        score = None if fields.score is None else fields.score[index]
+        ends = self.cap.ends(position, fields.expiry[index], score, self._of_pairs(self.seen), queries)
+        flat = fields.expiry.long()
+        flat[index[filled]] = ends[filled]
+        return flat
+
+    # -- one token a row ----------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether `step` can be called; `settle(…, pack=True)` makes it so."""
+        return isinstance(self.store, Blocks) and self.pending < self.store.spare
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Add one token a row; its attention.
+
+        Args:
+            query: `[batch, query_heads, 1, head_dim]`; key, value: `[batch, kv_heads, 1, head_dim]`.
+
+        Returns:
+            Like `query`.
+        """
+        pairs, head_dim = len(self.store.counts), key.shape[-1]
+        self.store.write(self.pending, key.reshape(pairs, head_dim), value.reshape(pairs, head_dim))  # type: ignore[union-attr]
+        output = self.store.attend(query.reshape(pairs, -1, head_dim), scaling)  # type: ignore[union-attr]
+        self.pending += 1
+        self.columns += 1
+        return output.view(query.shape)
+
+    def settle(self, expiry: Tensor | None, score: Tensor | None, pack: bool) -> None:
+        """Free what died since keys were packed.
+
+        Args:
+            expiry: int64 `[batch, kv_heads, pending]` of the tokens that came since; None where none came.
+            score: float32, shaped alike; None: not needed.
+            pack: make room for single tokens; else keep the keys and nothing beside them.
+        """
+        old, old_bytes = self.store, self.storage_bytes
+        if isinstance(old, Ragged) and not pack:
+            return
+        if expiry is not None:
+            old.judge(expiry.flatten(0, 1), None if score is None else score.flatten(0, 1))  # type: ignore[union-attr]
+        ends, pair = self._ends(self.pending + min(MOST_SPARE, self.shortest_life)), old.pair()
+        self.visible, self.held = self._count(ends, pair)
+        self.seen, self.pending, self.unjudged = self.seen + self.pending, 0, []
+        now, position = self._of_pairs(self.seen), old.fields.position
+        alive = (position != HOLE) & (position < now[pair]) & (ends > now[pair])
+        live = alive.nonzero().flatten()
+        counts = torch.bincount(pair[live], minlength=len(now))
+        if pack:
+            spare = spare_tokens(len(live) / len(counts), self.shortest_life)
+            self.store = Blocks(old.fields, live, counts, (ends - now[pair])[live], now, spare)
+        else:
+            self.store = Ragged(old.fields.map(lambda tensor: tensor.index_select(0, live)), counts)
+        self.at_work = old_bytes + self.storage_bytes
+
+    # -- many tokens --------------------------------------------------------------------------------------------------
+
+    def chunk(self, query: Tensor, new: Fields, real: Tensor | None, scaling: float) -> Tensor:
+        """Add the tokens of a chunk to a settled layer; their attention.
 
         Args:
             query: `[batch, query_heads, tokens, head_dim]`.
-            new: the chunk's keys, values `[batch, kv_heads, tokens, head_dim]`, position and expiry
-                `[batch, kv_heads, tokens]`; position `HOLE` where the token is padding.
+            new: the chunk's keys, `[pairs, tokens]`; position `HOLE` where the token is padding.
+            real: bool `[batch, tokens]`, False for padding; None: no padding.
             scaling: of the scores.
-            count_from: position of the first query that is counted in `visible` and `held`.
-            window: keys that a full cache would hold at most (the model's own sliding window).
 
         Returns:
-            `[batch, query_heads, tokens, head_dim]`, and the bytes of keys, values, position and expiry side by side.
+            Like `query`; zeros for padding.
         """
-        slots = [torch.cat(pair, dim=2) for pair in zip(self.slots(), new, strict=True)]
-        keys, values, position, expiry = slots
-        at = new[2][:, :1, :, None]  # positions of the queries, [batch, 1, tokens, 1]
-        visible = (position[:, :, None] >= 0) & (position[:, :, None] <= at) & (expiry[:, :, None] > at)
-        counted = at >= count_from
-        self.visible += (visible & counted).sum(dim=(2, 3))
-        self.held += ((at + 1).clamp(max=window) * counted).sum(dim=(1, 2, 3))
-        # a query of padding sees nothing: let it see itself, for a softmax over nothing is NaN
+        if isinstance(self.store, Blocks):
+            raise RuntimeError("settle the layer before a chunk")
         tokens = query.shape[2]
-        itself = torch.eye(tokens, dtype=torch.bool, device=query.device) & (at < 0)
-        visible[..., -tokens:] |= itself
-        output = _grouped_attention(query, keys, values, visible, scaling)
-        self.seen = torch.maximum(self.seen, at.amax(dim=(1, 2, 3)) + 1)
-        self.keep(slots, (position >= 0) & (expiry > self.seen[:, None, None]))
-        return output, sum(tensor.nbytes for tensor in slots)
+        after = self.seen + (tokens if real is None else real.sum(dim=1))
+        start, end = self._of_pairs(self.seen), self._of_pairs(after)
+        done = chunk_attention(query, self.store, new, self.cap, start, end, scaling, self.count_from)
+        self.at_work = self.storage_bytes + done.bytes_at_work
+        self.visible = self.visible + done.visible.view(self.visible.shape)
+        self.held = self.held + self._held(self.seen, after)
+        self.store, self.seen = done.store, after
+        self.columns += tokens
+        return done.output
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch, int64 `[rows]`."""
-        if self.is_initialized:
-            slots = [tensor.index_select(0, rows) for tensor in self.slots()]
-            self.seen, self.visible, self.held = (t.index_select(0, rows) for t in (self.seen, self.visible, self.held))
-            self.keep(slots, slots[2] >= 0)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search goes on with other rows."""
-        self.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows."""
-        self.select(torch.arange(len(self.seen), device=self.seen.device)[indices])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
-        self.select(torch.arange(len(self.seen), device=self.seen.device).repeat_interleave(repeats))
+        """Go on with these rows of the batch, int64 `[rows]`; the layer is settled."""
+        if not self.is_initialized:
+            return
+        if isinstance(self.store, Blocks):
+            raise RuntimeError("settle the layer before its rows are chosen")
+        pairs = rows[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=rows.device)
+        self.store = self.store.select(pairs.flatten())
+        self.seen, self.visible, self.held = (t.index_select(0, rows) for t in (self.seen, self.visible, self.held))
 
     # -- what transformers asks ---------------------------------------------------------------------------------------
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Nothing is stored here: `step` does, in the attention function."""
+        """Nothing is stored here: the attention function does."""
         return key_states, value_states
 
     def get_seq_length(self, *_: Any) -> int:
@@ -143,7 +227,7 @@ class LifespanLayer(CacheLayerMixin):
         return self.columns
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """(keys, offset) of a mask; only its padding is read."""
+        """(keys, offset) of a mask; none is built."""
         tokens = query_length if isinstance(query_length, int) else len(query_length)  # 5.2 hands the positions
         return self.columns + tokens, 0
 
@@ -152,18 +236,3 @@ class LifespanLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length  # its name in 5.2
-
-
-def _grouped_attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float) -> Tensor:
-    """Attention in which each KV head has a mask of its own, without repeating keys for the query heads of a group.
-
-    Args:
-        query: `[batch, query_heads, tokens, head_dim]`.
-        keys, values: `[batch, kv_heads, slots, head_dim]`.
-        visible: bool `[batch, kv_heads, tokens, slots]`.
-    """
-    kv_heads, group = keys.shape[1], query.shape[1] // keys.shape[1]
-    grouped = query.unflatten(1, (kv_heads, group)).flatten(2, 3)  # [batch, kv_heads, group · tokens, head_dim]
-    mask = visible[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
-    output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-    return output.unflatten(2, (group, -1)).flatten(1, 2)

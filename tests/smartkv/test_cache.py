@@ -171,13 +171,14 @@ def test_what_is_stored_is_what_the_next_query_sees() -> None:
     cache = Injected(model, None, recent(3, 2), chunk=4)
     cache.table = ttl
     fed(model, cache, ids, real, [7])
+    cache.settle()
     for layer, storage in enumerate(cache.storage):
         longer = torch.cat([real, torch.ones(2, 1, dtype=torch.bool)], dim=1)  # the next query
         table = torch.cat([ttl[layer], torch.zeros(2, 2, 1, dtype=torch.int64)], dim=2)
         seen = visibility(table, 3, 2, longer)[:, :, -1, :-1].sum(dim=-1)
-        assert storage.counts.tolist() == seen.tolist()
+        assert storage.live.tolist() == storage.slots.tolist() == seen.tolist()
         live, width = int(seen.sum()), model.config.hidden_size // model.config.num_attention_heads
-        assert storage.keys.untyped_storage().nbytes() == live * width * 4
+        assert storage.store.fields.key.untyped_storage().nbytes() == live * width * 4
         assert storage.storage_bytes == live * (2 * width * 4 + 2 * 4) + seen.numel() * 8 + 2 * 8
     assert cache.live_keys.shape == (2, 2, 2)
     assert cache.peak_bytes > cache.storage_bytes == sum(layer.storage_bytes for layer in cache.storage)

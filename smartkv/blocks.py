@@ -1,0 +1,264 @@
+"""Where keys lie: ragged between forward passes, in blocks while decoding.
+
+A *pair* is one row of the batch and one KV head. Pairs hold unlike numbers of keys, and no pair pays for another's:
+
+* `Ragged`: all pairs' keys one after another, nothing between them. What a chunk leaves.
+* `Blocks`: the same keys cut into blocks of few slots, each of one pair, with spare slots for the tokens to come.
+  Attention of one query a head is two batched products over all blocks, whatever the pairs' lengths.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HOLE = -1  # position of a slot without a key
+NEVER = 2**31 - 1  # expiry of a key that stays for good, or was not judged yet
+MOST_SPARE = 64  # tokens that are taken in before keys are packed anew
+
+
+class Fields(NamedTuple):
+    """What is stored of keys; `…` is one shape for all, such as `[keys]` or `[pairs, keys]`.
+
+    Attributes:
+        key, value: `[…, head_dim]`, the model's dtype.
+        position: int32 `[…]`, place among the real tokens of the row; `HOLE`: no key.
+        expiry: int32 `[…]`, the first position whose query does not see the key.
+        score: float32 `[…]`, the prediction that breaks ties under a cap for a whole layer; None: not needed.
+    """
+
+    key: Tensor
+    value: Tensor
+    position: Tensor
+    expiry: Tensor
+    score: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Fields":
+        """`change` applied to every tensor."""
+        return Fields(*(change(tensor) for tensor in self[:4]), None if self.score is None else change(self.score))
+
+    def join(self, other: "Fields", dim: int) -> "Fields":
+        """Both, one after the other."""
+        score = None if self.score is None or other.score is None else torch.cat([self.score, other.score], dim=dim)
+        return Fields(*(torch.cat(pair, dim=dim) for pair in zip(self[:4], other[:4], strict=True)), score)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage behind all tensors."""
+        return storage_bytes(self)
+
+
+def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the storages behind tensors (None counts nothing)."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+
+
+def ranks(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Of `total` keys that lie pair by pair, `counts` `[pairs]` each: their pair and place in it, int64 `[total]`."""
+    pair = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=total)
+    first = counts.cumsum(0) - counts
+    return pair, torch.arange(total, device=counts.device) - first[pair]
+
+
+@dataclass
+class Ragged:
+    """Keys of all pairs, one after another and in the order of their positions.
+
+    Attributes:
+        fields: `[keys]`.
+        counts: int64 `[pairs]`, keys of each pair; their sum is `keys`.
+    """
+
+    fields: Fields
+    counts: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, as allocated."""
+        return self.fields.nbytes + storage_bytes([self.counts])
+
+    @property
+    def slots(self) -> Tensor:
+        """Slots of each pair, int64 `[pairs]`: there are no holes."""
+        return self.counts
+
+    def live(self, _: int = 0) -> Tensor:
+        """Keys of each pair, int64 `[pairs]`."""
+        return self.counts
+
+    def pair(self) -> Tensor:
+        """The pair of each key, int64 `[keys]`."""
+        return ranks(self.counts, len(self.fields.position))[0]
+
+    def side_by_side(self, pairs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Where the keys of pairs lie, one pair a line: int64 `[pairs, longest]`, and bool of what is a key there.
+
+        Args:
+            pairs: which, int64; None: all.
+        """
+        counts, first = self.counts, self.counts.cumsum(0) - self.counts
+        if pairs is not None:
+            counts, first = counts[pairs], first[pairs]
+        place = torch.arange(int(counts.max()), device=counts.device)
+        filled = place < counts[:, None]
+        return torch.where(filled, first[:, None] + place, 0), filled
+
+    def select(self, pairs: Tensor) -> "Ragged":
+        """Go on with these pairs, int64 `[chosen]`; any may come twice."""
+        counts = self.counts[pairs]
+        pair, rank = ranks(counts, int(counts.sum()))
+        index = (self.counts.cumsum(0) - self.counts)[pairs][pair] + rank
+        return Ragged(self.fields.map(lambda tensor: tensor.index_select(0, index)), counts)
+
+
+class Blocks:
+    """Keys in blocks of `size` slots while tokens come one by one.
+
+    Args:
+        fields: `[slots]`, from which the keys are taken.
+        live: int64 `[keys]`, the slots of `fields` that hold them, pair by pair.
+        counts: int64 `[pairs]`, how many each pair has.
+        ages: int64 `[keys]`, which of the queries to come is the first that does not see each key; 0 is the next one.
+        now: int64 `[pairs]`, position of the next query.
+        spare: tokens that may come before the keys are packed anew.
+
+    Attributes:
+        fields: `[blocks · size]`. A block belongs to one pair, a pair's blocks follow each other.
+        bias: `[blocks, 1, size]`, the model's dtype: 0 for keys that the last query saw, −inf for all other slots.
+        owner: int64 `[blocks]`, the pair of each block.
+        table: int64 `[pairs, most blocks of a pair]`; shorter pairs point to an empty block at the end.
+    """
+
+    def __init__(self, fields: Fields, live: Tensor, counts: Tensor, ages: Tensor, now: Tensor, spare: int) -> None:
+        pairs, device = len(counts), counts.device
+        self.counts, self.spare = counts, spare
+        self.size = block_size(len(live) / pairs)
+        blocks = (counts + spare + self.size - 1) // self.size
+        first = blocks.cumsum(0) - blocks
+        total, most = int(blocks.sum()), int(blocks.max())
+        self.uneven = total != pairs * most
+        place = torch.arange(most, device=device)
+        self.table = torch.where(place < blocks[:, None], first[:, None] + place, total)
+        self.owner = torch.arange(pairs, device=device).repeat_interleave(blocks, output_size=total)
+        if self.uneven:
+            self.owner = torch.cat([self.owner, self.owner.new_zeros(1)])
+        # each slot takes its key from `fields`; slots without one take any key, and are hidden by position and bias
+        pair, rank = ranks(counts, len(live))
+        slots = first[pair] * self.size + rank
+        source = live[:1].expand(len(self.owner) * self.size).clone() if len(live) else None
+        if source is not None:
+            source[slots] = live
+            self.fields = fields.map(lambda tensor: tensor.index_select(0, source))
+        else:
+            self.fields = fields.map(lambda tensor: tensor.new_zeros(len(self.owner) * self.size, *tensor.shape[1:]))
+        filled = torch.zeros(len(self.owner) * self.size, dtype=torch.bool, device=device)
+        filled[slots] = True
+        self.fields.position.masked_fill_(~filled, HOLE)
+        self.fields.expiry.masked_fill_(~filled, 0)
+        self.bias = torch.zeros(len(filled), dtype=self.fields.key.dtype, device=device)
+        self.bias.masked_fill_(~filled, float("-inf"))
+        self.bias = self.bias.view(-1, 1, self.size)
+        # where the tokens to come go: [spare, pairs]; they are seen until they are judged
+        steps = torch.arange(spare, device=device)[:, None]
+        self.coming = first * self.size + counts + steps
+        self.fields.position[self.coming] = (now + steps).int()
+        self.fields.expiry[self.coming] = NEVER
+        self._plan(slots, pair, ages)
+
+    def _plan(self, slots: Tensor, pair: Tensor, ages: Tensor) -> None:
+        """What changes in `bias` at each step: the new token's slot is seen from then on, an expired one is not."""
+        dying = ((ages > 0) & (ages < self.spare)).nonzero().flatten()
+        self.deaths = torch.bincount(ages[dying] * len(self.counts) + pair[dying], minlength=self.coming.numel())
+        self.deaths = self.deaths.view(self.coming.shape)
+        steps = torch.arange(self.spare, device=slots.device).repeat_interleave(len(self.counts))
+        step, order = torch.cat([steps, ages[dying]]).sort(stable=True)
+        index = torch.cat([self.coming.flatten(), slots[dying]])[order]
+        value = torch.zeros(len(index), dtype=self.bias.dtype, device=slots.device)
+        value[order >= self.coming.numel()] = float("-inf")
+        sizes = torch.bincount(step, minlength=self.spare).tolist()
+        self._changes = list(zip(index.split(sizes), value.split(sizes), strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, as allocated."""
+        planned = [] if not self._changes else self._changes[0]  # views of one storage each
+        rest = [self.bias, self.owner, self.table, self.counts, self.coming, self.deaths, *planned]
+        return self.fields.nbytes + storage_bytes(rest)
+
+    @property
+    def slots(self) -> Tensor:
+        """Slots of each pair, live or not; int64 `[pairs]`. The empty block that all share is counted for the first."""
+        return torch.bincount(self.owner, minlength=len(self.counts)) * self.size
+
+    def live(self, steps: int) -> Tensor:
+        """Keys that the last of `steps` queries saw, int64 `[pairs]`."""
+        return self.counts + steps - self.deaths[:steps].sum(dim=0)
+
+    def write(self, step: int, key: Tensor, value: Tensor) -> None:
+        """Add the keys of the token at `step` (0 … spare − 1), and hide what its query does not see.
+
+        Args:
+            key, value: `[pairs, head_dim]`.
+        """
+        slots = self.coming[step]
+        self.fields.key.index_copy_(0, slots, key)
+        self.fields.value.index_copy_(0, slots, value)
+        self.bias.view(-1).index_copy_(0, *self._changes[step])
+
+    def attend(self, query: Tensor, scaling: float) -> Tensor:
+        """Attention of one query a head over the keys that it sees.
+
+        The softmax runs over a pair's blocks: they share its largest score, and are summed at the end.
+
+        Args:
+            query: `[pairs, group, head_dim]`.
+
+        Returns:
+            The same shape and dtype.
+        """
+        keys, values = (tensor.view(-1, self.size, tensor.shape[-1]) for tensor in self.fields[:2])
+        scores = torch.baddbmm(self.bias, query.index_select(0, self.owner), keys.transpose(1, 2), alpha=scaling)
+        largest = self._by_pair(scores.amax(dim=-1)).amax(dim=1)  # [pairs, group]
+        weights = scores.sub_(largest.index_select(0, self.owner)[..., None]).exp_()
+        total = self._by_pair(weights.sum(dim=-1, dtype=torch.float32)).sum(dim=1)  # [pairs, group]
+        mixed = self._by_pair(torch.bmm(weights, values)).sum(dim=1, dtype=torch.float32)  # [pairs, group, head_dim]
+        return mixed.div_(total[..., None]).to(query.dtype)
+
+    def _by_pair(self, tensor: Tensor) -> Tensor:
+        """`[blocks, …]` -> `[pairs, most blocks of a pair, …]`."""
+        if self.uneven:
+            tensor = tensor.index_select(0, self.table.view(-1))
+        return tensor.view(*self.table.shape, *tensor.shape[1:])
+
+    def judge(self, expiry: Tensor, score: Tensor | None) -> None:
+        """What is known by now of the tokens that came first, both `[pairs, tokens]`."""
+        slots = self.coming[: expiry.shape[1]].T
+        self.fields.expiry[slots] = expiry.int()
+        if self.fields.score is not None and score is not None:
+            self.fields.score[slots] = score
+
+    def pair(self) -> Tensor:
+        """The pair of each slot, int64 `[blocks · size]`."""
+        return self.owner.repeat_interleave(self.size)
+
+    def side_by_side(self) -> tuple[Tensor, Tensor]:
+        """Where the slots of the pairs lie, one pair a line: int64 `[pairs, most]`, and bool of what is one there."""
+        index = (self.table[..., None] * self.size + torch.arange(self.size, device=self.table.device)).flatten(1)
+        return index, self.owner[index // self.size] == torch.arange(len(self.counts), device=index.device)[:, None]
+
+
+def block_size(keys: float) -> int:
+    """Slots of a block for pairs of `keys` keys: half a block a pair is lost, and small blocks are slow."""
+    return next((size for size in (16, 32, 64) if keys < 48 * size), 128)
+
+
+def spare_tokens(keys: float, shortest_life: int) -> int:
+    """Tokens to take in before keys are packed anew: packing copies them all, and waiting keeps dead ones.
+
+    Args:
+        keys: of a pair, on average.
+        shortest_life: tokens that every new key is seen for at least; before that nothing new can die.
+    """
+    return max(1, min(max(8, int(keys) // 32), MOST_SPARE, shortest_life))
