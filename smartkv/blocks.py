@@ -37,12 +37,20 @@ class Fields(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Fields":
         """`change` applied to every tensor."""
-        return Fields(*(change(tensor) for tensor in self[:4]), None if self.score is None else change(self.score))
+        key, value, position, expiry = (change(tensor) for tensor in self[:4])
+        return Fields(key, value, position, expiry, None if self.score is None else change(self.score))
+
+    def at(self, index: Tensor) -> "Fields":
+        """`tensor[index]` of every tensor."""
+        if index.dim() == 1 and index.dtype == torch.int64:  # the same, copied row by row
+            return self.map(lambda tensor: tensor.index_select(0, index))
+        return self.map(lambda tensor: tensor[index])
 
     def join(self, other: "Fields", dim: int) -> "Fields":
         """Both, one after the other."""
+        key, value, position, expiry = (torch.cat(pair, dim=dim) for pair in zip(self[:4], other[:4], strict=True))
         score = None if self.score is None or other.score is None else torch.cat([self.score, other.score], dim=dim)
-        return Fields(*(torch.cat(pair, dim=dim) for pair in zip(self[:4], other[:4], strict=True)), score)
+        return Fields(key, value, position, expiry, score)
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +118,7 @@ class Ragged:
         counts = self.counts[pairs]
         pair, rank = ranks(counts, int(counts.sum()))
         index = (self.counts.cumsum(0) - self.counts)[pairs][pair] + rank
-        return Ragged(self.fields.map(lambda tensor: tensor.index_select(0, index)), counts)
+        return Ragged(self.fields.at(index), counts)
 
 
 class Blocks:
@@ -150,7 +158,7 @@ class Blocks:
         source = live[:1].expand(len(self.owner) * self.size).clone() if len(live) else None
         if source is not None:
             source[slots] = live
-            self.fields = fields.map(lambda tensor: tensor.index_select(0, source))
+            self.fields = fields.at(source)
         else:
             self.fields = fields.map(lambda tensor: tensor.new_zeros(len(self.owner) * self.size, *tensor.shape[1:]))
         filled = torch.zeros(len(self.owner) * self.size, dtype=torch.bool, device=device)

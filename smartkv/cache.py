@@ -21,6 +21,7 @@ from smartkv.blocks import HOLE, NEVER, Fields
 from smartkv.errors import SmartKVError
 from smartkv.feeding import EvictionStep, follow_cache
 from smartkv.gates import GateBank
+from smartkv.holdings import Holdings
 from smartkv.policies import HybridPolicy
 from smartkv.storage import LifespanLayer
 
@@ -38,7 +39,7 @@ def _outside_autograd(function: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-class LifespanCache(Cache):
+class LifespanCache(Holdings, Cache):
     """A cache for `model(...)` and `model.generate(...)`.
 
     The model is changed while it works on the cache and not between. It keeps a forward of ours for as long as such a
@@ -280,60 +281,3 @@ class LifespanCache(Cache):
             SmartKVError: always; what was freed cannot come back.
         """
         raise SmartKVError("a LifespanCache cannot be cropped: keys that were freed cannot come back")
-
-    # -- what it holds ------------------------------------------------------------------------------------------------
-
-    @property
-    def storage_bytes(self) -> int:
-        """Bytes that all layers hold now: keys, values, holes, positions, expiries, tables."""
-        return sum(layer.storage_bytes for layer in self.storage)
-
-    @property
-    def bytes_by_layer(self) -> Tensor:
-        """The same by layer, int64 `[layers]`."""
-        return torch.tensor([layer.storage_bytes for layer in self.storage])
-
-    @property
-    def live_keys(self) -> Tensor:
-        """Keys that are not expired, int64 `[layers, batch, kv_heads]`, on the CPU.
-
-        Raises:
-            SmartKVError: no token has been seen.
-        """
-        self._check_used()
-        return torch.stack([layer.live.cpu() for layer in self.storage])
-
-    @property
-    def slots(self) -> Tensor:
-        """Places for a key that are allocated, those of dead keys and of tokens to come included; as `live_keys`."""
-        self._check_used()
-        return torch.stack([layer.slots.cpu() for layer in self.storage])
-
-    @property
-    def live_bytes(self) -> int:
-        """Bytes of the live keys and values alone: what no cache could do without. Raises as `live_keys`."""
-        arch = self.architecture
-        itemsize = self.storage[0].store.fields.key.element_size() if self.storage[0].is_initialized else 0
-        return int(self.live_keys.sum()) * 2 * arch.head_dim * itemsize
-
-    @property
-    def footprint_by_head(self) -> Tensor:
-        """Share of a full cache's keys that the counted queries saw, float64 `[layers, kv_heads]`.
-
-        Raises:
-            SmartKVError: no query was counted.
-        """
-        self._check_used()
-        counted = [layer.counted() for layer in self.storage]
-        if not int(counted[0][1].sum()):
-            raise SmartKVError(f"no query from position {self.count_from} on was seen: there is no footprint")
-        return torch.stack([(visible.sum(0).double() / held.sum()).cpu() for visible, held in counted])
-
-    @property
-    def footprint(self) -> float:
-        """Σ keys seen ÷ Σ keys of a full cache, over KV heads and the counted queries. Raises as above."""
-        return float(self.footprint_by_head.mean())
-
-    def _check_used(self) -> None:
-        if not all(layer.is_initialized for layer in self.storage):
-            raise SmartKVError("the cache has not seen a token yet")

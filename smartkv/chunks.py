@@ -64,10 +64,10 @@ def chunk_attention(
     drops = None if cap is None else _dropped(store, new, cap, start, tokens)
     order, kept, counts, most = [], [], torch.zeros_like(start), 0
     for group in like_lengths(store.counts, tokens):
-        fields, ends = new.map(lambda tensor, group=group: tensor[group]), new.expiry[group]
+        fields, ends = new.at(group), new.expiry[group]
         if int(store.counts[group].max()):
             index, filled = store.side_by_side(group)
-            old = store.fields.map(lambda tensor, index=index: tensor[index])
+            old = store.fields.at(index)
             fields = old._replace(position=old.position.masked_fill(~filled, HOLE)).join(fields, dim=1)
             ends = fields.expiry
         if drops is not None:
@@ -84,7 +84,7 @@ def chunk_attention(
         alive = there & (ends > end[group, None])
         saw = queries_that_saw(fields.position, ends, start[group, None], end[group, None], count_from)
         visible[group], counts[group] = saw.sum(dim=1), alive.sum(dim=1)
-        kept.append(fields.map(lambda tensor, alive=alive: tensor[alive]))
+        kept.append(fields.at(alive))
         order.append(group)
         most = max(most, fields.nbytes + mask.nbytes + sum(part.nbytes for part in kept))
     fields = kept[0]
@@ -114,7 +114,6 @@ def _dropped(store: Ragged, new: Fields, cap: Cap, start: Tensor, tokens: int) -
     small = Fields(new.position, new.position, new.position, new.expiry, new.score)
     if int(store.counts.max()):
         index, filled = store.side_by_side()
-        held = store.fields._replace(key=store.fields.position, value=store.fields.position)
-        held = held.map(lambda tensor: tensor[index])
+        held = store.fields._replace(key=store.fields.position, value=store.fields.position).at(index)
         small = held._replace(position=held.position.masked_fill(~filled, HOLE)).join(small, dim=1)
     return cap.ends(small.position, small.expiry, small.score, start, tokens + 1)

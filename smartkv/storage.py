@@ -74,7 +74,7 @@ class LifespanLayer(CacheLayerMixin):
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes of all tensors, as allocated: slots, dead or not, positions, expiries, tables, tokens not judged yet."""
+        """Bytes of all tensors, as allocated: slots (dead or not), positions, expiries, tables, new tokens."""
         return self.store.nbytes + storage_bytes([self.seen, *self.unjudged]) if self.is_initialized else 0
 
     @property
@@ -174,7 +174,7 @@ class LifespanLayer(CacheLayerMixin):
             spare = spare_tokens(len(live) / len(counts), self.shortest_life)
             self.store = Blocks(old.fields, live, counts, (ends - now[pair])[live], now, spare)
         else:
-            self.store = Ragged(old.fields.map(lambda tensor: tensor.index_select(0, live)), counts)
+            self.store = Ragged(old.fields.at(live), counts)
         self.at_work = old_bytes + self.storage_bytes
 
     # -- many tokens --------------------------------------------------------------------------------------------------

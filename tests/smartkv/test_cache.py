@@ -1,93 +1,19 @@
 """The cache against the rule in plain loops, and what it holds and frees."""
 
-import itertools
-from collections.abc import Sequence
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from smartkv.backbones import Fingerprint
 from smartkv.cache import LifespanCache
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
-from smartkv.policies import FOREVER, HybridPolicy, LayerRule
+from smartkv.policies import HybridPolicy, LayerRule
 from tests.models import FAMILIES, token_ids
-from tests.smartkv.masked_reference import masked_logits, positions, visibility
-
-MODELS = {name: make() for name, make in FAMILIES.items()}
-
-
-class Injected(LifespanCache):
-    """TTLs from a table `[layers, batch, kv_heads, real tokens]`."""
-
-    table: Tensor
-
-    def times_to_live(self, layer: int, keys: Tensor, position: Tensor) -> Tensor:
-        index = position.clamp(min=0)[:, None].expand(keys.shape[:3])
-        return self.table[layer].gather(2, index)
-
-
-class Recording(LifespanCache):
-    """Keeps what was decided."""
-
-    def times_to_live(self, layer: int, keys: Tensor, position: Tensor) -> Tensor | int:
-        ttl = super().times_to_live(layer, keys, position)
-        self.decided = getattr(self, "decided", {})
-        self.decided.setdefault(layer, []).append(ttl)
-        return ttl
-
-
-def recent(window: int, sinks: int = 0) -> HybridPolicy:
-    return HybridPolicy((LayerRule("all", "window", window),), sinks=sinks)
-
-
-def kv_heads(model: PreTrainedModel) -> int:
-    return Fingerprint.of(model).kv_heads
-
-
-def sliding(model: PreTrainedModel) -> int | None:
-    return getattr(model.config, "sliding_window", None) if model.config.model_type == "mistral" else None
-
-
-def random_ttl(model: PreTrainedModel, batch: int, tokens: int, seed: int) -> Tensor:
-    """Short and long lives, and some for good."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (model.config.num_hidden_layers, batch, kv_heads(model), tokens)
-    ttl = torch.randint(0, tokens, shape, generator=generator)
-    ttl[torch.rand(shape, generator=generator) < 0.4] = 0
-    ttl[torch.rand(shape, generator=generator) < 0.1] = FOREVER
-    return ttl
-
-
-def padding(batch: int, tokens: int, side: str, seed: int) -> Tensor:
-    """bool `[batch, tokens]`, False at up to half a row's tokens on one side; the first row has none."""
-    real = torch.ones(batch, tokens, dtype=torch.bool)
-    generator = torch.Generator().manual_seed(seed)
-    for row in range(1, batch):
-        count = int(torch.randint(0, tokens // 2, (1,), generator=generator))
-        if side == "left":
-            real[row, :count] = False
-        else:
-            real[row, tokens - count :] = False
-    return real
-
-
-@torch.inference_mode()
-def fed(model: PreTrainedModel, cache: LifespanCache, ids: Tensor, real: Tensor, cuts: Sequence[int]) -> Tensor:
-    """Logits when the sequence is given in several calls."""
-    edges = [0, *sorted(set(cuts)), ids.shape[1]]
-    parts = []
-    with cache:
-        for start, stop in itertools.pairwise(edges):
-            here = slice(start, stop)
-            call = {"attention_mask": real[:, :stop].long(), "position_ids": positions(real)[:, here]}
-            parts.append(model(ids[:, here], past_key_values=cache, use_cache=True, **call).logits)
-    return torch.cat(parts, dim=1)
-
+from tests.smartkv.cache_fixtures import MODELS, Injected, Recording, fed, padding, random_ttl, recent, sliding, state
+from tests.smartkv.masked_reference import masked_logits, visibility
 
 # -- one rule ---------------------------------------------------------------------------------------------------------
 
@@ -219,12 +145,6 @@ def test_a_full_policy_keeps_everything() -> None:
 # -- attach and detach ------------------------------------------------------------------------------------------------
 
 
-def state(model: PreTrainedModel) -> list[object]:
-    modules = list(model.modules())
-    hooks = [len(module._forward_hooks) for module in modules]
-    return [model.config._attn_implementation, hooks, [sorted(module.__dict__) for module in modules]]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_is_restored_also_after_an_exception(family: str) -> None:
     model = MODELS[family]
@@ -302,50 +222,3 @@ def test_reset_makes_it_as_new() -> None:
     cache.reset()
     assert cache.get_seq_length() == cache.storage_bytes == cache.peak_bytes == 0
     assert torch.equal(fed(model, cache, ids, real, []), first)
-
-
-# -- generate ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_generation_gives_the_tokens_of_the_masked_model(family: str) -> None:
-    model, prompt, count = MODELS[family], token_ids(12, 4)[None], 8
-    ttl = random_ttl(model, 1, 12 + count, 5)
-    cache = Injected(model, None, recent(3, 1))
-    cache.table = ttl
-    with cache:
-        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        got = model.generate(prompt, past_key_values=cache, attention_mask=torch.ones_like(prompt), **options)
-    ids = prompt
-    for _ in range(count):
-        real = torch.ones_like(ids, dtype=torch.bool)
-        masks = [visibility(layer[..., : ids.shape[1]], 3, 1, real, sliding(model)) for layer in ttl]
-        scores = masked_logits(model, ids, masks, real)[:, -1].clone()
-        scores[:, model.config.eos_token_id] = float("-inf")  # min_new_tokens
-        ids = torch.cat([ids, scores.argmax(dim=-1, keepdim=True)], dim=1)
-    assert got.tolist() == ids.tolist()
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_padded_batch_generates_what_each_row_generates_alone(family: str) -> None:
-    model, ids = MODELS[family], token_ids(24, 2).clamp(min=1).view(2, 12)
-    real = torch.ones_like(ids, dtype=torch.bool)
-    real[1, :5] = False
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-
-    def generate(prompt: Tensor, mask: Tensor) -> list[list[int]]:
-        with LifespanCache(model, None, recent(4, 2)) as cache:
-            return model.generate(prompt, attention_mask=mask.long(), past_key_values=cache, **options)[:, -6:].tolist()
-
-    alone = [generate(row[own][None], own[own][None])[0] for row, own in zip(ids, real, strict=True)]
-    assert generate(ids, real) == alone
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_beam_search_with_everything_kept_is_that_of_the_usual_cache(family: str) -> None:
-    model, prompt = MODELS[family], token_ids(10, 7).clamp(min=1)[None]
-    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
-    usual = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-    with LifespanCache(model, None, HybridPolicy((LayerRule("all", "full"),))) as cache:
-        ours = model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **options)
-    assert ours.tolist() == usual.tolist()

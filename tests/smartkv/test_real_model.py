@@ -12,8 +12,8 @@ from smartkv import Backbone, GateBank, LabelSpec, label_window, load_backbone
 from smartkv.calibration import check_key_site
 from smartkv.perplexity import window_nll
 from tests.conftest import ROOT
+from tests.smartkv.cache_fixtures import Injected, random_ttl, recent
 from tests.smartkv.masked_reference import masked_logits, visibility
-from tests.smartkv.test_cache import Injected, random_ttl, recent
 
 TEXT = "The key to the cellar hung where it had always hung, on a nail behind the kitchen door. " * 8
 

@@ -1,0 +1,90 @@
+"""Models, TTLs and padding for the tests of the cache, and caches whose decisions a test gives or reads."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smartkv.backbones import Fingerprint
+from smartkv.cache import LifespanCache
+from smartkv.policies import FOREVER, HybridPolicy, LayerRule
+from tests.models import FAMILIES
+from tests.smartkv.masked_reference import positions
+
+MODELS = {name: make() for name, make in FAMILIES.items()}
+
+
+class Injected(LifespanCache):
+    """TTLs from a table `[layers, batch, kv_heads, real tokens]`."""
+
+    table: Tensor
+
+    def times_to_live(self, layer: int, keys: Tensor, position: Tensor) -> Tensor:
+        index = position.clamp(min=0)[:, None].expand(keys.shape[:3])
+        return self.table[layer].gather(2, index)
+
+
+class Recording(LifespanCache):
+    """Keeps what was decided."""
+
+    def times_to_live(self, layer: int, keys: Tensor, position: Tensor) -> Tensor | int:
+        ttl = super().times_to_live(layer, keys, position)
+        self.decided = getattr(self, "decided", {})
+        self.decided.setdefault(layer, []).append(ttl)
+        return ttl
+
+
+def recent(window: int, sinks: int = 0) -> HybridPolicy:
+    return HybridPolicy((LayerRule("all", "window", window),), sinks=sinks)
+
+
+def kv_heads(model: PreTrainedModel) -> int:
+    return Fingerprint.of(model).kv_heads
+
+
+def sliding(model: PreTrainedModel) -> int | None:
+    return getattr(model.config, "sliding_window", None) if model.config.model_type == "mistral" else None
+
+
+def random_ttl(model: PreTrainedModel, batch: int, tokens: int, seed: int) -> Tensor:
+    """Short and long lives, and some for good."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (model.config.num_hidden_layers, batch, kv_heads(model), tokens)
+    ttl = torch.randint(0, tokens, shape, generator=generator)
+    ttl[torch.rand(shape, generator=generator) < 0.4] = 0
+    ttl[torch.rand(shape, generator=generator) < 0.1] = FOREVER
+    return ttl
+
+
+def padding(batch: int, tokens: int, side: str, seed: int) -> Tensor:
+    """bool `[batch, tokens]`, False at up to half a row's tokens on one side; the first row has none."""
+    real = torch.ones(batch, tokens, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    for row in range(1, batch):
+        count = int(torch.randint(0, tokens // 2, (1,), generator=generator))
+        if side == "left":
+            real[row, :count] = False
+        else:
+            real[row, tokens - count :] = False
+    return real
+
+
+@torch.inference_mode()
+def fed(model: PreTrainedModel, cache: LifespanCache, ids: Tensor, real: Tensor, cuts: Sequence[int]) -> Tensor:
+    """Logits when the sequence is given in several calls."""
+    edges = [0, *sorted(set(cuts)), ids.shape[1]]
+    parts = []
+    with cache:
+        for start, stop in itertools.pairwise(edges):
+            here = slice(start, stop)
+            call = {"attention_mask": real[:, :stop].long(), "position_ids": positions(real)[:, here]}
+            parts.append(model(ids[:, here], past_key_values=cache, use_cache=True, **call).logits)
+    return torch.cat(parts, dim=1)
+
+
+def state(model: PreTrainedModel) -> list[object]:
+    modules = list(model.modules())
+    hooks = [len(module._forward_hooks) for module in modules]
+    return [model.config._attn_implementation, hooks, [sorted(module.__dict__) for module in modules]]
