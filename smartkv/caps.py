@@ -24,7 +24,8 @@ class Cap:
         room: keys past their window that are kept, in each pool; the pool is a head, or all heads of a row.
         heads: KV heads that share a pool.
         window: tokens that are pinned, at least 1.
-        sinks: tokens at the start that are pinned.
+        sinks: tokens at the start that are pinned (their places are kept also when a model's own sliding window has
+            passed them).
     """
 
     room: int

@@ -20,10 +20,16 @@ class Injected(LifespanCache):
     """TTLs from a table `[layers, batch, kv_heads, real tokens]`."""
 
     table: Tensor
+    score_table: Tensor | None = None
+
+    def scores(self, layer: int, keys: Tensor) -> Tensor | None:
+        if self.score_table is None:
+            return super().scores(layer, keys)
+        return self.score_table[layer].gather(2, self.index)
 
     def times_to_live(self, layer: int, keys: Tensor, position: Tensor) -> Tensor:
-        index = position.clamp(min=0)[:, None].expand(keys.shape[:3])
-        return self.table[layer].gather(2, index)
+        self.index = position.clamp(min=0)[:, None].expand(keys.shape[:3])
+        return self.table[layer].gather(2, self.index)
 
 
 class Recording(LifespanCache):

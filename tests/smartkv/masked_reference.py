@@ -15,9 +15,16 @@ NAME = "tests_masked"
 
 
 def masked_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Eager attention with repeated KV heads and the module's own mask `[batch, kv_heads, queries, keys]`."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling  # GPT-2 of 5.2 names none
     group = query.shape[1] // key.shape[1]
     mask = module.__dict__["mask"].repeat_interleave(group, dim=1)
     scores = query @ key.repeat_interleave(group, dim=1).transpose(2, 3) * scaling
@@ -49,6 +56,43 @@ def visibility(ttl: Tensor, window: int, sinks: int, real: Tensor, sliding_windo
         for column in set(range(tokens)) - set(places):
             mask[row, :, column, column] = True
     return mask
+
+
+def drop_over_cap(
+    seen: Tensor,
+    ttl: Tensor,
+    score: Tensor,
+    real: Tensor,
+    cap: int,
+    per_layer: bool,
+    window: int,
+    sinks: int,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """What is left of `seen` (from `visibility`) under a cap, token by token: of the keys past their window that whose
+    expiry is first goes first, of equals the older, then the lower score, then the later head. A model's own sliding window
+    hides sinks, but their places stay theirs. `score` like `ttl`."""
+    left = seen.clone()
+    for row in range(seen.shape[0]):
+        places = real[row].nonzero().flatten().tolist()
+        heads = range(seen.shape[1])
+        for pool in [list(heads)] if per_layer else [[head] for head in heads]:
+            dropped: set[tuple[int, int]] = set()
+            for i, column in enumerate(places):
+                keys = [(h, j) for h in pool for j in range(i + 1) if seen[row, h, column, places[j]]]
+                keys = [key for key in keys if key not in dropped]
+
+                def worth(key: tuple[int, int], row: int = row) -> tuple[float, ...]:
+                    head, j = key
+                    life = min(max(int(ttl[row, head, j]), window), sliding_window or 2**31)
+                    return j + life, j, float(score[row, head, j]), -head
+
+                free = sorted((key for key in keys if key[1] >= sinks and i - key[1] >= window), key=worth)
+                gone = len(pool) * sum(j < sinks and i - j >= (sliding_window or 2**31) for j in range(i + 1))
+                dropped |= set(free[: max(0, len(keys) + gone - cap)])
+                for head, j in dropped:
+                    left[row, head, column, places[j]] = False
+    return left
 
 
 @contextmanager
