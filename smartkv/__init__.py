@@ -2,6 +2,7 @@
 
 from smartkv.backbones import Architecture, Backbone, Fingerprint, load_backbone
 from smartkv.cache import LifespanCache
+from smartkv.cache_files import load_cache, save_cache
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
 from smartkv.lifespans import LabelSpec, label_window
@@ -21,4 +22,6 @@ __all__ = [
     "SmartKVError",
     "label_window",
     "load_backbone",
+    "load_cache",
+    "save_cache",
 ]

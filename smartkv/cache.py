@@ -159,7 +159,8 @@ class LifespanCache(Holdings, Cache):
         """
         storage, tokens = self.storage[layer], step.key.shape[2]
         if not storage.is_initialized:
-            self._begin(storage, step)
+            storage.lazy_initialization(step.key, step.value)
+            storage.begin_sliding(step.sliding_window or NEVER)
         if len(storage.seen) != len(step.key) or storage.store.fields.key.dtype != step.key.dtype:
             raise SmartKVError(
                 f"the cache holds {len(storage.seen)} rows in {storage.store.fields.key.dtype}, "
@@ -180,12 +181,6 @@ class LifespanCache(Holdings, Cache):
         output = storage.chunk(step.query, new, step.real, step.scaling)
         self.peak_bytes = max(self.peak_bytes, held + storage.at_work)
         return output
-
-    def _begin(self, storage: LifespanLayer, step: EvictionStep) -> None:
-        storage.lazy_initialization(step.key, step.value)
-        if step.sliding_window is not None:
-            storage.sliding_window = step.sliding_window
-            storage.shortest_life = min(storage.shortest_life, step.sliding_window)
 
     def _judged(self, layer: int, keys: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
         """Expiry and, where a cap asks for it, score of new keys; arguments as `times_to_live`."""

@@ -70,6 +70,11 @@ class LifespanLayer(CacheLayerMixin):
         self.visible, self.held = store.counts.new_zeros(len(seen), self.kv_heads), torch.zeros_like(seen)
         self.is_initialized = True
 
+    def begin_sliding(self, window: int) -> None:
+        """The model's own attention sees at most so many keys."""
+        self.sliding_window = window
+        self.shortest_life = min(self.shortest_life, window)
+
     # -- what it holds ------------------------------------------------------------------------------------------------
 
     @property

@@ -70,8 +70,8 @@ def drop_over_cap(
     sliding_window: int | None = None,
 ) -> Tensor:
     """What is left of `seen` (from `visibility`) under a cap, token by token: of the keys past their window that whose
-    expiry is first goes first, of equals the older, then the lower score, then the later head. A model's own sliding window
-    hides sinks, but their places stay theirs. `score` like `ttl`."""
+    expiry is first goes first, of equals the older, then the lower score, then the later head. A model's own sliding
+    window hides sinks, but their places stay theirs. `score` like `ttl`."""
     left = seen.clone()
     for row in range(seen.shape[0]):
         places = real[row].nonzero().flatten().tolist()
