@@ -5,13 +5,23 @@ import sys
 from jsonargparse import auto_cli
 
 from eval.calibrate import calibrate
+from eval.decode import decode
 from eval.gates import gates
+from eval.generate import generate
 from eval.perplexity import perplexity
 from eval.report import report
 from eval.speed import speed
 from smartkv.errors import SmartKVError
 
-COMMANDS = {"calibrate": calibrate, "gates": gates, "perplexity": perplexity, "report": report, "speed": speed}
+COMMANDS = {
+    "calibrate": calibrate,
+    "decode": decode,
+    "gates": gates,
+    "generate": generate,
+    "perplexity": perplexity,
+    "report": report,
+    "speed": speed,
+}
 
 
 def main(args: list[str] | None = None) -> None:

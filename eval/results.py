@@ -1,6 +1,8 @@
 """What every command leaves behind."""
 
 import json
+import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,21 @@ from smartkv.shards import write_atomically
 
 def versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), "transformers": transformers.__version__}
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What a figure was measured on."""
+    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    found = {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count()}
+    found |= {"capability": torch.backends.cpu.get_cpu_capability(), "torch": str(torch.__version__)}
+    if torch.device(device).type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found | {"transformers": transformers.__version__}
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []
 
 
 def write_result(out: Path, command: str, arguments: dict[str, Any], figures: dict[str, Any]) -> Path:

@@ -8,6 +8,7 @@ probabilities to an observer and forgets them. Memory grows with tokens × block
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -84,7 +85,7 @@ def observed_attention(
     (output `[1, tokens, query_heads, head_dim]`, None)."""
     observer: AttentionObserver = getattr(module, _OBSERVER)
     layer: int = module.layer_idx  # type: ignore[assignment]
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
     observer.on_rotated_keys(layer, key[0])
     output = torch.empty_like(query[0])
     for start, probabilities in attention_blocks(query[0], key[0], scaling, sliding_window):
@@ -95,6 +96,14 @@ def observed_attention(
     if not torch.isfinite(output).all():  # a NaN probability is above no threshold: it would pass as "never hit"
         raise SmartKVError(f"layer {layer} gave attention that is NaN or infinite: check the model's weights and dtype")
     return output.transpose(0, 1).unsqueeze(0), None
+
+
+def default_scaling(module: nn.Module, head_dim: int) -> float:
+    """Factor on the scores where the model hands none over: GPT-2 did not in transformers 5.2, but has flags for it."""
+    scaling = head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
+    if getattr(module, "scale_attn_by_inverse_layer_idx", False):
+        scaling /= module.layer_idx + 1  # type: ignore[operator]
+    return scaling
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -135,14 +144,23 @@ def register_key_hooks(model: PreTrainedModel, on_keys: Callable[[nn.Module, Ten
     """From now on each layer's attention module hands its keys before the rotary embedding,
     `[batch, kv_heads, tokens, head_dim]`, to `on_keys(module, keys)`, until the handles returned are removed."""
     site = KEY_SITES[model.config.model_type]
-    handles = []
-    for module in attention_modules(model):
+    return [
+        # no closure: in a copy of the model the hook speaks of the copy
+        module.get_submodule(site.module).register_forward_hook(partial(_hand_over, on_keys, site.read, module))
+        for module in attention_modules(model)
+    ]
 
-        def on_output(_: nn.Module, __: Any, output: Tensor, module: nn.Module = module) -> None:
-            on_keys(module, site.read(output, module))
 
-        handles.append(module.get_submodule(site.module).register_forward_hook(on_output))
-    return handles
+def _hand_over(
+    on_keys: Callable[[nn.Module, Tensor], None],
+    read: Callable[[Tensor, nn.Module], Tensor],
+    module: nn.Module,
+    _: nn.Module,
+    __: Any,
+    output: Tensor,
+) -> None:
+    """The hook: `output` is that of the submodule where `module` has its keys."""
+    on_keys(module, read(output, module))
 
 
 @contextmanager

@@ -269,4 +269,4 @@ def spare_tokens(keys: float, shortest_life: int) -> int:
         keys: of a pair, on average.
         shortest_life: tokens that every new key is seen for at least; before that nothing new can die.
     """
-    return max(1, min(max(8, int(keys) // 32), MOST_SPARE, shortest_life))
+    return max(1, min(max(16, int(keys) // 16), MOST_SPARE, shortest_life))

@@ -9,23 +9,25 @@ after every chunk of a prompt, and every few tokens while decoding.
 import functools
 import weakref
 from collections.abc import Callable
+from copy import deepcopy
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from smartkv.backbones import Architecture, Fingerprint
 from smartkv.blocks import HOLE, NEVER, Fields
 from smartkv.errors import SmartKVError
-from smartkv.feeding import EvictionStep, follow_cache
+from smartkv.feeding import EvictionStep, follow_cache, works_on
 from smartkv.gates import GateBank
 from smartkv.holdings import Holdings
 from smartkv.policies import HybridPolicy
 from smartkv.storage import LifespanLayer
 
 F = TypeVar("F", bound=Callable[..., Any])
+OTHER_MODEL = "the cache was made for another model than it was given to: make one of its own, LifespanCache(model, …)"
 
 
 def _outside_autograd(function: F) -> F:
@@ -54,9 +56,6 @@ class LifespanCache(Holdings, Cache):
 
     Raises:
         SmartKVError: model, gates and policy do not fit together.
-
-    Attributes:
-        peak_bytes: largest sum of storage so far, what was held while keys were moved included.
     """
 
     def __init__(
@@ -79,15 +78,16 @@ class LifespanCache(Holdings, Cache):
             raise SmartKVError(
                 f"policy '{policy.name}' leaves its {policy.open} open: give it, or solve it for a footprint"
             )
-        if chunk < 1:
-            raise SmartKVError(f"chunk must be at least 1 token, got {chunk}")
+        if type(chunk) is not int or chunk < 1:
+            raise SmartKVError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
         caps = policy.caps(self.architecture)
         self.storage = [
-            LifespanLayer(rule.window or NEVER, cap, count_from) for rule, cap in zip(self.rules, caps, strict=True)
+            LifespanLayer(cap.window if cap else rule.window or NEVER, cap, count_from)
+            for rule, cap in zip(self.rules, caps, strict=True)
         ]
         super().__init__(layers=list(self.storage))
         self.model, self.policy, self.gates = model, policy, gates
-        self.chunk, self.count_from, self.peak_bytes = chunk, count_from, 0
+        self.chunk, self.count_from = chunk, count_from
         self.attach()
 
     # -- attach and detach --------------------------------------------------------------------------------------------
@@ -115,7 +115,6 @@ class LifespanCache(Holdings, Cache):
 
     # -- the rule -----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def times_to_live(self, layer: int, keys: Tensor, position: Tensor) -> Tensor | int:
         """TTL of new keys, in tokens: what a subclass overrides to decide otherwise.
 
@@ -130,7 +129,6 @@ class LifespanCache(Holdings, Cache):
         rule = self.rules[layer]
         return self.policy.times_to_live(rule, self.scores(layer, keys) if rule.rule == "gated" else None)
 
-    @torch.no_grad()
     def scores(self, layer: int, keys: Tensor) -> Tensor | None:
         """What the layer's gates predict, float32 `[batch, kv_heads, tokens]`; None where it has none."""
         if self.gates is None or layer not in self.gates.layers:
@@ -148,7 +146,6 @@ class LifespanCache(Holdings, Cache):
 
     # -- a forward pass -----------------------------------------------------------------------------------------------
 
-    @_outside_autograd
     def attend(self, layer: int, step: EvictionStep) -> Tensor:
         """Attention of one layer over the tokens of a forward pass; `[batch, query_heads, tokens, head_dim]`.
 
@@ -169,7 +166,7 @@ class LifespanCache(Holdings, Cache):
         if tokens == 1 and step.real is None:
             if not storage.ready:
                 self._settle(layer, pack=True)
-            storage.unjudged.append(step.pre_rope)
+            storage.unjudged.append(step.pre_rope.detach())
             return storage.step(step.query, step.key, step.value, step.scaling)
         self._settle(layer, pack=False)
         real = step.real if step.real is not None else step.key.new_ones(len(step.key), tokens, dtype=torch.bool)
@@ -177,9 +174,8 @@ class LifespanCache(Holdings, Cache):
         expiry, score = self._judged(layer, step.pre_rope, position)
         position = position.masked_fill(~real, HOLE)[:, None].expand(expiry.shape)
         new = Fields(step.key, step.value, position.int(), expiry.int(), score).map(lambda tensor: tensor.flatten(0, 1))
-        held = self.storage_bytes - storage.storage_bytes
         output = storage.chunk(step.query, new, step.real, step.scaling)
-        self.peak_bytes = max(self.peak_bytes, held + storage.at_work)
+        self.note_work_of(storage)
         return output
 
     def _judged(self, layer: int, keys: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -200,9 +196,8 @@ class LifespanCache(Holdings, Cache):
             keys = torch.cat(storage.unjudged, dim=2)
             position = storage.seen[:, None] + torch.arange(storage.pending, device=keys.device)
             expiry, score = self._judged(layer, keys, position)
-        held = self.storage_bytes - storage.storage_bytes
         storage.settle(expiry, score, pack)
-        self.peak_bytes = max(self.peak_bytes, held + storage.at_work)
+        self.note_work_of(storage)
 
     @_outside_autograd
     def settle(self) -> None:
@@ -211,14 +206,19 @@ class LifespanCache(Holdings, Cache):
             if storage.is_initialized:
                 self._settle(layer, pack=False)
 
-    def check_call(self, tokens: int) -> None:
-        """Called before a forward pass over so many tokens.
+    def check_call(self, decoder: nn.Module, tokens: int) -> None:
+        """Called before a forward pass of `decoder` over so many tokens.
 
         Raises:
-            SmartKVError: the cache is not attached, or the model has no positions for them.
+            SmartKVError: the cache is not attached, the model is not its own or has no positions for them, or the
+                pass before was broken off.
         """
         if not self.attached:
             raise SmartKVError("the cache was detached from its model: call cache.attach(), or use it in `with cache:`")
+        if decoder is not self.model.base_model:
+            raise SmartKVError(OTHER_MODEL)
+        if any(storage.columns != self.storage[0].columns for storage in self.storage):
+            raise SmartKVError("a forward pass was broken off and only some layers hold its tokens: call cache.reset()")
         self.check_length(self.get_seq_length() + tokens)
 
     def check_length(self, tokens: int) -> None:
@@ -235,15 +235,31 @@ class LifespanCache(Holdings, Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Called by the model just before attention, which hands the keys to `attend`."""
-        if not self.attached:
-            self.check_call(0)
+        """Called by the model just before attention, which hands the keys to `attend`.
+
+        Raises:
+            SmartKVError: the cache is not attached to this model, whose attention would see nothing of it.
+        """
+        if not works_on(self.model, self):
+            self.check_call(self.model.base_model, 0)
+            raise SmartKVError(OTHER_MODEL)
         return key_states, value_states
 
     def reset(self) -> None:
         """Forget everything, as if new."""
         super().reset()
-        self.peak_bytes = 0
+        self.fullest = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LifespanCache":
+        """The same keys once more, for the same model and gates: to go on from one prompt in several ways."""
+        memo[id(self.model)], memo[id(self.gates)] = self.model, self.gates
+        own = ("attached", "_undo", "_finalizer")
+        twin = object.__new__(type(self))
+        twin.__dict__ = {name: deepcopy(value, memo) for name, value in self.__dict__.items() if name not in own}
+        twin.attached = False
+        if self.attached:
+            twin.attach()
+        return twin
 
     # -- rows of the batch --------------------------------------------------------------------------------------------
 
@@ -253,6 +269,7 @@ class LifespanCache(Holdings, Cache):
         self.settle()
         for storage in self.storage:
             storage.select(rows.to(self.model.device))
+            self.note_work_of(storage)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search goes on with other rows."""
@@ -275,4 +292,7 @@ class LifespanCache(Holdings, Cache):
         Raises:
             SmartKVError: always; what was freed cannot come back.
         """
-        raise SmartKVError("a LifespanCache cannot be cropped: keys that were freed cannot come back")
+        raise SmartKVError(
+            "a LifespanCache cannot be cropped (assisted generation and prompt lookup ask for it): "
+            "keys that were freed cannot come back"
+        )

@@ -88,7 +88,6 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | None 
             layer.columns = header["columns"]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise SmartKVError(f"{path} does not hold a whole cache ({type(error).__name__}: {error})") from error
-    cache.peak_bytes = cache.storage_bytes
     return cache
 
 

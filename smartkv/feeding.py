@@ -8,16 +8,15 @@ else it does what it did before.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, Cache, PreTrainedModel
+from transformers.generation import GenerationMode
 from transformers.masking_utils import AttentionMaskInterface
 
-from smartkv.attention import register_key_hooks
+from smartkv.attention import default_scaling, register_key_hooks
 from smartkv.backbones import attention_modules
 from smartkv.errors import SmartKVError
 
@@ -26,8 +25,7 @@ TOKEN_INPUTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position", 
 _SESSION = "_smartkv_session"
 
 
-@dataclass(frozen=True)
-class EvictionStep:
+class EvictionStep(NamedTuple):
     """What one layer's attention gets in a forward pass.
 
     Attributes:
@@ -56,42 +54,81 @@ class EvictingCache(Protocol):
     def attend(self, layer: int, step: EvictionStep) -> Tensor:
         """Attention of one layer, `[batch, query_heads, tokens, head_dim]`."""
 
-    def check_call(self, tokens: int) -> None:
-        """Refuse a forward pass over so many tokens, by an exception."""
+    def check_call(self, decoder: nn.Module, tokens: int) -> None:
+        """Refuse a forward pass of `decoder` over so many tokens, by an exception."""
 
     def check_length(self, tokens: int) -> None:
         """Refuse to grow to so many tokens, by an exception."""
 
 
-@dataclass
 class Session:
-    """A model's work on evicting caches; one for all caches that it follows."""
+    """A model's work on evicting caches, one for all that it follows, and the forward of its decoder meanwhile.
 
-    followers: int = 0
-    cache: EvictingCache | None = None
-    real: Tensor | None = None
-    keys: dict[nn.Module, Tensor] = field(default_factory=dict)
-    handles: list[RemovableHandle] = field(default_factory=list)
+    It holds the model's parts by name and no closure does, so a copy of the model gets a session of its own.
+
+    Attributes:
+        plain: the decoder's forward as it was.
+        followers: caches that follow the model.
+        cache: the one that the model works on just now; None: it is in no pass on such a cache.
+        real: bool `[batch, tokens]` of the pass, False for padding; None: no padding.
+        keys: of each attention module, from where they are read until attention takes them, a moment later.
+    """
+
+    def __init__(self, model: PreTrainedModel, evicting: type[Cache]) -> None:
+        self.decoder, self.modules, self.evicting = model.base_model, attention_modules(model), evicting
+        holders = (model, self.decoder, *self.modules)  # each config that says how the model attends, once
+        self.configs: list[Any] = list({id(m.config): m.config for m in holders if hasattr(m, "config")}.values())
+        self.plain: Callable[..., Any] = self.decoder.forward
+        functools.update_wrapper(self, self.plain)  # some read a forward's signature
+        self.followers = 0
+        self.cache: EvictingCache | None = None
+        self.real: Tensor | None = None
+        self.keys: dict[nn.Module, Tensor] = {}
+        self.handles = register_key_hooks(model, self.on_keys)
 
     def on_keys(self, module: nn.Module, keys: Tensor) -> None:
-        """Remember a layer's pre-RoPE keys until its attention takes them, a moment later."""
+        """Remember a layer's pre-RoPE keys."""
         if self.cache is not None:
             self.keys[module] = keys
 
     @contextmanager
-    def work_on(self, cache: EvictingCache, configs: list[Any]) -> Iterator[None]:
+    def work_on(self, cache: EvictingCache) -> Iterator[None]:
         """Inside, the model attends by way of `cache`."""
-        before = [config._attn_implementation for config in configs]
+        before = [config._attn_implementation for config in self.configs]
         self.cache = cache
         try:
-            for config in configs:  # what set_attn_implementation does, without its checks for every token
+            for config in self.configs:  # what set_attn_implementation does, without its checks for every token
                 config._attn_implementation = EVICTING
             yield
         finally:
-            for config, implementation in zip(configs, before, strict=True):
+            for config, implementation in zip(self.configs, before, strict=True):
                 config._attn_implementation = implementation
             self.cache = self.real = None
             self.keys.clear()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The decoder's forward, which takes evicting caches too."""
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, self.evicting):
+            if any(isinstance(value, self.evicting) for value in args):
+                raise SmartKVError("hand the cache over by name: model(ids, past_key_values=cache)")
+            return self.plain(*args, **kwargs)
+        if len(args) > 1:
+            raise SmartKVError("with a LifespanCache only input_ids may be given without its name")
+        if args:  # the first argument of every family's decoder
+            kwargs["input_ids"] = args[0]
+        tokens, real = _tokens_and_padding(kwargs)
+        cache.check_call(self.decoder, tokens)  # type: ignore[attr-defined]
+        kwargs["attention_mask"] = None  # the cache knows what it says
+        # no gradients, and plain tensors also in `torch.inference_mode`: what is stored may be changed outside of it
+        with torch.inference_mode(False), torch.no_grad(), self.work_on(cache):  # type: ignore[arg-type]
+            return _in_chunks(self.plain, kwargs, self, cache.chunk, tokens, real)  # type: ignore[attr-defined]
+
+
+def works_on(model: PreTrainedModel, cache: EvictingCache) -> bool:
+    """Whether `model` is in a forward pass on `cache`."""
+    session: Session | None = model.base_model.__dict__.get(_SESSION)
+    return session is not None and session.cache is cache
 
 
 def evicting_attention(
@@ -107,7 +144,7 @@ def evicting_attention(
     """transformers' attention function: `query` `[batch, query_heads, tokens, head_dim]` ->
     (output `[batch, tokens, query_heads, head_dim]`, None)."""
     session: Session = module.__dict__[_SESSION]
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
     step = EvictionStep(query, key, value, session.keys.pop(module), session.real, scaling, sliding_window)
     output = session.cache.attend(module.layer_idx, step)  # type: ignore[union-attr, arg-type]
     return output.transpose(1, 2).contiguous(), None
@@ -127,17 +164,16 @@ def follow_cache(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], 
     Returns:
         What undoes it; the model is as it was when every follower has done so. Calling it twice does no harm.
     """
-    decoder, modules = model.base_model, attention_modules(model)
+    decoder = model.base_model
     session: Session | None = decoder.__dict__.get(_SESSION)
     if session is None:
-        session = Session()
-        session.handles = register_key_hooks(model, session.on_keys)
-        for module in (decoder, *modules):
+        session = Session(model, evicting)
+        for module in (decoder, *session.modules):
             module.__dict__[_SESSION] = session
-        decoder.__dict__["forward"] = _forward(decoder.forward, session, evicting, _configs(model))
+        decoder.__dict__["forward"] = session
         prepare = getattr(model, "_prepare_cache_for_generation", None)
         if prepare is not None:
-            model.__dict__["_prepare_cache_for_generation"] = _prepare(prepare, evicting)
+            model.__dict__["_prepare_cache_for_generation"] = functools.partial(_prepare, prepare, evicting)
     session.followers += 1
     undone = False
 
@@ -150,7 +186,7 @@ def follow_cache(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], 
         if not session.followers:
             for handle in session.handles:
                 handle.remove()
-            for module in (decoder, *modules):
+            for module in (decoder, *session.modules):
                 del module.__dict__[_SESSION]
             del decoder.__dict__["forward"]
             model.__dict__.pop("_prepare_cache_for_generation", None)
@@ -158,49 +194,22 @@ def follow_cache(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], 
     return undo
 
 
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """The configs that say how a model attends, each once."""
-    modules = (model, model.base_model, *attention_modules(model))
-    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
-    return list(configs.values())
-
-
-def _forward(
-    plain: Callable[..., Any], session: Session, evicting: type[Cache], configs: list[Any]
-) -> Callable[..., Any]:
-    """The decoder's forward, which takes evicting caches too."""
-
-    @functools.wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, evicting):
-            if any(isinstance(value, evicting) for value in args):
-                raise SmartKVError("hand the cache over by name: model(ids, past_key_values=cache)")
-            return plain(*args, **kwargs)
-        if len(args) > 1:
-            raise SmartKVError("with a LifespanCache only input_ids may be given without its name")
-        if args:  # the first argument of every family's decoder
-            kwargs["input_ids"] = args[0]
-        tokens, real = _tokens_and_padding(kwargs)
-        cache.check_call(tokens)  # type: ignore[attr-defined]
-        kwargs["attention_mask"] = None  # the cache knows what it says
-        with session.work_on(cache, configs):  # type: ignore[arg-type]
-            return _in_chunks(plain, kwargs, session, cache.chunk, tokens, real)  # type: ignore[attr-defined]
-
-    return forward
-
-
 def _tokens_and_padding(kwargs: dict[str, Any]) -> tuple[int, Tensor | None]:
     """How many tokens a call has, and which of them are real: bool `[batch, tokens]`; None: all."""
     given = next((kwargs[name] for name in ("inputs_embeds", "input_ids") if kwargs.get(name) is not None), None)
     if given is None:
         raise SmartKVError("the model was given neither input_ids nor inputs_embeds")
-    tokens, mask = given.shape[1], kwargs.get("attention_mask")
+    if given.dim() < 2:
+        raise SmartKVError(f"the model takes input_ids [batch, tokens], got {tuple(given.shape)}")
+    (rows, tokens), mask = given.shape[:2], kwargs.get("attention_mask")
     if mask is None:
         return tokens, None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < tokens:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != rows or mask.shape[1] < tokens:
         what = f"{mask.dim()}-D {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise SmartKVError(f"a LifespanCache takes an attention mask [batch, tokens] that marks padding, got {what}")
+        raise SmartKVError(
+            f"a LifespanCache takes an attention mask [batch, tokens] that marks padding, got {what} "
+            f"for {rows} × {tokens} tokens"
+        )
     real = mask[:, -tokens:].bool()
     return tokens, None if bool(real.all()) else real
 
@@ -237,14 +246,20 @@ def _joined(outputs: list[Any]) -> Any:
     return whole
 
 
-def _prepare(plain: Callable[..., Any], evicting: type[Cache]) -> Callable[..., Any]:
-    """`generate` asks for its cache here, before any token: the place to say that there is no room for so many."""
-
-    @functools.wraps(plain)
-    def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        cache = model_kwargs.get("past_key_values")
-        if isinstance(cache, evicting) and generation_config.max_length is not None:
-            cache.check_length(generation_config.max_length)  # type: ignore[attr-defined]
-        return plain(generation_config, model_kwargs, *args, **kwargs)
-
-    return prepare
+def _prepare(
+    plain: Callable[..., Any],
+    evicting: type[Cache],
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> Any:
+    """`generate` asks for its cache here, before any token: the place to say that it will not do.
+    `max_cache_length` counts a prompt that is given as embeddings too, but not the last token, which is never fed."""
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, evicting):
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:  # what was guessed wrongly is cropped
+            cache.crop(0)
+        cache.check_length(max_cache_length + 1)  # type: ignore[attr-defined]
+    return plain(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)

@@ -13,10 +13,12 @@ class Holdings:
     Attributes:
         storage: one a layer of the model.
         count_from: position of the first query that `footprint` counts.
+        fullest: largest sum of storage while a layer moved keys.
     """
 
     storage: list[LifespanLayer]
     count_from: int
+    fullest: int = 0
 
     @property
     def storage_bytes(self) -> int:
@@ -27,6 +29,16 @@ class Holdings:
     def bytes_by_layer(self) -> Tensor:
         """The same by layer, int64 `[layers]`."""
         return torch.tensor([layer.storage_bytes for layer in self.storage])
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest sum of storage so far, what was held while keys were moved included."""
+        return max(self.fullest, self.storage_bytes)
+
+    def note_work_of(self, layer: LifespanLayer) -> None:
+        """Remember how much all layers held while this one moved its keys, just now."""
+        others = sum(each.bytes_since_moved for each in self.storage if each is not layer)
+        self.fullest = max(self.fullest, others + layer.at_work)
 
     @property
     def live_keys(self) -> Tensor:

@@ -240,7 +240,8 @@ class HybridPolicy:
         heads = model.kv_heads if self.max_tokens_per == "layer" else 1
         found: list[Cap | None] = []
         for rule in self.by_layer(model.layers):
-            window = rule.window or 1  # a full layer has none, but a token sees itself
+            # where keys do not expire the oldest go first: the cap is a window, which may as well be pinned
+            window = rule.window or max(1, self.max_tokens // heads - self.sinks)
             room = self.max_tokens - heads * (self.sinks + window)
             if room < 0:
                 raise SmartKVError(

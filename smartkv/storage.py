@@ -32,6 +32,7 @@ class LifespanLayer(CacheLayerMixin):
         visible, held: int64 `[batch, kv_heads]` and `[batch]`: keys that the counted queries before `seen` saw, and
             those that a full cache would have held for them.
         sliding_window: keys that a full cache would hold at most.
+        resting: bytes when keys were last moved.
         at_work: bytes of this layer at the fullest moment of the last call.
     """
 
@@ -51,7 +52,7 @@ class LifespanLayer(CacheLayerMixin):
         self.is_initialized = False
         self.__dict__.pop("store", None)
         self.unjudged: list[Tensor] = []
-        self.columns = self.pending = self.at_work = 0
+        self.columns = self.pending = self.at_work = self.resting = 0
         self.sliding_window = NEVER
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -69,6 +70,7 @@ class LifespanLayer(CacheLayerMixin):
         self.kv_heads = len(store.counts) // len(seen)
         self.visible, self.held = store.counts.new_zeros(len(seen), self.kv_heads), torch.zeros_like(seen)
         self.is_initialized = True
+        self.resting = self.storage_bytes
 
     def begin_sliding(self, window: int) -> None:
         """The model's own attention sees at most so many keys."""
@@ -79,8 +81,15 @@ class LifespanLayer(CacheLayerMixin):
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes of all tensors, as allocated: slots (dead or not), positions, expiries, tables, new tokens."""
-        return self.store.nbytes + storage_bytes([self.seen, *self.unjudged]) if self.is_initialized else 0
+        """Bytes of all tensors, as allocated: slots (dead or not), positions, expiries, tables, counts, new tokens."""
+        if not self.is_initialized:
+            return 0
+        return self.store.nbytes + storage_bytes([self.seen, self.visible, self.held, *self.unjudged])
+
+    @property
+    def bytes_since_moved(self) -> int:
+        """The same, from what was counted when keys were last moved and the size of a new token: asked often."""
+        return self.resting + (len(self.unjudged) * storage_bytes(self.unjudged[:1]) if self.unjudged else 0)
 
     @property
     def live(self) -> Tensor:
@@ -180,7 +189,8 @@ class LifespanLayer(CacheLayerMixin):
             self.store = Blocks(old.fields, live, counts, (ends - now[pair])[live], now, spare)
         else:
             self.store = Ragged(old.fields.at(live), counts)
-        self.at_work = old_bytes + self.storage_bytes
+        self.resting = self.storage_bytes
+        self.at_work = old_bytes + self.resting
 
     # -- many tokens --------------------------------------------------------------------------------------------------
 
@@ -207,6 +217,7 @@ class LifespanLayer(CacheLayerMixin):
         self.held = self.held + self._held(self.seen, after)
         self.store, self.seen = done.store, after
         self.columns += tokens
+        self.resting = self.storage_bytes
         return done.output
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -217,9 +228,12 @@ class LifespanLayer(CacheLayerMixin):
             return
         if isinstance(self.store, Blocks):
             raise RuntimeError("settle the layer before its rows are chosen")
+        old_bytes = self.storage_bytes
         pairs = rows[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=rows.device)
         self.store = self.store.select(pairs.flatten())
         self.seen, self.visible, self.held = (t.index_select(0, rows) for t in (self.seen, self.visible, self.held))
+        self.resting = self.storage_bytes
+        self.at_work = old_bytes + self.resting
 
     # -- what transformers asks ---------------------------------------------------------------------------------------
 

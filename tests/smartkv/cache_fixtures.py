@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,9 +10,10 @@ from transformers import PreTrainedModel
 
 from smartkv.backbones import Fingerprint
 from smartkv.cache import LifespanCache
+from smartkv.gates import GateBank
 from smartkv.policies import FOREVER, HybridPolicy, LayerRule
 from tests.models import FAMILIES
-from tests.smartkv.masked_reference import positions
+from tests.smartkv.masked_reference import masked_logits, positions, visibility
 
 MODELS = {name: make() for name, make in FAMILIES.items()}
 
@@ -44,6 +46,24 @@ class Recording(LifespanCache):
 
 def recent(window: int, sinks: int = 0) -> HybridPolicy:
     return HybridPolicy((LayerRule("all", "window", window),), sinks=sinks)
+
+
+GATED = HybridPolicy((LayerRule("all", "gated", 3),), sinks=1, price=0.0)
+
+
+def random_gates(model: PreTrainedModel) -> GateBank:
+    """Their predictions lie on both sides of the price of `GATED`."""
+    torch.manual_seed(1)
+    return GateBank(Fingerprint.of(model))
+
+
+def gated_logits(model: PreTrainedModel, gates: GateBank, ids: Tensor) -> Tensor:
+    """Logits of a masked full cache over `ids` `[1, tokens]`, by what `gates` decide under `GATED`."""
+    real, cache = torch.ones_like(ids, dtype=torch.bool), Recording(model, gates, GATED, chunk=ids.shape[1])
+    fed(model, cache, ids, real, [])
+    rule = GATED.rules[0]
+    masks = [visibility(ttl[0], rule.window or 0, GATED.sinks, real, sliding(model)) for ttl in cache.decided.values()]
+    return masked_logits(model, ids, masks, real)
 
 
 def kv_heads(model: PreTrainedModel) -> int:
@@ -94,3 +114,22 @@ def state(model: PreTrainedModel) -> list[object]:
     modules = list(model.modules())
     hooks = [len(module._forward_hooks) for module in modules]
     return [model.config._attn_implementation, hooks, [sorted(module.__dict__) for module in modules]]
+
+
+def tensors_of(thing: Any) -> list[Tensor]:
+    """All tensors that an object leads to, by attributes and items."""
+    found, known, open_ends = [], set(), [thing]
+    while open_ends:
+        here = open_ends.pop()
+        if id(here) in known:
+            continue
+        known.add(id(here))
+        if isinstance(here, Tensor):
+            found.append(here)
+        elif isinstance(here, dict):
+            open_ends += here.values()
+        elif isinstance(here, list | tuple | set):
+            open_ends += here
+        elif hasattr(here, "__dict__") and not isinstance(here, type):
+            open_ends += vars(here).values()
+    return found

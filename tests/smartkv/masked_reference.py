@@ -43,13 +43,14 @@ def visibility(ttl: Tensor, window: int, sinks: int, real: Tensor, sliding_windo
     """
     batch, tokens = real.shape
     mask = torch.zeros(batch, ttl.shape[1], tokens, tokens, dtype=torch.bool)
+    lives = ttl.tolist()
     for row in range(batch):
         places = real[row].nonzero().flatten().tolist()  # column of each real token
         for head in range(ttl.shape[1]):
             for i, column_i in enumerate(places):
                 for j, column_j in enumerate(places[: i + 1]):
                     age = i - j
-                    seen = age < max(int(ttl[row, head, j]), window) or j < sinks
+                    seen = age < max(lives[row][head][j], window) or j < sinks
                     if sliding_window is not None:
                         seen = seen and age < sliding_window
                     mask[row, head, column_i, column_j] = seen

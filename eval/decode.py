@@ -1,0 +1,219 @@
+"""`python -m eval decode`: speed and bytes of a cache that evicts, beside full caches, in one run.
+
+Each way fills its cache with the same text, then takes single tokens in turns: what slows the machine slows all.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+
+from callbacks.console import make_console
+from datamodules.documents import plan_windows
+from datamodules.sources import SourceConfig
+from eval.decode_tables import decode_table, markdown, picture
+from eval.results import machine, save_picture, write_result
+from smartkv import backbones
+from smartkv.backbones import load_backbone
+from smartkv.budgets import Calibration, solve
+from smartkv.cache import LifespanCache
+from smartkv.errors import SmartKVError
+from smartkv.gates import GateBank
+from smartkv.perplexity import full_cache_bytes
+from smartkv.policies import HybridPolicy
+from smartkv.shards import write_atomically
+
+WAYS = ("smartkv", "dynamic", "static", "smartkv_full")
+
+
+def decode(
+    out: str,
+    gates: str | None = None,
+    contexts: list[int] = [1024, 4096, 8064],  # noqa: B006 - jsonargparse shows it; it is never changed
+    batches: list[int] = [1, 8],  # noqa: B006
+    footprint: float = 0.25,
+    policy: str = "all-gated",
+    steps: int = 64,
+    rounds: int = 3,
+    sources: list[SourceConfig] = [SourceConfig("pg19")],  # noqa: B006, B008
+    backbone: str = backbones.PACKAGED,
+    dtype: str = "auto",
+    device: str = "cpu",
+    threads: int = 2,
+    chunk: int = 256,
+    markdown_file: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Measure decoding and prefill under eviction beside transformers' caches.
+
+    Ways: smartkv (keys beyond the window at the price that gives the footprint), dynamic (transformers' DynamicCache,
+    SDPA; it copies itself every step), static (its preallocated StaticCache), smartkv_full (our own slots, nothing
+    evicted: the same kernels, so that only eviction differs).
+
+    Args:
+        out: folder for decode.json and the picture.
+        gates: folder of exported gates, or hub id. Null: untrained gates of the same shape, which cost the same time.
+        contexts: tokens in the cache when decoding starts.
+        batches: rows, each with the same text.
+        footprint: share of the full cache's keys, for which price and windows are solved on the text itself.
+        policy: named one or YAML file.
+        steps: single tokens a round; packing comes once every 64 at most, and is counted.
+        rounds: of all ways in turn; the median of the rounds' means is given.
+        sources: the text.
+        backbone: hub id, local folder, .gguf file or smollm2-135m.
+        dtype: auto, float32, bfloat16 or float16.
+        device: cpu or cuda.
+        threads: CPU threads.
+        chunk: tokens of a prompt that are fed before memory is freed again.
+        markdown_file: where the table goes as markdown, besides. Null: nowhere.
+        seed: of the choice of text, and of untrained gates.
+    """
+    console = make_console()
+    if min(*contexts, *batches, steps, rounds, threads, chunk) < 1:
+        raise SmartKVError("contexts, batches, steps, rounds, threads and chunk must be at least 1")
+    torch.set_num_threads(threads)
+    lm = load_backbone(backbone, dtype, device)
+    longest = max(contexts) + steps * rounds
+    if longest > lm.architecture.max_positions:
+        raise SmartKVError(
+            f"context {max(contexts)} and {steps * rounds} steps need {longest} positions, "
+            f"the model has {lm.architecture.max_positions}: lower contexts, steps or rounds"
+        )
+    torch.manual_seed(seed)
+    bank = GateBank.from_pretrained(gates, lm.model) if gates else GateBank(lm.fingerprint)
+    bank = bank.to(lm.model.device).requires_grad_(False)
+    chosen = HybridPolicy.read(policy, lm.architecture.layers)
+    plan = plan_windows(sources, {"validation": 1}, lm.tokenizer, max(contexts), seed=seed, say=console.print)
+    text = plan.of_split("validation")[0].long().to(lm.model.device)
+    figures = []
+    with Progress(console=console) as progress, torch.inference_mode():
+        task = progress.add_task("Decode", total=len(contexts) * len(batches))
+        for context in contexts:
+            calibration = Calibration.measure(lm.model, bank, [text[:context]], context // 2)
+            solved = solve(chosen, footprint, calibration)
+            for batch in batches:
+                progress.update(task, description=f"{context} tokens × {batch}")
+                bench = _Bench(lm.model, bank, solved, text[:context], batch, chunk)
+                figures.append(bench.measure(steps, rounds))
+                progress.advance(task)
+    arguments = {
+        "backbone": backbone,
+        "gates": gates or "untrained",
+        "texts": plan.sources,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "footprint": footprint,
+        "policy": policy,
+        "steps": steps,
+        "rounds": rounds,
+        "threads": threads,
+        "chunk": chunk,
+        "device": device,
+        "seed": seed,
+        "machine": machine(device),
+    }
+    units = {"ms_per_token": "ms a step (one token a row)", "prefill": "tokens/s", "bytes": "of all rows' caches"}
+    result = write_result(Path(out), "decode", arguments, {"units": units, "decode": figures})
+    shown = save_picture(picture(figures), Path(out) / "decode.png")
+    console.print(decode_table(figures))
+    if markdown_file:
+        write_atomically(Path(markdown_file), markdown(arguments, figures).encode())
+    console.print(f"  {result}\n  {shown}", highlight=False)
+
+
+class _Timed(LifespanCache):
+    """Adds up the time that gates take."""
+
+    seconds = 0.0
+
+    def scores(self, layer: int, keys: Tensor) -> Tensor | None:
+        start = time.perf_counter()
+        found = super().scores(layer, keys)
+        self.seconds += time.perf_counter() - start
+        return found
+
+
+class _Bench:
+    """One context and batch."""
+
+    def __init__(
+        self, model: PreTrainedModel, gates: GateBank, policy: HybridPolicy, text: Tensor, batch: int, chunk: int
+    ) -> None:
+        self.model, self.gates, self.policy, self.text, self.batch = model, gates, policy, text, batch
+        self.chunk = chunk
+
+    def measure(self, steps: int, rounds: int) -> dict[str, Any]:
+        context = len(self.text)
+        self.room = context + steps * rounds
+        makers: dict[str, Callable[[], Cache]] = {
+            "smartkv": lambda: _Timed(self.model, self.gates, self.policy, self.chunk, context // 2),
+            "dynamic": DynamicCache,
+            "smartkv_full": lambda: LifespanCache(
+                self.model, None, HybridPolicy.read("full", self._layers), self.chunk
+            ),
+        }
+        figure: dict[str, Any] = {"context": context, "batch": self.batch, "prefill": {}, "ms_per_token": {}}
+        caches: dict[str, Cache] = {}
+        for way, make in makers.items():
+            caches[way] = cache = make()
+            seconds = self._prefill(cache)
+            if way != "smartkv_full":
+                figure["prefill"][way] = self.batch * context / seconds
+            if isinstance(cache, _Timed):
+                figure["gates_share_of_prefill"] = cache.seconds / seconds
+                figure["footprint"], figure["peak_bytes"] = cache.footprint, cache.peak_bytes
+                cache.seconds = 0.0
+        caches["static"] = self._static(caches["dynamic"])
+        spent: dict[str, list[float]] = {way: [] for way in WAYS}
+        ours = caches["smartkv"]
+        for turn in range(rounds):
+            for way in WAYS[turn % 2 :] + WAYS[: turn % 2]:  # not always in the same order
+                spent[way].append(self._steps(caches[way], context + turn * steps, steps))
+        for way, seconds in spent.items():
+            figure["ms_per_token"][way] = 1e3 * statistics.median(seconds) / steps
+        figure["gates_share_of_decode"] = ours.seconds / sum(spent["smartkv"])  # type: ignore[attr-defined]
+        full = self.batch * full_cache_bytes(self.model, ours.get_seq_length())
+        weights = sum(p.untyped_storage().nbytes() for p in {p.data_ptr(): p for p in self.model.parameters()}.values())
+        stored, live = ours.storage_bytes, ours.live_bytes  # type: ignore[attr-defined]
+        figure |= {"bytes": stored, "live_bytes": live, "full_bytes": full, "share_of_full": stored / full}
+        figure["limit_by_bytes"] = (weights + full) / (weights + stored)
+        return figure
+
+    @property
+    def _layers(self) -> int:
+        return len(self.gates.layers)
+
+    def _prefill(self, cache: Cache) -> float:
+        """Feed the text; seconds."""
+        ids = self.text.expand(self.batch, -1)
+        self._wait()
+        start = time.perf_counter()
+        self.model(ids, past_key_values=cache, logits_to_keep=1)
+        self._wait()
+        return time.perf_counter() - start
+
+    def _static(self, filled: Cache) -> StaticCache:
+        cache = StaticCache(config=self.model.config, max_cache_len=self.room)
+        for number, layer in enumerate(filled.layers):
+            cache.update(layer.keys, layer.values, number)  # type: ignore[arg-type]
+        return cache
+
+    def _steps(self, cache: Cache, position: int, steps: int) -> float:
+        """Take so many single tokens; seconds."""
+        token = self.text[:1].expand(self.batch, 1)
+        places = torch.arange(position, position + steps, device=self.text.device)
+        self._wait()
+        start = time.perf_counter()
+        for place in places:
+            self.model(token, past_key_values=cache, position_ids=place.expand(self.batch, 1))
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.text.is_cuda:
+            torch.cuda.synchronize()

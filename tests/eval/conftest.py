@@ -1,0 +1,66 @@
+"""What the tests of `python -m eval generate` share: a tiny backbone that chats, its gates, and the command."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from eval.__main__ import main
+from smartkv import GateBank, load_backbone
+from tests.lightning_fixtures import write_texts
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def train_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"), splits=["train"])
+
+
+@pytest.fixture(scope="session")
+def random_gates(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("gates")
+    GateBank(load_backbone(str(tiny_backbone)).fingerprint).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
+    """The tiny backbone with a chat template."""
+    folder = tmp_path_factory.mktemp("chatty") / "backbone"
+    shutil.copytree(tiny_backbone, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_backbone: Path, train_texts: Path, random_gates: Path) -> Any:
+    """Runs the command; its JSON."""
+
+    def run(**changes: Any) -> dict[str, Any]:
+        settings = {
+            "out": tmp_path / "out",
+            "gates": random_gates,
+            "backbone": tiny_backbone,
+            "dtype": "float32",
+            "sources": json.dumps([{"name": "mine", "path": str(train_texts)}]),
+            "calibration_window": 64,
+            "footprint": 0.4,
+            "max_new_tokens": 20,
+        } | changes
+        given = {name: value for name, value in settings.items() if value is not None}
+        main(["generate", *(part for name, value in given.items() for part in (f"--{name}", str(value)))])
+        written = tmp_path / "out/generate.json"
+        return json.loads(written.read_text()) if written.exists() else {}
+
+    return run
