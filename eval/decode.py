@@ -186,7 +186,7 @@ class _Bench:
 
     @property
     def _layers(self) -> int:
-        return len(self.gates.layers)
+        return self.model.config.num_hidden_layers
 
     def _prefill(self, cache: Cache) -> float:
         """Feed the text; seconds."""

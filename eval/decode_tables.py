@@ -13,6 +13,13 @@ NAMES = {
     "static": "StaticCache",
     "smartkv_full": "our slots, nothing evicted",
 }
+INTRODUCTION = """# Benchmarks of the cache
+
+Written by `make bench` (`python -m eval decode --config configs/eval/decode.yaml`). × says how many times faster SmartKV
+is. *limit by bytes*: weights and full cache ÷ weights and our cache, what could be won if nothing but memory traffic
+counted. *own full*: the same slots and kernels with nothing evicted. *bytes*: all tensors of the cache as allocated, ÷
+the full cache's keys and values, ÷ those of the live keys alone. *gates*: their share of a forward pass. *peak ÷ now*:
+the fullest moment of the prefill ÷ what is stored at the end."""
 COLUMNS = (
     "context",
     "batch",
@@ -67,9 +74,11 @@ def decode_table(figures: list[dict[str, Any]]) -> Table:
 
 
 def markdown(arguments: dict[str, Any], figures: list[dict[str, Any]]) -> str:
-    """The same as a section of `docs/benchmarks.md`, with the machine and all milliseconds."""
+    """The same as a page, with the machine and all milliseconds."""
     machine = ", ".join(f"{key} {value}" for key, value in arguments["machine"].items())
     lines = [
+        *INTRODUCTION.splitlines(),
+        "",
         f"{arguments['backbone']}, {arguments['dtype']}, policy {arguments['policy']} at footprint "
         f"{arguments['footprint']}, gates {arguments['gates']}; median of {arguments['rounds']} rounds of "
         f"{arguments['steps']} tokens, all ways in one run. Machine: {machine}.",

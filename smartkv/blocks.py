@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 HOLE = -1  # position of a slot without a key
 NEVER = 2**31 - 1  # expiry of a key that stays for good, or was not judged yet
+FEW, SHORT = 4, 768  # so few pairs of so few keys are faster attended to one by one: what counts is the calls
 MOST_SPARE = 64  # tokens that are taken in before keys are packed anew
 
 
@@ -174,6 +176,14 @@ class Blocks:
         self.fields.position[self.coming] = (now + steps).int()
         self.fields.expiry[self.coming] = NEVER
         self._plan(slots, pair, ages)
+        self._each = self._one_by_one(blocks) if pairs <= FEW and len(live) < SHORT * pairs else []
+
+    def _one_by_one(self, blocks: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of each pair its keys, values and bias, `[1, 1, slots, head_dim]` and `[1, 1, 1, slots]`."""
+        sizes = [*(blocks * self.size).tolist(), self.size if self.uneven else 0]  # the last: the empty block
+        keys, values = (tensor.split(sizes) for tensor in self.fields[:2])
+        parts = zip(keys, values, self.bias.view(-1).split(sizes), strict=True)
+        return [(k[None, None], v[None, None], bias[None, None, None]) for k, v, bias in parts][:-1]
 
     def _plan(self, slots: Tensor, pair: Tensor, ages: Tensor) -> None:
         """What changes in `bias` at each step: the new token's slot is seen from then on, an expired one is not."""
@@ -227,6 +237,10 @@ class Blocks:
             The same shape and dtype.
         """
         keys, values = (tensor.view(-1, self.size, tensor.shape[-1]) for tensor in self.fields[:2])
+        if self._each:
+            parts = zip(query.unsqueeze(1).split(1), self._each, strict=True)
+            each = [F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling) for q, (k, v, bias) in parts]
+            return torch.cat(each).squeeze(1)
         scores = torch.baddbmm(self.bias, query.index_select(0, self.owner), keys.transpose(1, 2), alpha=scaling)
         largest = self._by_pair(scores.amax(dim=-1)).amax(dim=1)  # [pairs, group]
         weights = scores.sub_(largest.index_select(0, self.owner)[..., None]).exp_()

@@ -46,7 +46,7 @@ def save_cache(cache: LifespanCache, path: str | Path) -> None:
         "count_from": cache.count_from,
         "live_keys": int(cache.live_keys.sum()),
     }
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for number, layer in enumerate(cache.storage):
         store = layer.store
         held = {**store.fields._asdict(), "counts": store.counts, "seen": layer.seen}

@@ -51,7 +51,7 @@ def test_logits_past_many_packings_are_those_of_a_masked_full_cache(
     real[:, :PROMPT] = padding(3, PROMPT, "left", 2)
     ttl = random_ttl(model, 3, TOKENS, 3)
     got = one_by_one(model, ttl, window, 2, ids, real)
-    assert len(packings) >= 8 * model.config.num_hidden_layers
+    assert len(packings) >= 5 * model.config.num_hidden_layers
     masks = [visibility(layer, window, 2, real, sliding(model)) for layer in ttl]
     torch.testing.assert_close(got[real], masked_logits(model, ids, masks, real)[real], atol=1e-4, rtol=0)
 
@@ -114,4 +114,4 @@ def test_bfloat16_costs_no_more_than_it_costs_a_masked_full_cache(family: str) -
         return float((logits.float() - true).square().mean().sqrt() / true.std())
 
     ours, theirs = error(one_by_one(half, ttl, 8, 2, ids, real)), error(masked_logits(half, ids, masks, real))
-    assert 0 < ours < 1.2 * theirs < 0.1
+    assert 0 < ours < 1.1 * theirs < 0.1

@@ -1,0 +1,58 @@
+"""`python -m eval decode` on a tiny backbone: every way is measured, and the figures hang together."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.__main__ import main
+from tests.lightning_fixtures import write_texts
+
+
+def run_decode(folder: Path, backbone: Path, *more: str) -> None:
+    sources = json.dumps([{"name": "mine", "path": str(write_texts(folder / "texts"))}])
+    shape = ["--contexts", "[64, 128]", "--batches", "[1, 2]", "--steps", "12", "--rounds", "2", "--threads", "1"]
+    main(["decode", "--backbone", str(backbone), "--out", str(folder), "--sources", sources, *shape, *more])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
+    folder = tmp_path_factory.mktemp("decode")
+    run_decode(folder, tiny_backbone, "--markdown_file", str(folder / "table.md"))
+    return folder
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "decode.json").read_text())["decode"]
+
+
+def test_every_way_is_measured_at_every_context_and_batch(measured: Path) -> None:
+    assert [(f["context"], f["batch"]) for f in figures(measured)] == [(64, 1), (64, 2), (128, 1), (128, 2)]
+    for figure in figures(measured):
+        assert set(figure["ms_per_token"]) == {"smartkv", "dynamic", "static", "smartkv_full"}
+        assert all(ms > 0 for ms in figure["ms_per_token"].values())
+        assert set(figure["prefill"]) == {"smartkv", "dynamic"}
+
+
+def test_the_cache_holds_the_footprint_that_was_asked_for(measured: Path) -> None:
+    for figure in figures(measured):
+        assert figure["footprint"] == pytest.approx(0.25, abs=0.1)
+        assert figure["live_bytes"] < figure["bytes"]
+        assert figure["live_bytes"] < 0.5 * figure["full_bytes"]
+
+
+def test_the_machine_and_the_versions_are_named(measured: Path) -> None:
+    machine = json.loads((measured / "decode.json").read_text())["arguments"]["machine"]
+    assert {"processor", "cores", "torch", "transformers"} <= set(machine)
+    table = (measured / "table.md").read_text()
+    assert machine["processor"] in table and "| 128 | 2 |" in table
+    assert (measured / "decode.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(
+    tmp_path: Path, tiny_backbone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_decode(tmp_path, tiny_backbone, "--contexts", "[500]")
+    assert "need 524 positions" in capsys.readouterr().err
