@@ -154,9 +154,6 @@ class _Bench:
         makers: dict[str, Callable[[], Cache]] = {
             "smartkv": lambda: _Timed(self.model, self.gates, self.policy, self.chunk, context // 2),
             "dynamic": DynamicCache,
-            "smartkv_full": lambda: LifespanCache(
-                self.model, None, HybridPolicy.read("full", self._layers), self.chunk
-            ),
         }
         figure: dict[str, Any] = {"context": context, "batch": self.batch, "prefill": {}, "ms_per_token": {}}
         caches: dict[str, Cache] = {}
