@@ -22,6 +22,7 @@ from smartkv.errors import SmartKVError
 
 EVICTING = "smartkv_evicting"
 TOKEN_INPUTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "token_type_ids")
+CACHE_NAMES = ("past_key_values", "cache")  # a model's argument: what it was called before transformers 5.24, and since
 _SESSION = "_smartkv_session"
 
 
@@ -108,8 +109,8 @@ class Session:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward, which takes evicting caches too."""
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, self.evicting):
+        cache = _evicting_cache(kwargs, self.evicting)
+        if cache is None:
             if any(isinstance(value, self.evicting) for value in args):
                 raise SmartKVError("hand the cache over by name: model(ids, past_key_values=cache)")
             return self.plain(*args, **kwargs)
@@ -118,11 +119,17 @@ class Session:
         if args:  # the first argument of every family's decoder
             kwargs["input_ids"] = args[0]
         tokens, real = _tokens_and_padding(kwargs)
-        cache.check_call(self.decoder, tokens)  # type: ignore[attr-defined]
+        cache.check_call(self.decoder, tokens)
         kwargs["attention_mask"] = None  # the cache knows what it says
         # no gradients, and plain tensors also in `torch.inference_mode`: what is stored may be changed outside of it
-        with torch.inference_mode(False), torch.no_grad(), self.work_on(cache):  # type: ignore[arg-type]
-            return _in_chunks(self.plain, kwargs, self, cache.chunk, tokens, real)  # type: ignore[attr-defined]
+        with torch.inference_mode(False), torch.no_grad(), self.work_on(cache):
+            return _in_chunks(self.plain, kwargs, self, cache.chunk, tokens, real)
+
+
+def _evicting_cache(kwargs: dict[str, Any], evicting: type[Cache]) -> Any:
+    """The cache among a call's arguments if it is an `EvictingCache`; else None."""
+    given = (kwargs.get(name) for name in CACHE_NAMES)
+    return next((cache for cache in given if isinstance(cache, evicting)), None)
 
 
 def works_on(model: PreTrainedModel, cache: EvictingCache) -> bool:
@@ -257,9 +264,9 @@ def _prepare(
 ) -> Any:
     """`generate` asks for its cache here, before any token: the place to say that it will not do.
     `max_cache_length` counts a prompt that is given as embeddings too, but not the last token, which is never fed."""
-    cache = model_kwargs.get("past_key_values")
-    if isinstance(cache, evicting):
+    cache = _evicting_cache(model_kwargs, evicting)
+    if cache is not None:
         if generation_mode == GenerationMode.ASSISTED_GENERATION:  # what was guessed wrongly is cropped
             cache.crop(0)
-        cache.check_length(max_cache_length + 1)  # type: ignore[attr-defined]
+        cache.check_length(max_cache_length + 1)
     return plain(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
