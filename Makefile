@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 RUN    := runs/demo
-TRANSFORMERS := 5.2.0 5.17.0 5.23.0
+TRANSFORMERS := 5.2.0 5.17.0 5.23.0 5.24.0
 COMPATIBLE   := tests/smartkv tests/callbacks/test_hybrid_cache_perplexity.py tests/eval/test_perplexity.py
 export TOKENIZERS_PARALLELISM := false
 

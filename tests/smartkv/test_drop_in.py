@@ -1,6 +1,7 @@
 """A LifespanCache in place of any other cache, without a `with`."""
 
 import gc
+import inspect
 import itertools
 from threading import Thread
 from typing import Any
@@ -81,6 +82,19 @@ def test_a_padded_batch_generates_what_each_row_generates_alone(family: str) -> 
 
     alone = [generate(row[own][None], own[own][None])[0] for row, own in zip(ids, real, strict=True)]
     assert generate(ids, real) == alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_argument_may_be_called_as_this_transformers_calls_it(family: str) -> None:
+    """`past_key_values`, or `cache` since 5.24."""
+    model, ids = MODELS[family], words(12)[None]
+    name = next(n for n in ("cache", "past_key_values") if n in inspect.signature(model.forward).parameters)
+    found = []
+    for called in (name, "past_key_values"):
+        cache = LifespanCache(model, None, recent(3, 1))
+        sequence = model.generate(ids, **{called: cache}, **FIXED)
+        found.append((sequence.tolist(), model.base_model(sequence[:, -1:], **{called: cache})[0].tolist()))
+    assert found[0] == found[1]
 
 
 def test_a_prompt_may_come_as_embeddings() -> None:
