@@ -21,7 +21,7 @@ from eval.decode_tables import decode_table, markdown, picture
 from eval.results import machine, save_picture, write_result
 from smartkv import backbones
 from smartkv.backbones import load_backbone
-from smartkv.blocks import NEVER, Fields, Ragged
+from smartkv.blocks import FOREVER, Fields, Ragged
 from smartkv.budgets import Calibration, solve
 from smartkv.cache import LifespanCache
 from smartkv.errors import SmartKVError
@@ -206,7 +206,7 @@ class _Bench:
             pairs = rows * kv_heads
             position = torch.arange(tokens, device=full.keys.device).int().repeat(pairs)  # type: ignore[union-attr]
             keys, values = (tensor.reshape(-1, head_dim) for tensor in (full.keys, full.values))  # type: ignore[union-attr]
-            fields = Fields(keys, values, position, torch.full_like(position, NEVER))
+            fields = Fields(keys, values, position, torch.full_like(position, FOREVER))
             seen = torch.full((rows,), tokens, device=position.device)
             layer.restore(Ragged(fields, seen.repeat_interleave(kv_heads)), seen)
             layer.columns = tokens

@@ -7,7 +7,8 @@ A *pair* is one row of the batch and one KV head. Pairs hold unlike numbers of k
   Attention of one query a head is two batched products over all blocks, whatever the pairs' lengths.
 """
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 HOLE = -1  # position of a slot without a key
-NEVER = 2**31 - 1  # expiry of a key that stays for good, or was not judged yet
+FOREVER = 2**31 - 1  # a TTL, and an expiry, that no text outlives
 FEW, SHORT = 4, 768  # so few pairs of so few keys are faster attended to one by one: what counts is the calls
 MOST_SPARE = 64  # tokens that are taken in before keys are packed anew
 
@@ -48,11 +49,21 @@ class Fields(NamedTuple):
             return self.map(lambda tensor: tensor.index_select(0, index))
         return self.map(lambda tensor: tensor[index])
 
-    def join(self, other: "Fields", dim: int) -> "Fields":
-        """Both, one after the other."""
-        key, value, position, expiry = (torch.cat(pair, dim=dim) for pair in zip(self[:4], other[:4], strict=True))
-        score = None if self.score is None or other.score is None else torch.cat([self.score, other.score], dim=dim)
-        return Fields(key, value, position, expiry, score)
+    def row(self, index: int, stop: int | None = None) -> "Fields":
+        """`tensor[index]`, or `tensor[index:stop]`, of every tensor: no copy."""
+        return self.map(lambda tensor: tensor[index] if stop is None else tensor[index:stop])
+
+    def split(self, sizes: list[int]) -> list["Fields"]:
+        """Parts of so many keys each, one after another: no copy."""
+        stops = list(itertools.accumulate(sizes))
+        return [self.row(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+
+    @staticmethod
+    def cat(parts: Sequence["Fields"], dim: int = 0) -> "Fields":
+        """All parts, one after the other."""
+        key, value, position, expiry = (torch.cat([part[n] for part in parts], dim=dim) for n in range(4))  # type: ignore[misc]
+        scores = [part.score for part in parts if part.score is not None]
+        return Fields(key, value, position, expiry, torch.cat(scores, dim=dim) if scores else None)
 
     @property
     def nbytes(self) -> int:
@@ -98,21 +109,19 @@ class Ragged:
         """Keys of each pair, int64 `[pairs]`."""
         return self.counts
 
+    def by_pair(self) -> list[Fields]:
+        """The keys of each pair: no copy."""
+        return self.fields.split(self.counts.tolist())
+
     def pair(self) -> Tensor:
         """The pair of each key, int64 `[keys]`."""
         return ranks(self.counts, len(self.fields.position))[0]
 
-    def side_by_side(self, pairs: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Where the keys of pairs lie, one pair a line: int64 `[pairs, longest]`, and bool of what is a key there.
-
-        Args:
-            pairs: which, int64; None: all.
-        """
-        counts, first = self.counts, self.counts.cumsum(0) - self.counts
-        if pairs is not None:
-            counts, first = counts[pairs], first[pairs]
-        place = torch.arange(int(counts.max()), device=counts.device)
-        filled = place < counts[:, None]
+    def side_by_side(self) -> tuple[Tensor, Tensor]:
+        """Where the keys of pairs lie, one pair a line: int64 `[pairs, longest]`, and bool of what is a key there."""
+        first = self.counts.cumsum(0) - self.counts
+        place = torch.arange(int(self.counts.max()), device=self.counts.device)
+        filled = place < self.counts[:, None]
         return torch.where(filled, first[:, None] + place, 0), filled
 
     def select(self, pairs: Tensor) -> "Ragged":
@@ -174,7 +183,7 @@ class Blocks:
         steps = torch.arange(spare, device=device)[:, None]
         self.coming = first * self.size + counts + steps
         self.fields.position[self.coming] = (now + steps).int()
-        self.fields.expiry[self.coming] = NEVER
+        self.fields.expiry[self.coming] = FOREVER
         self._plan(slots, pair, ages)
         self._each = self._one_by_one(blocks) if pairs <= FEW and len(live) < SHORT * pairs else []
 
@@ -201,7 +210,7 @@ class Blocks:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, as allocated."""
-        planned = [] if not self._changes else self._changes[0]  # views of one storage each
+        planned = self._changes[0]  # of each step a view of one storage
         rest = [self.bias, self.owner, self.table, self.counts, self.coming, self.deaths, *planned]
         return self.fields.nbytes + storage_bytes(rest)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from smartkv.backbones import Architecture, Fingerprint
-from smartkv.blocks import HOLE, NEVER, Fields
+from smartkv.blocks import FOREVER, HOLE, Fields
 from smartkv.errors import SmartKVError
 from smartkv.feeding import EvictionStep, follow_cache, works_on
 from smartkv.gates import GateBank
@@ -82,7 +82,7 @@ class LifespanCache(Holdings, Cache):
             raise SmartKVError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
         caps = policy.caps(self.architecture)
         self.storage = [
-            LifespanLayer(cap.window if cap else rule.window or NEVER, cap, count_from)
+            LifespanLayer(cap.window if cap else rule.window or FOREVER, cap, count_from)
             for rule, cap in zip(self.rules, caps, strict=True)
         ]
         super().__init__(layers=list(self.storage))
@@ -142,7 +142,7 @@ class LifespanCache(Holdings, Cache):
         lifetime = self.policy.lifetime(self.rules[layer], ttl, born)
         if sliding_window is not None:
             lifetime = lifetime.clamp(max=sliding_window)
-        return (born + lifetime).clamp(max=NEVER).expand(keys.shape[:3])
+        return (born + lifetime).clamp(max=FOREVER).expand(keys.shape[:3])
 
     # -- a forward pass -----------------------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ class LifespanCache(Holdings, Cache):
         storage, tokens = self.storage[layer], step.key.shape[2]
         if not storage.is_initialized:
             storage.lazy_initialization(step.key, step.value)
-            storage.begin_sliding(step.sliding_window or NEVER)
+            storage.begin_sliding(step.sliding_window or FOREVER)
         if len(storage.seen) != len(step.key) or storage.store.fields.key.dtype != step.key.dtype:
             raise SmartKVError(
                 f"the cache holds {len(storage.seen)} rows in {storage.store.fields.key.dtype}, "
@@ -166,7 +166,7 @@ class LifespanCache(Holdings, Cache):
         if tokens == 1 and step.real is None:
             if not storage.ready:
                 self._settle(layer, pack=True)
-            storage.unjudged.append(step.pre_rope.detach())
+            storage.unjudged.append(step.pre_rope)
             return storage.step(step.query, step.key, step.value, step.scaling)
         self._settle(layer, pack=False)
         real = step.real if step.real is not None else step.key.new_ones(len(step.key), tokens, dtype=torch.bool)
@@ -181,7 +181,7 @@ class LifespanCache(Holdings, Cache):
     def _judged(self, layer: int, keys: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
         """Expiry and, where a cap asks for it, score of new keys; arguments as `times_to_live`."""
         storage = self.storage[layer]
-        limit = None if storage.sliding_window == NEVER else storage.sliding_window
+        limit = None if storage.sliding_window == FOREVER else storage.sliding_window
         expiry, score = self.expiry(layer, keys, position, limit), None
         if storage.store.fields.score is not None:
             score = self.scores(layer, keys)

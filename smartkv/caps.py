@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HOLE = -1
+from smartkv.blocks import HOLE
 
 
 @dataclass(frozen=True)

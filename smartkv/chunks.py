@@ -60,60 +60,72 @@ def chunk_attention(
     pairs, device = len(start), query.device
     grouped = query.reshape(pairs, -1, tokens, head_dim)  # [pairs, group, tokens, head_dim]
     output = torch.empty_like(grouped)
-    visible = torch.zeros_like(start)
+    visible, counts = torch.zeros_like(start), torch.zeros_like(start)
     drops = None if cap is None else _dropped(store, new, cap, start, tokens)
-    order, kept, counts, most = [], [], torch.zeros_like(start), 0
-    for group in like_lengths(store.counts, tokens):
-        fields, ends = new.at(group), new.expiry[group]
-        if int(store.counts[group].max()):
-            index, filled = store.side_by_side(group)
-            old = store.fields.at(index)
-            fields = old._replace(position=old.position.masked_fill(~filled, HOLE)).join(fields, dim=1)
-            ends = fields.expiry
+    held = store.counts.tolist()
+    kept: dict[int, Fields] = {}  # of each pair
+    most = kept_bytes = 0
+    for group in like_lengths(held, tokens):
+        longest = max(held[pair] for pair in group)
+        fields = _padded(store, new, group, longest)
+        rows = torch.tensor(group, device=device)
+        ends = fields.expiry
         if drops is not None:
-            longest = fields.position.shape[1] - tokens
-            ends = torch.cat([drops[group, :longest], drops[group, -tokens:]], dim=1)
-        at, there = new.position[group], fields.position != HOLE
+            ends = torch.cat([drops[rows, :longest], drops[rows, -tokens:]], dim=1)
+        at, there = new.position[rows], fields.position != HOLE
         mask = (fields.position[:, None] <= at[..., None]) & (ends[:, None] > at[..., None]) & there[:, None]
         # a query of padding sees nothing: let it see itself, for a softmax over nothing is NaN
         mask[..., -tokens:] |= torch.eye(tokens, dtype=torch.bool, device=device) & (at == HOLE)[..., None]
         shape = (len(group), grouped.shape[1], fields.position.shape[1], head_dim)
         keys, values = (tensor[:, None].expand(shape) for tensor in fields[:2])
-        found = F.scaled_dot_product_attention(grouped[group], keys, values, attn_mask=mask[:, None], scale=scaling)
-        output[group] = found.masked_fill((at == HOLE)[:, None, :, None], 0)
-        alive = there & (ends > end[group, None])
-        saw = queries_that_saw(fields.position, ends, start[group, None], end[group, None], count_from)
-        visible[group], counts[group] = saw.sum(dim=1), alive.sum(dim=1)
-        kept.append(fields.at(alive))
-        order.append(group)
-        most = max(most, fields.nbytes + mask.nbytes + sum(part.nbytes for part in kept))
-    fields = kept[0]
-    for part in kept[1:]:
-        fields = fields.join(part, dim=0)
-    pair = torch.cat(order)
-    store = Ragged(fields, counts[pair])
-    if len(kept) > 1:
-        most = max(most, 2 * fields.nbytes)
-        store = store.select(pair.argsort())
-    return ChunkResult(output.view(batch, query_heads, tokens, head_dim), store, visible, most)
+        found = F.scaled_dot_product_attention(grouped[rows], keys, values, attn_mask=mask[:, None], scale=scaling)
+        output[rows] = found.masked_fill((at == HOLE)[:, None, :, None], 0)
+        alive = there & (ends > end[rows, None])
+        saw = queries_that_saw(fields.position, ends, start[rows, None], end[rows, None], count_from)
+        visible[rows], counts[rows] = saw.sum(dim=1), alive.sum(dim=1)
+        # where all are alive they lie as they shall: no copy
+        left = fields.map(lambda tensor: tensor.flatten(0, 1)) if bool(alive.all()) else fields.at(alive)
+        kept |= zip(group, left.split(counts[rows].tolist()), strict=True)
+        most = max(most, kept_bytes + fields.nbytes + mask.nbytes + (0 if bool(alive.all()) else left.nbytes))
+        kept_bytes += left.nbytes
+    survivors = kept[0] if pairs == 1 else Fields.cat([kept[pair] for pair in range(pairs)])
+    most = max(most, kept_bytes + survivors.nbytes)
+    return ChunkResult(output.view(batch, query_heads, tokens, head_dim), Ragged(survivors, counts), visible, most)
 
 
-def like_lengths(counts: Tensor, tokens: int) -> list[Tensor]:
-    """Pairs whose lengths (counts + tokens) are alike, in groups: int64 `[chosen]` each, all of them once."""
-    lengths, order = (counts + tokens).sort(descending=True)
-    groups, first = [], 0
-    for place, length in enumerate(lengths.tolist()):
-        if length * LIKE < lengths[first]:
-            groups.append(order[first:place].sort().values)
-            first = place
-    return [*groups, order[first:].sort().values]
+def _padded(store: Ragged, new: Fields, pairs: list[int], longest: int) -> Fields:
+    """Keys of these pairs side by side, `[pairs, longest + tokens]`: what is held, holes up to `longest`, the chunk's.
+
+    One copy: heads that hold much are what the peak is made of.
+    """
+    held = store.by_pair()
+    hole = new.map(lambda tensor: tensor.new_zeros(longest, *tensor.shape[2:]))
+    hole.position.fill_(HOLE)
+    parts = []
+    for pair in pairs:
+        missing = longest - len(held[pair].position)
+        parts += [held[pair], *([hole.row(0, missing)] if missing else []), new.row(pair)]
+    return Fields.cat(parts).map(lambda tensor: tensor.unflatten(0, (len(pairs), -1)))
+
+
+def like_lengths(counts: list[int], tokens: int) -> list[list[int]]:
+    """Pairs whose lengths (counts + tokens) are alike, in groups, each pair once and the shortest first."""
+    groups: list[list[int]] = []
+    for pair in sorted(range(len(counts)), key=counts.__getitem__):
+        if groups and counts[pair] + tokens <= LIKE * (counts[groups[-1][0]] + tokens):
+            groups[-1].append(pair)
+        else:
+            groups.append([pair])
+    return groups
 
 
 def _dropped(store: Ragged, new: Fields, cap: Cap, start: Tensor, tokens: int) -> Tensor:
     """First position whose query does not see each key under the cap, int64 `[pairs, longest + tokens]`."""
-    small = Fields(new.position, new.position, new.position, new.expiry, new.score)
-    if int(store.counts.max()):
+    position, expiry, score = new.position, new.expiry, new.score
+    if len(store.fields.position):
         index, filled = store.side_by_side()
-        held = store.fields._replace(key=store.fields.position, value=store.fields.position).at(index)
-        small = held._replace(position=held.position.masked_fill(~filled, HOLE)).join(small, dim=1)
-    return cap.ends(small.position, small.expiry, small.score, start, tokens + 1)
+        held = store.fields
+        position = torch.cat([held.position[index].masked_fill(~filled, HOLE), position], dim=1)
+        expiry = torch.cat([held.expiry[index], expiry], dim=1)
+        score = None if score is None or held.score is None else torch.cat([held.score[index], score], dim=1)
+    return cap.ends(position, expiry, score, start, tokens + 1)

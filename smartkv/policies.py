@@ -19,13 +19,13 @@ import yaml
 from torch import Tensor
 
 from smartkv.backbones import Architecture, Fingerprint
+from smartkv.blocks import FOREVER
 from smartkv.caps import Cap
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank, format_layers, parse_layers
 
 Rule = Literal["window", "gated", "full"]
 WINDOW_SHARE = 0.6
-FOREVER = 2**31 - 1  # a TTL, in tokens, that no text outlives
 LOG4_TARGET = "log4 lifespan"  # of gates whose prediction can be read as a TTL
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from smartkv.blocks import HOLE, MOST_SPARE, NEVER, Blocks, Fields, Ragged, spare_tokens, storage_bytes
+from smartkv.blocks import FOREVER, HOLE, MOST_SPARE, Blocks, Fields, Ragged, spare_tokens, storage_bytes
 from smartkv.caps import Cap
 from smartkv.chunks import chunk_attention, queries_that_saw
 
@@ -53,7 +53,7 @@ class LifespanLayer(CacheLayerMixin):
         self.__dict__.pop("store", None)
         self.unjudged: list[Tensor] = []
         self.columns = self.pending = self.at_work = self.resting = 0
-        self.sliding_window = NEVER
+        self.sliding_window = FOREVER
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty storage. Both `[batch, kv_heads, tokens, head_dim]`."""
@@ -173,7 +173,8 @@ class LifespanLayer(CacheLayerMixin):
             pack: make room for single tokens; else keep the keys and nothing beside them.
         """
         old, old_bytes = self.store, self.storage_bytes
-        if isinstance(old, Ragged) and not pack:
+        if isinstance(old, Ragged) and not pack:  # nothing to do
+            self.at_work = old_bytes
             return
         if expiry is not None:
             old.judge(expiry.flatten(0, 1), None if score is None else score.flatten(0, 1))  # type: ignore[union-attr]
