@@ -61,7 +61,7 @@ test-gpu: install
 bench: $(RUN)/gates/done
 	$(PY) -m eval decode --config configs/eval/decode.yaml
 
-# the same where CUDA is: 32k tokens need a model with so many positions
+# the same where CUDA is; --contexts '[32704]' with a backbone that has so many positions (Qwen2.5-0.5B)
 bench-gpu: $(RUN)/gates/done
 	$(PY) -m eval decode --config configs/eval/decode.yaml --device cuda --out runs/decode-gpu --batches '[1, 8, 32]' \
 	    --markdown_file docs/benchmarks-gpu.md

@@ -19,7 +19,7 @@ Written by `make bench` (`python -m eval decode --config configs/eval/decode.yam
 SmartKV is. *limit by bytes*: weights and full cache ÷ weights and our cache, what could be won if nothing but memory
 traffic counted. *own full*: the same slots and kernels with nothing evicted. *bytes*: all tensors of the cache as
 allocated, ÷ the full cache's keys and values, ÷ those of the live keys alone. *gates*: their share of a forward pass.
-*peak ÷ now*: the fullest moment of the prefill ÷ what is stored at the end."""
+*peak ÷ now*: the fullest moment of prefill and decode ÷ what is stored at the end."""
 COLUMNS = (
     "context",
     "batch",

@@ -34,6 +34,8 @@ def save_cache(cache: LifespanCache, path: str | Path) -> None:
     Raises:
         SmartKVError: it has seen no token, or the file cannot be written.
     """
+    if not all(layer.is_initialized for layer in cache.storage):
+        raise SmartKVError("the cache has not seen a token yet: there is nothing to save")
     cache.settle()
     header = {
         "format_version": FORMAT_VERSION,
@@ -44,7 +46,6 @@ def save_cache(cache: LifespanCache, path: str | Path) -> None:
         "sliding_window": [layer.sliding_window for layer in cache.storage],
         "chunk": cache.chunk,
         "count_from": cache.count_from,
-        "live_keys": int(cache.live_keys.sum()),
     }
     tensors: dict[str, Tensor] = {}
     for number, layer in enumerate(cache.storage):
@@ -126,5 +127,5 @@ def _digest(gates: GateBank | None) -> str | None:
         return None
     digest = hashlib.sha256()
     for _, tensor in sorted(gates.state_dict().items()):
-        digest.update(tensor.detach().cpu().numpy().tobytes())
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]

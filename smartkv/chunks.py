@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from smartkv.blocks import HOLE, Fields, Ragged
 from smartkv.caps import Cap
 
+MASK_ELEMENTS = 2**21  # of a mask at once: for 256 queries it would be as large as keys and values of 64 dimensions
 LIKE = 1.25  # pairs whose lengths differ by less stand side by side, padded to the longest
 
 
@@ -20,7 +21,7 @@ class ChunkResult:
         output: `[batch, query_heads, tokens, head_dim]`; zeros for padding.
         store: the keys that the next query sees.
         visible: int64 `[pairs]`, keys that the counted queries saw.
-        bytes_at_work: the largest sum of what was held beside the old store.
+        bytes_at_work: the largest sum of keys that were held beside the old store.
     """
 
     output: Tensor
@@ -73,24 +74,46 @@ def chunk_attention(
         if drops is not None:
             ends = torch.cat([drops[rows, :longest], drops[rows, -tokens:]], dim=1)
         at, there = new.position[rows], fields.position != HOLE
-        mask = (fields.position[:, None] <= at[..., None]) & (ends[:, None] > at[..., None]) & there[:, None]
-        # a query of padding sees nothing: let it see itself, for a softmax over nothing is NaN
-        mask[..., -tokens:] |= torch.eye(tokens, dtype=torch.bool, device=device) & (at == HOLE)[..., None]
-        shape = (len(group), grouped.shape[1], fields.position.shape[1], head_dim)
-        keys, values = (tensor[:, None].expand(shape) for tensor in fields[:2])
-        found = F.scaled_dot_product_attention(grouped[rows], keys, values, attn_mask=mask[:, None], scale=scaling)
-        output[rows] = found.masked_fill((at == HOLE)[:, None, :, None], 0)
+        output[rows] = _masked_attention(grouped[rows], fields, ends, at, scaling)
         alive = there & (ends > end[rows, None])
         saw = queries_that_saw(fields.position, ends, start[rows, None], end[rows, None], count_from)
         visible[rows], counts[rows] = saw.sum(dim=1), alive.sum(dim=1)
         # where all are alive they lie as they shall: no copy
         left = fields.map(lambda tensor: tensor.flatten(0, 1)) if bool(alive.all()) else fields.at(alive)
         kept |= zip(group, left.split(counts[rows].tolist()), strict=True)
-        most = max(most, kept_bytes + fields.nbytes + mask.nbytes + (0 if bool(alive.all()) else left.nbytes))
+        most = max(most, kept_bytes + fields.nbytes + (0 if bool(alive.all()) else left.nbytes))
         kept_bytes += left.nbytes
     survivors = kept[0] if pairs == 1 else Fields.cat([kept[pair] for pair in range(pairs)])
     most = max(most, kept_bytes + survivors.nbytes)
     return ChunkResult(output.view(batch, query_heads, tokens, head_dim), Ragged(survivors, counts), visible, most)
+
+
+def _masked_attention(query: Tensor, fields: Fields, ends: Tensor, at: Tensor, scaling: float) -> Tensor:
+    """Attention under the rule, for so many queries at once that the mask stays small beside the keys.
+
+    Args:
+        query: `[pairs, group, tokens, head_dim]`.
+        fields: `[pairs, keys]`, the last `tokens` of them the queries' own.
+        ends: int `[pairs, keys]`, first position whose query does not see the key.
+        at: int `[pairs, tokens]`, positions of the queries, `HOLE` for padding.
+
+    Returns:
+        Like `query`; zeros for padding.
+    """
+    (pairs, group, tokens, head_dim), keys = query.shape, fields.position.shape[1]
+    key, value = (tensor[:, None].expand(pairs, group, keys, head_dim) for tensor in fields[:2])
+    itself = torch.arange(keys - tokens, keys, device=query.device)  # the column of each query's own key
+    column, parts = torch.arange(keys, device=query.device), []
+    step = max(16, MASK_ELEMENTS // (pairs * keys))
+    for first in range(0, tokens, step):
+        here = at[:, first : first + step, None]
+        mask = (fields.position[:, None] <= here) & (ends[:, None] > here) & (fields.position != HOLE)[:, None]
+        # a query of padding sees nothing: let it see itself, for a softmax over nothing is NaN
+        mask |= (column == itself[first : first + step, None]) & (here == HOLE)
+        queries = query[:, :, first : first + step]
+        found = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask[:, None], scale=scaling)
+        parts.append(found.masked_fill((here == HOLE)[:, None], 0))
+    return torch.cat(parts, dim=2)
 
 
 def _padded(store: Ragged, new: Fields, pairs: list[int], longest: int) -> Fields:

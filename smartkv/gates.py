@@ -111,8 +111,8 @@ class GateBank(nn.Module, ModelHubMixin):
             raise SmartKVError(f"layer {layer} has no gates: they were trained for layers {format_layers(self.layers)}")
         place = self.layers.index(layer) * self.fingerprint.kv_heads
         here = slice(place, place + self.fingerprint.kv_heads)
-        hidden = (keys.float() @ self.weight1[here] + self.bias1[here]).relu()
-        return hidden @ self.weight2[here] + self.bias2[here]
+        hidden = (keys.to(self.weight1.dtype) @ self.weight1[here] + self.bias1[here]).relu()
+        return (hidden @ self.weight2[here] + self.bias2[here]).float()
 
     @torch.no_grad()
     def folded(self, mean: Tensor, std: Tensor) -> "GateBank":

@@ -183,3 +183,14 @@ def test_reset_makes_it_as_new() -> None:
     cache.reset()
     assert cache.get_seq_length() == cache.storage_bytes == cache.peak_bytes == 0
     assert torch.equal(fed(model, cache, ids, real, []), first)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_made_for_few_queries_at_a_time_hides_the_same_keys(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smartkv.chunks.MASK_ELEMENTS", 1)  # 16 queries at a time
+    model, ids, real = MODELS["llama"], token_ids(180, 3).view(3, 60), padding(3, 60, side, 5)
+    cache = Injected(model, None, recent(5, 2), chunk=50)
+    cache.table = ttl = random_ttl(model, 3, 60, 6)
+    masks = [visibility(layer, 5, 2, real) for layer in ttl]
+    got = fed(model, cache, ids, real, [])
+    torch.testing.assert_close(got[real], masked_logits(model, ids, masks, real)[real], atol=1e-4, rtol=0)

@@ -303,3 +303,14 @@ def test_what_is_no_range_is_refused_with_an_example(text: str) -> None:
 def test_layers_that_the_model_lacks_are_refused_with_those_it_has(text: str, part: str) -> None:
     with pytest.raises(SmartKVError, match=rf"asks for {part}, but the model has layers 0-3"):
         parse_layers(text, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_gates_cast_to_another_dtype_still_read_keys_of_any(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    bank = GateBank(Fingerprint("llama", 1, 2, 8, "0"))
+    keys = torch.randn(1, 2, 5, 8)
+    want = bank.predict(0, keys)
+    got = bank.to(dtype).predict(0, keys.bfloat16())
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, atol=0.05, rtol=0)
