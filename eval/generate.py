@@ -219,6 +219,7 @@ def _figures(spoken: Conversation) -> dict[str, Any]:
         "units": {
             "kv_bytes": "bytes of keys, values and what belongs to them, all layers",
             "footprint": "keys seen ÷ keys of a full cache, over all queries",
+            "bytes_by_layer": "bytes at the end, dead slots and tables included",
             "live_keys_by_layer": "keys at the end, mean over KV heads",
             "ms_per_token": "milliseconds a token after each answer's first",
             "tokens": "tokens that the cache has read; the last one made is not among them",
@@ -232,6 +233,7 @@ def _figures(spoken: Conversation) -> dict[str, Any]:
             "full": full_cache_bytes(spoken.lm.model, tokens),
         },
         "footprint": cache.footprint,
+        "bytes_by_layer": cache.bytes_by_layer.tolist(),
         "live_keys_by_layer": cache.live_keys.double().mean(dim=(1, 2)).tolist(),
         "ms_per_token": sum(ms * n for ms, n in times) / sum(n for _, n in times) if times else None,
     }

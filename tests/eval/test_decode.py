@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from eval.__main__ import main
-from tests.lightning_fixtures import write_texts
+from tests.lightning_fixtures import ROOT, write_texts
 
 
-def run_decode(folder: Path, backbone: Path, *more: str) -> None:
+def run_decode(folder: Path, backbone: Path, *more: str, config: Path | None = None) -> None:
     sources = json.dumps([{"name": "mine", "path": str(write_texts(folder / "texts"))}])
     shape = ["--contexts", "[64, 128]", "--batches", "[1, 2]", "--steps", "12", "--rounds", "2", "--threads", "1"]
-    main(["decode", "--backbone", str(backbone), "--out", str(folder), "--sources", sources, *shape, *more])
+    written = [] if config is None else ["--config", str(config)]
+    main(["decode", *written, "--backbone", str(backbone), "--out", str(folder), "--sources", sources, *shape, *more])
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +57,10 @@ def test_more_tokens_than_the_model_has_positions_are_refused(
     with pytest.raises(SystemExit):
         run_decode(tmp_path, tiny_backbone, "--contexts", "[500]")
     assert "need 524 positions" in capsys.readouterr().err
+
+
+def test_the_config_runs(tmp_path: Path, tiny_backbone: Path, random_gates: Path) -> None:
+    table = tmp_path / "table.md"
+    own = ("--gates", str(random_gates), "--markdown_file", str(table))
+    run_decode(tmp_path, tiny_backbone, *own, config=ROOT / "configs/eval/decode.yaml")
+    assert "| 128 | 2 |" in table.read_text() and "untrained" not in table.read_text()

@@ -37,6 +37,7 @@ def test_the_json_tells_what_the_cache_held(run: Any, tiny_backbone: Path) -> No
     assert sizes["full"] == full_cache_bytes(lm.model, tokens)
     assert 0 < sizes["live"] <= sizes["peak"] and written["ms_per_token"] > 0
     assert written["text"] == PROMPT + written["turns"][0]["answer"]
+    assert sum(written["bytes_by_layer"]) == written["kv_bytes"]["live"]
     assert len(written["live_keys_by_layer"]) == 2 and all(0 < live <= tokens for live in written["live_keys_by_layer"])
     turn = written["turns"][0]
     assert (turn["prompt_tokens"], turn["new_tokens"], turn["stopped"]) == (len(PROMPT), 20, "length")

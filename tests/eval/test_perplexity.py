@@ -24,14 +24,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_texts(tmp_path_factory.mktemp("texts"), splits=["train", "test"])
 
 
-@pytest.fixture(scope="module")
-def gates(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("gates")
-    GateBank(load_backbone(str(tiny_backbone)).fingerprint).save_pretrained(folder)
-    return folder
-
-
 def measure(out: Path, backbone: Path, texts: Path, **changes: Any) -> dict[str, Any]:
     settings = {
         "out": out,
@@ -59,9 +51,9 @@ def refused(capsys: pytest.CaptureFixture[str], *args: Any, **changes: Any) -> s
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, texts: Path, gates: Path) -> Path:
+def measured(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, texts: Path, random_gates: Path) -> Path:
     out = tmp_path_factory.mktemp("out")
-    measure(out, tiny_backbone, texts, gates=gates)
+    measure(out, tiny_backbone, texts, gates=random_gates)
     return out
 
 
@@ -97,7 +89,12 @@ def test_it_leaves_two_pictures(measured: Path) -> None:
 
 
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(
-    measured: Path, tmp_path: Path, tiny_backbone: Path, texts: Path, gates: Path, monkeypatch: pytest.MonkeyPatch
+    measured: Path,
+    tmp_path: Path,
+    tiny_backbone: Path,
+    texts: Path,
+    random_gates: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real, calls = command.evicted_nll, []
 
@@ -109,15 +106,15 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(
 
     monkeypatch.setattr(command, "evicted_nll", counted)
     with pytest.raises(KeyboardInterrupt):
-        measure(tmp_path, tiny_backbone, texts, gates=gates)
-    again = measure(tmp_path, tiny_backbone, texts, gates=gates)
+        measure(tmp_path, tiny_backbone, texts, gates=random_gates)
+    again = measure(tmp_path, tiny_backbone, texts, gates=random_gates)
     assert len(calls) == 7 * 3 + 1  # each window of each point once, and the one that was interrupted
     assert again["frontier"] == json.loads((measured / "perplexity.json").read_text())["frontier"]
 
 
-def test_other_gates_are_measured_anew(tmp_path: Path, tiny_backbone: Path, texts: Path, gates: Path) -> None:
+def test_other_gates_are_measured_anew(tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path) -> None:
     options = {"policies": "[all-gated]", "footprints": "[0.4]"}
-    first = measure(tmp_path / "out", tiny_backbone, texts, gates=gates, **options)
+    first = measure(tmp_path / "out", tiny_backbone, texts, gates=random_gates, **options)
     torch.manual_seed(5)
     other = tmp_path / "gates"
     GateBank(load_backbone(str(tiny_backbone)).fingerprint).save_pretrained(other)
@@ -194,12 +191,12 @@ def test_a_written_policy_fits_the_model_that_the_configs_use(path: Path) -> Non
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("perplexity.yaml")), ids=lambda path: path.parent.name)
-def test_the_config_runs(path: Path, tmp_path: Path, tiny_backbone: Path, texts: Path, gates: Path) -> None:
+def test_the_config_runs(path: Path, tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path) -> None:
     written = yaml.safe_load(path.read_text())
     config = tmp_path / "config.yaml"
     small = {"window": WINDOW, "windows": 1, "score_from": FIRST, "calibration_windows": 1, "footprints": [0.4, 0.7]}
     sources = [{"name": "mine", "path": str(texts)}]
-    tiny = {"out": str(tmp_path / "out"), "gates": str(gates), "backbone": str(tiny_backbone), "split": "test"}
+    tiny = {"out": str(tmp_path / "out"), "gates": str(random_gates), "backbone": str(tiny_backbone), "split": "test"}
     config.write_text(yaml.safe_dump(written | small | tiny | {"sources": sources, "dtype": "float32"}))
     main(["perplexity", "--config", str(config)])
     rows = json.loads((tmp_path / "out/perplexity.json").read_text())["frontier"]
