@@ -5,7 +5,6 @@ Each way fills its cache with the same text, then takes single tokens in turns: 
 
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from smartkv.perplexity import full_cache_bytes
 from smartkv.policies import HybridPolicy
 from smartkv.shards import write_atomically
 
+ONCE = 8192  # tokens of all rows: longer prompts are fed once, shorter ones as often as there are rounds
 WAYS = ("smartkv", "dynamic", "static", "smartkv_full")
 
 
@@ -65,7 +65,8 @@ def decode(
         footprint: share of the full cache's keys, for which price and windows are solved on the text itself.
         policy: named one or YAML file.
         steps: single tokens a round; packing comes once every 64 at most, and is counted.
-        rounds: of all ways in turn; the median of the rounds' means is given.
+        rounds: of all ways in turn; the median of the rounds' means is given. Prompts of up to 8,192 tokens, all rows
+            counted, are fed as often, longer ones once.
         sources: the text.
         backbone: hub id, local folder, .gguf file or smollm2-135m.
         dtype: auto, float32, bfloat16 or float16.
@@ -149,51 +150,60 @@ class _Bench:
         self.chunk = chunk
 
     def measure(self, steps: int, rounds: int) -> dict[str, Any]:
+        """All figures of this context and batch, as `decode.json` has them."""
         context = len(self.text)
-        self.room = context + steps * rounds
-        makers: dict[str, Callable[[], Cache]] = {
-            "smartkv": lambda: _Timed(self.model, self.gates, self.policy, self.chunk, context // 2),
-            "dynamic": DynamicCache,
+        ours, dynamic, prefill = self._prefills(rounds if self.batch * context <= ONCE else 1)
+        share, footprint, ours.seconds = ours.seconds, ours.footprint, 0.0
+        caches: dict[str, Cache] = {
+            "smartkv": ours,
+            "dynamic": dynamic,
+            "static": self._static(dynamic, context + steps * rounds),
+            "smartkv_full": self._full(dynamic),
         }
-        figure: dict[str, Any] = {"context": context, "batch": self.batch, "prefill": {}, "ms_per_token": {}}
-        caches: dict[str, Cache] = {}
-        for way, make in makers.items():
-            caches[way] = cache = make()
-            seconds = self._prefill(cache)
-            figure["prefill"][way] = self.batch * context / seconds
-            if isinstance(cache, _Timed):
-                figure["gates_share_of_prefill"] = cache.seconds / seconds
-                figure["footprint"] = cache.footprint
-                cache.seconds = 0.0
-        caches["static"] = self._static(caches["dynamic"])
-        caches["smartkv_full"] = self._full(caches["dynamic"])
         spent: dict[str, list[float]] = {way: [] for way in WAYS}
-        ours = caches["smartkv"]
         for turn in range(rounds):
             for way in WAYS[turn % 2 :] + WAYS[: turn % 2]:  # not always in the same order
                 spent[way].append(self._steps(caches[way], context + turn * steps, steps))
-        for way, seconds in spent.items():
-            figure["ms_per_token"][way] = 1e3 * statistics.median(seconds) / steps
-        figure["gates_share_of_decode"] = ours.seconds / sum(spent["smartkv"])  # type: ignore[attr-defined]
         full = self.batch * full_cache_bytes(self.model, ours.get_seq_length())
         weights = sum(p.untyped_storage().nbytes() for p in {p.data_ptr(): p for p in self.model.parameters()}.values())
-        stored, live = ours.storage_bytes, ours.live_bytes  # type: ignore[attr-defined]
-        figure["peak_bytes"] = ours.peak_bytes  # type: ignore[attr-defined]
-        figure |= {"bytes": stored, "live_bytes": live, "full_bytes": full, "share_of_full": stored / full}
-        figure["limit_by_bytes"] = (weights + full) / (weights + stored)
-        return figure
+        return {
+            "context": context,
+            "batch": self.batch,
+            "prefill": {way: self.batch * context / seconds for way, seconds in prefill.items()},
+            "gates_share_of_prefill": share / prefill["smartkv"],
+            "ms_per_token": {way: 1e3 * statistics.median(rounds) / steps for way, rounds in spent.items()},
+            "gates_share_of_decode": ours.seconds / sum(spent["smartkv"]),
+            "footprint": footprint,
+            "bytes": ours.storage_bytes,
+            "live_bytes": ours.live_bytes,
+            "full_bytes": full,
+            "peak_bytes": ours.peak_bytes,
+            "share_of_full": ours.storage_bytes / full,
+            "limit_by_bytes": (weights + full) / (weights + ours.storage_bytes),
+        }
 
-    def _prefill(self, cache: Cache) -> float:
-        """Feed the text; seconds."""
-        ids = self.text.expand(self.batch, -1)
+    def _prefills(self, passes: int) -> tuple["_Timed", DynamicCache, dict[str, float]]:
+        """Feed the text so many times by both ways in turns: the last caches, and the median seconds of each way."""
+        seconds: dict[str, list[float]] = {"smartkv": [], "dynamic": []}
+        self._prefill(DynamicCache(), 512)  # the first of all passes is slower: not counted
+        for _ in range(passes):
+            ours = _Timed(self.model, self.gates, self.policy, self.chunk, len(self.text) // 2)
+            seconds["smartkv"].append(self._prefill(ours))
+            dynamic = DynamicCache()
+            seconds["dynamic"].append(self._prefill(dynamic))
+        return ours, dynamic, {way: statistics.median(each) for way, each in seconds.items()}
+
+    def _prefill(self, cache: Cache, tokens: int | None = None) -> float:
+        """Feed the text, or its first tokens; seconds."""
+        ids = self.text[:tokens].expand(self.batch, -1)
         self._wait()
         start = time.perf_counter()
         self.model(ids, past_key_values=cache, logits_to_keep=1)
         self._wait()
         return time.perf_counter() - start
 
-    def _static(self, filled: Cache) -> StaticCache:
-        cache = StaticCache(config=self.model.config, max_cache_len=self.room)
+    def _static(self, filled: Cache, room: int) -> StaticCache:
+        cache = StaticCache(config=self.model.config, max_cache_len=room)
         for number, layer in enumerate(filled.layers):
             cache.update(layer.keys, layer.values, number)  # type: ignore[arg-type]
         return cache

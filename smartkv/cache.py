@@ -191,6 +191,8 @@ class LifespanCache(Holdings, Cache):
     def _settle(self, layer: int, pack: bool) -> None:
         """Judge the layer's latest tokens, and free what died."""
         storage = self.storage[layer]
+        if storage.settled and not pack:
+            return
         expiry = score = None
         if storage.pending:
             keys = torch.cat(storage.unjudged, dim=2)

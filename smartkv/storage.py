@@ -144,6 +144,11 @@ class LifespanLayer(CacheLayerMixin):
     # -- one token a row ----------------------------------------------------------------------------------------------
 
     @property
+    def settled(self) -> bool:
+        """Whether it holds live keys alone, as a chunk leaves it."""
+        return isinstance(self.store, Ragged)
+
+    @property
     def ready(self) -> bool:
         """Whether `step` can be called; `settle(…, pack=True)` makes it so."""
         return isinstance(self.store, Blocks) and self.pending < self.store.spare
@@ -173,9 +178,6 @@ class LifespanLayer(CacheLayerMixin):
             pack: make room for single tokens; else keep the keys and nothing beside them.
         """
         old, old_bytes = self.store, self.storage_bytes
-        if isinstance(old, Ragged) and not pack:  # nothing to do
-            self.at_work = old_bytes
-            return
         if expiry is not None:
             old.judge(expiry.flatten(0, 1), None if score is None else score.flatten(0, 1))  # type: ignore[union-attr]
         ends, pair = self._ends(self.pending + min(MOST_SPARE, self.shortest_life)), old.pair()
@@ -207,7 +209,7 @@ class LifespanLayer(CacheLayerMixin):
         Returns:
             Like `query`; zeros for padding.
         """
-        if isinstance(self.store, Blocks):
+        if not isinstance(self.store, Ragged):
             raise RuntimeError("settle the layer before a chunk")
         tokens = query.shape[2]
         after = self.seen + (tokens if real is None else real.sum(dim=1))
@@ -227,7 +229,7 @@ class LifespanLayer(CacheLayerMixin):
         """Go on with these rows of the batch, int64 `[rows]`; the layer is settled."""
         if not self.is_initialized:
             return
-        if isinstance(self.store, Blocks):
+        if not isinstance(self.store, Ragged):
             raise RuntimeError("settle the layer before its rows are chosen")
         old_bytes = self.storage_bytes
         pairs = rows[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=rows.device)
