@@ -38,7 +38,7 @@ class HybridCachePerplexity(L.Callback):
         max_share: of the run's time so far; while earlier measurements have taken more, the next is left out. What the
             run ends with is always measured.
         dtype: of the LM; auto, float32, bfloat16 or float16.
-        chunk: tokens that are computed before memory is freed again.
+        chunk: tokens of a text that go through the model together.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class HybridCachePerplexity(L.Callback):
         every_n_epochs: int = 4,
         max_share: float = 0.5,
         dtype: str = "auto",
-        chunk: int = 256,
+        chunk: int = 1024,
     ) -> None:
         self.footprints, self.policy_name, self.windows = tuple(footprints), policy, windows
         self.calibration_windows, self.score_from = calibration_windows, score_from

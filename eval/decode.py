@@ -47,7 +47,7 @@ def decode(
     dtype: str = "auto",
     device: str = "cpu",
     threads: int = 2,
-    chunk: int = 256,
+    chunk: int = 1024,
     markdown_file: str | None = None,
     seed: int = 0,
 ) -> None:
@@ -72,7 +72,7 @@ def decode(
         dtype: auto, float32, bfloat16 or float16.
         device: cpu or cuda.
         threads: CPU threads.
-        chunk: tokens of a prompt that are fed before memory is freed again.
+        chunk: tokens of a prompt that go through the model together.
         markdown_file: where the table goes as markdown, besides. Null: nowhere.
         seed: of the choice of text, and of untrained gates.
     """

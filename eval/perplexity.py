@@ -41,7 +41,7 @@ def perplexity(
     windows: int = 16,
     score_from: int = 512,
     calibration_windows: int = 4,
-    chunk: int = 256,
+    chunk: int = 1024,
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> None:
@@ -62,7 +62,7 @@ def perplexity(
         windows: windows to measure.
         score_from: tokens of a window are scored from this one on.
         calibration_windows: windows on which the open figure is solved.
-        chunk: tokens that are computed before memory is freed again.
+        chunk: tokens of a text that go through the model together.
         seed: of the choice of windows.
         trust_remote_code: run code that comes with the model.
     """

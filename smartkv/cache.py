@@ -3,7 +3,7 @@
     model.generate(**inputs, past_key_values=LifespanCache(model, gates, policy))
 
 Gates decide the TTL of new keys, queries attend to what is visible to them, and what no later query can see is freed:
-after every chunk of a prompt, and every few tokens while decoding.
+after every 256 tokens of a prompt, and every few tokens while decoding.
 """
 
 import functools
@@ -51,7 +51,8 @@ class LifespanCache(Holdings, Cache):
         model: a causal LM of a supported family.
         gates: its gates; None for a policy that needs none.
         policy: what each layer keeps; nothing may be left open in it.
-        chunk: tokens of a prompt that are fed before memory is freed again; no logit depends on it beyond rounding.
+        chunk: tokens of a prompt that go through the model together, each layer freeing what is dead after every 256 of
+            them; no logit depends on it beyond rounding.
         count_from: position of the first query that `footprint` counts.
 
     Raises:
@@ -63,7 +64,7 @@ class LifespanCache(Holdings, Cache):
         model: PreTrainedModel,
         gates: GateBank | None,
         policy: HybridPolicy,
-        chunk: int = 256,
+        chunk: int = 1024,
         count_from: int = 0,
     ) -> None:
         self.architecture = Architecture.of(model.config)

@@ -65,7 +65,7 @@ def evicted_nll(
     policy: HybridPolicy,
     tokens: Tensor,
     first: int = 1,
-    chunk: int = 256,
+    chunk: int = 1024,
 ) -> EvictedWindow:
     """`window_nll` with a fresh LifespanCache, and what the cache held.
 

@@ -1,6 +1,7 @@
 """What one layer of a LifespanCache holds, and its two ways of taking tokens in.
 
-* `chunk`: many tokens at once. What no later query sees is freed at the end, and nothing else is left.
+* `chunk`: many tokens at once, of which `QUERIES` attend together. What no later query sees is freed after each of
+  these, and nothing else is left.
 * `step`: one token a row. Keys lie in blocks with some spare slots; when those are used up, what has died meanwhile is
   freed and the rest is packed anew (`settle`). A dead key that still lies there is hidden, so no logit tells.
 """
@@ -14,6 +15,8 @@ from transformers.cache_utils import CacheLayerMixin
 from smartkv.blocks import FOREVER, HOLE, MOST_SPARE, Blocks, Fields, Ragged, spare_tokens, storage_bytes
 from smartkv.caps import Cap
 from smartkv.chunks import chunk_attention, queries_that_saw
+
+QUERIES = 256  # of a chunk that attend together: fewer skip more dead keys, and move the living ones more often
 
 
 class LifespanLayer(CacheLayerMixin):
@@ -211,10 +214,21 @@ class LifespanLayer(CacheLayerMixin):
         """
         if not isinstance(self.store, Ragged):
             raise RuntimeError("settle the layer before a chunk")
+        outputs, most = [], 0
+        for first in range(0, query.shape[2], QUERIES):
+            here = slice(first, first + QUERIES)
+            part, there = new.map(lambda tensor: tensor[:, here]), None if real is None else real[:, here]  # noqa: B023
+            outputs.append(self._take_in(query[:, :, here], part, there, scaling))
+            most = max(most, self.at_work)
+        self.at_work = most + sum(tensor.nbytes for tensor in new if tensor is not None)  # some are views of more
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _take_in(self, query: Tensor, new: Fields, real: Tensor | None, scaling: float) -> Tensor:
+        """`chunk` of so many tokens that they attend together."""
         tokens = query.shape[2]
         after = self.seen + (tokens if real is None else real.sum(dim=1))
         start, end = self._of_pairs(self.seen), self._of_pairs(after)
-        done = chunk_attention(query, self.store, new, self.cap, start, end, scaling, self.count_from)
+        done = chunk_attention(query, self.store, new, self.cap, start, end, scaling, self.count_from)  # type: ignore[arg-type]
         self.at_work = self.storage_bytes + done.bytes_at_work
         self.visible = self.visible + done.visible.view(self.visible.shape)
         self.held = self.held + self._held(self.seen, after)

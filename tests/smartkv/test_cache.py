@@ -1,5 +1,7 @@
 """The cache against the rule in plain loops, and what it holds and frees."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,17 +29,28 @@ from tests.smartkv.masked_reference import masked_logits, visibility
     window=st.integers(1, 12),
     sinks=st.integers(0, 4),
     chunk=st.integers(1, 20),
+    together=st.integers(1, 20),
     cuts=st.lists(st.integers(1, 17), max_size=3),
 )
 def test_logits_are_those_of_a_masked_full_cache(
-    family: str, seed: int, tokens: int, batch: int, side: str, window: int, sinks: int, chunk: int, cuts: list[int]
+    family: str,
+    seed: int,
+    tokens: int,
+    batch: int,
+    side: str,
+    window: int,
+    sinks: int,
+    chunk: int,
+    together: int,
+    cuts: list[int],
 ) -> None:
     model = MODELS[family]
     ids = token_ids(batch * tokens, seed).view(batch, tokens)
     real, ttl = padding(batch, tokens, side, seed), random_ttl(model, batch, tokens, seed)
     cache = Injected(model, None, recent(window, sinks), chunk=chunk)
     cache.table = ttl
-    got = fed(model, cache, ids, real, [cut for cut in cuts if cut < tokens])
+    with patch("smartkv.storage.QUERIES", together):
+        got = fed(model, cache, ids, real, [cut for cut in cuts if cut < tokens])
     masks = [visibility(layer, window, sinks, real, sliding(model)) for layer in ttl]
     want = masked_logits(model, ids, masks, real)
     torch.testing.assert_close(got[real], want[real], atol=1e-4, rtol=0)
@@ -117,6 +130,18 @@ def test_memory_follows_the_policy_and_not_the_prompt() -> None:
         fed(model, cache, token_ids(tokens)[None], torch.ones(1, tokens, dtype=torch.bool), [])
         peaks.append(cache.peak_bytes)
     assert peaks[0] == peaks[1]
+
+
+def test_keys_that_die_within_a_chunk_are_freed_before_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, peaks = MODELS["llama"], []
+    monkeypatch.setattr("smartkv.storage.QUERIES", 16)
+    for chunk in (16, 192):
+        cache = LifespanCache(model, None, recent(8, 2), chunk=chunk)
+        fed(model, cache, token_ids(192)[None], torch.ones(1, 192, dtype=torch.bool), [])
+        peaks.append(cache.peak_bytes)
+    width, key_bytes = model.config.hidden_size // model.config.num_attention_heads, 4
+    a_token = model.config.num_key_value_heads * (2 * width * key_bytes + 2 * 4)
+    assert peaks[1] - peaks[0] <= (192 - 16) * a_token  # of one layer, which the model hands over together
 
 
 def test_the_footprint_counts_the_keys_that_counted_queries_see() -> None:

@@ -1,6 +1,7 @@
 """A hard budget: at most so many keys a head or a layer, whatever the chunks."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def capped(window: int, sinks: int, room: int, per: str, heads: int) -> HybridPo
     room=st.integers(0, 8),
     per=st.sampled_from(["head", "layer"]),
     chunk=st.integers(1, 20),
+    together=st.integers(1, 20),
     cuts=st.lists(st.integers(1, 17), max_size=6),
 )
 def test_logits_are_those_of_keys_dropped_token_by_token(
@@ -50,6 +52,7 @@ def test_logits_are_those_of_keys_dropped_token_by_token(
     room: int,
     per: str,
     chunk: int,
+    together: int,
     cuts: list[int],
 ) -> None:
     model = MODELS[family]
@@ -60,7 +63,8 @@ def test_logits_are_those_of_keys_dropped_token_by_token(
     policy = capped(window, sinks, room, per, heads)
     cache = Injected(model, None, policy, chunk=chunk)
     cache.table, cache.score_table = ttl, scores
-    got = fed(model, cache, ids, real, [cut for cut in cuts if cut < tokens])
+    with patch("smartkv.storage.QUERIES", together):
+        got = fed(model, cache, ids, real, [cut for cut in cuts if cut < tokens])
     masks = []
     for layer, score in zip(ttl, scores, strict=True):
         seen = visibility(layer, window, sinks, real, sliding(model))
