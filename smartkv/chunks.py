@@ -73,15 +73,20 @@ def chunk_attention(
         ends = fields.expiry
         if drops is not None:
             ends = torch.cat([drops[rows, :longest], drops[rows, -tokens:]], dim=1)
-        at, there = new.position[rows], fields.position != HOLE
-        output[rows] = _masked_attention(grouped[rows], fields, ends, at, scaling)
-        alive = there & (ends > end[rows, None])
+        ends = ends.masked_fill(fields.position == HOLE, 0)
+        if len(group) == pairs:
+            output = _masked_attention(grouped, fields, ends, new.position, scaling)
+        else:
+            found = _masked_attention(grouped.index_select(0, rows), fields, ends, new.position[rows], scaling)
+            output.index_copy_(0, rows, found)
+        alive = ends > end[rows, None]
         saw = queries_that_saw(fields.position, ends, start[rows, None], end[rows, None], count_from)
         visible[rows], counts[rows] = saw.sum(dim=1), alive.sum(dim=1)
-        # where all are alive they lie as they shall: no copy
-        left = fields.map(lambda tensor: tensor.flatten(0, 1)) if bool(alive.all()) else fields.at(alive)
+        flat, index = fields.map(lambda tensor: tensor.flatten(0, 1)), alive.flatten().nonzero().flatten()
+        all_alive = len(index) == alive.numel()  # then they lie as they shall: no copy
+        left = flat if all_alive else flat.at(index)
         kept |= zip(group, left.split(counts[rows].tolist()), strict=True)
-        most = max(most, kept_bytes + fields.nbytes + (0 if bool(alive.all()) else left.nbytes))
+        most = max(most, kept_bytes + fields.nbytes + (0 if all_alive else left.nbytes))
         kept_bytes += left.nbytes
     survivors = kept[0] if pairs == 1 else Fields.cat([kept[pair] for pair in range(pairs)])
     most = max(most, kept_bytes + survivors.nbytes)
@@ -94,7 +99,7 @@ def _masked_attention(query: Tensor, fields: Fields, ends: Tensor, at: Tensor, s
     Args:
         query: `[pairs, group, tokens, head_dim]`.
         fields: `[pairs, keys]`, the last `tokens` of them the queries' own.
-        ends: int `[pairs, keys]`, first position whose query does not see the key.
+        ends: int `[pairs, keys]`, first position whose query does not see the key; 0 where there is none.
         at: int `[pairs, tokens]`, positions of the queries, `HOLE` for padding.
 
     Returns:
@@ -102,18 +107,16 @@ def _masked_attention(query: Tensor, fields: Fields, ends: Tensor, at: Tensor, s
     """
     (pairs, group, tokens, head_dim), keys = query.shape, fields.position.shape[1]
     key, value = (tensor[:, None].expand(pairs, group, keys, head_dim) for tensor in fields[:2])
-    itself = torch.arange(keys - tokens, keys, device=query.device)  # the column of each query's own key
-    column, parts = torch.arange(keys, device=query.device), []
+    padded, parts = bool((at == HOLE).any()), []
     step = max(16, MASK_ELEMENTS // (pairs * keys))
     for first in range(0, tokens, step):
         here = at[:, first : first + step, None]
-        mask = (fields.position[:, None] <= here) & (ends[:, None] > here) & (fields.position != HOLE)[:, None]
-        # a query of padding sees nothing: let it see itself, for a softmax over nothing is NaN
-        mask |= (column == itself[first : first + step, None]) & (here == HOLE)
+        # a query of padding, at HOLE, sees the holes, itself among them: a softmax over nothing would be NaN
+        mask = (fields.position[:, None] <= here) & (ends[:, None] > here)
         queries = query[:, :, first : first + step]
         found = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask[:, None], scale=scaling)
-        parts.append(found.masked_fill((here == HOLE)[:, None], 0))
-    return torch.cat(parts, dim=2)
+        parts.append(found.masked_fill((here == HOLE)[:, None], 0) if padded else found)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _padded(store: Ragged, new: Fields, pairs: list[int], longest: int) -> Fields:
@@ -132,14 +135,14 @@ def _padded(store: Ragged, new: Fields, pairs: list[int], longest: int) -> Field
 
 
 def like_lengths(counts: list[int], tokens: int) -> list[list[int]]:
-    """Pairs whose lengths (counts + tokens) are alike, in groups, each pair once and the shortest first."""
+    """Pairs whose lengths (counts + tokens) are alike, in groups in order, each pair once; the shortest group first."""
     groups: list[list[int]] = []
     for pair in sorted(range(len(counts)), key=counts.__getitem__):
         if groups and counts[pair] + tokens <= LIKE * (counts[groups[-1][0]] + tokens):
             groups[-1].append(pair)
         else:
             groups.append([pair])
-    return groups
+    return [sorted(group) for group in groups]
 
 
 def _dropped(store: Ragged, new: Fields, cap: Cap, start: Tensor, tokens: int) -> Tensor:
