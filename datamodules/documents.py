@@ -6,7 +6,7 @@ process and every later run works on the same ones.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.packing import Packer, Window, shares
+from datamodules.recall import RecallPacker
 from datamodules.sources import Source, SourceConfig, resolve
 from smartkv import backbones
 from smartkv.errors import SmartKVError
@@ -90,7 +91,10 @@ def plan_windows(
         for number, (source, count) in enumerate(
             zip(found, shares([s.weight for s in found], counts.get(split, 0)), strict=True)
         ):
-            packer = Packer(tokenizer, window, windows_per_document, seed=_seed(seed, split_index, number))
+            drawn = _seed(seed, split_index, number)
+            packer: Packer | RecallPacker = Packer(tokenizer, window, windows_per_document, drawn)
+            if source.recall:
+                packer = RecallPacker(tokenizer, window, windows_per_document, drawn, split)
             got = packer.pack(source.documents(split), count) if count else []
             if len(got) < count:
                 say(f"source '{source.name}' has only {len(got)} of {count} {split} windows of {window} tokens")
@@ -126,7 +130,7 @@ def _merge(sources: list[Source]) -> list[Source]:
         if (there := merged.get(source.name)) is not None:
             if source.origin != "builtin" or there.origin != "builtin":
                 raise SmartKVError(f"two sources are named '{source.name}': give each a name of its own")
-            source = Source(source.name, source.weight + there.weight, source.origin, source.documents)
+            source = replace(source, weight=source.weight + there.weight)
         merged[source.name] = source
     return list(merged.values())
 

@@ -24,7 +24,9 @@ class Window:
 class Packer:
     """Cuts one source's documents into windows; remembers the ids of the documents that it used."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, window: int, windows_per_document: int, seed: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, window: int, windows_per_document: int, seed: int | list[int]
+    ) -> None:
         self.tokenizer, self.window, self.windows_per_document = tokenizer, window, windows_per_document
         self.random = np.random.default_rng(seed)
         opening = tokenizer("")["input_ids"][:1]

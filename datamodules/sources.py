@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from smartkv.shards import SPLITS
 
 DATA_VARIABLE = "SMARTKV_DATA"
 ORIGINS = ("local", "hub", "builtin")
+RECALL = "recall"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class SourceConfig:
     """One text source of a mix.
 
     Args:
-        name: pg19, gsm8k, math500, aime24, c4 or builtin; any other name goes with `path`.
+        name: pg19, gsm8k, math500, aime24, c4 or builtin; recall: facts in the text of pg19 (or of `path`) that are
+            asked for later (see `datamodules.recall`); any other name goes with `path`.
         weight: share of the windows, relative to the other sources.
         origins: where to take it from, in order of preference: local ($SMARTKV_DATA), hub, builtin (the prose that
             Python itself ships). The first that can be had is used, and said; if none can, the run stops.
@@ -56,8 +58,9 @@ class SourceConfig:
         """
         if self.weight <= 0:
             raise SmartKVError(f"source '{self.name}': weight must be above 0, got {self.weight}")
-        if self.path is None and self.name not in KNOWN:
-            raise SmartKVError(f"source '{self.name}' is unknown: expected {', '.join(KNOWN)}, or give it a path")
+        if self.path is None and self.name not in (*KNOWN, RECALL):
+            names = ", ".join((*KNOWN, RECALL))
+            raise SmartKVError(f"source '{self.name}' is unknown: expected {names}, or give it a path")
         for origin in self.origins:
             if origin not in ORIGINS:
                 raise SmartKVError(
@@ -67,12 +70,14 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class Source:
-    """A source that can be had. `documents(split)` starts anew at each call, in a fixed order."""
+    """A source that can be had. `documents(split)` starts anew at each call, in a fixed order; `recall`: facts are put
+    into them."""
 
     name: str
     weight: float
     origin: str
     documents: Callable[[str], Iterator[Document]]
+    recall: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,9 @@ def resolve(config: SourceConfig, say: Callable[[str], None]) -> Source:
         SmartKVError: nowhere, with the reason for each origin that was tried.
     """
     config.check()
+    if config.name == RECALL:
+        text = resolve(replace(config, name="text" if config.path else "pg19"), say)
+        return replace(text, name=RECALL, recall=True)
     if config.path is not None:
         path = Path(config.path).expanduser()
         if not path.exists():
