@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from datamodules.documents import PLAN, DocumentWindows, WindowCounts, WindowPlan, plan_windows, read_plan, shard_runs
-from datamodules.recall import TEXTS
 from datamodules.sources import SourceConfig
 from smartkv.errors import SmartKVError
 from smartkv.shards import SPLITS
@@ -285,18 +284,3 @@ def test_the_loader_gives_each_shard_s_windows_in_order(tmp_path: Path, tiny_bac
     assert [run.file for run in runs] == ["train-00000.safetensors", "train-00001.safetensors",
                                           "validation-00000.safetensors"]  # fmt: skip
     assert torch.equal(torch.cat([run.tokens for run in runs]), load_file(tmp_path / PLAN)["tokens"])
-
-
-def test_a_source_of_recall_puts_facts_into_windows_of_each_split(tmp_path: Path) -> None:
-    for split in SPLITS:
-        (tmp_path / split).mkdir()
-        (tmp_path / split / "text.txt").write_text(prose(8000, seed=SPLITS.index(split)))
-    counts = {"train": 2, "validation": 2, "test": 2}
-    plan = plan_of([own(tmp_path, "recall")], counts, window=2048)
-    plain = plan_of([own(tmp_path)], counts, window=2048)
-    assert plan.tokens.shape == plain.tokens.shape and plan.documents == ["recall/text"] * 3
-    texts = {split: TOKENIZER.decode(plan.of_split(split)[0].tolist()) for split in SPLITS}
-    for split in SPLITS:
-        facts = [form[0].split("{")[0].strip() for form in TEXTS["forms"][split]] + [TEXTS["chains"][split][0][:4]]
-        assert sum(fact in texts[split] for fact in facts if len(fact) > 3) > 0
-        assert not sum(fact in TOKENIZER.decode(plain.tokens[0].tolist()) for fact in facts if len(fact) > 3)

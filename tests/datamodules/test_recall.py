@@ -1,24 +1,28 @@
 """Text that asks back: facts that are stated, asked for and answered, other ones for each split."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datamodules.documents import plan_windows
 from datamodules.recall import TEXTS, RecallPacker, draw_fact
-from datamodules.sources import Document
+from datamodules.sources import Document, SourceConfig, resolve
 from smartkv.errors import SmartKVError
+from smartkv.shards import SPLITS
+from tests.lightning_fixtures import prose
 from tests.models import tiny_tokenizer
 
-SPLITS = ("train", "validation", "test")
+TOKENIZER = tiny_tokenizer()
 WINDOW = 2048
 PROSE = "The road went on over the hill. Nobody said a word! Was it far? It was. " * 400
 
 
 def windows(split: str, count: int = 12, seed: int = 0, window: int = WINDOW) -> list[np.ndarray]:
-    packer = RecallPacker(tiny_tokenizer(), window, 4, [seed], split)
+    packer = RecallPacker(TOKENIZER, window, 4, [seed], split)
     return [w.tokens for w in packer.pack([Document(str(n), PROSE) for n in range(count)], count)]
 
 
@@ -33,10 +37,10 @@ def test_a_fact_states_its_answer_and_asks_for_it(split: str, seed: int) -> None
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_window_has_its_length_and_facts_with_answers_after_them(split: str) -> None:
-    tokenizer, answered = tiny_tokenizer(), 0
+    answered = 0
     for ids in windows(split):
         assert ids.shape == (WINDOW,) and ids.dtype == np.int32
-        text = tokenizer.decode(ids.tolist())
+        text = TOKENIZER.decode(ids.tolist())
         assert text.count("The road went on") > 5  # half of it is still the text
         numbers = re.findall(r"\d{4,6}", text)
         answered += sum(numbers.count(number) > 1 for number in set(numbers))
@@ -56,9 +60,9 @@ def test_splits_share_neither_forms_nor_words() -> None:
 
 
 def test_questions_come_at_many_distances() -> None:
-    tokenizer, distances = tiny_tokenizer(), []
+    distances = []
     for ids in windows("train", 40):
-        text = tokenizer.decode(ids.tolist())
+        text = TOKENIZER.decode(ids.tolist())
         for number in set(re.findall(r"\d{4,6}", text)):
             places = [found.start() for found in re.finditer(number, text)]
             distances += [after - places[0] for after in places[1:]]
@@ -76,9 +80,54 @@ def test_a_window_too_short_for_a_fact_is_refused() -> None:
 
 
 def test_some_passages_are_said_again() -> None:
-    tokenizer, window_ids = tiny_tokenizer(), windows("train", 24)
-    marked = [text for ids in window_ids if "Say again the passage" in (text := tokenizer.decode(ids.tolist()))]
+    window_ids = windows("train", 24)
+    marked = [text for ids in window_ids if "Say again the passage" in (text := TOKENIZER.decode(ids.tolist()))]
     assert 2 <= len(marked) <= 16
     for text in marked:
         before, passage = text.rsplit('":\n', 1)
         assert len(passage) >= 24 and passage in before
+
+
+def test_a_source_of_recall_puts_facts_into_windows_of_each_split(tmp_path: Path) -> None:
+    for split in SPLITS:
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "text.txt").write_text(prose(8000, seed=SPLITS.index(split)))
+    counts = {"train": 2, "validation": 2, "test": 2}
+    plan = plan_windows([SourceConfig("recall", path=str(tmp_path))], counts, TOKENIZER, WINDOW, say=str)
+    plain = plan_windows([SourceConfig("mine", path=str(tmp_path))], counts, TOKENIZER, WINDOW, say=str)
+    assert plan.tokens.shape == plain.tokens.shape and plan.documents == ["recall/text"] * 3
+    texts = {split: TOKENIZER.decode(plan.of_split(split)[0].tolist()) for split in SPLITS}
+    for split in SPLITS:
+        facts = [form[0].split("{")[0].strip() for form in TEXTS["forms"][split]] + [TEXTS["chains"][split][0][:4]]
+        assert sum(fact in texts[split] for fact in facts if len(fact) > 3) > 0
+        assert not sum(fact in TOKENIZER.decode(plain.tokens[0].tolist()) for fact in facts if len(fact) > 3)
+
+
+# -- where its text comes from ----------------------------------------------------------------------------------------
+
+
+def test_its_text_is_that_of_books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in SPLITS:
+        (tmp_path / "books" / split).mkdir(parents=True)
+        (tmp_path / "books" / split / "book.txt").write_text(f"a book to {split} on")
+    monkeypatch.setenv("SMARTKV_DATA", str(tmp_path))
+    source = resolve(SourceConfig("recall", weight=0.5, origins=["local"]), str)
+    assert (source.name, source.weight, source.origin, source.recall) == ("recall", 0.5, "local", True)
+    assert [document.text for split in SPLITS for document in source.documents(split)] == [
+        f"a book to {split} on" for split in SPLITS
+    ]
+    assert not resolve(SourceConfig("pg19", origins=["local"]), str).recall
+
+
+def test_its_text_may_be_a_folder_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("a text of my own")
+    source = resolve(SourceConfig("recall", path=str(tmp_path)), str)
+    texts = [document.text for split in SPLITS for document in source.documents(split)]
+    assert source.name == "recall" and source.recall and texts == ["a text of my own"]
+
+
+def test_it_falls_back_like_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SMARTKV_DATA", raising=False)
+    said: list[str] = []
+    source = resolve(SourceConfig("recall", origins=["local", "builtin"]), said.append)
+    assert source.name == "recall" and source.recall and source.origin == "builtin" and "CANNOT BE HAD" in said[0]

@@ -342,26 +342,3 @@ def test_a_local_record_that_lacks_a_field_is_told_in_one_line(
     write_jsonl(local_data / file, [record])
     with pytest.raises(SmartKVError, match=Path(file).name):
         by_split(resolve(SourceConfig(name), quiet))
-
-
-# -- facts in a text --------------------------------------------------------------------------------------------------
-
-
-def test_recall_takes_its_text_from_books(local_data: Path) -> None:
-    source = resolve(SourceConfig("recall", weight=0.5, origins=["local"]), quiet)
-    assert (source.name, source.weight, source.origin, source.recall) == ("recall", 0.5, "local", True)
-    books = resolve(SourceConfig("pg19", origins=["local"]), quiet)
-    assert by_split(source) == by_split(books) and not books.recall
-
-
-def test_recall_takes_its_text_from_a_folder_of_ones_own(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("a text of my own")
-    source = resolve(SourceConfig("recall", path=str(tmp_path)), quiet)
-    texts = [document.text for documents in by_split(source).values() for document in documents]
-    assert source.name == "recall" and source.recall and texts == ["a text of my own"]
-
-
-def test_recall_falls_back_like_its_text(no_data: None) -> None:
-    said: list[str] = []
-    source = resolve(SourceConfig("recall", origins=["local", "builtin"]), said.append)
-    assert source.name == "recall" and source.origin == "builtin" and "CANNOT BE HAD" in said[0]
