@@ -2,5 +2,6 @@
 
 from datamodules.documents import DocumentWindows
 from datamodules.lifespan_shards import LifespanShards
+from datamodules.token_windows import TokenWindows
 
-__all__ = ["DocumentWindows", "LifespanShards"]
+__all__ = ["DocumentWindows", "LifespanShards", "TokenWindows"]

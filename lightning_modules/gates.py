@@ -1,6 +1,5 @@
 """All gates of a model, trained jointly on harvested keys. For `fit` and `validate`."""
 
-import math
 from typing import Any, Literal
 
 import lightning as L
@@ -11,8 +10,9 @@ from torchmetrics import R2Score
 
 from datamodules.lifespan_shards import KeyBatch, LifespanShards
 from lightning_modules.metrics import HeadMean
+from lightning_modules.schedules import warmup_then_cosine
 from smartkv.errors import SmartKVError
-from smartkv.gates import GateBank
+from smartkv.gates import GateBank, format_layers
 from smartkv.moments import Moments
 
 
@@ -101,6 +101,29 @@ class LifespanGates(L.LightningModule):
         """The gates as they stand now, for raw keys."""
         return self.bank.folded(self.key_mean, self.key_std)
 
+    def details(self) -> dict[str, Any]:
+        """What the exported gates' config says of them."""
+        rows = self.trainer.datamodule.rows
+        manifest = rows.manifest
+        return {
+            "target": "log4 lifespan",
+            "threshold": rows.threshold,
+            "follow_up": rows.follow_up,
+            "sinks": manifest.sinks,
+            "inputs": rows.inputs,
+            "layers": format_layers(rows.layers),
+            "training": {
+                "backbone": manifest.arguments["backbone"],
+                "sources": manifest.sources,
+                "window": manifest.window,
+                "windows": {
+                    split: sum(s.windows for s in manifest.of_split(split)) for split in ("train", "validation")
+                },
+                "keys_a_head": sum(block.stop - block.start for block in rows.blocks("train")),
+                "settings": {k: v for k, v in self.hparams.items() if not k.startswith("_")},
+            },
+        }
+
     def row_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """`[gates, rows]`, not reduced."""
         if self.hparams.loss == "mse":
@@ -159,28 +182,7 @@ class LifespanGates(L.LightningModule):
             {"params": biases, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.hparams.learning_rate)
-        total, warmup = self._total_steps(), self.hparams.warmup_steps
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            if not math.isfinite(total):
-                return 1.0
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _total_steps(self) -> float:
-        """Optimiser steps of the whole run. The Trainer's own estimate would load the data before a checkpoint is
-        restored, and so lose the place in the epoch."""
-        trainer = self.trainer
-        by_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
-        if trainer.max_epochs is None or trainer.max_epochs < 0:
-            return by_steps
-        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        return min(by_steps, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+        return warmup_then_cosine(optimizer, self.trainer, self.hparams.warmup_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["loss_history"] = self.loss_history

@@ -19,7 +19,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from smartkv.backbones import Fingerprint
+from smartkv.backbones import Fingerprint, load_backbone
+from smartkv.gates import GateBank
 from smartkv.lifespans import LabelSpec
 from smartkv.shards import Manifest, ShardEntry, entry_of, write_shard
 
@@ -182,3 +183,10 @@ def write_tiny_shards(
     fingerprint = Fingerprint("llama", layers, kv_heads, head_dim, "0123456789abcdef")
     Manifest(folder, fingerprint, spec, window, sinks, [], ["a", "b"], {"model": "tiny"}, entries).write()
     return Manifest.read(folder)
+
+
+def save_random_gates(backbone: Path, out: Path, seed: int = 0) -> Path:
+    """Untrained gates for every head of `backbone`."""
+    torch.manual_seed(seed)
+    GateBank(load_backbone(str(backbone), "float32").fingerprint).save_pretrained(out)
+    return out

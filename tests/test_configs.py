@@ -13,13 +13,15 @@ import yaml
 
 from smartkv import GateBank, Manifest
 from tests.lightning_fixtures import ROOT, WINDOW, harvest, prose, run_cli, write_texts
+from tests.models import save_random_gates
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def runs(subcommand: str) -> list[Any]:
-    """The configs of one subcommand of main.py, as test parameters; told apart by the class of their model."""
-    model = {"predict": "Harvest", "fit": "LifespanGates"}[subcommand]
+    """The configs of one subcommand of main.py (distil: of `fit`, the other way to train gates), as test parameters;
+    told apart by the class of their model."""
+    model = {"predict": "Harvest", "fit": "LifespanGates", "distil": "DistilledGates"}[subcommand]
     found = [path for path in CONFIGS if load(path).get("model", {}).get("class_path") == model]
     return [pytest.param(path, id=str(path.relative_to(ROOT / "configs").with_suffix(""))) for path in found]
 
@@ -55,7 +57,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Pat
 
 
 def test_every_config_of_main_is_tested() -> None:
-    tested = {param.values[0] for subcommand in ("predict", "fit") for param in runs(subcommand)}
+    tested = {param.values[0] for subcommand in ("predict", "fit", "distil") for param in runs(subcommand)}
     folders = [path for path in CONFIGS if path.parent.name in ("harvest", "gates")]
     demo = [ROOT / "configs" / "demo" / f"{name}.yaml" for name in ("harvest", "gates")]
     assert folders and tested == {*folders, *demo}
@@ -77,7 +79,7 @@ def test_a_harvest_config_prints_what_it_sets(path: Path) -> None:
         assert only(printed[part], written[part]) == written[part]
 
 
-@pytest.mark.parametrize("path", runs("fit"))
+@pytest.mark.parametrize("path", runs("fit") + runs("distil"))
 def test_a_gates_config_prints_what_it_sets(path: Path) -> None:
     printed, written = printed_config("fit", "-c", path), load(path)
     for part in ("model", "data"):
@@ -124,6 +126,26 @@ def test_a_gates_config_runs(path: Path, shards: Path, tmp_path: Path, monkeypat
     assert len(GateBank.from_pretrained(tmp_path / export["init_args"]["out"])) == 4
 
 
+@pytest.mark.parametrize("path", runs("distil"))
+def test_a_distillation_config_runs(
+    path: Path, tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SMARTKV_DATA", str(tmp_path / "data"))
+    for split in ("train", "validation", "test"):
+        (tmp_path / "data" / "books" / split).mkdir(parents=True)
+        (tmp_path / "data" / "books" / split / f"{split}.txt").write_text(prose(8000, len(split)))
+    written = load(path)["model"]["init_args"]
+    save_random_gates(tiny_backbone, tmp_path / written["gates"])
+    small = {"data.init_args.window": 512, "data.init_args.windows": '{"train": 4, "validation": 1, "test": 0}',
+             "data.init_args.backbone": tiny_backbone, "model.init_args.backbone": tiny_backbone,
+             "model.init_args.threads": 1, "trainer.accelerator": "cpu", "trainer.fast_dev_run": "true"}  # fmt: skip
+    run_cli("fit", "-c", path, *(part for name, value in small.items() for part in (f"--{name}", str(value))))
+    export = next(c for c in load(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
+    gates = GateBank.from_pretrained(tmp_path / export["init_args"]["out"])
+    assert len(gates) == 4 and gates.details["target"] == "log worth"
+
+
 @pytest.mark.filterwarnings("ignore:.*no last checkpoint", "ignore:The number of training batches")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_the_demo_s_fit_starts_without_a_checkpoint_and_goes_on_from_its_last(
@@ -159,7 +181,7 @@ def test_a_gates_config_reads_what_a_harvest_config_writes(path: Path) -> None:
     assert data["inputs"] == "keys" or labels["post_rope"]
 
 
-@pytest.mark.parametrize("path", runs("predict") + runs("fit"))
+@pytest.mark.parametrize("path", runs("predict") + runs("fit") + runs("distil"))
 def test_a_run_keeps_its_files_below_runs(path: Path) -> None:
     config = load(path)
     names = ("default_root_dir", "save_dir", "dirpath", "out", "shards")

@@ -1,0 +1,213 @@
+"""Gates distilled through the frozen LM: they learn from what it loses when keys go. For `fit` and `validate`."""
+
+import copy
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from datamodules.token_windows import TokenWindows, WindowBatch
+from lightning_modules.schedules import warmup_then_cosine
+from smartkv import backbones
+from smartkv.attention import read_keys
+from smartkv.backbones import Backbone, load_backbone
+from smartkv.budgets import Calibration, solve
+from smartkv.distillation import divergence, footprint, keep_share
+from smartkv.errors import SmartKVError
+from smartkv.gates import GateBank
+from smartkv.policies import HybridPolicy, LayerRule
+from smartkv.soft_eviction import softly_evicted
+
+TARGET = "log worth"  # of a key, in nats a token for the whole cache
+HIDDEN = -1e4  # log of a share that is none
+START = {"low": 0.35, "high": 0.05}  # of what lies beyond windows, kept at first at the lowest and the highest price
+
+
+class DistilledGates(L.LightningModule):
+    """KL divergence from the full cache, plus price × footprint, through a soft visibility mask.
+
+    A window draws its price at random, log-uniformly: what the gates learn is the log of each key's worth, and one
+    training serves every footprint.
+
+    Args:
+        gates: folder of exported gates, or hub id, to start from.
+        backbone: hub id, local folder, .gguf file or smollm2-135m.
+        dtype: of the LM: auto (bfloat16 where the hardware has it, else float32), float32, bfloat16 or float16.
+        window: tokens that every key is seen for.
+        sinks: tokens at the start that are always seen.
+        price_low, price_high: nats a token for the whole cache; prices are drawn between them.
+        temperature: of the soft decision, in factors of e of a key's worth.
+        score_from: queries from this token on count; null: from a quarter of the window on.
+        scored_tokens: queries of a window that are compared with the teacher, drawn at random; null: all.
+        learning_rate: of Adam, after warm-up.
+        warmup_steps: optimiser steps of linear warm-up; cosine decay to 0 follows, over the run.
+        calibration_windows: training windows on which the gates' start is brought to the unit of prices.
+        threads: CPU threads a process.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        gates: str,
+        backbone: str = backbones.PACKAGED,
+        dtype: str = "auto",
+        window: int = 64,
+        sinks: int = 4,
+        price_low: float = 0.1,
+        price_high: float = 1.6,
+        temperature: float = 0.5,
+        score_from: int | None = None,
+        scored_tokens: int | None = 512,
+        learning_rate: float = 2e-3,
+        warmup_steps: int = 10,
+        calibration_windows: int = 4,
+        threads: int = 2,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.frozen: list[Backbone] = []  # in a list: the LM is no submodule, so DDP and checkpoints leave it alone
+        self.bank: GateBank | None = None
+
+    @property
+    def lm(self) -> Backbone:
+        return self.frozen[0]
+
+    # -- what is trained ------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if self.bank is not None:
+            return
+        h = self.hparams
+        for name in ("window", "temperature", "learning_rate", "price_low", "calibration_windows", "threads"):
+            if h[name] <= 0:
+                raise SmartKVError(f"{name} must be above 0, got {h[name]}")
+        if h.price_high <= h.price_low:
+            raise SmartKVError(f"price_high must be above price_low, got {h.price_low} to {h.price_high}")
+        torch.set_num_threads(h.threads)
+        device = self.trainer.strategy.root_device
+        self.frozen.append(load_backbone(h.backbone, h.dtype, device, trust_remote_code=h.trust_remote_code))
+        self.lm.model.requires_grad_(False)
+        self.bank = GateBank.from_pretrained(h.gates, self.lm.model).requires_grad_(True).train()
+        if self.bank.outputs != 1 or len(self.bank.layers) != self.lm.architecture.layers:
+            raise SmartKVError(f"distillation starts from gates of all layers with one output, not from {h.gates}")
+        self.register_buffer("calibrated", torch.tensor(self.bank.details.get("target") == TARGET))
+
+    def setup(self, stage: str) -> None:
+        data: TokenWindows = self.trainer.datamodule
+        if data.backbone != self.hparams.backbone:
+            raise SmartKVError(
+                f"model.backbone is '{self.hparams.backbone}', data.backbone '{data.backbone}': they must be the same"
+            )
+        first = self.hparams.score_from
+        self.first = data.window // 4 if first is None else first
+        if not self.hparams.sinks <= self.first < data.window - 1:
+            raise SmartKVError(f"score_from must lie between sinks and the window of {data.window}, got {self.first}")
+
+    @torch.no_grad()
+    def on_fit_start(self) -> None:
+        """Bring the gates' figures to the unit of prices, by a straight line, so that they keep the shares `START` at
+        the highest and the lowest price. Gates that were distilled before have that unit."""
+        if self.calibrated:
+            return
+        h, windows = self.hparams, self.trainer.datamodule.plan.of_split("train")[: self.hparams.calibration_windows]
+        keys = [read_keys(self.lm.model, ids) for ids in windows]
+        calibration = Calibration.of(self.bank, keys, self.first)
+        policy = HybridPolicy((LayerRule("all", "gated", h.window),), sinks=h.sinks)
+        in_full = float(footprint(torch.zeros(1, len(windows[0])), h.window, h.sinks, self.first))
+        prices = {
+            name: solve(policy, in_full + share * (1 - in_full), calibration).price for name, share in START.items()
+        }
+        scale = math.log(h.price_high / h.price_low) / (prices["high"] - prices["low"])
+        self.bank.weight2.mul_(scale)
+        self.bank.bias2.mul_(scale).add_(math.log(h.price_high) - scale * prices["high"])
+        self.calibrated.fill_(True)
+
+    def gates(self) -> GateBank:
+        """The gates as they stand now; a copy."""
+        return copy.deepcopy(self.bank)
+
+    def details(self) -> dict[str, Any]:
+        """What the exported gates' config says of them."""
+        data: TokenWindows = self.trainer.datamodule
+        h = self.hparams
+        return {
+            "target": TARGET,
+            "sinks": h.sinks,
+            "inputs": "keys",
+            "policy": HybridPolicy((LayerRule("all", "gated", h.window),), sinks=h.sinks, name="distilled").to_dict(),
+            "training": {
+                "backbone": h.backbone,
+                "sources": data.plan.sources,
+                "window": data.window,
+                "windows": data.counts,
+                "settings": {k: v for k, v in h.items() if not k.startswith("_")},
+            },
+        }
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def losses(self, ids: Tensor, price: float, hard: bool, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Divergence (nats a token, over the queries at `places`) and footprint of one window.
+
+        Args:
+            ids: int64 `[tokens]`.
+            price: log of nats.
+            hard: keys stay or go, as in the cache; else by the share that they are kept.
+        """
+        h, kept = self.hparams, []
+
+        def log_keep(layer: int, keys: Tensor) -> Tensor:
+            worth = self.bank.predict(layer, keys.detach())[..., 0]
+            keep, log = keep_share(worth, price, h.temperature)
+            if hard:
+                keep = (worth > price).float()
+                log = HIDDEN * (1 - keep)
+            kept.append(keep[0])
+            return log
+
+        base = self.lm.model.base_model
+        with torch.no_grad():
+            teacher = base(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        with softly_evicted(self.lm.model, log_keep, h.window, h.sinks):
+            hidden = base(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        lost = divergence(hidden[places], teacher[places], self.lm.model.get_output_embeddings())
+        return lost, footprint(torch.cat(kept), h.window, h.sinks, self.first)
+
+    def training_step(self, batch: WindowBatch, batch_idx: int) -> Tensor:
+        low, high = math.log(self.hparams.price_low), math.log(self.hparams.price_high)
+        total = self.bank.bias2.sum() * 0  # a process without a window still takes part in every step
+        for number, ids in zip(batch.number.tolist(), batch.tokens, strict=True):
+            # what is drawn depends on the step and the window alone, not on how many processes there are
+            generator = torch.Generator().manual_seed(self.global_step * 1_000_003 + number)
+            price = low + (high - low) * float(torch.rand((), generator=generator))
+            places = torch.arange(self.first, len(ids))
+            if self.hparams.scored_tokens is not None:
+                places = places[torch.randperm(len(places), generator=generator)[: self.hparams.scored_tokens]].sort()[
+                    0
+                ]
+            lost, kept = self.losses(ids, price, hard=False, places=places.to(ids.device))
+            total = total + lost + math.exp(price) * kept
+            self.log_dict({"train_divergence": lost.detach(), "train_footprint": kept.detach()}, batch_size=1)
+        # DDP averages gradients over processes; dividing by all windows makes that the mean over the whole batch
+        loss = total * self.trainer.world_size / batch.global_windows
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=1)
+        return loss
+
+    def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
+        """At the lowest, the middle and the highest price, keys staying or going as in the cache."""
+        low, high = math.log(self.hparams.price_low), math.log(self.hparams.price_high)
+        for ids in batch.tokens:
+            places, total = torch.arange(self.first, len(ids), device=ids.device), 0.0
+            for name, price in (("low", low), ("middle", (low + high) / 2), ("high", high)):
+                lost, kept = self.losses(ids, price, hard=True, places=places)
+                total += float(lost + math.exp(price) * kept) / 3
+                figures = {f"val_divergence/{name}": lost, f"val_footprint/{name}": kept}
+                self.log_dict(figures, batch_size=1, sync_dist=True)
+            self.log("val_loss", total, prog_bar=True, batch_size=1, sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.Adam(self.bank.parameters(), lr=self.hparams.learning_rate, betas=(0.9, 0.98))
+        return warmup_then_cosine(optimizer, self.trainer, self.hparams.warmup_steps)

@@ -1,0 +1,195 @@
+"""Gates distilled through a tiny LM: what is trained, what is exported, and how it may be stopped and divided."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from datamodules.documents import WindowCounts as Counts
+from datamodules.sources import SourceConfig
+from datamodules.token_windows import TokenWindows
+from lightning_modules.distillation import DistilledGates
+from smartkv import GateBank, HybridPolicy, LifespanCache, load_backbone
+from smartkv.distillation import footprint
+from tests.lightning_fixtures import error_line, prose, refused, run_cli, run_command, write_config
+from tests.models import save_random_gates
+
+TOKENS = 96
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for split in ("train", "validation"):
+        (folder / split).mkdir()
+        (folder / split / f"{split}.txt").write_text(prose(4000, seed=len(split)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
+    return save_random_gates(tiny_backbone, tmp_path_factory.mktemp("gates"), seed=3)
+
+
+def config(out: Path, backbone: Path, texts: Path, start: Path, **changes: Any) -> dict[str, Any]:
+    model = {"gates": str(start), "backbone": str(backbone), "dtype": "float32", "window": 8, "threads": 1}
+    data = {"sources": [{"name": "mine", "path": str(texts)}], "windows": {"train": 12, "validation": 2},
+            "backbone": str(backbone), "window": TOKENS, "windows_per_document": 20, "batch_size": 2}  # fmt: skip
+    callbacks = [
+        {
+            "class_path": "ModelCheckpoint",
+            "init_args": {
+                "dirpath": str(out / "checkpoints"),
+                "filename": "{step}",
+                "every_n_train_steps": 4,
+                "save_top_k": -1,
+                "save_last": True,
+            },
+        },
+        {"class_path": "GateExport", "init_args": {"out": str(out / "export"), "monitor": "val_loss", "mode": "min"}},
+    ]
+    trainer = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "logger": False, "enable_progress_bar": False,
+               "enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": str(out),
+               "callbacks": callbacks, "log_every_n_steps": 1}  # fmt: skip
+    return {
+        "trainer": trainer | changes.get("trainer", {}),
+        "model": {"class_path": "DistilledGates", "init_args": model | changes.get("model", {})},
+        "data": {"class_path": "TokenWindows", "init_args": data | changes.get("data", {})},
+    }
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, texts: Path, start: Path) -> Path:
+    """Two epochs of six steps."""
+    out = tmp_path_factory.mktemp("distilled")
+    run_cli("fit", "-c", write_config(out / "run.yaml", config(out, tiny_backbone, texts, start)))
+    return out
+
+
+def test_the_exported_gates_serve_a_cache_with_the_policy_that_goes_with_them(
+    distilled: Path, tiny_backbone: Path
+) -> None:
+    model = load_backbone(str(tiny_backbone), "float32").model
+    gates = GateBank.from_pretrained(distilled / "export", model)
+    policy = HybridPolicy.from_dict(gates.details["policy"])
+    assert gates.details["target"] == "log worth" and policy.open == "price"
+    cache = LifespanCache(model, gates, policy.closed(math.log(0.4)))
+    model(torch.arange(60)[None] % 50, past_key_values=cache)
+    assert 0 < cache.footprint < 1
+
+
+def test_training_lowers_what_it_minimises(distilled: Path, tiny_backbone: Path, texts: Path, start: Path) -> None:
+    """Σ over fixed prices of divergence + price · footprint, on the training windows, from the start to the end."""
+    module, data = module_of(tiny_backbone, texts, start)
+
+    def objective() -> float:
+        total = 0.0
+        for ids in data.plan.of_split("train").long():
+            for price in (0.15, 0.5, 1.2):
+                lost, kept = module.losses(ids, math.log(price), hard=False, places=torch.arange(24, TOKENS))
+                total += float(lost + price * kept)
+        return total
+
+    with torch.no_grad():
+        module.on_fit_start()
+        before = objective()
+        state = torch.load(distilled / "checkpoints" / "step=12.ckpt", weights_only=True)["state_dict"]
+        module.load_state_dict(state)
+        assert objective() < 0.97 * before
+
+
+def test_at_the_start_the_prices_span_a_twentieth_to_a_third_of_what_is_beyond_the_window(
+    tiny_backbone: Path, texts: Path, start: Path
+) -> None:
+    module, data = module_of(tiny_backbone, texts, start, calibration_windows=12, window=2, sinks=1)
+    with torch.no_grad():
+        module.on_fit_start()
+        kept = {
+            price: torch.stack(
+                [
+                    module.losses(ids, math.log(price), hard=True, places=torch.arange(24, TOKENS))[1]
+                    for ids in data.plan.of_split("train").long()
+                ]
+            ).mean()
+            for price in (module.hparams.price_low, module.hparams.price_high)
+        }
+    in_full = float(footprint(torch.zeros(1, TOKENS), 2, 1, 24))
+    beyond = [(float(share) - in_full) / (1 - in_full) for share in kept.values()]
+    assert beyond == pytest.approx([0.35, 0.05], abs=0.06)
+
+
+def module_of(backbone: Path, texts: Path, start: Path, **settings: Any) -> tuple[DistilledGates, TokenWindows]:
+    """A module with its model and data, as `fit` sets them up."""
+    data = TokenWindows(
+        [SourceConfig("mine", path=str(texts))], Counts(12, 2), str(backbone), TOKENS, windows_per_document=20
+    )
+    settings = {"window": 8, "threads": 1, "dtype": "float32"} | settings
+    module = DistilledGates(str(start), str(backbone), **settings)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=str(texts))
+    trainer.datamodule = data
+    module.trainer, data.trainer = trainer, trainer
+    data.setup("fit")
+    module.setup("fit")
+    module.configure_model()
+    return module, data
+
+
+def test_two_processes_train_what_one_does(
+    tmp_path: Path, distilled: Path, tiny_backbone: Path, texts: Path, start: Path
+) -> None:
+    both = config(tmp_path, tiny_backbone, texts, start, trainer={"devices": 2, "strategy": "ddp"})
+    run_command("fit", "-c", write_config(tmp_path / "run.yaml", both))
+    one, two = (load_file(folder / "export" / "model.safetensors") for folder in (distilled, tmp_path))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("step", [4, 8], ids=["first epoch", "second epoch"])
+def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(
+    step: int, tmp_path: Path, distilled: Path, tiny_backbone: Path, texts: Path, start: Path
+) -> None:
+    path = write_config(tmp_path / "run.yaml", config(tmp_path, tiny_backbone, texts, start))
+    run_cli("fit", "-c", path, "--ckpt_path", str(distilled / "checkpoints" / f"step={step}.ckpt"))
+    whole, resumed = (
+        torch.load(folder / "checkpoints" / "step=12.ckpt", weights_only=True)["state_dict"]
+        for folder in (distilled, tmp_path)
+    )
+    for name in whole:
+        torch.testing.assert_close(resumed[name], whole[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"model": {"price_low": 2.0}}, "price_high must be above price_low, got 2.0 to 1.6"),
+        ({"model": {"window": 0}}, "window must be above 0, got 0"),
+        ({"model": {"score_from": 95}}, "score_from must lie between sinks and the window of 96"),
+        ({"model": {"backbone": "elsewhere"}}, "they must be the same"),
+        ({"data": {"windows": {"train": 2, "validation": 0}}}, "train and validation must be at least 1 each"),
+        ({"data": {"batch_size": 0}}, "batch_size must be at least 1 window"),
+        ({"data": {"window": 4096}}, "window 4096 is longer than the 512 positions"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(
+    wrong: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    tiny_backbone: Path,
+    texts: Path,
+    start: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_config(tmp_path / "run.yaml", config(tmp_path, tiny_backbone, texts, start, **wrong))
+    assert said in error_line(refused(capsys, "fit", "-c", path, status=None))
+
+
+def test_the_config_says_what_the_gates_were_distilled_on(distilled: Path) -> None:
+    details = json.loads((distilled / "export" / "config.json").read_text())["details"]
+    assert details["training"]["window"] == TOKENS and details["training"]["settings"]["price_high"] == 1.6
+    assert details["metrics"]["val_loss"] > 0
