@@ -27,6 +27,7 @@ SHORTEST = 64  # tokens between a fact and its question, at least
 SAID_AGAIN = (24, 96)  # tokens of a passage that is repeated
 FACTS = 300  # tokens of text a fact
 ASKED = 0.75  # share of the facts that are asked for
+RESTATED = 0.4  # share of the questions that say the fact again up to its answer
 CHAINED = 1 / 6  # share of the facts that are chains
 REPEATED = 1 / 3  # share of the windows that end with a passage said again
 
@@ -146,6 +147,8 @@ class RecallPacker:
             # log-uniform distances; what would come after the end is asked at the end
             distance = np.exp(random.uniform(np.log(SHORTEST), np.log(max(self.window, SHORTEST)))) / self.window
             asked = random.choice(TEXTS["asked"][self.split]).format(question=fact.question, answer=fact.answer)
+            if random.random() < RESTATED and fact.answer in fact.statement:  # small models answer this way best
+                asked = f"\n\n{fact.statement[: fact.statement.rindex(fact.answer) + len(fact.answer)]}\n\n"
             parts.append((min(1.0, where + distance), self._ids(asked)))
         return parts
 
