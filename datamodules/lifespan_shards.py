@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from smartkv.errors import SmartKVError
+from smartkv.objectives import Labels
 from smartkv.rows import LabelledRows
 from smartkv.shards import Block, Manifest
 
@@ -24,20 +25,25 @@ class KeyBatch:
 
     Attributes:
         keys: float16 `[gates, rows, head_dim]`.
-        target: float32 `[gates, rows]`, log4 lifespan capped at the follow-up.
+        labels: of these keys; its `log4_lifespan` is `target`.
         position, token: int32 `[rows]`.
         global_rows: rows that all processes together hold of this batch.
     """
 
     keys: Tensor
-    target: Tensor
+    labels: Labels
     position: Tensor
     token: Tensor
     global_rows: int
 
+    @property
+    def target(self) -> Tensor:
+        """float32 `[gates, rows]`, log4 lifespan capped at the follow-up."""
+        return self.labels.log4_lifespan
+
     def to(self, device: torch.device, **_: Any) -> "KeyBatch":
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.keys, self.target, self.position, self.token))
-        return KeyBatch(*moved, global_rows=self.global_rows)
+        keys, position, token = (t.to(device, non_blocking=True) for t in (self.keys, self.position, self.token))
+        return KeyBatch(keys, self.labels.to(device), position, token, self.global_rows)
 
 
 class BlockReader(Dataset):
@@ -52,7 +58,7 @@ class BlockReader(Dataset):
         blocks = blocks or [self.empty]  # a process without rows still takes part in every step
         return KeyBatch(
             keys=torch.cat([self.rows.keys(block) for block in blocks], dim=1),
-            target=torch.cat([self.rows.target(block) for block in blocks], dim=1),
+            labels=Labels.cat([self.rows.labels(block) for block in blocks]),
             position=torch.cat([self.rows.position(block) for block in blocks]),
             token=torch.cat([self.rows.token(block) for block in blocks]),
             global_rows=global_rows,

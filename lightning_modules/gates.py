@@ -1,11 +1,10 @@
 """All gates of a model, trained jointly on harvested keys. For `fit` and `validate`."""
 
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import R2Score
 
 from datamodules.lifespan_shards import KeyBatch, LifespanShards
@@ -14,6 +13,7 @@ from lightning_modules.schedules import warmup_then_cosine
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank, format_layers
 from smartkv.moments import Moments
+from smartkv.objectives import Log4Lifespan, Objective
 
 
 def head_name(layer: int, head: int) -> str:
@@ -22,15 +22,14 @@ def head_name(layer: int, head: int) -> str:
 
 
 class LifespanGates(L.LightningModule):
-    """Regression of log4 lifespan on keys, one small MLP a KV head.
+    """Gates trained on labels of keys, one small MLP a KV head.
 
     The loss is the sum over heads of each head's mean over rows: a head learns as if it were trained alone, however
     many there are.
 
     Args:
         hidden: width of each gate's hidden layer.
-        loss: huber or mse.
-        huber_delta: where Huber turns from square to linear, in units of log4 (factors of 4).
+        objective: what they learn to predict.
         learning_rate: of AdamW, after warm-up.
         weight_decay: of AdamW, on weights (not on biases).
         warmup_steps: optimiser steps of linear warm-up; cosine decay to 0 follows, over the run.
@@ -39,14 +38,15 @@ class LifespanGates(L.LightningModule):
     def __init__(
         self,
         hidden: int = 64,
-        loss: Literal["huber", "mse"] = "huber",
-        huber_delta: float = 1.0,
+        objective: Objective | None = None,
         learning_rate: float = 3e-3,
         weight_decay: float = 0.01,
         warmup_steps: int = 50,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.objective = Log4Lifespan() if objective is None else objective
+        self.save_hyperparameters(ignore="objective")  # a checkpoint holds nothing that needs unpickling
+        self.save_hyperparameters({"objective": self.objective.to_dict()})
         self.bank: GateBank | None = None
         self.val_r2_head: Tensor | None = None  # float64 [gates], of the last validation
         self.loss_history: list[dict[str, Any]] = []  # one entry an epoch: {"epoch", "train": [gates], "val": [gates]}
@@ -56,12 +56,12 @@ class LifespanGates(L.LightningModule):
     def configure_model(self) -> None:
         if self.bank is not None:
             return
-        for name in ("hidden", "huber_delta", "learning_rate"):
+        for name in ("hidden", "learning_rate"):
             if (value := self.hparams[name]) <= 0:
                 raise SmartKVError(f"{name} must be above 0, got {value}")
         data: LifespanShards = self.trainer.datamodule
         fingerprint = data.rows.manifest.fingerprint
-        self.bank = GateBank(fingerprint, data.rows.layers, self.hparams.hidden)
+        self.bank = GateBank(fingerprint, data.rows.layers, self.hparams.hidden, self.objective.outputs)
         gates = len(self.bank)
         self.register_buffer("key_mean", torch.zeros(gates, fingerprint.head_dim))
         self.register_buffer("key_std", torch.ones(gates, fingerprint.head_dim))
@@ -81,21 +81,24 @@ class LifespanGates(L.LightningModule):
         if self.standardised:
             return
         data: LifespanShards = self.trainer.datamodule
-        moments = Moments.zeros(len(self.bank), self.bank.fingerprint.head_dim)
+        moments = Moments.zeros(len(self.bank), self.bank.fingerprint.head_dim, self.bank.outputs)
         for block in data.rows.blocks("train")[self.global_rank :: self.trainer.world_size]:
-            moments.update(data.rows.checked_keys(block), data.rows.target(block))
+            moments.update(data.rows.checked_keys(block), self.objective.targets(data.rows.labels(block)))
         for total in moments.tensors():
             total.copy_(self.trainer.strategy.reduce(total.to(self.device), reduce_op="sum"))
         mean, std, target = moments.result()
         self.key_mean.copy_(mean)
         self.key_std.copy_(std)
-        self.bank.bias2.copy_(target[:, None, None])
+        self.bank.bias2.copy_(self.objective.start(target)[:, None])
         self.standardised.fill_(True)
 
     def forward(self, keys: Tensor) -> Tensor:
-        """Raw `keys` `[gates, rows, head_dim]` -> log4 lifespan float32 `[gates, rows]`."""
-        standard = (keys.float() - self.key_mean[:, None]) / self.key_std[:, None]
-        return self.bank(standard).squeeze(-1)
+        """Raw `keys` `[gates, rows, head_dim]` -> the objective's score, float32 `[gates, rows]`."""
+        return self.objective.score(self.predict(keys))
+
+    def predict(self, keys: Tensor) -> Tensor:
+        """The same -> all outputs, float32 `[gates, rows, outputs]`."""
+        return self.bank((keys.float() - self.key_mean[:, None]) / self.key_std[:, None])
 
     def gates(self) -> GateBank:
         """The gates as they stand now, for raw keys."""
@@ -106,7 +109,8 @@ class LifespanGates(L.LightningModule):
         rows = self.trainer.datamodule.rows
         manifest = rows.manifest
         return {
-            "target": "log4 lifespan",
+            "target": self.objective.target,
+            "objective": self.objective.settings,
             "threshold": rows.threshold,
             "follow_up": rows.follow_up,
             "sinks": manifest.sinks,
@@ -124,16 +128,10 @@ class LifespanGates(L.LightningModule):
             },
         }
 
-    def row_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """`[gates, rows]`, not reduced."""
-        if self.hparams.loss == "mse":
-            return F.mse_loss(prediction, target, reduction="none")
-        return F.huber_loss(prediction, target, reduction="none", delta=self.hparams.huber_delta)
-
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: KeyBatch, batch_idx: int) -> Tensor:
-        losses = self.row_loss(self(batch.keys), batch.target)
+        losses = self.objective.row_loss(self.predict(batch.keys), self.objective.targets(batch.labels))
         self.train_loss_head.update(losses.detach())
         # DDP averages gradients over processes; dividing by all rows makes that the mean over the whole batch
         loss = losses.sum() * self.trainer.world_size / batch.global_rows
@@ -141,23 +139,25 @@ class LifespanGates(L.LightningModule):
         return loss
 
     def validation_step(self, batch: KeyBatch, batch_idx: int) -> None:
-        prediction = self(batch.keys)
-        self.val_r2.update(prediction.T.double(), batch.target.T.double())
-        self.val_loss_head.update(self.row_loss(prediction, batch.target))
+        prediction = self.predict(batch.keys)
+        score = self.objective.score(prediction)
+        self.val_r2.update(score.T.double(), batch.target.T.double())
+        self.val_loss_head.update(self.objective.row_loss(prediction, self.objective.targets(batch.labels)))
 
     def on_validation_epoch_end(self) -> None:
-        # torchmetrics makes a scalar of a single head's figure
-        r2, loss = self.val_r2.compute().reshape(-1), self.val_loss_head.compute().reshape(-1)
-        self.val_r2.reset()
-        self.val_loss_head.reset()
-        self.val_r2_head = r2.cpu()
         # computed from sums over all processes, so every process logs the same
-        self.log("val_r2_mean", r2.mean().float(), prog_bar=True)
-        for name, share in (("median", 0.5), ("p10", 0.1), ("min", 0.0)):
-            self.log(f"val_r2_{name}", r2.quantile(share).float())
+        loss = self.val_loss_head.compute().reshape(-1)
+        self.val_loss_head.reset()
         self.log("val_loss", loss.mean().float())
-        self._log_heads("val_r2_head", r2)
         self._log_heads("val_loss_head", loss)
+        if self.objective.in_log4:
+            r2 = self.val_r2.compute().reshape(-1)  # torchmetrics makes a scalar of a single head's figure
+            self.val_r2_head = r2.cpu()
+            self.log("val_r2_mean", r2.mean().float(), prog_bar=True)
+            for name, share in (("median", 0.5), ("p10", 0.1), ("min", 0.0)):
+                self.log(f"val_r2_{name}", r2.quantile(share).float())
+            self._log_heads("val_r2_head", r2)
+        self.val_r2.reset()
         if not self.trainer.sanity_checking:
             self.loss_history.append({"epoch": self.current_epoch, "val": loss.tolist()})
 

@@ -69,8 +69,7 @@ class Calibration:
     def of(cls, gates: GateBank, keys: list[list[Tensor]], first: int = 0) -> "Calibration":
         """The same from keys that were read before: of each window, of each layer `[1, kv_heads, tokens, head_dim]`."""
         predictions = {
-            layer: torch.cat([gates.predict(layer, window[layer])[..., 0].cpu() for window in keys])
-            for layer in gates.layers
+            layer: torch.cat([gates.score(layer, window[layer]).cpu() for window in keys]) for layer in gates.layers
         }
         tokens = keys[0][0].shape[2]
         return cls(predictions, gates.fingerprint.layers, tokens, first, tokens - 1)

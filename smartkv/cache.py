@@ -134,7 +134,7 @@ class LifespanCache(Holdings, Cache):
         """What the layer's gates predict, float32 `[batch, kv_heads, tokens]`; None where it has none."""
         if self.gates is None or layer not in self.gates.layers:
             return None
-        return self.gates.predict(layer, keys)[..., 0]
+        return self.gates.score(layer, keys)
 
     def expiry(self, layer: int, keys: Tensor, position: Tensor, sliding_window: int | None) -> Tensor:
         """First position whose query does not see each new key, int64 `[batch, kv_heads, tokens]`. Arguments as above;

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from smartkv.backbones import Fingerprint
 from smartkv.errors import SmartKVError
+from smartkv.objectives import reading
 from smartkv.shards import write_atomically
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,15 @@ class GateBank(nn.Module, ModelHubMixin):
         here = slice(place, place + self.fingerprint.kv_heads)
         hidden = (keys.to(self.weight1.dtype) @ self.weight1[here] + self.bias1[here]).relu()
         return (hidden @ self.weight2[here] + self.bias2[here]).float()
+
+    def score(self, layer: int, keys: Tensor) -> Tensor:
+        """What a policy compares with its price, one figure a key: the larger, the longer it stays.
+
+        Args as `predict`; returns float32 `[batch, kv_heads, tokens]`.
+        """
+        prediction = self.predict(layer, keys)
+        objective = reading(self.details.get("target", ""), self.details.get("objective", {}))
+        return prediction[..., 0] if objective is None else objective.score(prediction)
 
     @torch.no_grad()
     def folded(self, mean: Tensor, std: Tensor) -> "GateBank":

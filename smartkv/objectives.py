@@ -28,6 +28,18 @@ class Labels(NamedTuple):
     future_attention: Tensor | None = None
     ages: tuple[int, ...] = ()
 
+    def to(self, device: torch.device) -> "Labels":
+        """The same on another device."""
+        future = None if self.future_attention is None else self.future_attention.to(device, non_blocking=True)
+        return Labels(self.log4_lifespan.to(device, non_blocking=True), future, self.ages)
+
+    @staticmethod
+    def cat(parts: Sequence["Labels"]) -> "Labels":
+        """Rows of all parts, one after the other."""
+        future = [part.future_attention for part in parts if part.future_attention is not None]
+        lives = torch.cat([part.log4_lifespan for part in parts], dim=1)
+        return Labels(lives, torch.cat(future, dim=2) if future else None, parts[0].ages)
+
 
 class Objective:
     """What all objectives have.
@@ -36,11 +48,18 @@ class Objective:
         outputs: of a gate.
         target: what the exported gates' config calls it.
         settings: what `reading` needs to know besides.
+        arguments: that it was made with.
+        in_log4: whether the score estimates log4 lifespan, so that it has an R².
     """
 
-    outputs = 1
+    outputs, in_log4 = 1, False
     target: str
     settings: dict[str, Any]
+    arguments: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a config has for it."""
+        return {"class_path": f"{type(self).__module__}.{type(self).__name__}", "init_args": self.arguments}
 
     def targets(self, labels: Labels) -> Tensor:
         """float32 `[gates, rows, outputs]`."""
@@ -70,7 +89,7 @@ class Log4Lifespan(Objective):
         SmartKVError: an unknown loss, or a delta of 0 or less.
     """
 
-    target = "log4 lifespan"
+    target, in_log4 = "log4 lifespan", True
 
     def __init__(self, loss: Literal["huber", "mse"] = "huber", huber_delta: float = 1.0) -> None:
         if loss not in ("huber", "mse"):
@@ -78,6 +97,7 @@ class Log4Lifespan(Objective):
         if huber_delta <= 0:
             raise SmartKVError(f"huber_delta must be above 0, got {huber_delta}")
         self.loss, self.huber_delta, self.settings = loss, huber_delta, {}
+        self.arguments = {"loss": loss, "huber_delta": huber_delta}
 
     def row_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         if self.loss == "mse":
@@ -97,12 +117,13 @@ class OrdinalAges(Objective):
         SmartKVError: no ages, or not ascending from 1 on.
     """
 
-    target = "life beyond ages"
+    target, in_log4 = "life beyond ages", True
 
     def __init__(self, ages: Sequence[int] = (4, 16, 64, 256)) -> None:
         if not ages or list(ages) != sorted(set(ages)) or min(ages) < 1:
             raise SmartKVError(f"ages must be ascending numbers of tokens from 1 on, got {list(ages)}")
-        self.ages, self.outputs, self.settings = tuple(ages), len(ages), {"ages": list(ages)}
+        self.ages, self.outputs = tuple(ages), len(ages)
+        self.arguments = self.settings = {"ages": list(ages)}
 
     def _log4_ages(self, like: Tensor) -> Tensor:
         return torch.tensor(self.ages, dtype=torch.float64, device=like.device).log2() / 2
@@ -139,7 +160,8 @@ class FutureAttention(Objective):
         if not ages or scale <= 0:
             raise SmartKVError(f"ages must not be empty and scale must be above 0, got {list(ages)} and {scale}")
         self.ages, self.scale = tuple(ages), scale
-        self.outputs, self.settings = len(self.ages), {"ages": list(ages), "scale": scale}
+        self.outputs = len(self.ages)
+        self.arguments = self.settings = {"ages": list(ages), "scale": scale}
 
     def targets(self, labels: Labels) -> Tensor:
         if labels.future_attention is None or (missing := sorted(set(self.ages) - set(labels.ages))):
@@ -173,7 +195,7 @@ class Ranking(Objective):
     def __init__(self, pairs: int = 4) -> None:
         if pairs < 1:
             raise SmartKVError(f"pairs must be at least 1, got {pairs}")
-        self.pairs, self.settings = pairs, {}
+        self.pairs, self.settings, self.arguments = pairs, {}, {"pairs": pairs}
 
     def start(self, mean: Tensor) -> Tensor:
         return torch.zeros_like(mean)

@@ -6,6 +6,7 @@ from torch import Tensor
 from smartkv.errors import SmartKVError
 from smartkv.gates import parse_layers
 from smartkv.lifespans import log4_lifespan
+from smartkv.objectives import Labels
 from smartkv.shards import Block, Manifest, ShardReader
 
 INPUTS = ("keys", "keys_post_rope")
@@ -80,6 +81,14 @@ class LabelledRows:
         """log4 lifespan capped at the follow-up, float32 `[gates, rows]`."""
         lifespan = self._reader.read(block, "lifespan", self._layers)[self._threshold_row]
         return log4_lifespan(lifespan.flatten(0, 1), self.follow_up)
+
+    def labels(self, block: Block) -> Labels:
+        """All labels of the block's keys, as objectives want them."""
+        ages = self.manifest.spec.ages
+        if not ages:
+            return Labels(self.target(block))
+        future = self._reader.read(block, "future_attention", self._layers).flatten(1, 2)
+        return Labels(self.target(block), future, ages)
 
     def position(self, block: Block) -> Tensor:
         """Place in the window, int32 `[rows]`."""

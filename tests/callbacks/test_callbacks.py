@@ -267,7 +267,7 @@ def hparams(done: Run) -> Iterator[dict[str, Any]]:
 def test_the_hparams_tab_has_the_settings(tiny: Run) -> None:
     settings = {name: value for session in hparams(tiny) for name, value in session.items()}
     assert settings["hidden"].number_value == 8
-    assert settings["loss"].string_value == "huber"
+    assert settings["objective/init_args/loss"].string_value == "huber"
     assert settings["threshold"].number_value == pytest.approx(0.05)
 
 

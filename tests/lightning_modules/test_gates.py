@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from datamodules.lifespan_shards import BlockLoader, BlockReader, KeyBatch
 from lightning_modules.gates import head_name
 from smartkv.nulls import score_nulls
+from smartkv.objectives import FutureAttention, Log4Lifespan, Objective, OrdinalAges, Ranking
 from tests.lightning_fixtures import (
     Watcher,
     fit_by_trainer,
@@ -87,7 +88,7 @@ def test_training_all_gates_together_equals_training_each_alone(tiny_shards: Pat
     watcher = fit_by_trainer(
         tiny_shards,
         tmp_path,
-        model={"loss": loss, "huber_delta": 0.5},
+        model={"objective": Log4Lifespan(loss, 0.5)},
         trainer={"max_steps": steps, "max_epochs": 1, "limit_val_batches": 0},
     )
     rows = watcher.datamodule.rows
@@ -259,3 +260,19 @@ def test_layers_choose_the_gates_that_are_trained(tiny_shards: Path, trained: Wa
     assert {name for name in last_logged(tmp_path) if "_head/" in name} == {
         f"{figure}_head/{head}" for figure in ("val_r2", "val_loss", "train_loss") for head in ("L00H0", "L00H1")
     }
+
+
+@pytest.mark.parametrize("objective", [OrdinalAges([2, 8]), FutureAttention([8]), Ranking(2)], ids=lambda o: o.target)
+def test_gates_learn_every_objective_and_a_cache_reads_them(
+    objective: Objective, tiny_shards: Path, tmp_path: Path
+) -> None:
+    watcher = fit_by_trainer(tiny_shards, tmp_path, model={"objective": objective, "learning_rate": 0.02})
+    history = [sum(epoch["train"]) for epoch in watcher.module.loss_history]
+    assert history[-1] < history[0] - 1e-3 * abs(history[0])
+    assert ("val_r2_mean" in watcher.module.trainer.callback_metrics) == objective.in_log4
+    gates = watcher.module.gates()
+    gates.details = {"target": objective.target, "objective": objective.settings}
+    keys = validation_keys(watcher.datamodule)
+    layer = keys.unflatten(0, (2, 2))[1][None]  # [1, kv_heads, rows, head_dim]
+    want = watcher.module(keys).unflatten(0, (2, 2))[1][None]
+    torch.testing.assert_close(gates.score(1, layer), want, atol=1e-4, rtol=1e-4)

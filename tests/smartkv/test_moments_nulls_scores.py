@@ -48,12 +48,12 @@ def test_moments_are_torchs_mean_and_std_however_the_rows_come(
     target = random(seed + 1, 3, keys.shape[1])
     moments, start = Moments.zeros(3, 5), 0
     for size in [*sizes, 1]:
-        moments.update(keys[:, start : start + size], target[:, start : start + size])
+        moments.update(keys[:, start : start + size], target[:, start : start + size, None])
         start += size
     mean, std, mean_target = moments.result()
     torch.testing.assert_close(mean, keys.double().mean(dim=1).float())
     torch.testing.assert_close(std, keys.double().std(dim=1, correction=0).float(), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(mean_target, target.double().mean(dim=1).float())
+    torch.testing.assert_close(mean_target[:, 0], target.double().mean(dim=1).float())
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 300.1, 60000.0])
@@ -62,7 +62,7 @@ def test_a_dimension_that_never_varies_gets_std_1(value: float) -> None:
     keys[1, :, 2] = value
     moments = Moments.zeros(2, 3)
     for part in keys.split(7, dim=1):
-        moments.update(part, part[..., 0])
+        moments.update(part, part[..., :1])
     mean, std, _ = moments.result()
     assert std[1, 2] == 1
     assert mean[1, 2].item() == pytest.approx(value)
@@ -72,9 +72,9 @@ def test_a_dimension_that_never_varies_gets_std_1(value: float) -> None:
 def test_moments_are_summed_over_processes_by_their_tensors() -> None:
     keys, target = random(0, 2, 30, 3), random(1, 2, 30)
     whole, first, second = (Moments.zeros(2, 3) for _ in range(3))
-    whole.update(keys, target)
-    first.update(keys[:, :10], target[:, :10])
-    second.update(keys[:, 10:], target[:, 10:])
+    whole.update(keys, target[..., None])
+    first.update(keys[:, :10], target[:, :10, None])
+    second.update(keys[:, 10:], target[:, 10:, None])
     for ours, other in zip(first.tensors(), second.tensors(), strict=True):
         ours += other  # in place, as a reduction does
     for ours, expected in zip(first.result(), whole.result(), strict=True):
