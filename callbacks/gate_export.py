@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.distillation import DistilledGates
 from lightning_modules.gates import LifespanGates
+from smartkv.errors import SmartKVError
 
 
 class GateExport(L.Callback):
@@ -35,6 +36,8 @@ class GateExport(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        if self.monitor not in trainer.callback_metrics:
+            raise SmartKVError(f"GateExport monitors {self.monitor}, which is not logged here: try val_loss, mode min")
         value = self.sign * float(trainer.callback_metrics[self.monitor])
         if self.best is None or value > self.best or not (self.out / "config.json").exists():
             self.best = value if self.best is None else max(self.best, value)

@@ -13,6 +13,7 @@ from rich.table import Table
 from callbacks.console import make_console
 from callbacks.pictures import heads_heatmap, predicted_against_true
 from lightning_modules.gates import LifespanGates, head_name
+from smartkv.errors import SmartKVError
 from smartkv.nulls import score_nulls
 from smartkv.scores import RegressionSums
 
@@ -30,6 +31,14 @@ class HeadDashboard(L.Callback):
     def __init__(self, sample_windows: int = 4) -> None:
         self.sample_windows = sample_windows
         self.nulls: dict[str, RegressionSums] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
+        """
+        Raises:
+            SmartKVError: what is trained has no R² to draw.
+        """
+        if not isinstance(pl_module, LifespanGates) or not pl_module.objective.in_log4:
+            raise SmartKVError("HeadDashboard draws R², which this objective has not: leave it out of the callbacks")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
         if not trainer.is_global_zero:

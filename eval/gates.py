@@ -13,8 +13,10 @@ from callbacks.console import make_console
 from callbacks.pictures import heads_heatmap, lines_by_layer, predicted_against_true
 from eval.results import save_picture, write_result
 from lightning_modules.gates import head_name
+from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank, format_layers
 from smartkv.nulls import NULLS, score_nulls
+from smartkv.objectives import Log4Lifespan, OrdinalAges
 from smartkv.rows import LabelledRows
 from smartkv.scores import RegressionSums, bootstrap
 from smartkv.shards import Manifest
@@ -41,6 +43,9 @@ def gates(
     """
     console = make_console()
     bank = GateBank.from_pretrained(gates).to(device)
+    target = bank.details.get("target", Log4Lifespan.target)
+    if target not in (Log4Lifespan.target, OrdinalAges.target):
+        raise SmartKVError(f"the gates in {gates} predict {target}, which has no R²: measure them by eval perplexity")
     manifest = Manifest.read(shards)
     manifest.fingerprint.check(bank.fingerprint, f"the gates in {gates}")
     rows = LabelledRows(
@@ -54,7 +59,7 @@ def gates(
     sums = RegressionSums.zeros(len(blocks), len(bank))
     drawn: list[tuple[Tensor, Tensor]] = []
     for window, block in enumerate(track(blocks, "Scoring gates", console=console)):
-        prediction = bank(rows.checked_keys(block).to(device).float())[..., 0].cpu()
+        prediction = bank.read(bank(rows.checked_keys(block).to(device).float())).cpu()
         sums.update(window, prediction, rows.target(block))
         if window < 8:
             drawn.append((prediction, rows.target(block)))

@@ -120,7 +120,10 @@ class GateBank(nn.Module, ModelHubMixin):
 
         Args as `predict`; returns float32 `[batch, kv_heads, tokens]`.
         """
-        prediction = self.predict(layer, keys)
+        return self.read(self.predict(layer, keys))
+
+    def read(self, prediction: Tensor) -> Tensor:
+        """The score in what the gates put out, `[…, outputs]` -> `[…]`, by the objective they were trained on."""
         objective = reading(self.details.get("target", ""), self.details.get("objective", {}))
         return prediction[..., 0] if objective is None else objective.score(prediction)
 

@@ -5,6 +5,7 @@ policy compares with its price: larger stays longer. Distillation, which needs t
 `smartkv.distillation`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -41,7 +42,7 @@ class Labels(NamedTuple):
         return Labels(lives, torch.cat(future, dim=2) if future else None, parts[0].ages)
 
 
-class Objective:
+class Objective(ABC):
     """What all objectives have.
 
     Attributes:
@@ -69,9 +70,9 @@ class Objective:
         """Biases of the outputs at the start, from the mean of each target; both `[gates, outputs]`."""
         return mean
 
+    @abstractmethod
     def row_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Both `[gates, rows, outputs]` -> `[gates, rows]`, not reduced."""
-        raise NotImplementedError
 
     def score(self, prediction: Tensor) -> Tensor:
         """`[…, outputs]` -> `[…]`: the larger, the longer a key stays."""

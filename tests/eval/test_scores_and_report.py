@@ -139,3 +139,13 @@ def test_the_report_ends_with_what_was_won(
     main(["report", "--run", str(run), "--out", str(run), "--reuse", "true"])
     shown = capsys.readouterr().out
     assert "What is lost when keys are evicted" in shown and "frontier.png" in shown
+
+
+def test_gates_whose_score_has_no_r2_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = next(path.parent for path in run.rglob("config.json") if path.parent.name == "export")
+    gates = GateBank.from_pretrained(folder)
+    gates.details["target"] = "log worth"
+    gates.save_pretrained(tmp_path / "gates")
+    with pytest.raises(SystemExit):
+        main(["gates", "--gates", str(tmp_path / "gates"), "--shards", str(run), "--out", str(tmp_path)])
+    assert "predict log worth, which has no R²" in capsys.readouterr().err

@@ -138,3 +138,20 @@ def test_a_setting_that_makes_no_sense_stops_with_one_line(
 ) -> None:
     config = write_config(tmp_path / "fit.yaml", gates_config(tiny_shards, tmp_path / "fit", model={name: value}))
     assert f"{name} must be above 0, got {value}" in error_line(refused(capsys, "fit", "-c", config))
+
+
+@pytest.mark.parametrize(
+    ("callback", "said"),
+    [
+        ("HeadDashboard", "HeadDashboard draws R²"),
+        ("GateExport", "GateExport monitors val_r2_mean, which is not logged"),
+    ],
+)
+def test_a_callback_that_needs_r2_says_that_an_objective_has_none(
+    callback: str, said: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = {"class_path": "smartkv.objectives.Ranking", "init_args": {"pairs": 2}}
+    arguments = {"out": str(tmp_path / "export")} if callback == "GateExport" else {}
+    callbacks = [{"class_path": callback, "init_args": arguments}]
+    config = gates_config(tiny_shards, tmp_path / "fit", model={"objective": objective}, callbacks=callbacks)
+    assert said in error_line(refused(capsys, "fit", "-c", write_config(tmp_path / "fit.yaml", config)))
