@@ -35,6 +35,8 @@ class RecordingCache(LifespanCache):
         expiry, prediction = super().expiry(layer, keys, position, sliding_window), self.scores(layer, keys)
         if prediction is None:
             prediction = torch.full(expiry.shape, torch.nan)
+        elif prediction.dim() > expiry.dim():  # for several ages: the last, to stay for good
+            prediction = prediction[..., -1]
         self.recorded[layer].append((position[0].cpu(), prediction[0].float().cpu(), expiry[0].cpu()))
         return expiry
 

@@ -14,7 +14,7 @@ from smartkv import backbones
 from smartkv.attention import read_keys
 from smartkv.backbones import Backbone, load_backbone
 from smartkv.budgets import Calibration, solve
-from smartkv.distillation import divergence, footprint, keep_share
+from smartkv.distillation import divergence, footprint, for_ages, keep_share, stays
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
 from smartkv.policies import HybridPolicy, LayerRule
@@ -35,7 +35,9 @@ class DistilledGates(L.LightningModule):
         gates: folder of exported gates, or hub id, to start from.
         backbone: hub id, local folder, .gguf file or smollm2-135m.
         dtype: of the LM: auto (bfloat16 where the hardware has it, else float32), float32, bfloat16 or float16.
-        window: tokens that every key is seen for.
+        ages: tokens, ascending, at which a key may go. All are judged at its birth, by an output each. Until the first
+            every key is seen.
+        hidden: width of the gates' hidden layer; wider than that of the gates to start from: their units are doubled.
         sinks: tokens at the start that are always seen.
         price_low, price_high: nats a token for the whole cache; prices are drawn between them.
         temperature: of the soft decision, in factors of e of a key's worth.
@@ -53,7 +55,8 @@ class DistilledGates(L.LightningModule):
         gates: str,
         backbone: str = backbones.PACKAGED,
         dtype: str = "auto",
-        window: int = 64,
+        ages: tuple[int, ...] = (16, 64, 256),
+        hidden: int = 64,
         sinks: int = 4,
         price_low: float = 0.1,
         price_high: float = 1.6,
@@ -81,7 +84,9 @@ class DistilledGates(L.LightningModule):
         if self.bank is not None:
             return
         h = self.hparams
-        for name in ("window", "temperature", "learning_rate", "price_low", "calibration_windows", "threads"):
+        if not h.ages or list(h.ages) != sorted(set(h.ages)) or h.ages[0] < 1:
+            raise SmartKVError(f"ages must be numbers of tokens, ascending, the first at least 1, got {list(h.ages)}")
+        for name in ("temperature", "learning_rate", "price_low", "calibration_windows", "threads"):
             if h[name] <= 0:
                 raise SmartKVError(f"{name} must be above 0, got {h[name]}")
         if h.price_high <= h.price_low:
@@ -90,10 +95,14 @@ class DistilledGates(L.LightningModule):
         device = self.trainer.strategy.root_device
         self.frozen.append(load_backbone(h.backbone, h.dtype, device, trust_remote_code=h.trust_remote_code))
         self.lm.model.requires_grad_(False)
-        self.bank = GateBank.from_pretrained(h.gates, self.lm.model).requires_grad_(True).train()
-        if self.bank.outputs != 1 or len(self.bank.layers) != self.lm.architecture.layers:
+        start = GateBank.from_pretrained(h.gates, self.lm.model).to(device)
+        if start.ages and start.ages != tuple(h.ages):
+            raise SmartKVError(f"the gates in {h.gates} judge for ages {list(start.ages)}, not for {list(h.ages)}")
+        if start.outputs not in (1, len(h.ages)) or len(start.layers) != self.lm.architecture.layers:
             raise SmartKVError(f"distillation starts from gates of all layers with one output, not from {h.gates}")
-        self.register_buffer("calibrated", torch.tensor(self.bank.details.get("target") == TARGET))
+        if start.details.get("target") != TARGET:
+            self._in_nats(start)
+        self.bank = for_ages(start, h.ages, h.hidden).requires_grad_(True).train()
 
     def setup(self, stage: str) -> None:
         data: TokenWindows = self.trainer.datamodule
@@ -107,23 +116,20 @@ class DistilledGates(L.LightningModule):
             raise SmartKVError(f"score_from must lie between sinks and the window of {data.window}, got {self.first}")
 
     @torch.no_grad()
-    def on_fit_start(self) -> None:
-        """Bring the gates' figures to the unit of prices, by a straight line, so that they keep the shares `START` at
-        the highest and the lowest price. Gates that were distilled before have that unit."""
-        if self.calibrated:
-            return
+    def _in_nats(self, gates: GateBank) -> None:
+        """Bring the figures of gates that predict something else to the unit of prices, by a straight line, so that
+        they keep the shares `START` at the highest and the lowest price."""
         h, windows = self.hparams, self.trainer.datamodule.plan.of_split("train")[: self.hparams.calibration_windows]
         keys = [read_keys(self.lm.model, ids) for ids in windows]
-        calibration = Calibration.of(self.bank, keys, self.first)
-        policy = HybridPolicy((LayerRule("all", "gated", h.window),), sinks=h.sinks)
-        in_full = float(footprint(torch.zeros(1, len(windows[0])), h.window, h.sinks, self.first))
+        calibration = Calibration.of(gates, keys, self.first)
+        policy = HybridPolicy((LayerRule("all", "gated", h.ages[0]),), sinks=h.sinks)
+        in_full = float(footprint(torch.zeros(1, len(windows[0]), 1), h.ages[:1], h.sinks, self.first))
         prices = {
             name: solve(policy, in_full + share * (1 - in_full), calibration).price for name, share in START.items()
         }
         scale = math.log(h.price_high / h.price_low) / (prices["high"] - prices["low"])
-        self.bank.weight2.mul_(scale)
-        self.bank.bias2.mul_(scale).add_(math.log(h.price_high) - scale * prices["high"])
-        self.calibrated.fill_(True)
+        gates.weight2.mul_(scale)
+        gates.bias2.mul_(scale).add_(math.log(h.price_high) - scale * prices["high"])
 
     def gates(self) -> GateBank:
         """The gates as they stand now; a copy."""
@@ -135,9 +141,10 @@ class DistilledGates(L.LightningModule):
         h = self.hparams
         return {
             "target": TARGET,
+            "ages": list(h.ages),
             "sinks": h.sinks,
             "inputs": "keys",
-            "policy": HybridPolicy((LayerRule("all", "gated", h.window),), sinks=h.sinks, name="distilled").to_dict(),
+            "policy": HybridPolicy((LayerRule("all", "gated", h.ages[0]),), sinks=h.sinks, name="distilled").to_dict(),
             "training": {
                 "backbone": h.backbone,
                 "sources": data.plan.sources,
@@ -160,21 +167,21 @@ class DistilledGates(L.LightningModule):
         h, kept = self.hparams, []
 
         def log_keep(layer: int, keys: Tensor) -> Tensor:
-            worth = self.bank.predict(layer, keys.detach())[..., 0]
+            worth = self.bank.predict(layer, keys.detach())
             keep, log = keep_share(worth, price, h.temperature)
             if hard:
-                keep = (worth > price).float()
+                keep = stays(worth, price).float()
                 log = HIDDEN * (1 - keep)
             kept.append(keep[0])
-            return log
+            return log.movedim(-1, 0)
 
         base = self.lm.model.base_model
         with torch.no_grad():
             teacher = base(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-        with softly_evicted(self.lm.model, log_keep, h.window, h.sinks):
+        with softly_evicted(self.lm.model, log_keep, h.ages, h.sinks):
             hidden = base(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         lost = divergence(hidden[places], teacher[places], self.lm.model.get_output_embeddings())
-        return lost, footprint(torch.cat(kept), h.window, h.sinks, self.first)
+        return lost, footprint(torch.cat(kept), h.ages, h.sinks, self.first)
 
     def training_step(self, batch: WindowBatch, batch_idx: int) -> Tensor:
         low, high = math.log(self.hparams.price_low), math.log(self.hparams.price_high)

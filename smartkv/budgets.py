@@ -27,10 +27,11 @@ class Calibration:
     """What gates say of the keys of some windows.
 
     Attributes:
-        predictions: float32 `[windows, kv_heads, tokens]` of each gated layer.
+        predictions: float32 `[windows, kv_heads, tokens]` of each gated layer; `[…, ages]` where gates judge for ages.
         layers: of the model.
         tokens: a window.
         first, last: the queries that count, `first ≤ i < last`.
+        ages: tokens, for which the gates judge.
     """
 
     predictions: dict[int, Tensor]
@@ -38,6 +39,7 @@ class Calibration:
     tokens: int
     first: int
     last: int
+    ages: tuple[int, ...] = ()
 
     @classmethod
     @torch.inference_mode()
@@ -72,7 +74,7 @@ class Calibration:
             layer: torch.cat([gates.score(layer, window[layer]).cpu() for window in keys]) for layer in gates.layers
         }
         tokens = keys[0][0].shape[2]
-        return cls(predictions, gates.fingerprint.layers, tokens, first, tokens - 1)
+        return cls(predictions, gates.fingerprint.layers, tokens, first, tokens - 1, gates.ages)
 
     def footprint(self, policy: HybridPolicy) -> float:
         """Σ visible keys ÷ Σ keys of a full cache, over layers, heads, windows and the counted queries."""
@@ -83,7 +85,8 @@ class Calibration:
         position = torch.arange(self.tokens)
         if rule.rule == "gated" and layer not in self.predictions:
             raise SmartKVError(f"policy '{policy.name}' gates layer {layer}, but there are no gates for it")
-        lifetime = policy.lifetime(rule, policy.times_to_live(rule, self.predictions.get(layer)), position)
+        ttl = policy.times_to_live(rule, self.predictions.get(layer), self.ages)
+        lifetime = policy.lifetime(rule, ttl, position)
         visible = self._queries(position, (position + lifetime).clamp(max=self.last))
         full = self._queries(position, torch.tensor(self.last))
         return float(visible.double().reshape(-1, self.tokens).mean(dim=0).sum() / full.sum())

@@ -128,10 +128,13 @@ class LifespanCache(Holdings, Cache):
             int64 `[batch, kv_heads, tokens]`, 0 … `FOREVER`; or one figure for all. The layer's window comes on top.
         """
         rule = self.rules[layer]
-        return self.policy.times_to_live(rule, self.scores(layer, keys) if rule.rule == "gated" else None)
+        if rule.rule != "gated" or self.gates is None:
+            return self.policy.times_to_live(rule, None)
+        return self.policy.times_to_live(rule, self.scores(layer, keys), self.gates.ages)
 
     def scores(self, layer: int, keys: Tensor) -> Tensor | None:
-        """What the layer's gates predict, float32 `[batch, kv_heads, tokens]`; None where it has none."""
+        """What the layer's gates say (see `GateBank.score`), float32 `[batch, kv_heads, tokens]`, or `[…, ages]`; None
+        where it has none."""
         if self.gates is None or layer not in self.gates.layers:
             return None
         return self.gates.score(layer, keys)
@@ -186,7 +189,10 @@ class LifespanCache(Holdings, Cache):
         expiry, score = self.expiry(layer, keys, position, limit), None
         if storage.store.fields.score is not None:
             score = self.scores(layer, keys)
-            score = torch.zeros(expiry.shape, device=keys.device) if score is None else score
+            if score is None:
+                score = torch.zeros(expiry.shape, device=keys.device)
+            elif score.dim() > expiry.dim():  # of several ages, the last: to stay for good
+                score = score[..., -1]
         return expiry, score
 
     def _settle(self, layer: int, pack: bool) -> None:

@@ -1,18 +1,23 @@
 """What a softly evicted model loses beside itself with a full cache, and what it keeps: the loss that distils gates.
 
 The gates' output is read as the log of what a key is worth, in nats a token for the whole cache; the price of keeping
-is a figure in the same unit. A key is kept by the share `sigmoid((worth − price) / temperature)`, and the loss is
+is a figure in the same unit. A key may be judged for several ages: its worth from 16 to 64 tokens on, from 64 to 256,
+and so on. By the share `sigmoid((worth − price) / temperature)` it is kept from each age on, and the loss is
 
     KL(full cache ‖ softly evicted) + exp(price) · footprint
 
 with another price for every window: one training serves every footprint, and the policy's price is solved afterwards.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from smartkv.errors import SmartKVError
+from smartkv.gates import GateBank
 
 AT_ONCE = 128  # tokens whose logits are held together: vocabularies are large
 
@@ -52,26 +57,76 @@ def divergence(hidden: Tensor, teacher: Tensor, head: nn.Module) -> Tensor:
 
 
 def keep_share(worth: Tensor, price: float | Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Share of each key that is kept beyond the window, and its log; shaped like `worth` (log of nats)."""
-    logit = (worth.float() - price) / temperature
-    return torch.sigmoid(logit), F.logsigmoid(logit)
+    """Share of each key that is kept from each age on, and its log.
 
-
-def queries_beyond(tokens: int, window: int, sinks: int, first: int, device: torch.device | None = None) -> Tensor:
-    """How many of the queries `first ≤ i < tokens` see each key no longer in full, int64 `[tokens]`; sinks: 0."""
-    key = torch.arange(tokens, device=device)
-    beyond = (tokens - (key + window).clamp(min=first)).clamp(min=0)
-    return beyond.masked_fill(key < sinks, 0)
-
-
-def footprint(keep: Tensor, window: int, sinks: int, first: int) -> Tensor:
-    """Share of a full cache's keys that the queries from `first` on see: windows and sinks in full, others by `keep`.
+    What is gone does not come back: the share at an age is the product of what stayed at each age so far.
 
     Args:
-        keep: `[heads, tokens]`, of all heads of all layers.
+        worth: log of nats, `[…, ages]`.
+        price: in the same unit.
+
+    Returns:
+        Two float32 tensors shaped like `worth`.
     """
-    tokens = keep.shape[-1]
-    beyond = queries_beyond(tokens, window, sinks, first, keep.device)
+    log = F.logsigmoid((worth.float() - price) / temperature).cumsum(dim=-1)
+    return log.exp(), log
+
+
+def stays(worth: Tensor, price: float | Tensor) -> Tensor:
+    """The same where keys stay or go, as in the cache: bool, shaped like `worth`."""
+    return worth.cummin(dim=-1).values > price
+
+
+@torch.no_grad()
+def for_ages(gates: GateBank, ages: Sequence[int], hidden: int) -> GateBank:
+    """Gates that judge for `ages`, to start from: they judge each key as `gates` do for the last age, and more kindly
+    the younger it is, since attention falls about with age; by half the log of it.
+
+    Args:
+        gates: with one output; or with one for each of the ages, which are kept.
+        hidden: width of the hidden layer, a multiple of that of `gates`; copies of a unit are told apart by a
+            hundredth of noise.
+
+    Raises:
+        SmartKVError: the width is no such multiple.
+    """
+    times = hidden // gates.hidden
+    if times * gates.hidden != hidden or times < 1:
+        raise SmartKVError(f"gates of {gates.hidden} hidden units can become a multiple of that wide, not {hidden}")
+    bank = GateBank(gates.fingerprint, gates.layers, hidden, len(ages), gates.details | {"ages": list(ages)}).to(
+        gates.device
+    )
+    bank.weight1.copy_(gates.weight1.repeat(1, 1, times))
+    bank.bias1.copy_(gates.bias1.repeat(1, 1, times))
+    if times > 1:
+        noise = torch.randn(bank.weight1.shape, generator=torch.Generator().manual_seed(0)).to(gates.device)
+        bank.weight1.add_(noise * bank.weight1.std(dim=(1, 2), keepdim=True) / 100)
+    bank.weight2.copy_(gates.weight2.repeat(1, times, 1) / times)
+    bank.bias2.copy_(gates.bias2)
+    if not gates.ages:
+        bank.bias2.add_((ages[-1] / torch.tensor(ages, device=gates.device)).log() / 2)
+    return bank
+
+
+def queries_at(tokens: int, ages: Sequence[int], sinks: int, first: int, device: torch.device | None = None) -> Tensor:
+    """How many of the queries `first ≤ i < tokens` see each key at each age and before the next, int64
+    `[tokens, ages]`; sinks: 0."""
+    key = torch.arange(tokens, device=device)[:, None]
+    since = torch.tensor(ages, device=device)
+    older = (tokens - (key + since).clamp(min=first)).clamp(min=0)
+    at = torch.cat([older[:, :-1] - older[:, 1:], older[:, -1:]], dim=1)
+    return at.masked_fill(key < sinks, 0)
+
+
+def footprint(keep: Tensor, ages: Sequence[int], sinks: int, first: int) -> Tensor:
+    """Share of a full cache's keys that the queries from `first` on see: sinks and what is younger than the first age
+    in full, others by `keep`.
+
+    Args:
+        keep: `[heads, tokens, ages]`, of all heads of all layers.
+    """
+    tokens = keep.shape[1]
+    old = queries_at(tokens, ages, sinks, first, keep.device)
     full = (torch.arange(first, tokens, device=keep.device) + 1).sum()
-    in_full = full - beyond.sum()
-    return (in_full + (keep * beyond).sum(dim=-1).mean()) / full
+    in_full = full - old.sum()
+    return (in_full + (keep * old).sum(dim=(1, 2)).mean()) / full

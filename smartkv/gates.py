@@ -68,6 +68,8 @@ class GateBank(nn.Module, ModelHubMixin):
             )
         self.hidden, self.outputs = hidden, outputs
         self.details = details or {}
+        if self.ages and len(self.ages) != outputs:
+            raise SmartKVError(f"gates that judge for the ages {list(self.ages)} have an output each, not {outputs}")
         gates = len(self.layers) * fingerprint.kv_heads
 
         def uniform(*shape: int, fan_in: int) -> nn.Parameter:  # as nn.Linear does
@@ -85,6 +87,11 @@ class GateBank(nn.Module, ModelHubMixin):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.weight1.device
+
+    @property
+    def ages(self) -> tuple[int, ...]:
+        """For which the gates judge a key, in tokens, ascending, an output each; none: once and for all."""
+        return tuple(self.details.get("ages", ()))
 
     @property
     def heads(self) -> list[tuple[int, int]]:
@@ -116,14 +123,17 @@ class GateBank(nn.Module, ModelHubMixin):
         return (hidden @ self.weight2[here] + self.bias2[here]).float()
 
     def score(self, layer: int, keys: Tensor) -> Tensor:
-        """What a policy compares with its price, one figure a key: the larger, the longer it stays.
+        """What a policy compares with its price: the larger, the longer a key stays.
 
-        Args as `predict`; returns float32 `[batch, kv_heads, tokens]`.
+        Args as `predict`; returns float32 `[batch, kv_heads, tokens]`, and `[…, ages]` from gates that judge for ages.
         """
         return self.read(self.predict(layer, keys))
 
     def read(self, prediction: Tensor) -> Tensor:
-        """The score in what the gates put out, `[…, outputs]` -> `[…]`, by the objective they were trained on."""
+        """The score in what the gates put out, by the objective they were trained on: `[…, outputs]` -> `[…]`, or
+        `[…, ages]`, falling with age: what is gone does not come back."""
+        if self.ages:
+            return prediction.cummin(dim=-1).values
         objective = reading(self.details.get("target", ""), self.details.get("objective", {}))
         return prediction[..., 0] if objective is None else objective.score(prediction)
 

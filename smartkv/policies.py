@@ -5,11 +5,13 @@ the layer's rule, once, at the key's birth:
 
 * `window`: 0 tokens. Only the last `window` keys and the sinks are seen.
 * `gated`: `multiple · 4^y` tokens where the gate's prediction `y` exceeds the price, else 0. With the multiple at
-  infinity (the default) a key that is worth its price when it leaves the window stays for good.
+  infinity (the default) a key that is worth its price when it leaves the window stays for good. Gates that judge keys
+  for several ages say what a key is worth from each age on: it stays until the first at which that is not its price.
 * `full`: for good.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -252,21 +254,26 @@ class HybridPolicy:
             found.append(Cap(room, heads, window, self.sinks))
         return found
 
-    def times_to_live(self, rule: LayerRule, prediction: Tensor | None) -> Tensor | int:
+    def times_to_live(self, rule: LayerRule, prediction: Tensor | None, ages: Sequence[int] = ()) -> Tensor | int:
         """TTL in tokens by a layer's rule, from 0 to `FOREVER`; the window comes on top of it.
 
         Args:
             rule: of the layer.
             prediction: of the layer's gates, one a key, any shape; not read unless the rule is gated.
+            ages: tokens, ascending, of gates that judge a key for several: `prediction` is then `[…, ages]`, and falls
+                with age.
 
         Returns:
-            int64, shaped like `prediction`; one figure for all keys where the layer is not gated.
+            int64, a figure a key; one figure for all keys where the layer is not gated.
         """
         if rule.rule != "gated" or prediction is None:
             return FOREVER if rule.rule == "full" else 0
         price = rule.price if rule.price is not None else self.price
         if price is None:
             raise SmartKVError(f"policy '{self.name}' has no price for layers {rule.layers}: give it, or solve it")
+        if ages:
+            until = torch.tensor([0, *ages[1:], FOREVER], device=prediction.device)
+            return until[(prediction > price).sum(dim=-1)]
         multiple = math.inf if self.multiple is None else self.multiple
         if math.isinf(multiple):
             ttl = torch.full_like(prediction, FOREVER, dtype=torch.int64)

@@ -1,12 +1,14 @@
 """Attention under a soft eviction, through which gates learn from what the model loses.
 
-Query `i` sees key `j` in full while `i − j < window` or where `j` is a sink; afterwards the key's weight before
-normalisation, `exp(score)`, is multiplied by `keep_j` in (0, 1]. At `keep` 0 or 1 this is the rule of
-`smartkv.policies`, in between it has a gradient. (The relaxation of DMS, Łańcucki et al. 2025, arXiv 2506.05345.)
+Query `i` sees key `j` in full while `i − j < ages[0]` or where `j` is a sink; afterwards the key's weight before
+normalisation, `exp(score)`, is multiplied by `keep_js` in (0, 1], which may be another one from each age on:
+`ages[s] ≤ i − j < ages[s + 1]`. At `keep` 0 or 1, falling with age, this is the rule of `smartkv.policies`, in between
+it has a gradient. (The relaxation of DMS, Łańcucki et al. 2025, arXiv 2506.05345, with ages.)
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from smartkv.attention import default_scaling, hook_keys
 from smartkv.backbones import attention_modules
+from smartkv.blocks import FOREVER
 
 SOFT = "smartkv_soft"
 BLOCK = 128  # queries at a time: memory grows with tokens × block, never with tokens²
@@ -25,10 +28,10 @@ LogKeep = Callable[[int, Tensor], Tensor]
 
 
 class _Shape(NamedTuple):
-    """Figures of one call: factor on the scores, tokens that see a key in full, sinks, the model's own window."""
+    """Figures of one call: factor on the scores, ages from which on keys count less, sinks, the model's own window."""
 
     scaling: float
-    window: int
+    ages: tuple[int, ...]
     sinks: int
     sliding_window: int | None
 
@@ -67,8 +70,8 @@ class _SoftAttention(torch.autograd.Function):
             d_value[:, :, keys] += weights.flatten(2, 3).to(value.dtype).mT @ grads
             d_scores = (grads @ value[:, :, keys].mT).unflatten(2, weights.shape[2:4]).float()
             d_scores = d_scores.sub_(mean[..., here, None]).mul_(weights)
-            for columns, far in _beyond_window(start, scores.shape[-2], ctx.shape, key.device):
-                d_log_keep[:, :, columns] += (d_scores[..., columns] * far).sum(dim=(2, 3))
+            for age, columns, far in _aged(start, scores.shape[-2], ctx.shape, key.device):
+                d_log_keep[age, :, :, columns] += (d_scores[..., columns] * far).sum(dim=(2, 3))
             d_scores = d_scores.mul_(ctx.shape.scaling).to(key.dtype).flatten(2, 3)
             d_query[:, :, :, here] = (d_scores @ key[:, :, keys]).unflatten(2, weights.shape[2:4])
             d_key[:, :, keys] += d_scores.mT @ grouped[:, :, :, here].flatten(2, 3)
@@ -79,8 +82,8 @@ def _scores(queries: Tensor, key: Tensor, log_keep: Tensor, start: int, shape: _
     """float32 `[batch, kv_heads, group, queries, keys up to the block's last query]`, −inf where nothing is seen."""
     stop = start + queries.shape[3]
     scores = (queries.flatten(2, 3) @ key[:, :, :stop].mT).float().mul_(shape.scaling).unflatten(2, queries.shape[2:4])
-    for columns, far in _beyond_window(start, stop - start, shape, key.device):
-        scores[..., columns] += log_keep[:, :, None, None, columns] * far
+    for age, columns, far in _aged(start, stop - start, shape, key.device):
+        scores[..., columns] += log_keep[age, :, :, None, None, columns] * far
     index = torch.arange(start, stop, device=key.device)[:, None]
     scores[..., start:].masked_fill_(index.mT > index, float("-inf"))
     if shape.sliding_window is not None and stop > shape.sliding_window:
@@ -89,16 +92,21 @@ def _scores(queries: Tensor, key: Tensor, log_keep: Tensor, start: int, shape: _
     return scores
 
 
-def _beyond_window(start: int, queries: int, shape: _Shape, device: torch.device) -> Iterator[tuple[slice, Any]]:
-    """Columns of keys that some of a block's queries see no longer in full, and which of them: 1 for all, or bool
-    `[queries, columns]`."""
-    first = max(shape.sinks, start - shape.window + 1)  # keys before it have left the window of every query
-    if first > shape.sinks:
-        yield slice(shape.sinks, first), 1.0
-    last = start + queries - shape.window
-    if last > first - 1:
-        index = torch.arange(start, start + queries, device=device)[:, None]
-        yield slice(first, last), index - torch.arange(first, last, device=device) >= shape.window
+def _aged(start: int, queries: int, shape: _Shape, device: torch.device) -> Iterator[tuple[int, slice, Any]]:
+    """Of each age's number: columns of the keys that some of a block's queries see at that age and before the next,
+    and which queries see which: 1 for all, or bool `[queries, columns]`."""
+    last, index = start + queries - 1, torch.arange(start, start + queries, device=device)[:, None]
+    for number, (age, until) in enumerate(pairwise((*shape.ages, FOREVER))):
+        first, stop = max(shape.sinks, start - until + 1), last - age + 1  # some query sees these at that age
+        whole = slice(max(first, last - until + 1), min(stop, start - age + 1))  # and all queries these
+        if whole.start >= whole.stop:
+            whole = slice(first, first)
+        else:
+            yield number, whole, 1.0
+        for part in (slice(first, whole.start), slice(whole.stop, stop)):
+            if part.start < part.stop:
+                old = index - torch.arange(part.start, part.stop, device=device)
+                yield number, part, (old >= age) & (old < until)
 
 
 def soft_attention(
@@ -107,33 +115,36 @@ def soft_attention(
     value: Tensor,
     log_keep: Tensor,
     scaling: float,
-    window: int,
+    ages: tuple[int, ...],
     sinks: int = 4,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Causal attention in which keys beyond the window count as much as they are kept. Gradients flow to all four.
+    """Causal attention in which keys count as much as they are kept at their age. Gradients flow to all four.
 
     Args:
         query: `[batch, query_heads, tokens, head_dim]`, after the rotary embedding.
         key, value: `[batch, kv_heads, tokens, head_dim]`.
-        log_keep: float32 `[batch, kv_heads, tokens]`, log of the share that is kept, at most 0.
+        log_keep: float32 `[ages, batch, kv_heads, tokens]`, log of the share that is kept from each age on, until the
+            next.
         scaling: factor on the scores.
-        window: queries that see a key in full, its own included; at least 1.
+        ages: tokens, ascending, at least 1; before the first a key is seen in full.
         sinks: keys at the start that are always seen in full.
         sliding_window: of the model itself: beyond it nothing is seen; None: it has none.
 
     Returns:
         Like `query`.
     """
-    found: Tensor = _SoftAttention.apply(query, key, value, log_keep, _Shape(scaling, window, sinks, sliding_window))
+    found: Tensor = _SoftAttention.apply(
+        query, key, value, log_keep, _Shape(scaling, tuple(ages), sinks, sliding_window)
+    )
     return found
 
 
 class _Rule:
     """What the attention modules find while a model is softly evicted."""
 
-    def __init__(self, log_keep: LogKeep, window: int, sinks: int) -> None:
-        self.log_keep, self.window, self.sinks = log_keep, window, sinks
+    def __init__(self, log_keep: LogKeep, ages: tuple[int, ...], sinks: int) -> None:
+        self.log_keep, self.ages, self.sinks = log_keep, ages, sinks
         self.of_layer: dict[int, Tensor] = {}
 
     def on_keys(self, module: nn.Module, keys: Tensor) -> None:
@@ -156,7 +167,7 @@ def _attention(
     scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
     log_keep = rule.of_layer.pop(layer)
-    output = soft_attention(query, key, value, log_keep, scaling, rule.window, rule.sinks, sliding_window)
+    output = soft_attention(query, key, value, log_keep, scaling, rule.ages, rule.sinks, sliding_window)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -169,17 +180,17 @@ AttentionMaskInterface.register(SOFT, _no_mask)
 
 
 @contextmanager
-def softly_evicted(model: PreTrainedModel, log_keep: LogKeep, window: int, sinks: int = 4) -> Iterator[None]:
+def softly_evicted(model: PreTrainedModel, log_keep: LogKeep, ages: tuple[int, ...], sinks: int = 4) -> Iterator[None]:
     """Inside, forward passes of `model` (no padding, no cache) attend under a soft eviction.
 
     The model is as it was on leaving, also after an exception.
 
     Args:
         log_keep: called with (layer, its keys before the rotary embedding `[batch, kv_heads, tokens, head_dim]`);
-            returns float32 `[batch, kv_heads, tokens]`.
-        window, sinks: as `soft_attention`.
+            returns float32 `[ages, batch, kv_heads, tokens]`.
+        ages, sinks: as `soft_attention`.
     """
-    rule, modules = _Rule(log_keep, window, sinks), attention_modules(model)
+    rule, modules = _Rule(log_keep, ages, sinks), attention_modules(model)
     implementation = model.config._attn_implementation
     try:
         for module in modules:

@@ -22,7 +22,7 @@ from eval.conversation import Conversation, RecordingCache
 from eval.page import UNDECIDED
 from eval.terminal import Answer
 from smartkv import GateBank, HybridPolicy, load_backbone
-from smartkv.backbones import load_tokenizer
+from smartkv.backbones import Fingerprint, load_tokenizer
 from tests.eval.conftest import TEMPLATE
 
 PROMPT = "the river ran down to an old mill where nobody had lived since winter"
@@ -167,6 +167,16 @@ def test_what_is_not_judged_yet_is_left_open(tiny_backbone: Path, random_gates: 
     want = torch.stack([cache.gates.predict(layer, keys)[0, ..., 0] for layer in range(2)])
     assert torch.equal(predictions[..., :5], want.detach()) and predictions[..., 5:].isnan().all()
     assert (expiry[..., 5:] == UNDECIDED).all() and (expiry[..., :5] > 5).all()
+
+
+def test_of_gates_that_judge_for_ages_the_last_is_shown(tiny_backbone: Path) -> None:
+    lm = load_backbone(str(tiny_backbone), "float32")
+    gates = GateBank(Fingerprint.of(lm.model), outputs=2, details={"ages": [4, 16]})
+    cache, keys = RecordingCache(lm.model, gates, FULL), torch.randn(1, 2, 5, 8)
+    for layer in range(2):
+        cache.expiry(layer, keys, torch.arange(5)[None], None)
+    want = torch.stack([gates.score(layer, keys)[0, ..., 1] for layer in range(2)])
+    assert torch.equal(cache.decisions(5)[0], want.detach())
 
 
 @pytest.mark.parametrize("text", ["plain words", "été — “quoted” 🐈\n\n  end", "🐈"])

@@ -16,6 +16,7 @@ from datamodules.token_windows import TokenWindows
 from lightning_modules.distillation import DistilledGates
 from smartkv import GateBank, HybridPolicy, LifespanCache, load_backbone
 from smartkv.distillation import footprint
+from smartkv.errors import SmartKVError
 from tests.lightning_fixtures import error_line, prose, refused, run_cli, run_command, write_config
 from tests.models import save_random_gates
 
@@ -37,7 +38,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path
 
 
 def config(out: Path, backbone: Path, texts: Path, start: Path, **changes: Any) -> dict[str, Any]:
-    model = {"gates": str(start), "backbone": str(backbone), "dtype": "float32", "window": 8, "threads": 1}
+    model = {"gates": str(start), "backbone": str(backbone), "dtype": "float32", "ages": [8, 24], "threads": 1}
     data = {"sources": [{"name": "mine", "path": str(texts)}], "windows": {"train": 12, "validation": 2},
             "backbone": str(backbone), "window": TOKENS, "windows_per_document": 20, "batch_size": 2}  # fmt: skip
     callbacks = [
@@ -77,7 +78,7 @@ def test_the_exported_gates_serve_a_cache_with_the_policy_that_goes_with_them(
     model = load_backbone(str(tiny_backbone), "float32").model
     gates = GateBank.from_pretrained(distilled / "export", model)
     policy = HybridPolicy.from_dict(gates.details["policy"])
-    assert gates.details["target"] == "log worth" and policy.open == "price"
+    assert gates.details["target"] == "log worth" and gates.ages == (8, 24) and policy.open == "price"
     cache = LifespanCache(model, gates, policy.closed(math.log(0.4)))
     model(torch.arange(60)[None] % 50, past_key_values=cache)
     assert 0 < cache.footprint < 1
@@ -96,7 +97,6 @@ def test_training_lowers_what_it_minimises(distilled: Path, tiny_backbone: Path,
         return total
 
     with torch.no_grad():
-        module.on_fit_start()
         before = objective()
         state = torch.load(distilled / "checkpoints" / "step=12.ckpt", weights_only=True)["state_dict"]
         module.load_state_dict(state)
@@ -106,9 +106,8 @@ def test_training_lowers_what_it_minimises(distilled: Path, tiny_backbone: Path,
 def test_at_the_start_the_prices_span_a_twentieth_to_a_third_of_what_is_beyond_the_window(
     tiny_backbone: Path, texts: Path, start: Path
 ) -> None:
-    module, data = module_of(tiny_backbone, texts, start, calibration_windows=12, window=2, sinks=1)
+    module, data = module_of(tiny_backbone, texts, start, calibration_windows=12, ages=(2,), sinks=1)
     with torch.no_grad():
-        module.on_fit_start()
         kept = {
             price: torch.stack(
                 [
@@ -118,7 +117,7 @@ def test_at_the_start_the_prices_span_a_twentieth_to_a_third_of_what_is_beyond_t
             ).mean()
             for price in (module.hparams.price_low, module.hparams.price_high)
         }
-    in_full = float(footprint(torch.zeros(1, TOKENS), 2, 1, 24))
+    in_full = float(footprint(torch.zeros(1, TOKENS, 1), [2], 1, 24))
     beyond = [(float(share) - in_full) / (1 - in_full) for share in kept.values()]
     assert beyond == pytest.approx([0.35, 0.05], abs=0.06)
 
@@ -128,7 +127,7 @@ def module_of(backbone: Path, texts: Path, start: Path, **settings: Any) -> tupl
     data = TokenWindows(
         [SourceConfig("mine", path=str(texts))], Counts(12, 2), str(backbone), TOKENS, windows_per_document=20
     )
-    settings = {"window": 8, "threads": 1, "dtype": "float32"} | settings
+    settings = {"ages": (8, 24), "threads": 1, "dtype": "float32"} | settings
     module = DistilledGates(str(start), str(backbone), **settings)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=str(texts))
     trainer.datamodule = data
@@ -137,6 +136,16 @@ def module_of(backbone: Path, texts: Path, start: Path, **settings: Any) -> tupl
     module.setup("fit")
     module.configure_model()
     return module, data
+
+
+def test_training_goes_on_from_gates_that_were_distilled_for_the_same_ages(
+    distilled: Path, tiny_backbone: Path, texts: Path
+) -> None:
+    module, _ = module_of(tiny_backbone, texts, distilled / "export")
+    want = GateBank.from_pretrained(distilled / "export")
+    torch.testing.assert_close(module.bank.state_dict(), want.state_dict(), atol=0, rtol=0)
+    with pytest.raises(SmartKVError, match=r"judge for ages \[8, 24\], not for \[8, 16\]"):
+        module_of(tiny_backbone, texts, distilled / "export", ages=(8, 16))
 
 
 def test_two_processes_train_what_one_does(
@@ -168,7 +177,10 @@ def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(
     ("wrong", "said"),
     [
         ({"model": {"price_low": 2.0}}, "price_high must be above price_low, got 2.0 to 1.6"),
-        ({"model": {"window": 0}}, "window must be above 0, got 0"),
+        ({"model": {"temperature": 0}}, "temperature must be above 0, got 0"),
+        ({"model": {"ages": [16, 8]}}, "ages must be numbers of tokens, ascending, the first at least 1, got [16, 8]"),
+        ({"model": {"ages": []}}, "ages must be numbers of tokens"),
+        ({"model": {"hidden": 65}}, "hidden units can become a multiple of that wide, not 65"),
         ({"model": {"score_from": 95}}, "score_from must lie between sinks and the window of 96"),
         ({"model": {"backbone": "elsewhere"}}, "they must be the same"),
         ({"data": {"windows": {"train": 2, "validation": 0}}}, "train and validation must be at least 1 each"),

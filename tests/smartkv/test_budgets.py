@@ -58,6 +58,20 @@ def test_the_footprint_is_a_plain_count(policy: HybridPolicy) -> None:
     assert calibration.footprint(policy) == pytest.approx(counted(policy, calibration), abs=1e-12)
 
 
+def test_the_footprint_of_gates_that_judge_for_ages_is_a_plain_count() -> None:
+    predictions = torch.randn(1, 2, TOKENS, 2, generator=torch.Generator().manual_seed(0)).cummin(dim=-1).values
+    calibration = Calibration({0: predictions}, 1, TOKENS, FIRST, TOKENS - 1, ages=(3, 7))
+    visible = 0
+    for number, (first, second) in enumerate(predictions.flatten(0, 2).tolist()):
+        key = number % TOKENS
+        for query in range(max(FIRST, key), TOKENS - 1):
+            ttl = math.inf if second > 0.1 else 7 if first > 0.1 else 3
+            visible += key < 1 or query - key < ttl
+    full = 2 * sum(query + 1 for query in range(FIRST, TOKENS - 1))
+    policy = HybridPolicy((GATED,), sinks=1, price=0.1)
+    assert calibration.footprint(policy) == pytest.approx(visible / full, abs=1e-12)
+
+
 @pytest.mark.parametrize("target", [0.4, 0.6])
 @pytest.mark.parametrize("figures", [{"price": None}, {"price": -math.inf, "multiple": None}])
 def test_solving_comes_up_to_the_target_within_one_key(figures: dict[str, float | None], target: float) -> None:

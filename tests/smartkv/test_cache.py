@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from smartkv.backbones import Fingerprint
+from smartkv.blocks import FOREVER
 from smartkv.cache import LifespanCache
 from smartkv.gates import GateBank
 from smartkv.policies import HybridPolicy, LayerRule
@@ -83,18 +84,21 @@ def test_a_row_of_a_padded_batch_is_as_if_it_were_alone(family: str, side: str) 
         torch.testing.assert_close(together[row, real[row]], logits[0], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("multiple", [float("inf"), 1.0])
+@pytest.mark.parametrize(("multiple", "ages"), [(float("inf"), ()), (1.0, ()), (float("inf"), (3, 5, 9))])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_real_gates_the_logits_follow_from_the_recorded_decisions(family: str, multiple: float) -> None:
+def test_with_real_gates_the_logits_follow_from_the_recorded_decisions(
+    family: str, multiple: float, ages: tuple[int, ...]
+) -> None:
     model = MODELS[family]
     torch.manual_seed(1)
-    gates = GateBank(Fingerprint.of(model))
-    policy = HybridPolicy((LayerRule("all", "gated", 3),), sinks=1, price=0.0, multiple=multiple)
+    gates = GateBank(Fingerprint.of(model), outputs=len(ages) or 1, details={"ages": ages} if ages else {})
+    policy = HybridPolicy((LayerRule("all", "gated", 3),), sinks=1, price=-0.15 if ages else 0.0, multiple=multiple)
     ids, real = token_ids(24, 8)[None], torch.ones(1, 24, dtype=torch.bool)
     cache = Recording(model, gates, policy, chunk=4)
     got = fed(model, cache, ids, real, [5, 6, 17])
     decided = [torch.cat(cache.decided[layer], dim=2) for layer in range(model.config.num_hidden_layers)]
     assert 0.05 < torch.stack(decided).bool().float().mean() < 0.95  # some stay, some go
+    assert not ages or torch.stack(decided).unique().tolist() == [0, 5, 9, FOREVER]
     masks = [visibility(ttl, 3, 1, real, sliding(model)) for ttl in decided]
     torch.testing.assert_close(got, masked_logits(model, ids, masks, real), atol=1e-4, rtol=0)
 

@@ -1,5 +1,6 @@
 """A hard budget: at most so many keys a head or a layer, whatever the chunks."""
 
+import math
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -151,11 +152,13 @@ def test_a_cap_and_a_footprint_exclude_each_other() -> None:
         solve(policy, 0.5, Calibration.without_gates(2, 64))
 
 
-def test_gates_decide_under_a_cap_too() -> None:
+@pytest.mark.parametrize(("multiple", "ages"), [(2.0, ()), (math.inf, (4, 9, 20))])
+def test_gates_decide_under_a_cap_too(multiple: float, ages: tuple[int, ...]) -> None:
     model = MODELS["qwen2"]
     torch.manual_seed(2)
-    gates, ids = GateBank(Fingerprint.of(model)), token_ids(60)[None]
-    policy = HybridPolicy((LayerRule("all", "gated", 4),), sinks=1, price=0.0, multiple=2.0, max_tokens=12)
+    gates = GateBank(Fingerprint.of(model), outputs=len(ages) or 1, details={"ages": ages} if ages else {})
+    ids = token_ids(60)[None]
+    policy = HybridPolicy((LayerRule("all", "gated", 4),), sinks=1, price=0.0, multiple=multiple, max_tokens=12)
     seen: list[Tensor] = []
     for cuts in ([], list(range(20, 60))):
         cache = LifespanCache(model, gates, policy, chunk=16)

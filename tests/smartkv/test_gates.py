@@ -26,7 +26,9 @@ quick = settings(deadline=None, max_examples=30, derandomize=True)
 def make_bank(layers: list[int] | None = None, outputs: int = 1, seed: int = 0, **parts: Any) -> GateBank:
     """A small random bank."""
     torch.manual_seed(seed)
-    return GateBank(parts.pop("fingerprint", SHAPE), layers, hidden=6, outputs=outputs, details=DETAILS)
+    return GateBank(
+        parts.pop("fingerprint", SHAPE), layers, hidden=6, outputs=outputs, details=parts.pop("details", DETAILS)
+    )
 
 
 def one_gate(bank: GateBank, gate: int) -> nn.Sequential:
@@ -57,6 +59,16 @@ def test_a_bank_answers_as_its_gates_one_by_one(outputs: int, layers: list[int] 
     separate = torch.stack([one_gate(bank, gate)(keys[gate]) for gate in range(len(bank))])
     assert separate.shape == (8 if layers is None else 4, 11, outputs)
     torch.testing.assert_close(bank(keys), separate, atol=1e-6, rtol=0)
+
+
+def test_gates_that_judge_for_ages_have_an_output_each_and_their_score_falls_with_age() -> None:
+    with pytest.raises(SmartKVError, match=r"ages \[4, 16\] have an output each, not 1"):
+        make_bank(details={"ages": [4, 16]})
+    bank = make_bank(outputs=2, details={"ages": [4, 16]})
+    keys = torch.randn(1, 2, 50, 8)
+    own, score = bank.predict(0, keys), bank.score(0, keys)
+    assert bank.ages == (4, 16) and make_bank().ages == ()
+    assert torch.equal(score[..., 0], own[..., 0]) and torch.equal(score[..., 1], own.min(dim=-1).values)
 
 
 def test_gates_are_ordered_by_layer_then_head() -> None:

@@ -70,6 +70,13 @@ def test_a_gated_ttl_follows_the_formula(multiple: float, own: float | None) -> 
         assert found == (lives if y > price else 0)
 
 
+def test_gates_that_judge_for_ages_keep_a_key_until_the_first_at_which_it_is_not_worth_its_price() -> None:
+    rule = LayerRule("all", "gated", 8)
+    prediction = torch.tensor([[0.9, 0.8, 0.71], [0.9, 0.8, 0.7], [0.9, 0.1, 0.0], [0.7, 0.6, 0.5]])
+    ttl = HybridPolicy((rule,), price=0.7).times_to_live(rule, prediction, ages=(8, 32, 128))
+    assert ttl.tolist() == [FOREVER, 128, 32, 0]
+
+
 def test_other_rules_need_no_prediction() -> None:
     for rule, expected in ((LayerRule("all", "window", 8), 0), (LayerRule("all", "full"), FOREVER)):
         assert HybridPolicy((rule,)).times_to_live(rule, None) == expected

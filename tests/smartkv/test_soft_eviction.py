@@ -13,7 +13,9 @@ from tests.smartkv.cache_fixtures import MODELS, random_ttl, sliding
 from tests.smartkv.masked_reference import masked_logits, visibility
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scaling: float, window: int, sinks: int, own: int) -> Tensor:
+def naive(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scaling: float, ages: list[int], sinks: int, own: int
+) -> Tensor:
     """One query at a time."""
     group, rows = q.shape[1] // k.shape[1], []
     for row in range(q.shape[0]):
@@ -24,8 +26,9 @@ def naive(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scaling: float, window:
                 weights = []
                 for j in range(max(0, i - own + 1), i + 1):
                     weight = (q[row, head, i] @ k[row, head // group, j] * scaling).exp()
-                    in_full = i - j < window or j < sinks
-                    weights.append(weight if in_full else weight * keep[row, head // group, j])
+                    reached = [age for age, until in enumerate(ages) if i - j >= until]
+                    in_full = not reached or j < sinks
+                    weights.append(weight if in_full else weight * keep[reached[-1], row, head // group, j])
                 total = torch.stack(weights)
                 outputs.append((total / total.sum()) @ v[row, head // group, i + 1 - len(weights) : i + 1])
             heads.append(torch.stack(outputs))
@@ -37,26 +40,31 @@ def naive(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scaling: float, window:
 @given(
     seed=st.integers(0, 10_000),
     tokens=st.integers(1, 14),
-    window=st.integers(1, 16),
+    ages=st.sets(st.integers(1, 16), min_size=1, max_size=4).map(sorted),
     sinks=st.integers(0, 4),
     own=st.one_of(st.none(), st.integers(1, 14)),
     block=st.integers(1, 16),
 )
 def test_output_and_gradients_are_those_of_plain_loops(
-    seed: int, tokens: int, window: int, sinks: int, own: int | None, block: int
+    seed: int, tokens: int, ages: list[int], sinks: int, own: int | None, block: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).requires_grad_()
 
-    q, k, v, log_keep = draw(2, 4, tokens, 3), draw(2, 2, tokens, 3), draw(2, 2, tokens, 3), draw(2, 2, tokens)
+    q, k, v, log_keep = (
+        draw(2, 4, tokens, 3),
+        draw(2, 2, tokens, 3),
+        draw(2, 2, tokens, 3),
+        draw(len(ages), 2, 2, tokens),
+    )
     grad = torch.randn(2, 4, tokens, 3, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("smartkv.soft_eviction.BLOCK", block)
-        got = soft_attention(q, k, v, log_keep, 0.7, window, sinks, own)
+        got = soft_attention(q, k, v, log_keep, 0.7, tuple(ages), sinks, own)
         got_gradients = torch.autograd.grad(got, (q, k, v, log_keep), grad)
-    want = naive(q, k, v, log_keep.exp(), 0.7, window, sinks, own or tokens)
+    want = naive(q, k, v, log_keep.exp(), 0.7, ages, sinks, own or tokens)
     want_gradients = torch.autograd.grad(want, (q, k, v, log_keep), grad, allow_unused=True)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     for ours, theirs in zip(got_gradients, want_gradients, strict=True):
@@ -65,26 +73,31 @@ def test_output_and_gradients_are_those_of_plain_loops(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keeping_all_or_nothing_is_the_hard_rule(family: str) -> None:
-    model, tokens = MODELS[family], 18
+    model, tokens, ages = MODELS[family], 18, (3, 6, 11)
     ids, real = token_ids(2 * tokens, 3).view(2, tokens), torch.ones(2, tokens, dtype=torch.bool)
-    ttl = random_ttl(model, 2, tokens, 5) > 4  # [layers, batch, kv_heads, tokens]: for good, or not
-    masks = [visibility(layer * 1000, 3, 2, real, sliding(model)) for layer in ttl]
-    with torch.inference_mode(), softly_evicted(model, lambda layer, _: torch.where(ttl[layer], 0.0, -1e4), 3, 2):
+    drawn = random_ttl(model, 2, tokens, 5)  # [layers, batch, kv_heads, tokens]
+    ttl = torch.tensor([3, 6, 11, 1000])[drawn % 4]
+    masks = [visibility(layer, 3, 2, real, sliding(model)) for layer in ttl]
+
+    def log_keep(layer: int, _: Tensor) -> Tensor:
+        return torch.stack([torch.where(ttl[layer] > age, 0.0, -1e4) for age in ages])
+
+    with torch.inference_mode(), softly_evicted(model, log_keep, ages, 2):
         got = model(ids, use_cache=False).logits
     torch.testing.assert_close(got, masked_logits(model, ids, masks, real), atol=1e-4, rtol=0)
-    assert 0 < ttl.float().mean() < 1
+    assert ttl.unique().tolist() == [3, 6, 11, 1000]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_tells_a_gate_of_the_first_layer_what_its_key_is_worth(family: str) -> None:
     """Against a difference quotient through the whole model."""
     model, ids = MODELS[family], token_ids(16, 2)[None]
-    log_keep = torch.full((2, 1, Fingerprint.of(model).kv_heads, 16), -0.5, requires_grad=True)
+    log_keep = torch.full((2, 2, 1, Fingerprint.of(model).kv_heads, 16), -0.5, requires_grad=True)
     direction = torch.zeros_like(log_keep)
-    direction[0, 0, 1, 3:9] = 1.0
+    direction[0, 1, 0, 1, 3:9] = 1.0  # of the second age
 
     def loss(log_keep: Tensor) -> Tensor:
-        with softly_evicted(model, lambda layer, _: log_keep[layer], 2, 1):
+        with softly_evicted(model, lambda layer, _: log_keep[layer], (2, 5), 1):
             return model(ids, labels=ids, use_cache=False).loss
 
     (gradient,) = torch.autograd.grad(loss(log_keep), log_keep)
@@ -101,7 +114,7 @@ def test_the_model_is_as_it_was_also_after_an_error() -> None:
     def broken(layer: int, keys: Tensor) -> Tensor:
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), softly_evicted(model, broken, 4):
+    with pytest.raises(ZeroDivisionError), softly_evicted(model, broken, (4,)):
         model(ids, use_cache=False)
     assert model.config._attn_implementation == implementation and torch.equal(model(ids).logits, before)
     assert not any(name.startswith("_smartkv") for module in model.modules() for name in vars(module))
