@@ -58,6 +58,10 @@ class WindowPlan:
         """The tokens of one split's windows, `[windows, window]`."""
         return self.tokens[self.split == SPLITS.index(split)]
 
+    def documents_of_split(self, split: str) -> list[int]:
+        """The document that each of one split's windows begins with, an index into `documents`."""
+        return self.document[self.split == SPLITS.index(split), 0].tolist()
+
 
 def plan_windows(
     sources: list[SourceConfig],

@@ -1,9 +1,11 @@
 """A frontier: what each policy loses at each footprint, and what it needs beside the sliding window."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.table import Table
@@ -111,11 +113,24 @@ def won(points: list[Point]) -> str:
     return "\n".join(lines) or "no policy lost as much, or as little, as the sliding window at any of its footprints"
 
 
-def equal_loss_ratio(point: Point, reference: list[Point]) -> tuple[float, tuple[float, float]] | None:
+class OnFrontier(Protocol):
+    """A footprint, and what is lost there: the mean, and of each window."""
+
+    footprint: float
+    delta_nll: float
+    delta_nll_window: list[float]
+
+
+def equal_loss_ratio(
+    point: OnFrontier, reference: Sequence[OnFrontier], groups: Sequence[int] | None = None
+) -> tuple[float, tuple[float, float]] | None:
     """The point's footprint ÷ the footprint at which the reference loses as much, with a 95 % interval over windows.
 
     Between two of its points the reference is a straight line in log footprint and log ΔNLL. None where its points
     do not reach that loss.
+
+    Args:
+        groups: of each window, as `bootstrap` takes them.
     """
     curve = sorted(reference, key=lambda p: p.footprint)
     if len(curve) < 2:
@@ -131,7 +146,17 @@ def equal_loss_ratio(point: Point, reference: list[Point]) -> tuple[float, tuple
     middle = float(ratio(torch.ones(1, len(own), dtype=torch.float64)))
     if math.isnan(middle):
         return None
-    return middle, bootstrap(len(own), ratio)
+    return middle, bootstrap(len(own), ratio, groups=groups)
+
+
+def loss_at(footprint: float, curve: Sequence[OnFrontier]) -> float | None:
+    """ΔNLL of a curve at a footprint, straight between its points in the logs of both; None beyond them."""
+    points = sorted((p.footprint, max(p.delta_nll, 1e-9)) for p in curve)
+    for (left, high), (right, low) in pairwise(points):
+        if left <= footprint <= right:
+            share = (math.log(footprint) - math.log(left)) / (math.log(right) - math.log(left))
+            return math.exp(math.log(high) + share * (math.log(low) - math.log(high)))
+    return None
 
 
 def _footprint_at(curve_loss: Tensor, loss: Tensor, log_footprint: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """`python -m eval perplexity`: what a model loses when keys are evicted, by policy and footprint."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +10,9 @@ from callbacks.console import make_console
 from callbacks.pictures import frontier, lines_by_layer
 from datamodules.documents import plan_windows
 from datamodules.sources import SourceConfig
+from eval.cells import Cells, digest, digests
 from eval.frontiers import REFERENCE, Point, equal_loss_ratio, frontier_table
-from eval.results import read_result, save_picture, write_result
+from eval.results import save_picture, write_result
 from smartkv import backbones
 from smartkv.backbones import Backbone, load_backbone, read_architecture
 from smartkv.budgets import Calibration, solve
@@ -22,7 +21,6 @@ from smartkv.gates import GateBank
 from smartkv.lifespans import check_window
 from smartkv.perplexity import EvictedWindow, evicted_nll, full_cache_bytes, window_nll
 from smartkv.policies import HybridPolicy
-from smartkv.shards import write_atomically
 
 CELLS = "perplexity.cells"
 
@@ -112,13 +110,13 @@ def perplexity(
                 progress.console.print(f"left out: {error}", highlight=False)
         if not solved:
             raise SmartKVError("no policy can keep any of the footprints that were asked for")
-        runner = _Cells(lm, bank, plan.of_split(split), settings, Path(out), progress, len(solved) + 1)
+        runner = _Runner(lm, bank, plan.of_split(split), settings, Path(out), progress, len(solved) + 1)
         full, points = runner.full(), [runner.point(policy, target) for policy, target in solved]
     _write(console, Path(out), settings, full, points)
 
 
-class _Cells:
-    """Measured windows, one file for all; a window that is there is not measured again."""
+class _Runner:
+    """Reads all windows under each policy."""
 
     def __init__(
         self,
@@ -132,18 +130,13 @@ class _Cells:
     ) -> None:
         self.lm, self.gates, self.windows, self.settings = lm, gates, windows, settings
         self.progress, self.task = progress, progress.add_task("Perplexity", total=cells * len(windows))
-        self.path = out / CELLS
-        weights = {} if gates is None else {k: hashlib.sha256(v.cpu().numpy()).hexdigest() for k, v in _state(gates)}
-        self.key = {**settings, "weights": weights, "tokens": hashlib.sha256(windows.numpy()).hexdigest()}
-        self.done: dict[str, Any] = read_result(self.path) if self.path.exists() else {}
+        key = {**settings, "weights": digests(gates), "tokens": digest(windows)}
+        self.cells = Cells(out / CELLS, key)
 
     def _measured(self, key: dict[str, Any], number: int, measure: Any) -> Any:
-        name = hashlib.sha256(json.dumps([self.key, key, number], sort_keys=True).encode()).hexdigest()[:24]
-        if name not in self.done:
-            self.done[name] = measure(self.windows[number])
-            write_atomically(self.path, json.dumps(self.done).encode())
+        found = self.cells.measured([key, number], lambda: measure(self.windows[number]))
         self.progress.advance(self.task)
-        return self.done[name]
+        return found
 
     def full(self) -> list[float]:
         """NLL of each window under the full cache."""
@@ -170,10 +163,6 @@ class _Cells:
         found = [EvictedWindow(c["nll"], torch.tensor(c["footprint"]).double(), c["peak_bytes"]) for c in cells]
         full_bytes = full_cache_bytes(self.lm.model, self.windows.shape[1] - 1)
         return Point.of(policy, target, self.nll, found, full_bytes)
-
-
-def _state(gates: GateBank) -> list[tuple[str, torch.Tensor]]:
-    return sorted(gates.state_dict().items())
 
 
 def _write(console: Any, out: Path, settings: dict[str, Any], full: list[float], points: list[Point]) -> None:

@@ -156,13 +156,16 @@ class DistilledGates(L.LightningModule):
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def losses(self, ids: Tensor, price: float, hard: bool, places: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, ids: Tensor, price: float, hard: bool, places: Tensor, teacher: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Divergence (nats a token, over the queries at `places`) and footprint of one window.
 
         Args:
             ids: int64 `[tokens]`.
             price: log of nats.
             hard: keys stay or go, as in the cache; else by the share that they are kept.
+            teacher: what `full` returns of these ids; None: it is computed.
         """
         h, kept = self.hparams, []
 
@@ -176,12 +179,16 @@ class DistilledGates(L.LightningModule):
             return log.movedim(-1, 0)
 
         base = self.lm.model.base_model
-        with torch.no_grad():
-            teacher = base(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        teacher = self.full(ids) if teacher is None else teacher
         with softly_evicted(self.lm.model, log_keep, h.ages, h.sinks):
             hidden = base(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         lost = divergence(hidden[places], teacher[places], self.lm.model.get_output_embeddings())
         return lost, footprint(torch.cat(kept), h.ages, h.sinks, self.first)
+
+    @torch.no_grad()
+    def full(self, ids: Tensor) -> Tensor:
+        """Last hidden states under a full cache, `[tokens, hidden]`."""
+        return self.lm.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
 
     def training_step(self, batch: WindowBatch, batch_idx: int) -> Tensor:
         low, high = math.log(self.hparams.price_low), math.log(self.hparams.price_high)
@@ -208,8 +215,9 @@ class DistilledGates(L.LightningModule):
         low, high = math.log(self.hparams.price_low), math.log(self.hparams.price_high)
         for ids in batch.tokens:
             places, total = torch.arange(self.first, len(ids), device=ids.device), 0.0
+            teacher = self.full(ids)
             for name, price in (("low", low), ("middle", (low + high) / 2), ("high", high)):
-                lost, kept = self.losses(ids, price, hard=True, places=places)
+                lost, kept = self.losses(ids, price, hard=True, places=places, teacher=teacher)
                 total += float(lost + math.exp(price) * kept) / 3
                 figures = {f"val_divergence/{name}": lost, f"val_footprint/{name}": kept}
                 self.log_dict(figures, batch_size=1, sync_dist=True)

@@ -1,6 +1,7 @@
 """Negative log-likelihood of text under a model, with a full cache or with one that evicts."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +17,23 @@ from smartkv.policies import HybridPolicy
 LOGITS_AT_ONCE = 256  # tokens whose logits are held together: vocabularies are large
 
 
+class TokenLosses(NamedTuple):
+    """Of each scored token.
+
+    Attributes:
+        nll: float32 `[tokens]`, nats.
+        foremost: bool `[tokens]`, whether it is what greedy decoding would have said.
+    """
+
+    nll: Tensor
+    foremost: Tensor
+
+
 @torch.inference_mode()
-def window_nll(model: PreTrainedModel, tokens: Tensor, first: int = 1, cache: LifespanCache | None = None) -> float:
-    """Mean NLL of `tokens[first:]` given what stands before each, in nats a token.
+def token_losses(
+    model: PreTrainedModel, tokens: Tensor, first: int = 1, cache: LifespanCache | None = None
+) -> TokenLosses:
+    """What the model thinks of each of `tokens[first:]` given what stands before it.
 
     Args:
         tokens: ids of one window, `[tokens]`.
@@ -36,12 +51,18 @@ def window_nll(model: PreTrainedModel, tokens: Tensor, first: int = 1, cache: Li
     output = model.base_model(input_ids=ids[None, :-1], past_key_values=cache, use_cache=cache is not None)
     hidden = output.last_hidden_state[0]
     head = model.get_output_embeddings()
-    total = 0.0
+    nll, foremost = [], []
     for start in range(first - 1, length - 1, LOGITS_AT_ONCE):
         stop = min(start + LOGITS_AT_ONCE, length - 1)
-        logits = head(hidden[start:stop]).float()
-        total += float(F.cross_entropy(logits, ids[start + 1 : stop + 1], reduction="sum"))
-    return total / (length - first)
+        logits, target = head(hidden[start:stop]).float(), ids[start + 1 : stop + 1]
+        nll.append(F.cross_entropy(logits, target, reduction="none"))
+        foremost.append(logits.argmax(dim=-1) == target)
+    return TokenLosses(torch.cat(nll).cpu(), torch.cat(foremost).cpu())
+
+
+def window_nll(model: PreTrainedModel, tokens: Tensor, first: int = 1, cache: LifespanCache | None = None) -> float:
+    """Mean NLL of `tokens[first:]`, in nats a token; arguments and errors as `token_losses`."""
+    return float(token_losses(model, tokens, first, cache).nll.double().mean())
 
 
 @dataclass(frozen=True)

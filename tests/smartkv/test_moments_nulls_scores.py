@@ -272,3 +272,16 @@ def test_one_window_gives_an_interval_of_no_width() -> None:
     sums = sums_of(*example(0, windows=1))
     low, high = sums.interval(draws=10)
     assert low == high == pytest.approx(sums.r2().mean().item())
+
+
+def test_groups_are_drawn_whole() -> None:
+    seen = []
+
+    def statistic(weight: Tensor) -> Tensor:
+        seen.append(weight)
+        return weight[:, 0]
+
+    bootstrap(6, statistic, draws=50, groups=[9, 4, 4, 9, 9, 7])
+    weight = seen[0]
+    assert torch.equal(weight[:, [0, 0]], weight[:, [3, 4]]) and torch.equal(weight[:, 1], weight[:, 2])
+    assert (weight[:, [0, 1, 5]].sum(dim=1) == 3).all() and len(weight.unique(dim=0)) > 5
