@@ -13,7 +13,7 @@ from lightning_modules.schedules import warmup_then_cosine
 from smartkv import backbones
 from smartkv.attention import read_keys
 from smartkv.backbones import Backbone, load_backbone
-from smartkv.budgets import Calibration, solve
+from smartkv.budgets import Calibration, price_curve, solve
 from smartkv.distillation import divergence, footprint, for_ages, keep_share, stays
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
@@ -45,7 +45,8 @@ class DistilledGates(L.LightningModule):
         scored_tokens: queries of a window that are compared with the teacher, drawn at random; null: all.
         learning_rate: of Adam, after warm-up.
         warmup_steps: optimiser steps of linear warm-up; cosine decay to 0 follows, over the run.
-        calibration_windows: training windows on which the gates' start is brought to the unit of prices.
+        calibration_windows: training windows on which the gates' start is brought to the unit of prices, and on which
+            the exported gates' prices are solved.
         threads: CPU threads a process.
         trust_remote_code: run code that comes with the model.
     """
@@ -119,11 +120,10 @@ class DistilledGates(L.LightningModule):
     def _in_nats(self, gates: GateBank) -> None:
         """Bring the figures of gates that predict something else to the unit of prices, by a straight line, so that
         they keep the shares `START` at the highest and the lowest price."""
-        h, windows = self.hparams, self.trainer.datamodule.plan.of_split("train")[: self.hparams.calibration_windows]
-        keys = [read_keys(self.lm.model, ids) for ids in windows]
+        h, keys = self.hparams, self._keys()
         calibration = Calibration.of(gates, keys, self.first)
         policy = HybridPolicy((LayerRule("all", "gated", h.ages[0]),), sinks=h.sinks)
-        in_full = float(footprint(torch.zeros(1, len(windows[0]), 1), h.ages[:1], h.sinks, self.first))
+        in_full = float(footprint(torch.zeros(1, keys[0][0].shape[2], 1), h.ages[:1], h.sinks, self.first))
         prices = {
             name: solve(policy, in_full + share * (1 - in_full), calibration).price for name, share in START.items()
         }
@@ -131,20 +131,27 @@ class DistilledGates(L.LightningModule):
         gates.weight2.mul_(scale)
         gates.bias2.mul_(scale).add_(math.log(h.price_high) - scale * prices["high"])
 
+    def _keys(self) -> list[list[Tensor]]:
+        """Of the first training windows, layer by layer `[1, kv_heads, tokens, head_dim]`."""
+        windows = self.trainer.datamodule.plan.of_split("train")[: self.hparams.calibration_windows]
+        return [read_keys(self.lm.model, ids) for ids in windows]
+
     def gates(self) -> GateBank:
         """The gates as they stand now; a copy."""
         return copy.deepcopy(self.bank)
 
     def details(self) -> dict[str, Any]:
-        """What the exported gates' config says of them."""
+        """What the exported gates' config says of them: also the prices of footprints, on some training windows."""
         data: TokenWindows = self.trainer.datamodule
         h = self.hparams
+        policy = HybridPolicy((LayerRule("all", "gated", h.ages[0]),), sinks=h.sinks, name="distilled")
         return {
             "target": TARGET,
             "ages": list(h.ages),
             "sinks": h.sinks,
             "inputs": "keys",
-            "policy": HybridPolicy((LayerRule("all", "gated", h.ages[0]),), sinks=h.sinks, name="distilled").to_dict(),
+            "policy": policy.to_dict(),
+            "prices": price_curve(policy, Calibration.of(self.bank, self._keys(), self.first)),
             "training": {
                 "backbone": h.backbone,
                 "sources": data.plan.sources,

@@ -1,6 +1,7 @@
 """SmartKV: a KV cache that frees memory and learns what to keep."""
 
 from smartkv.backbones import Architecture, Backbone, Fingerprint, load_backbone
+from smartkv.budgets import policy_of
 from smartkv.cache import LifespanCache
 from smartkv.cache_files import load_cache, save_cache
 from smartkv.errors import SmartKVError
@@ -23,5 +24,6 @@ __all__ = [
     "label_window",
     "load_backbone",
     "load_cache",
+    "policy_of",
     "save_cache",
 ]

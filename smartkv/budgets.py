@@ -8,6 +8,7 @@ differ a little from the full cache's; what a cache really held is measured wher
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -145,3 +146,46 @@ def _bisect(policy: HybridPolicy, footprint: float, calibration: Calibration, lo
         else:
             low = middle
     return policy.closed(low)
+
+
+FOOTPRINTS = tuple(2 ** (-half / 2) for half in range(1, 10))  # for which gates remember a price: 0.71 … 0.044
+
+
+def price_curve(policy: HybridPolicy, calibration: Calibration) -> list[list[float]]:
+    """Footprint and price, for the figures of `FOOTPRINTS` that the policy can keep; what gates remember."""
+    found = []
+    for footprint in FOOTPRINTS:
+        try:
+            solved = solve(policy, footprint, calibration)
+        except SmartKVError:  # windows alone keep more
+            continue
+        if solved.price is not None:
+            found.append([footprint, solved.price])
+    return found
+
+
+def policy_of(gates: GateBank, footprint: float) -> HybridPolicy:
+    """The policy that goes with some gates, at a footprint, by the prices that they remember from their training text.
+
+    What a cache keeps depends on the text, and on how long it is: prices are for the windows the gates were trained on.
+    To have them for text of your own, `solve` a policy with a `Calibration`.
+
+    Args:
+        footprint: share of the full cache to be kept.
+
+    Raises:
+        SmartKVError: the gates remember no policy or prices, or none for such a footprint.
+    """
+    curve = sorted(gates.details.get("prices", []))
+    if "policy" not in gates.details or not curve:
+        raise SmartKVError("these gates remember no policy with prices: solve one with smartkv.budgets.Calibration")
+    policy = HybridPolicy.from_dict(gates.details["policy"])
+    if not curve[0][0] <= footprint <= curve[-1][0]:
+        raise SmartKVError(
+            f"these gates have prices for footprints from {curve[0][0]:.3g} to {curve[-1][0]:.3g}, not for {footprint}"
+        )
+    for (low, dear), (high, cheap) in pairwise(curve):
+        if footprint <= high:
+            share = math.log(footprint / low) / math.log(high / low)
+            return replace(policy, price=dear + share * (cheap - dear))
+    return replace(policy, price=curve[-1][1])

@@ -14,7 +14,7 @@ from datamodules.documents import WindowCounts as Counts
 from datamodules.sources import SourceConfig
 from datamodules.token_windows import TokenWindows
 from lightning_modules.distillation import DistilledGates
-from smartkv import GateBank, HybridPolicy, LifespanCache, load_backbone
+from smartkv import GateBank, HybridPolicy, LifespanCache, load_backbone, policy_of
 from smartkv.distillation import footprint
 from smartkv.errors import SmartKVError
 from tests.lightning_fixtures import error_line, prose, refused, run_cli, run_command, write_config
@@ -79,9 +79,9 @@ def test_the_exported_gates_serve_a_cache_with_the_policy_that_goes_with_them(
     gates = GateBank.from_pretrained(distilled / "export", model)
     policy = HybridPolicy.from_dict(gates.details["policy"])
     assert gates.details["target"] == "log worth" and gates.ages == (8, 24) and policy.open == "price"
-    cache = LifespanCache(model, gates, policy.closed(math.log(0.4)))
-    model(torch.arange(60)[None] % 50, past_key_values=cache)
-    assert 0 < cache.footprint < 1
+    cache = LifespanCache(model, gates, policy_of(gates, 0.5))
+    model(torch.arange(TOKENS)[None] % 50, past_key_values=cache)
+    assert 0.2 < cache.footprint < 0.8
 
 
 def test_training_lowers_what_it_minimises(distilled: Path, tiny_backbone: Path, texts: Path, start: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smartkv.backbones import Fingerprint
-from smartkv.budgets import Calibration, solve
+from smartkv.budgets import Calibration, policy_of, price_curve, solve
 from smartkv.cache import LifespanCache
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
@@ -144,3 +144,20 @@ def test_a_measured_calibration_gives_what_a_cache_holds(rule: LayerRule) -> Non
     assert 0 < layer0.footprint(policy) < 1
     if rule.rule == "window":
         assert calibration.footprint(policy) == pytest.approx(cache.footprint, abs=1e-12)
+
+
+def test_gates_remember_prices_and_give_their_policy_at_a_footprint() -> None:
+    calibration = random_calibration()
+    open_policy = HybridPolicy((GATED,), sinks=1)
+    curve = price_curve(open_policy, calibration)
+    assert len(curve) >= 3 and [f for f, _ in curve] == sorted((f for f, _ in curve), reverse=True)
+    gates = GateBank(Fingerprint("llama", 2, 2, 4, ""), details={"policy": open_policy.to_dict(), "prices": curve})
+    for footprint, price in curve:
+        assert policy_of(gates, footprint) == solve(open_policy, footprint, calibration)
+        assert policy_of(gates, footprint).price == pytest.approx(price)
+    between = (curve[0][0] * curve[1][0]) ** 0.5
+    assert policy_of(gates, between).price == pytest.approx((curve[0][1] + curve[1][1]) / 2)
+    with pytest.raises(SmartKVError, match=r"have prices for footprints from 0\.\d+ to 0\.707, not for 0\.9"):
+        policy_of(gates, 0.9)
+    with pytest.raises(SmartKVError, match="remember no policy with prices"):
+        policy_of(GateBank(gates.fingerprint), 0.5)
