@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from datamodules.token_windows import TokenWindows, WindowBatch
-from lightning_modules.schedules import warmup_then_cosine
+from lightning_modules.schedules import total_steps, warmup_then_cosine
 from smartkv import backbones
 from smartkv.attention import read_keys
 from smartkv.backbones import Backbone, load_backbone
@@ -40,7 +40,9 @@ class DistilledGates(L.LightningModule):
         hidden: width of the gates' hidden layer; wider than that of the gates to start from: their units are doubled.
         sinks: tokens at the start that are always seen.
         price_low, price_high: nats a token for the whole cache; prices are drawn between them.
-        temperature: of the soft decision, in factors of e of a key's worth.
+        temperature: of the soft decision at the start of the run, in factors of e of a key's worth.
+        temperature_end: at its end; between them it falls geometrically. The cache decides at 0: warm gates learn
+            quickly, and cold ones what really happens.
         score_from: queries from this token on count; null: from a quarter of the window on.
         scored_tokens: queries of a window that are compared with the teacher, drawn at random; null: all.
         learning_rate: of Adam, after warm-up.
@@ -62,6 +64,7 @@ class DistilledGates(L.LightningModule):
         price_low: float = 0.1,
         price_high: float = 1.6,
         temperature: float = 0.5,
+        temperature_end: float = 0.15,
         score_from: int | None = None,
         scored_tokens: int | None = 512,
         learning_rate: float = 2e-3,
@@ -87,7 +90,7 @@ class DistilledGates(L.LightningModule):
         h = self.hparams
         if not h.ages or list(h.ages) != sorted(set(h.ages)) or h.ages[0] < 1:
             raise SmartKVError(f"ages must be numbers of tokens, ascending, the first at least 1, got {list(h.ages)}")
-        for name in ("temperature", "learning_rate", "price_low", "calibration_windows", "threads"):
+        for name in ("temperature", "temperature_end", "learning_rate", "price_low", "calibration_windows", "threads"):
             if h[name] <= 0:
                 raise SmartKVError(f"{name} must be above 0, got {h[name]}")
         if h.price_high <= h.price_low:
@@ -163,25 +166,32 @@ class DistilledGates(L.LightningModule):
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
+    def temperature(self) -> float:
+        """Of this step."""
+        start, end, steps = self.hparams.temperature, self.hparams.temperature_end, total_steps(self.trainer)
+        share = self.global_step / max(1.0, steps - 1) if math.isfinite(steps) else 0.0
+        return start * (end / start) ** min(1.0, share)
+
     def losses(
-        self, ids: Tensor, price: float, hard: bool, places: Tensor, teacher: Tensor | None = None
+        self, ids: Tensor, price: float, places: Tensor, temperature: float | None, teacher: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Divergence (nats a token, over the queries at `places`) and footprint of one window.
 
         Args:
             ids: int64 `[tokens]`.
             price: log of nats.
-            hard: keys stay or go, as in the cache; else by the share that they are kept.
+            temperature: of the soft decision; None: keys stay or go, as in the cache.
             teacher: what `full` returns of these ids; None: it is computed.
         """
         h, kept = self.hparams, []
 
         def log_keep(layer: int, keys: Tensor) -> Tensor:
             worth = self.bank.predict(layer, keys.detach())
-            keep, log = keep_share(worth, price, h.temperature)
-            if hard:
+            if temperature is None:
                 keep = stays(worth, price).float()
                 log = HIDDEN * (1 - keep)
+            else:
+                keep, log = keep_share(worth, price, temperature)
             kept.append(keep[0])
             return log.movedim(-1, 0)
 
@@ -199,6 +209,7 @@ class DistilledGates(L.LightningModule):
 
     def training_step(self, batch: WindowBatch, batch_idx: int) -> Tensor:
         low, high = math.log(self.hparams.price_low), math.log(self.hparams.price_high)
+        temperature = self.temperature()
         total = self.bank.bias2.sum() * 0  # a process without a window still takes part in every step
         for number, ids in zip(batch.number.tolist(), batch.tokens, strict=True):
             # what is drawn depends on the step and the window alone, not on how many processes there are
@@ -209,7 +220,7 @@ class DistilledGates(L.LightningModule):
                 places = places[torch.randperm(len(places), generator=generator)[: self.hparams.scored_tokens]].sort()[
                     0
                 ]
-            lost, kept = self.losses(ids, price, hard=False, places=places.to(ids.device))
+            lost, kept = self.losses(ids, price, places.to(ids.device), temperature)
             total = total + lost + math.exp(price) * kept
             self.log_dict({"train_divergence": lost.detach(), "train_footprint": kept.detach()}, batch_size=1)
         # DDP averages gradients over processes; dividing by all windows makes that the mean over the whole batch
@@ -224,7 +235,7 @@ class DistilledGates(L.LightningModule):
             places, total = torch.arange(self.first, len(ids), device=ids.device), 0.0
             teacher = self.full(ids)
             for name, price in (("low", low), ("middle", (low + high) / 2), ("high", high)):
-                lost, kept = self.losses(ids, price, hard=True, places=places, teacher=teacher)
+                lost, kept = self.losses(ids, price, places, temperature=None, teacher=teacher)
                 total += float(lost + math.exp(price) * kept) / 3
                 figures = {f"val_divergence/{name}": lost, f"val_footprint/{name}": kept}
                 self.log_dict(figures, batch_size=1, sync_dist=True)

@@ -1,5 +1,6 @@
 """Gates distilled through a tiny LM: what is trained, what is exported, and how it may be stopped and divided."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_training_lowers_what_it_minimises(distilled: Path, tiny_backbone: Path,
         total = 0.0
         for ids in data.plan.of_split("train").long():
             for price in (0.15, 0.5, 1.2):
-                lost, kept = module.losses(ids, math.log(price), hard=False, places=torch.arange(24, TOKENS))
+                lost, kept = module.losses(ids, math.log(price), torch.arange(24, TOKENS), temperature=0.5)
                 total += float(lost + price * kept)
         return total
 
@@ -111,7 +112,7 @@ def test_at_the_start_the_prices_span_a_twentieth_to_a_third_of_what_is_beyond_t
         kept = {
             price: torch.stack(
                 [
-                    module.losses(ids, math.log(price), hard=True, places=torch.arange(24, TOKENS))[1]
+                    module.losses(ids, math.log(price), torch.arange(24, TOKENS), temperature=None)[1]
                     for ids in data.plan.of_split("train").long()
                 ]
             ).mean()
@@ -148,6 +149,17 @@ def test_training_goes_on_from_gates_that_were_distilled_for_the_same_ages(
         module_of(tiny_backbone, texts, distilled / "export", ages=(8, 16))
 
 
+def test_the_temperature_falls_geometrically_over_the_run(tiny_backbone: Path, texts: Path, start: Path) -> None:
+    module, _ = module_of(tiny_backbone, texts, start, temperature=0.8, temperature_end=0.2)
+    module.trainer.fit_loop.max_epochs, steps = 1, 12
+    falling = []
+    for step in range(steps):
+        module.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+        falling.append(module.temperature())
+    assert falling[0] == pytest.approx(0.8) and falling[-1] == pytest.approx(0.2)
+    assert all(b / a == pytest.approx((0.2 / 0.8) ** (1 / (steps - 1))) for a, b in itertools.pairwise(falling))
+
+
 def test_two_processes_train_what_one_does(
     tmp_path: Path, distilled: Path, tiny_backbone: Path, texts: Path, start: Path
 ) -> None:
@@ -177,7 +189,7 @@ def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(
     ("wrong", "said"),
     [
         ({"model": {"price_low": 2.0}}, "price_high must be above price_low, got 2.0 to 1.6"),
-        ({"model": {"temperature": 0}}, "temperature must be above 0, got 0"),
+        ({"model": {"temperature_end": 0}}, "temperature_end must be above 0, got 0"),
         ({"model": {"ages": [16, 8]}}, "ages must be numbers of tokens, ascending, the first at least 1, got [16, 8]"),
         ({"model": {"ages": []}}, "ages must be numbers of tokens"),
         ({"model": {"hidden": 65}}, "hidden units can become a multiple of that wide, not 65"),
