@@ -25,7 +25,7 @@ from smartkv.errors import SmartKVError
 
 SHORTEST = 64  # tokens between a fact and its question, at least
 SAID_AGAIN = (24, 96)  # tokens of a passage that is repeated
-FACTS = 300  # tokens of text a fact
+FACTS = 200  # tokens of text a fact
 ASKED = 0.75  # share of the facts that are asked for
 RESTATED = 0.4  # share of the questions that say the fact again up to its answer
 CHAINED = 1 / 6  # share of the facts that are chains
@@ -44,12 +44,14 @@ def _code(split: str, random: np.random.Generator) -> str:
     return f"{_word('word', split, random)}-{_word('word', split, random)}"
 
 
-def _slots(split: str, random: np.random.Generator) -> dict[str, str]:
+def slots(split: str, random: np.random.Generator) -> dict[str, str]:
+    """What the `{slots}` of a split's texts are filled with."""
     kinds = ("place", "colour", "animal", "object", "trade", "nickname")
     month = random.choice(TEXTS["words"]["month"])
     return {kind: _word(kind, split, random) for kind in kinds} | {
         "name": f"{_word('forename', split, random)} {_word('surname', split, random)}",
         "code": _code(split, random),
+        "word": _word("word", split, random),
         "number": str(random.integers(10 ** random.integers(3, 6), 10**6)),
         "phone": f"{random.integers(100, 1000)}-{random.integers(1000, 10000)}",
         "year": str(random.integers(1500, 2000)),
@@ -70,15 +72,15 @@ class Fact:
 
 def draw_fact(split: str, random: np.random.Generator) -> Fact:
     """A fact of one of the split's forms; or a chain."""
-    slots = _slots(split, random)
+    filled = slots(split, random)
     if random.random() < CHAINED:
         first, second, third = (_code(split, random) for _ in range(3))
         start, link, question = TEXTS["chains"][split]
         links = [link.format(new=second, old=first), link.format(new=third, old=second)]
-        statement = " ".join([start.format(new=first, number=slots["number"]), *links])
-        return Fact(statement, question.format(new=third), slots["number"])
+        statement = " ".join([start.format(new=first, number=filled["number"]), *links])
+        return Fact(statement, question.format(new=third), filled["number"])
     form = TEXTS["forms"][split][random.integers(len(TEXTS["forms"][split]))]
-    return Fact(*(part.format(**slots) for part in form))
+    return Fact(*(part.format(**filled) for part in form))
 
 
 class RecallPacker:
