@@ -107,3 +107,42 @@ def frontier(series: Mapping[str, Sequence[tuple[float, float, float, float]]], 
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
+
+
+def frontiers(
+    series: Mapping[str, tuple[str, Sequence[tuple[float, float, float, float]]]],
+    title: str,
+    label: str,
+    loss: bool = True,
+) -> Figure:
+    """Contenders by footprint on a log axis; ours and the oracles stand out, rules and nulls stand back.
+
+    Args:
+        series: name -> (kind: ours, rule, null or oracle; points: footprint, figure, and the figure's interval).
+        label: of the figure.
+        loss: it is a loss, on a log axis; else a share.
+    """
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    styles = {"ours": ("-", 2.4), "rule": ("-", 1.1), "null": (":", 1.1), "oracle": ("--", 1.4)}
+    for number, (name, (kind, points)) in enumerate(series.items()):
+        footprint, middle, low, high = np.array(sorted(points)).T
+        line, width = styles[kind]
+        floor = 1e-4 if loss else 0.0
+        middle, low, high = (np.clip(values, floor, None) for values in (middle, low, high))
+        bars = np.clip(np.stack([middle - low, high - middle]), 0, None)
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": "osD^vP*X<>"[number % 10], "markersize": 5}
+        axes.errorbar(footprint, middle, yerr=bars, label=name, capsize=2, linewidth=width, linestyle=line, **style)
+    axes.set_xscale("log", base=2)
+    ticks = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+    axes.set_xticks(ticks, ["1/32", "1/16", "1/8", "1/4", "1/2", "1"])
+    if loss:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("KV footprint: share of the full cache's keys")
+    axes.set_ylabel(label)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure

@@ -4,7 +4,9 @@ import sys
 
 from jsonargparse import auto_cli
 
+from eval.auto import auto
 from eval.calibrate import calibrate
+from eval.compare import compare
 from eval.decode import decode
 from eval.gates import gates
 from eval.generate import generate
@@ -14,7 +16,9 @@ from eval.speed import speed
 from smartkv.errors import SmartKVError
 
 COMMANDS = {
+    "auto": auto,
     "calibrate": calibrate,
+    "compare": compare,
     "decode": decode,
     "gates": gates,
     "generate": generate,

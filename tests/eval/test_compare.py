@@ -1,0 +1,269 @@
+"""`python -m eval compare` on a tiny backbone: who is measured, how, and what is made of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import eval.compare as command
+from callbacks.console import make_console
+from eval.__main__ import main
+from eval.comparison import Row, recall_share, report
+from eval.contenders import Scored, kept_above, times_once
+from eval.line_up import line_up
+from eval.recall import trials
+from smartkv import GateBank, HybridPolicy, LayerRule, load_backbone
+from smartkv.blocks import FOREVER
+from smartkv.oracles import foresee
+from smartkv.perplexity import token_losses
+from tests.lightning_fixtures import write_texts
+from tests.models import token_ids
+
+ROOT = Path(__file__).parents[2]
+WINDOW, FIRST = 64, 20
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"), splits=["train", "test"])
+
+
+def run(out: Path, backbone: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    mine = [{"name": "mine", "path": str(folder)}]
+    settings = {
+        "out": out,
+        "backbone": backbone,
+        "dtype": "float32",
+        "texts": json.dumps([{"name": "books", "sources": mine, "windows": 3}]),
+        "recall": json.dumps({"trials": 4, "tokens": 50}),
+        "haystack": json.dumps(mine),
+        "calibration": json.dumps(mine),
+        "calibration_windows": 2,
+        "window": WINDOW,
+        "windows_per_document": 20,
+        "score_from": FIRST,
+        "contenders": '["all-gated", "window", "null:constant", "null:token_table", "oracle:attention"]',
+        "footprints": "[0.8, 0.5]",
+    } | changes
+    main(["compare", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))])
+    return json.loads((out / "compare.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def compared(
+    tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, texts: Path, random_gates: Path
+) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("compare")
+    return out, run(out, tiny_backbone, texts, gates=random_gates)
+
+
+def test_every_contender_is_read_at_every_footprint_on_texts_and_trials(compared: Any) -> None:
+    out, found = compared
+    names = {(row["contender"], row["target"]) for row in found["rows"]}
+    assert {name for name, _ in names} >= {"all-gated", "window", "null:token_table", "oracle:attention"}
+    for row in found["rows"]:
+        own = row["texts"]["books"]
+        assert len(own["delta_nll_window"]) == 3 and len(row["recall_trials"]) == 4
+        assert own["interval"][0] <= own["delta_nll"] <= own["interval"][1]
+        assert 0.3 < own["footprint"] < 1 and own["peak_bytes"] > 0
+    assert (out / "frontier_books.png").stat().st_size > 10_000
+
+
+def test_the_window_at_a_footprint_keeps_that_footprint(compared: Any) -> None:
+    for row in compared[1]["rows"]:
+        if row["contender"] == "window":
+            assert row["texts"]["books"]["footprint"] == pytest.approx(row["target"], abs=0.03)
+
+
+def test_a_run_goes_on_where_it_stopped_and_new_contenders_join(
+    compared: Any, tiny_backbone: Path, texts: Path, random_gates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, before = compared
+    read = []
+    figures = command._figures
+    monkeypatch.setattr(command, "_figures", lambda found: read.append(1) or figures(found))
+    again = run(out, tiny_backbone, texts, gates=random_gates)
+    assert not read and again["rows"] == before["rows"]
+    more = run(out, tiny_backbone, texts, gates=random_gates, contenders='["window", "null:position"]')
+    assert len(read) == (3 + 4) * len([row for row in more["rows"] if row["contender"] == "null:position"]) > 0
+
+
+def test_every_rule_is_read_at_the_footprint_asked_for(tmp_path: Path, tiny_backbone: Path, texts: Path) -> None:
+    rules = ["random", "key_norm", "keydiff", "snapkv", "tova", "h2o", "expected_attention"]
+    for protocol in ("stream", "once"):
+        changes = {"protocol": protocol, "prefill": 40, "footprints": "[0.9]", "contenders": json.dumps(rules)}
+        found = run(tmp_path / protocol, tiny_backbone, texts, **changes)["rows"]
+        assert [row["contender"] for row in found] == rules  # five seeds of `random` are one row
+        footprints = [row["texts"]["books"]["footprint"] for row in found]
+        assert max(footprints) - min(footprints) < 1e-9 and footprints[0] > 0.8
+        losses = [row["texts"]["books"]["delta_nll"] for row in found]
+        assert len(set(losses)) == len(rules)
+        weights = {row["contender"] for row in found if row["needs"] == "attention weights"}
+        assert weights == {"snapkv", "tova", "h2o"}
+
+
+def test_the_protocol_once_keeps_that_share_of_the_prefill(
+    tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path
+) -> None:
+    changes = {"protocol": "once", "prefill": 48, "footprints": "[0.85]", "gates": random_gates}
+    found = run(tmp_path, tiny_backbone, texts, **changes)
+    queries = range(47, WINDOW - 1)
+    assert {row["contender"] for row in found["rows"]} >= {"all-gated", "window", "oracle:attention"}
+    for row in found["rows"]:
+        seen = [48] + [0.85 * 48 + query - 47 for query in queries[1:]]
+        whole = [query + 1 for query in queries]
+        assert row["texts"]["books"]["footprint"] == pytest.approx(sum(seen) / sum(whole), abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"contenders": '["null:nothing"]'}, "there is no 'null:nothing'"),
+        ({"contenders": '["gates"]'}, "give --gates"),
+        ({"contenders": '["all-gated"]'}, "no gates were given"),
+        ({"contenders": '["nobody"]'}, "policy 'nobody' is neither"),
+        ({"footprints": "[0.0]"}, "footprints are shares"),
+        ({"score_from": 64}, "below the window of 64"),
+        ({"protocol": "once", "prefill": 60}, "recall.tokens 50 must be at least the prefill of 60"),
+        ({"texts": "[]", "recall": '{"trials": 0}'}, "there must be texts or recall trials"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(
+    wrong: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    tiny_backbone: Path,
+    texts: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, tiny_backbone, texts, **wrong)
+    assert stop.value.code == 2 and said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# -- what is made of the readings -------------------------------------------------------------------------------------
+
+
+def row(name: str, kind: str, footprint: float, nll: list[float], right: list[bool]) -> Row:
+    texts = {"books": [{"nll": value, "footprint": footprint, "peak_bytes": None} for value in nll]}
+    recall = [{"nll": 1.0, "footprint": footprint, "right": value} for value in right]
+    return Row(name, kind, "keys", footprint, footprint, texts, recall)
+
+
+FULL = row("full", "full", 1.0, [3.0, 2.0], [True, True, False, True])
+
+
+def test_recall_is_the_share_of_what_the_full_cache_recalls() -> None:
+    found = recall_share(row("mine", "ours", 0.2, [3.1, 2.1], [True, False, True, True]), FULL)
+    assert found["asked"] == 3 and found["right"] == pytest.approx(2 / 3)
+
+
+def test_the_gap_to_the_oracle_and_to_the_window_are_plain_ratios(tmp_path: Path) -> None:
+    rows = [
+        FULL,
+        row("mine", "ours", 0.25, [3.04, 2.06], [True] * 4),
+        *(row("window", "rule", f, [3 + d, 2 + d], [False] * 4) for f, d in ((0.25, 0.1), (0.5, 0.05))),
+        *(row("oracle:attention", "oracle", f, [3 + d, 2 + d], [True] * 4) for f, d in ((0.2, 0.02), (0.3, 0.02))),
+        *(row(f"random:{seed}", "rule", 0.25, [3.2 + seed, 2.2], [seed == 0] * 4) for seed in (0, 1)),
+    ]
+    report(make_console(), tmp_path, {"backbone": "b", "window": 64}, rows, {"books": [0, 1]})
+    found = {(r["contender"], r["target"]): r for r in json.loads((tmp_path / "compare.json").read_text())["rows"]}
+    mine = found["mine", 0.25]["texts"]["books"]
+    assert mine["delta_nll"] == pytest.approx(0.05) and mine["ratio"] == pytest.approx(0.5)
+    assert mine["gap_recovered"]["attention"] == pytest.approx((0.1 - 0.05) / (0.1 - 0.02))
+    assert found["random", 0.25]["texts"]["books"]["delta_nll"] == pytest.approx(0.45)
+    assert found["random", 0.25]["recall"]["right"] == 0.5
+    assert (tmp_path / "recall.png").exists()
+
+
+# -- contenders -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_backbone: Path) -> Any:
+    return load_backbone(str(tiny_backbone), "float32")
+
+
+def test_scores_above_the_price_stay_and_nothing_else(lm: Any) -> None:
+    """Beside a mask in plain loops would be beside the cache's own tests: here, that the table reaches the cache."""
+    ids, table = token_ids(40, 3), torch.randn(2, 2, 40, generator=torch.Generator().manual_seed(0))
+    contender = Scored(lm, "mine", "rule", "keys", lambda _: table, [ids], 10, window=4, sinks=2)
+    found = contender.read(0.3, ids, 11, 10, None)
+    seen = full = 0
+    for query in range(10, 39):
+        for key in range(query + 1):
+            seen += float((table[..., key] > 0.3).float().mean()) if key >= 2 and query - key >= 4 else 1
+            full += 1
+    assert found.footprint == pytest.approx(seen / full, abs=1e-6)
+    everything = contender.read(-100.0, ids, 11, 10, None)
+    torch.testing.assert_close(everything.nll, token_losses(lm.model, ids, 11).nll, atol=1e-4, rtol=0)
+    assert (found.nll - everything.nll).abs().max() > 1e-3
+
+
+def test_once_the_prefill_is_over_its_cheap_keys_go_and_later_ones_stay() -> None:
+    policy = HybridPolicy((LayerRule("all", "gated", 3),), sinks=2)
+    table = torch.arange(20.0)[None, None] % 7
+    price = kept_above([table], 0.5, 12, policy)
+    ttl = times_once(table, price, 12, policy)[0, 0]
+    kept = [key for key in range(12) if ttl[key] == FOREVER or key < 2]
+    assert len(kept) in (6, 7) and {9, 10, 11} <= set(kept) and (ttl[12:] == FOREVER).all()
+    assert all(ttl[key] == 12 - key for key in range(2, 12) if key not in kept)
+    open_keys = [float(table[0, 0, key]) for key in range(2, 9)]
+    assert min(table[0, 0, key] for key in kept if 2 <= key < 9) >= sorted(open_keys)[-2]
+
+
+def test_the_oracle_s_scores_are_what_is_to_come_and_the_null_s_what_was(lm: Any, random_gates: Path) -> None:
+    windows = [token_ids(WINDOW, 1), token_ids(WINDOW, 2)]
+    gates = GateBank.from_pretrained(random_gates)
+    names = ["oracle:attention", "oracle:lifespan", "null:constant"]
+    _, attention, lifespan, constant = line_up(names, lm, gates, windows, FIRST)
+    want = foresee(lm.model, windows[1], 32)
+    torch.testing.assert_close(attention.tables[1], want.attention)
+    torch.testing.assert_close(lifespan.tables[1], want.lifespan.float().log2() / 2)
+    half = torch.stack([foresee(lm.model, w, 32).lifespan[..., : WINDOW // 2] for w in windows])
+    half = half.clamp(max=WINDOW // 2).float().log2() / 2
+    torch.testing.assert_close(constant.tables[0][..., 0], half.mean(dim=(0, 3)))
+    assert constant.tables[0].std(dim=-1).max() < 1e-6
+
+
+# -- trials -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_trial_states_a_fact_at_its_depth_and_asks_for_it_at_the_end(split: str, lm: Any) -> None:
+    texts = [token_ids(60, seed) for seed in range(6)]
+    found = trials(split, 6, 60, lm.tokenizer, texts, seed=5)
+    assert [trial.depth for trial in found] == pytest.approx([1 / 12, 3 / 12, 5 / 12, 7 / 12, 9 / 12, 11 / 12])
+    for trial, text in zip(found, texts, strict=True):
+        place = int(trial.depth * 60)
+        assert list(trial.context[:place]) == text[:place].tolist()
+        assert list(trial.context[len(trial.context) - 60 + place :]) == text[place:].tolist()
+        stated = lm.tokenizer.decode(trial.context[place : len(trial.context) - 60 + place])
+        assert lm.tokenizer.decode(trial.answer).strip() in stated
+    assert trials(split, 6, 60, lm.tokenizer, texts, seed=5) == found != trials(split, 6, 60, lm.tokenizer, texts)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("compare*.yaml")), ids=lambda path: path.stem)
+def test_the_config_runs(path: Path, tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path) -> None:
+    written = yaml.safe_load(path.read_text())
+    mine = [{"name": "mine", "path": str(texts)}]
+    small = {"window": WINDOW, "score_from": FIRST, "prefill": 30, "calibration_windows": 2, "footprints": [0.9]}
+    tiny = {"out": str(tmp_path / "out"), "gates": str(random_gates), "backbone": str(tiny_backbone)}
+    sources = {
+        "texts": [text | {"windows": 1, "sources": mine} for text in written["texts"]],
+        "recall": written["recall"] | {"trials": 2, "tokens": 40},
+        "haystack": mine,
+        "calibration": mine,
+        "windows_per_document": 20,
+        "dtype": "float32",
+        "contenders": [name if name != "gates" else "all-gated" for name in written["contenders"]],
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(written | small | tiny | sources))
+    main(["compare", "--config", str(config)])
+    rows = json.loads((tmp_path / "out/compare.json").read_text())["rows"]
+    assert {row["contender"] for row in rows} == set(sources["contenders"])
+    assert {text for row in rows for text in row["texts"]} == {text["name"] for text in written["texts"]}
