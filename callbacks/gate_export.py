@@ -19,11 +19,18 @@ class GateExport(L.Callback):
         monitor: logged figure that decides.
         mode: max: a larger figure is better; min: a smaller one.
         per_head: also write one file a head, `l{layer}_h{head}.safetensors`, into `out`/heads.
+        name: that the model card gives to `GateBank.from_pretrained`, such as a hub id; null: the folder's.
     """
 
     def __init__(
-        self, out: str, monitor: str = "val_r2_mean", mode: Literal["max", "min"] = "max", per_head: bool = False
+        self,
+        out: str,
+        monitor: str = "val_r2_mean",
+        mode: Literal["max", "min"] = "max",
+        per_head: bool = False,
+        name: str | None = None,
     ) -> None:
+        self.name = name
         self.out, self.monitor, self.per_head, self.sign = Path(out), monitor, per_head, 1 if mode == "max" else -1
         self.best: float | None = None
 
@@ -49,7 +56,7 @@ class GateExport(L.Callback):
         metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if "/" not in k}
         details = pl_module.details()
         details["training"] |= {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        gates.details = details | {"metrics": metrics}
+        gates.details = details | {"metrics": metrics} | ({"name": self.name} if self.name else {})
         gates.save_pretrained(self.out)
         if self.per_head:
             gates.export_heads(self.out / "heads")

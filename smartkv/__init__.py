@@ -5,6 +5,7 @@ from smartkv.budgets import policy_of
 from smartkv.cache import LifespanCache
 from smartkv.cache_files import load_cache, save_cache
 from smartkv.errors import SmartKVError
+from smartkv.gate_files import pretrained_gates
 from smartkv.gates import GateBank
 from smartkv.lifespans import LabelSpec, label_window
 from smartkv.policies import HybridPolicy, LayerRule
@@ -25,5 +26,6 @@ __all__ = [
     "load_backbone",
     "load_cache",
     "policy_of",
+    "pretrained_gates",
     "save_cache",
 ]

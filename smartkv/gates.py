@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import ModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -24,13 +23,13 @@ from transformers import PreTrainedModel
 
 from smartkv.backbones import Fingerprint
 from smartkv.errors import SmartKVError
+from smartkv.gate_files import CARD, CONFIG, WEIGHTS, card, find
 from smartkv.objectives import reading
 from smartkv.shards import write_atomically
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
 class GateBank(nn.Module, ModelHubMixin):
@@ -170,17 +169,17 @@ class GateBank(nn.Module, ModelHubMixin):
     def from_pretrained(  # type: ignore[override]
         cls, folder_or_id: str | Path, model: PreTrainedModel | None = None, revision: str | None = None
     ) -> "GateBank":
-        """Load gates from a folder or from the hub; safetensors and JSON only.
+        """Load gates from a folder, from those that come with SmartKV, or from the hub; safetensors and JSON only.
 
         Args:
-            folder_or_id: a folder that `save_pretrained` wrote, or a hub id.
+            folder_or_id: a folder that `save_pretrained` wrote, a name of `smartkv.pretrained_gates()`, or a hub id.
             model: the model they shall serve; its architecture is checked.
             revision: of the hub repository.
 
         Raises:
             SmartKVError: not there, damaged, or for another architecture (both are named).
         """
-        config_path = _find(folder_or_id, CONFIG, revision)
+        config_path = find(folder_or_id, CONFIG, revision)
         try:
             config = json.loads(config_path.read_text())
             if config["format_version"] != FORMAT_VERSION:
@@ -195,7 +194,7 @@ class GateBank(nn.Module, ModelHubMixin):
             Fingerprint.of(model).check(fingerprint, f"the gates in {folder_or_id}")
             if Fingerprint.of(model).weight_hash != fingerprint.weight_hash:
                 log.warning("the gates in %s were trained on other weights of the same architecture", folder_or_id)
-        weights_path = _find(folder_or_id, WEIGHTS, revision)
+        weights_path = find(folder_or_id, WEIGHTS, revision)
         try:
             bank.load_state_dict(load_file(weights_path))
         except (SafetensorError, RuntimeError, OSError) as error:
@@ -217,42 +216,7 @@ class GateBank(nn.Module, ModelHubMixin):
             write_atomically(out / f"l{layer}_h{head}.safetensors", data)
 
     def _card(self) -> str:
-        details = json.dumps(self.details, indent=1, sort_keys=True)
-        return f"""---
-library_name: smartkv
-tags: [kv-cache, key-eviction]
----
-
-# SmartKV gates
-
-{len(self)} gates for {self.fingerprint.describe()} (layers {format_layers(self.layers)}). Each reads a key before the
-rotary embedding and predicts how long later queries will look at it.
-
-```python
-from smartkv import GateBank
-gates = GateBank.from_pretrained("this folder or hub id", model=model)
-log4_lifespan = gates.predict(layer, keys)  # keys [batch, kv_heads, tokens, head_dim]
-```
-
-Trained with:
-
-```json
-{details}
-```
-"""
-
-
-def _find(folder_or_id: str | Path, name: str, revision: str | None) -> Path:
-    """A file of a local folder, or of a hub repository."""
-    folder = Path(folder_or_id).expanduser()
-    if folder.is_dir():
-        if not (folder / name).is_file():
-            raise SmartKVError(f"{folder / name} is missing: '{folder_or_id}' is not a folder of gates")
-        return folder / name
-    try:
-        return Path(hf_hub_download(str(folder_or_id), name, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise SmartKVError(f"gates '{folder_or_id}' are neither a local folder nor to be had from the hub") from error
+        return card(len(self), self.fingerprint.describe(), format_layers(self.layers), self.details)
 
 
 def parse_layers(layers: str | None, total: int) -> list[int]:

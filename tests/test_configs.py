@@ -13,7 +13,7 @@ import yaml
 
 from smartkv import GateBank, Manifest
 from tests.lightning_fixtures import ROOT, WINDOW, harvest, prose, run_cli, write_texts
-from tests.models import save_random_gates
+from tests.models import save_random_gates, save_tiny_backbone
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
@@ -104,7 +104,7 @@ def test_a_harvest_config_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the configs write below runs/
     monkeypatch.setenv("SMARTKV_DATA", str(tiny_data))
-    small = {"data.init_args.window": WINDOW, "data.init_args.windows": '{"train": 2, "validation": 1, "test": 0}',
+    small = {"data.init_args.window": 256, "data.init_args.windows": '{"train": 2, "validation": 1, "test": 0}',
              "model.init_args.follow_up": 32, "model.init_args.ages": "[8]", "model.init_args.threads": 1,
              "model.init_args.backbone": tiny_backbone, "data.init_args.backbone": tiny_backbone}  # fmt: skip
     overrides = [part for name, value in small.items() for part in (f"--{name}", str(value))]
@@ -127,10 +127,12 @@ def test_a_gates_config_runs(path: Path, shards: Path, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("path", runs("distil"))
-def test_a_distillation_config_runs(
-    path: Path, tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_distillation_config_runs_on_a_tiny_model_of_its_family(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    family = next((name for name in ("qwen2", "qwen3") if path.name.startswith(name)), "llama")
+    tiny_backbone = save_tiny_backbone(tmp_path / "backbone", family, max_positions=512)
     monkeypatch.setenv("SMARTKV_DATA", str(tmp_path / "data"))
     for split in ("train", "validation", "test"):
         (tmp_path / "data" / "books" / split).mkdir(parents=True)
@@ -168,6 +170,13 @@ def test_the_demo_s_fit_starts_without_a_checkpoint_and_goes_on_from_its_last(
 def test_a_harvest_config_names_one_backbone(path: Path) -> None:
     config = load(path)
     assert config["model"]["init_args"]["backbone"] == config["data"]["init_args"]["backbone"]
+
+
+@pytest.mark.parametrize("path", runs("distil"))
+def test_a_distillation_config_starts_from_what_a_gates_config_exports(path: Path) -> None:
+    callbacks = [c for param in runs("fit") for c in load(param.values[0])["trainer"]["callbacks"]]
+    exports = [c["init_args"]["out"] for c in callbacks if c["class_path"] == "GateExport"]
+    assert exports.count(load(path)["model"]["init_args"]["gates"]) == 1
 
 
 @pytest.mark.parametrize("path", runs("fit"))

@@ -1,0 +1,104 @@
+"""Where gates lie: in a folder, among those that come with SmartKV, or on the hub; and their model card."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from smartkv.errors import SmartKVError
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+PRETRAINED = Path(str(files("smartkv"))) / "pretrained"
+
+
+def pretrained_gates() -> list[str]:
+    """Names of the gates that come with SmartKV, after the models they belong to; for `GateBank.from_pretrained`."""
+    return sorted(folder.parent.name for folder in PRETRAINED.glob(f"*/{CONFIG}"))
+
+
+def find(folder_or_id: str | Path, name: str, revision: str | None) -> Path:
+    """A file of gates.
+
+    Args:
+        folder_or_id: a local folder; else one of `pretrained_gates()`; else a hub id.
+        name: of the file.
+        revision: of the hub repository.
+
+    Raises:
+        SmartKVError: it is not there.
+    """
+    folder = Path(folder_or_id).expanduser()
+    if not folder.is_dir() and str(folder_or_id) in pretrained_gates():
+        folder = PRETRAINED / str(folder_or_id)
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise SmartKVError(f"{folder / name} is missing: '{folder_or_id}' is not a folder of gates")
+        return folder / name
+    try:
+        return Path(hf_hub_download(str(folder_or_id), name, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise SmartKVError(
+            f"gates '{folder_or_id}' are neither a local folder nor to be had from the hub; "
+            f"with SmartKV come: {', '.join(pretrained_gates())}"
+        ) from error
+
+
+def card(gates: int, model: str, layers: str, details: dict[str, Any]) -> str:
+    """The model card, Markdown.
+
+    Args:
+        gates: how many.
+        model: in words.
+        layers: that have gates, in words.
+        details: of the gates.
+    """
+    use = _USE_POLICY if (remembered := bool(details.get("policy") and details.get("prices"))) else _USE_GATES
+    settings = {name: value for name, value in details.items() if name != "prices"}
+    return f"""---
+library_name: smartkv
+tags: [kv-cache, key-eviction]
+---
+
+# SmartKV gates
+
+{gates} gates for {model} (layers {layers}). Each reads a key before the
+rotary embedding and predicts how long later queries will look at it.
+
+```python
+{use.replace("NAME", details.get("name", "this folder or hub id"))}
+```
+{_prices(details) if remembered else ""}
+Trained with:
+
+```json
+{json.dumps(settings, indent=1, sort_keys=True)}
+```
+"""
+
+
+_USE_GATES = """\
+from smartkv import GateBank
+gates = GateBank.from_pretrained("NAME", model=model)
+log4_lifespan = gates.predict(layer, keys)  # keys [batch, kv_heads, tokens, head_dim]"""
+
+_USE_POLICY = """\
+from smartkv import GateBank, LifespanCache, policy_of
+gates = GateBank.from_pretrained("NAME", model=model)
+cache = LifespanCache(model, gates, policy_of(gates, 0.25))  # share of a full cache's keys
+model.generate(**inputs, past_key_values=cache)"""
+
+
+def _prices(details: dict[str, Any]) -> str:
+    rows = "\n".join(f"| {footprint:.3g} | {price:.3f} |" for footprint, price in details["prices"])
+    window = details.get("training", {}).get("window")
+    length = f" of {window} tokens" if window else ""
+    return f"""
+Prices, solved on training windows{length}; a longer text keeps a smaller share at the same price:
+
+| footprint | price |
+|---|---|
+{rows}
+"""
