@@ -88,7 +88,8 @@ def compare(
             without.
         contenders: `gates` (the policy that goes with them), named policies or YAML files; random, key_norm, keydiff,
             snapkv, tova, h2o, expected_attention; null:constant, null:position, null:token_table; oracle:lifespan,
-            oracle:attention. The full cache is always measured.
+            oracle:attention; for protocol once also NVIDIA's presses, and gates in them: press:knorm … press:lifespan
+            (see configs/eval/presses.yaml). The full cache is always measured.
         footprints: shares of the full cache to be kept (protocol once: shares of the prefill's keys).
         protocol: stream: keys go while the text is read; once: when the prefill is over, and later ones all stay.
         prefill: tokens, for protocol once.
@@ -209,7 +210,8 @@ class _Runner:
         prefill = None if self.prefill is None else len(trial.context)
 
         def measure() -> dict[str, Any]:
-            found = contender.read(setting, tokens, len(tokens) - len(trial.answer), self.first - 1, prefill)
+            counted = self.first - 1 if prefill is None else prefill  # before that, all is kept
+            found = contender.read(setting, tokens, len(tokens) - len(trial.answer), counted, prefill)
             return _figures(found) | {"right": bool(found.foremost.all())}
 
         return self.cells.measured([contender.name, setting, digest(tokens), len(trial.answer)], measure)

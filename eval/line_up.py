@@ -8,6 +8,7 @@ from torch import Tensor
 
 from eval.baselines import BASELINES, SEEDS, baseline
 from eval.contenders import ByGates, Contender, Full, Protocol_, Ruled, Scored, Scores
+from eval.presses import PREFIX, Pressed
 from smartkv.backbones import Backbone
 from smartkv.budgets import Calibration
 from smartkv.errors import SmartKVError
@@ -59,7 +60,11 @@ def line_up(
         return Scored(lm, name, kind, needs, scores, windows, counted, window, 4, lifespans, protocol)
 
     for name in dict.fromkeys(names):
-        if name in BASELINES:
+        if name.startswith(PREFIX):
+            if protocol != "once":
+                raise SmartKVError(f"contender '{name}' compresses once, after the prefill: it is for --protocol once")
+            found.append(Pressed(lm, gates, name, windows, prefill))
+        elif name in BASELINES:
             for seed in SEEDS if name == "random" else SEEDS[:1]:
                 found.append(baseline(name, lm, tokens, first, protocol, seed))
         elif name in NULLS:

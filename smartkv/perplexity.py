@@ -43,18 +43,27 @@ def token_losses(
     Raises:
         SmartKVError: no token is left to score.
     """
-    length = len(tokens)
-    if not 1 <= first < length:
-        raise SmartKVError(f"a window of {length} tokens has nothing to score from token {first} on")
+    if not 1 <= first < len(tokens):
+        raise SmartKVError(f"a window of {len(tokens)} tokens has nothing to score from token {first} on")
     ids = tokens.long().to(model.device)
     # the last token predicts nothing: neither it nor its key is needed
     output = model.base_model(input_ids=ids[None, :-1], past_key_values=cache, use_cache=cache is not None)
-    hidden = output.last_hidden_state[0]
+    return losses_after(model, output.last_hidden_state[0, first - 1 :], ids[first:])
+
+
+@torch.inference_mode()
+def losses_after(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> TokenLosses:
+    """What the model thinks of each token, from the last hidden state before it.
+
+    Args:
+        hidden: `[tokens, hidden]`, the model's dtype.
+        targets: ids `[tokens]`.
+    """
     head = model.get_output_embeddings()
     nll, foremost = [], []
-    for start in range(first - 1, length - 1, LOGITS_AT_ONCE):
-        stop = min(start + LOGITS_AT_ONCE, length - 1)
-        logits, target = head(hidden[start:stop]).float(), ids[start + 1 : stop + 1]
+    for start in range(0, len(targets), LOGITS_AT_ONCE):
+        here = slice(start, start + LOGITS_AT_ONCE)
+        logits, target = head(hidden[here]).float(), targets[here]
         nll.append(F.cross_entropy(logits, target, reduction="none"))
         foremost.append(logits.argmax(dim=-1) == target)
     return TokenLosses(torch.cat(nll).cpu(), torch.cat(foremost).cpu())

@@ -158,6 +158,7 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,  # in this place: kvpress, once imported, gives it by position
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,

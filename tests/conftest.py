@@ -21,9 +21,11 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 
 FRESH = """
-import importlib, json, pkgutil, sys
+import importlib, importlib.util, json, pkgutil, sys
 import smartkv
 names = sorted(module.name for module in pkgutil.walk_packages(smartkv.__path__, "smartkv."))
+if importlib.util.find_spec("kvpress") is None:
+    names.remove("smartkv.press")  # an extra
 for name in names:
     importlib.import_module(name)
 roots = sorted({name.partition(".")[0] for name in sys.modules})

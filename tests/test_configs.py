@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from smartkv import GateBank, Manifest
-from tests.lightning_fixtures import ROOT, WINDOW, harvest, prose, run_cli, write_texts
+from tests.lightning_fixtures import ROOT, harvest, prose, run_cli, write_texts
 from tests.models import save_random_gates, save_tiny_backbone
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

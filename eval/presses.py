@@ -1,0 +1,149 @@
+"""NVIDIA's presses as contenders, as their own code has them, and gates in one: for protocol `once`.
+
+kvpress takes no transformers from 5.3 on, so it lives in an environment of its own: extra `kvpress`.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from eval.contenders import ByGates, Reading, kept_above
+from smartkv.backbones import Backbone, attention_modules
+from smartkv.errors import SmartKVError
+from smartkv.gates import GateBank
+from smartkv.perplexity import losses_after
+from smartkv.policies import HybridPolicy, LayerRule
+
+PREFIX = "press:"
+# what each takes at inference: our own look at the code of kvpress 0.5.5
+NEEDS = {
+    "knorm": "keys",
+    "keydiff": "keys",
+    "random": "nothing",
+    "streaming_llm": "nothing",
+    "snapkv": "attention weights",
+    "tova": "attention weights",
+    "observed_attention": "attention weights",
+    "expected_attention": "queries",
+    "ada_snapkv": "attention weights",
+    "ada_expected_attention": "queries",
+    "lifespan": "keys",
+    "ada_lifespan": "keys",
+    "dms_lifespan": "keys",
+}
+SINKS, WINDOW = 4, 16  # tokens that our press always keeps
+
+
+class Pressed:
+    """A press, by name: kvpress's own; `lifespan` is ours; `ada_…`: in kvpress's AdaKVPress, with budgets by head; `dms_…`:
+    in its DMSPress, with one price for all heads of all layers."""
+
+    def __init__(
+        self, lm: Backbone, gates: GateBank | None, name: str, windows: Sequence[Tensor], prefill: int
+    ) -> None:
+        press = name.removeprefix(PREFIX)
+        if press not in NEEDS:
+            raise SmartKVError(f"there is no '{name}': expected {', '.join(PREFIX + known for known in NEEDS)}")
+        if "lifespan" in press and gates is None:
+            raise SmartKVError(f"contender '{name}' needs gates: give --gates")
+        try:
+            import kvpress
+        except ImportError as error:
+            raise SmartKVError(
+                f"contender '{name}' needs kvpress: pip install 'smartkv[kvpress]' in an environment of its own"
+            ) from error
+        self.lm, self.gates, self.name, self.press, self.prefill = lm, gates, name, press, prefill
+        self.kind, self.needs = ("ours" if "lifespan" in press else "rule"), NEEDS[press]
+        self.windows, self.kvpress = windows, kvpress
+
+    @torch.no_grad()
+    def solved(self, footprint: float) -> Any:
+        if self.press != "dms_lifespan":
+            return {"compression_ratio": 1 - footprint}
+        tables = [ByGates(self.lm, self._gates)(tokens) for tokens in self.windows]
+        policy = HybridPolicy((LayerRule("all", "gated", WINDOW),), sinks=SINKS)
+        return {"threshold": kept_above(tables, footprint, self.prefill, policy)}
+
+    @property
+    def _gates(self) -> GateBank:
+        if self.gates is None:  # told in __init__
+            raise SmartKVError(f"contender '{self.name}' needs gates")
+        return self.gates
+
+    def _make(self, setting: Any) -> Callable[[Any], AbstractContextManager[None]]:
+        k = self.kvpress
+        if "lifespan" in self.press:
+            from smartkv.press import LifespanPress
+
+            if self.press == "dms_lifespan":
+                inner = LifespanPress(gates=self._gates, sinks=SINKS, window=0)
+                return k.DMSPress(inner, setting["threshold"], sliding_window_size=WINDOW)
+            own = LifespanPress(setting["compression_ratio"], self._gates, SINKS, WINDOW)
+            return k.AdaKVPress(own) if self.press.startswith("ada_") else own
+        classes = {
+            "knorm": k.KnormPress,
+            "keydiff": k.KeyDiffPress,
+            "random": k.RandomPress,
+            "streaming_llm": k.StreamingLLMPress,
+            "snapkv": k.SnapKVPress,
+            "tova": k.TOVAPress,
+            "observed_attention": k.ObservedAttentionPress,
+            "expected_attention": k.ExpectedAttentionPress,
+        }
+        found = classes[self.press.removeprefix("ada_")](compression_ratio=setting["compression_ratio"])
+        return k.AdaKVPress(found) if self.press.startswith("ada_") else found
+
+    @torch.inference_mode()
+    def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
+        if prefill is None:
+            raise SmartKVError(f"contender '{self.name}' compresses once: it is for --protocol once")
+        model, ids = self.lm.model, tokens.long()[None].to(self.lm.model.device)
+        implementation = model.config._attn_implementation
+        cache, modules = DynamicCache(), attention_modules(model)
+        try:
+            if self.press == "observed_attention":
+                model.set_attn_implementation("eager")  # it is given the weights
+            for module in modules:
+                module.masked_key_indices = None
+            with self._make(setting)(model):
+                output = model.base_model(input_ids=ids[:, :prefill], past_key_values=cache, use_cache=True)
+            kept = self._kept(cache)
+            hidden = [output.last_hidden_state[0]]
+            chunk = len(tokens)
+            if any(module.masked_key_indices is not None for module in modules):
+                # kvpress hides keys behind one that no query looks at: to be found for as many as it has dims
+                chunk = max(
+                    1, self.lm.architecture.head_dim * self.lm.architecture.kv_heads // self.lm.architecture.query_heads
+                )
+            for start in range(prefill, len(tokens) - 1, chunk):
+                position = torch.arange(start, min(start + chunk, len(tokens) - 1), device=ids.device)[None]
+                # positions, and no cache_position: kvpress's own way, by which the mask counts what is left
+                output = model.base_model(
+                    input_ids=ids[:, position[0]], past_key_values=cache, position_ids=position, use_cache=True
+                )
+                hidden.append(output.last_hidden_state[0])
+        finally:
+            model.set_attn_implementation(implementation)
+            for module in modules:
+                module.masked_key_indices = None
+        found = losses_after(model, torch.cat(hidden)[first - 1 :], ids[0, first:])
+        return Reading(*found, _footprint(kept, prefill, count_from, len(tokens) - 1), None)
+
+    def _kept(self, cache: DynamicCache) -> float:
+        """Keys a head that are left of the prefill, mean over heads and layers."""
+        kept = []
+        for layer, module in zip(cache.layers, attention_modules(self.lm.model), strict=True):
+            hidden = 0 if module.masked_key_indices is None else len(module.masked_key_indices[0])
+            kept.append(layer.keys.shape[2] - hidden / layer.keys.shape[1])
+        return sum(kept) / len(kept)
+
+
+def _footprint(kept: float, prefill: int, count_from: int, stop: int) -> float:
+    """Σ keys seen ÷ Σ keys of a full cache, over the queries `count_from ≤ i < stop`; the prefill sees all."""
+    query = torch.arange(count_from, stop, dtype=torch.float64)
+    seen = torch.where(query < prefill, query + 1, kept + query - prefill + 1)
+    return float(seen.sum() / (query + 1).sum())
