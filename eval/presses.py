@@ -39,8 +39,8 @@ SINKS, WINDOW = 4, 16  # tokens that our press always keeps
 
 
 class Pressed:
-    """A press, by name: kvpress's own; `lifespan` is ours; `ada_…`: in kvpress's AdaKVPress, with budgets by head; `dms_…`:
-    in its DMSPress, with one price for all heads of all layers."""
+    """A press, by name: kvpress's own; `lifespan` is ours. `ada_…`: in kvpress's AdaKVPress, with budgets by head.
+    `dms_…`: in its DMSPress, with one price for all heads of all layers."""
 
     def __init__(
         self, lm: Backbone, gates: GateBank | None, name: str, windows: Sequence[Tensor], prefill: int
