@@ -11,6 +11,7 @@ from datamodules.documents import read_plan
 from eval.frontiers import frontier_table, read_points, won
 from eval.results import read_result, write_result
 from smartkv.backbones import load_backbone
+from smartkv.errors import SmartKVError
 from smartkv.perplexity import window_nll
 from smartkv.shards import Manifest
 
@@ -30,6 +31,8 @@ def report(run: str, out: str, score_from: int = 512, device: str = "cpu", reuse
     if not (reuse and path.exists()):
         manifest = Manifest.read(folder / "shards")
         scores = read_result(folder / "scores" / "gates.json")
+        if scores["r2_mean"] is None:
+            raise SmartKVError(f"the gates in {folder / 'gates'} have no R² to report: measure them by eval compare")
         lm = load_backbone(manifest.arguments["backbone"], manifest.arguments["dtype"], device)
         windows = read_plan(folder / "shards").of_split("validation")
         nll = [window_nll(lm.model, w, score_from) for w in track(windows, "Frozen model", console=console)]

@@ -9,6 +9,7 @@ Each learns from training labels and predicts validation labels of the same head
 * `random`: the label of another training key of the head, drawn at random.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from smartkv.rows import LabelledRows
 from smartkv.scores import RegressionSums
+from smartkv.shards import Block
 
 NULLS = ("constant", "position", "token_table", "random")
 
@@ -80,8 +82,15 @@ def make_nulls(gates: int, window: int, vocabulary: int) -> dict[str, Null]:
     }
 
 
-def score_nulls(rows: LabelledRows) -> dict[str, RegressionSums]:
-    """Learn each null on the train windows and score it on the validation windows, window by window."""
+Watch = Callable[[str, int, Tensor, Block], None]
+
+
+def score_nulls(rows: LabelledRows, watch: Watch = lambda *_: None) -> dict[str, RegressionSums]:
+    """Learn each null on the train windows and score it on the validation windows, window by window.
+
+    Args:
+        watch: is shown each null's name, and window, its prediction `[gates, rows]` and the block.
+    """
     train, validation = rows.blocks("train"), rows.blocks("validation")
     vocabulary = 1 + max(int(rows.token(block).max()) for block in train + validation)
     nulls = make_nulls(rows.gates, rows.manifest.window, vocabulary)
@@ -93,5 +102,7 @@ def score_nulls(rows: LabelledRows) -> dict[str, RegressionSums]:
     for window, block in enumerate(validation):
         target, position, token = rows.target(block), rows.position(block), rows.token(block)
         for name, null in nulls.items():
-            scores[name].update(window, null.predict(position, token), target)
+            prediction = null.predict(position, token)
+            scores[name].update(window, prediction, target)
+            watch(name, window, prediction, block)
     return scores

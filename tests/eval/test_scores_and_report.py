@@ -10,6 +10,8 @@ from torchmetrics.functional import r2_score
 
 from eval.__main__ import main
 from smartkv import GateBank, Manifest, load_backbone
+from smartkv.objectives import OrdinalAges
+from smartkv.rankings import concordance, top_share
 from smartkv.rows import LabelledRows
 from tests.eval.test_perplexity import measure
 from tests.lightning_fixtures import fit
@@ -141,11 +143,61 @@ def test_the_report_ends_with_what_was_won(
     assert "What is lost when keys are evicted" in shown and "frontier.png" in shown
 
 
-def test_gates_whose_score_has_no_r2_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = next(path.parent for path in run.rglob("config.json") if path.parent.name == "export")
-    gates = GateBank.from_pretrained(folder)
-    gates.details["target"] = "log worth"
-    gates.save_pretrained(tmp_path / "gates")
+def scored(gates: GateBank, run: Path, folder: Path) -> dict[str, Any]:
+    gates.save_pretrained(folder / "gates")
+    main(["gates", "--gates", str(folder / "gates"), "--shards", str(run / "shards"), "--out", str(folder)])
+    return json.loads((folder / "gates.json").read_text())
+
+
+def test_gates_whose_score_has_no_r2_have_none_and_are_measured_by_their_order(
+    run: Path, scores: dict[str, Any], tmp_path: Path
+) -> None:
+    gates = GateBank.from_pretrained(run / "gates" / "export")
+    gates.details |= {"target": "log worth"}
+    found = scored(gates, run, tmp_path)
+    assert found["r2_mean"] is None and not (tmp_path / "r2_by_head.png").exists()
+    assert found["order"]["scores"] == scores["order"]["scores"]  # the same weights put keys in the same order
+
+
+def test_order_is_that_of_the_scores_on_each_window(run: Path, scores: dict[str, Any], rows: LabelledRows) -> None:
+    gates, order = GateBank.from_pretrained(run / "gates" / "export"), scores["order"]["scores"]
+    pairs, held, best = [], [], []
+    for block in rows.blocks("validation"):
+        with torch.no_grad():
+            score = gates(rows.keys(block).float())[..., 0]
+        labels = rows.labels(block)
+        pairs.append(float(concordance(score, labels.log4_lifespan).nanmean()))
+        future = labels.future_attention[0]
+        future, score = (part[:, ~future.isnan().any(dim=0)] for part in (future, score))
+        held.append(float(top_share(score, future, 0.25)[1]))
+        best.append(float(top_share(future, future, 0.25)[1]))
+    assert order["gates"]["concordance"]["mean"] == pytest.approx(sum(pairs) / len(pairs))
+    assert order["gates"]["top_25_all"]["mean"] == pytest.approx(sum(held) / len(held))
+    assert order["oracle"]["top_25_all"]["mean"] == pytest.approx(sum(best) / len(best))
+    assert order["constant"]["concordance"]["mean"] == 0.5
+    for name in ("gates", "token_table", "position", "constant", "random"):
+        assert order[name]["top_10"]["mean"] < order["oracle"]["top_10"]["mean"]
+
+
+def test_ordinal_gates_are_calibrated_against_what_happened(run: Path, rows: LabelledRows, tmp_path: Path) -> None:
+    trained = GateBank.from_pretrained(run / "gates" / "export")
+    gates = GateBank(trained.fingerprint, hidden=4, outputs=2, details=trained.details)
+    gates.details = trained.details | {"target": OrdinalAges.target, "objective": {"ages": [4, 16]}}
+    found = scored(gates, run, tmp_path)["calibration"]
+    target = whole_split(rows, "validation")[1]
+    lived = [float((target > log4).double().mean()) for log4 in (1.0, 2.0)]
+    for age in range(2):
+        counts, shares = found["keys"][age], found["happened"][age]
+        total = sum(n * share for n, share in zip(counts, shares, strict=True) if n)
+        assert total / sum(counts) == pytest.approx(lived[age], abs=1e-6)
+    assert (tmp_path / "calibration.png").stat().st_size > 10_000
+
+
+def test_a_report_of_gates_without_r2_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("shards", "gates", "perplexity"):
+        (tmp_path / name).symlink_to(run / name)
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "gates.json").write_text(json.dumps({"r2_mean": None}))
     with pytest.raises(SystemExit):
-        main(["gates", "--gates", str(tmp_path / "gates"), "--shards", str(run), "--out", str(tmp_path)])
-    assert "predict log worth, which has no R²" in capsys.readouterr().err
+        main(["report", "--run", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "have no R²" in capsys.readouterr().err
