@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smartkv.errors import SmartKVError
 from smartkv.rankings import concordance, top_share
 from smartkv.rows import LabelledRows
 from smartkv.scores import bootstrap, mean_over
 from smartkv.shards import Block
 
 SHARES = (0.1, 0.25)  # of the keys
+AGE = 128  # tokens; future attention counts from the harvested age on that is nearest to it
 COMPARED = 256  # keys of a window of which all pairs are compared, evenly spread
 ORACLE = "oracle"
 MEANING = {
@@ -32,7 +34,8 @@ class Orders:
     def __init__(self, rows: LabelledRows) -> None:
         self.rows = rows
         self.found: dict[str, dict[str, list[float]]] = {}
-        self.age = rows.manifest.spec.ages[0] if rows.manifest.spec.ages else None
+        ages = rows.manifest.spec.ages
+        self.age = min(ages, key=lambda age: abs(age - AGE)) if ages else None
 
     def note(self, name: str, window: int, score: Tensor, block: Block) -> None:
         """`score` `[gates, rows]` of one window's block."""
@@ -41,8 +44,8 @@ class Orders:
         spread = torch.linspace(0, score.shape[1] - 1, min(COMPARED, score.shape[1])).long()
         pairs = concordance(score[:, spread], labels.log4_lifespan[:, spread])
         figures.setdefault("concordance", []).append(float(pairs.nanmean()))
-        if labels.future_attention is not None:
-            future = labels.future_attention[0]
+        if self.age is not None:
+            future = self._future(block)
             known = ~future.isnan().any(dim=0)
             for share in SHARES:
                 each, together = top_share(score[:, known], future[:, known], share)
@@ -51,9 +54,14 @@ class Orders:
 
     def oracle(self, window: int, block: Block) -> None:
         """What true labels would do: future attention, or else lifespans."""
+        known = self.age is not None
+        self.note(ORACLE, window, self._future(block).nan_to_num(0.0) if known else self.rows.target(block), block)
+
+    def _future(self, block: Block) -> Tensor:
         labels = self.rows.labels(block)
-        future = labels.future_attention
-        self.note(ORACLE, window, labels.log4_lifespan if future is None else future[0].nan_to_num(0.0), block)
+        if labels.future_attention is None or self.age is None:
+            raise SmartKVError("these shards hold no future attention")
+        return labels.future_attention[labels.ages.index(self.age)]
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Of each name and figure, the mean over windows and its 95 % interval."""

@@ -15,7 +15,8 @@ from smartkv import GateBank, Manifest
 from tests.lightning_fixtures import ROOT, harvest, prose, run_cli, write_texts
 from tests.models import save_random_gates, save_tiny_backbone
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+OBJECTIVES = sorted((ROOT / "configs/gates/objectives").glob("*.yaml"))  # given after another config
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*OBJECTIVES})
 
 
 def runs(subcommand: str) -> list[Any]:
@@ -124,6 +125,24 @@ def test_a_gates_config_runs(path: Path, shards: Path, tmp_path: Path, monkeypat
     run_cli("fit", "-c", path, *overrides)
     export = next(c for c in load(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
     assert len(GateBank.from_pretrained(tmp_path / export["init_args"]["out"])) == 4
+
+
+@pytest.mark.parametrize("path", OBJECTIVES, ids=lambda path: path.stem)
+def test_an_objective_s_config_runs_after_that_of_gates_and_changes_the_objective_alone(
+    path: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base, written = ROOT / "configs/gates/recall.yaml", load(path)
+    printed, plain = printed_config("fit", "-c", base, "-c", path), printed_config("fit", "-c", base)
+    assert printed["data"] == plain["data"]
+    changed = {key for key, value in printed["model"]["init_args"].items() if value != plain["model"]["init_args"][key]}
+    assert changed == {"objective"} and printed["trainer"]["max_epochs"] == plain["trainer"]["max_epochs"]
+    small = {"data.init_args.shards": shards, "trainer.fast_dev_run": "true", "trainer.accelerator": "cpu"}
+    if path.stem == "future-attention":
+        small["model.init_args.objective.init_args.ages"] = "[8]"  # what the test's shards hold
+    run_cli("fit", "-c", base, "-c", path, *(part for name, value in small.items() for part in (f"--{name}", value)))
+    export = next(c for c in written["trainer"]["callbacks"] if c["class_path"] == "GateExport")
+    assert GateBank.from_pretrained(tmp_path / export["init_args"]["out"]).details["training"]
 
 
 @pytest.mark.parametrize("path", runs("distil"))
