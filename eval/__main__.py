@@ -10,6 +10,8 @@ from eval.compare import compare
 from eval.decode import decode
 from eval.gates import gates
 from eval.generate import generate
+from eval.layers import layers
+from eval.objectives import objectives
 from eval.perplexity import perplexity
 from eval.report import report
 from eval.speed import speed
@@ -22,6 +24,8 @@ COMMANDS = {
     "decode": decode,
     "gates": gates,
     "generate": generate,
+    "layers": layers,
+    "objectives": objectives,
     "perplexity": perplexity,
     "report": report,
     "speed": speed,

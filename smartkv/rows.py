@@ -97,3 +97,7 @@ class LabelledRows:
     def token(self, block: Block) -> Tensor:
         """Token ids, int32 `[rows]`."""
         return self._reader.read(block, "token")
+
+    def document(self, block: Block) -> Tensor:
+        """Index into the manifest's documents, int32 `[rows]`."""
+        return self._reader.read(block, "document")
