@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.distillation import DistilledGates
@@ -19,6 +20,7 @@ class GateExport(L.Callback):
         monitor: logged figure that decides.
         mode: max: a larger figure is better; min: a smaller one.
         per_head: also write one file a head, `l{layer}_h{head}.safetensors`, into `out`/heads.
+        dtype: of the file: float32, or float16, which is half as large and costs a rounding at the tenth bit.
         name: that the model card gives to `GateBank.from_pretrained`, such as a hub id; null: the folder's.
     """
 
@@ -28,11 +30,17 @@ class GateExport(L.Callback):
         monitor: str = "val_r2_mean",
         mode: Literal["max", "min"] = "max",
         per_head: bool = False,
+        dtype: Literal["float32", "float16"] = "float32",
         name: str | None = None,
     ) -> None:
-        self.name = name
+        self.dtype, self.name = getattr(torch, dtype), name
         self.out, self.monitor, self.per_head, self.sign = Path(out), monitor, per_head, 1 if mode == "max" else -1
         self.best: float | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Two exports of one run, told apart by figure and name, have each their best."""
+        return self._generate_state_key(monitor=self.monitor, name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -52,7 +60,7 @@ class GateExport(L.Callback):
 
     @rank_zero_only
     def _export(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
-        gates = pl_module.gates().cpu()
+        gates = pl_module.gates().cpu().to(self.dtype)
         metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if "/" not in k}
         details = pl_module.details()
         details["training"] |= {"epoch": trainer.current_epoch, "step": trainer.global_step}

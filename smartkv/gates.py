@@ -160,7 +160,8 @@ class GateBank(nn.Module, ModelHubMixin):
             "outputs": self.outputs,
             "details": self.details,
         }
-        state = {name: tensor.detach().cpu().float().contiguous() for name, tensor in self.state_dict().items()}
+        wide = torch.float16 if self.weight1.dtype == torch.float16 else torch.float32
+        state = {name: tensor.detach().to("cpu", wide).contiguous() for name, tensor in self.state_dict().items()}
         write_atomically(save_directory / WEIGHTS, save(state))
         write_atomically(save_directory / CONFIG, json.dumps(config, indent=1, sort_keys=True).encode())
         write_atomically(save_directory / CARD, self._card().encode())
@@ -169,7 +170,8 @@ class GateBank(nn.Module, ModelHubMixin):
     def from_pretrained(  # type: ignore[override]
         cls, folder_or_id: str | Path, model: PreTrainedModel | None = None, revision: str | None = None
     ) -> "GateBank":
-        """Load gates from a folder, from those that come with SmartKV, or from the hub; safetensors and JSON only.
+        """Load gates from a folder, from those that come with SmartKV, or from the hub; safetensors and JSON only. They
+        compute in float32, also where their file holds float16.
 
         Args:
             folder_or_id: a folder that `save_pretrained` wrote, a name of `smartkv.pretrained_gates()`, or a hub id.

@@ -102,7 +102,8 @@ def misled_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def misled(misled_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("misled-fit")
-    return run(misled_shards, root, callbacks(root))
+    named = {"out": str(root / "named"), "name": "someone/gates", "dtype": "float16"}
+    return run(misled_shards, root, [*callbacks(root), {"class_path": "GateExport", "init_args": named}])
 
 
 # -- export -----------------------------------------------------------------------------------------------------------
@@ -128,6 +129,13 @@ def test_exported_gates_predict_layer_by_layer_what_the_module_does(tiny: Run, t
             here = slice(2 * layer, 2 * layer + 2)
             predicted = bank.predict(layer, keys[here][None])[0, :, :, 0]
             torch.testing.assert_close(predicted, truth[here], rtol=1e-4, atol=1e-4)
+
+
+def test_gates_are_exported_in_half_precision_and_under_a_name_if_wanted(misled: Run) -> None:
+    half, whole = (misled.root / name / "model.safetensors" for name in ("named", "export"))
+    sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in (half, whole)]
+    assert sizes[0] * 2 == sizes[1]
+    assert 'GateBank.from_pretrained("someone/gates"' in (misled.root / "named" / "README.md").read_text()
 
 
 def test_r2_gets_worse_by_construction_of_this_run(misled: Run) -> None:

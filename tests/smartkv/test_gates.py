@@ -144,6 +144,20 @@ def test_a_saved_bank_loads_exactly_as_it_was(layers: list[int] | None, tmp_path
     assert not back.training
 
 
+def test_a_bank_in_float16_is_half_as_large_on_disk_and_computes_in_float32(tmp_path: Path) -> None:
+    bank = make_bank()
+    sizes = {}
+    for name, dtype in (("wide", torch.float32), ("half", torch.float16)):
+        sizes[name] = sum(
+            t.nbytes for t in load_file(saved(bank.to(dtype), tmp_path / name) / "model.safetensors").values()
+        )
+    back = GateBank.from_pretrained(tmp_path / "half")
+    assert sizes["half"] * 2 == sizes["wide"]
+    for name, tensor in back.state_dict().items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, bank.float().state_dict()[name], atol=1e-3, rtol=1e-3)
+
+
 def test_saving_twice_gives_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         saved(make_bank(), tmp_path / name)
