@@ -109,16 +109,17 @@ class Pressed:
                 model.set_attn_implementation("eager")  # it is given the weights
             for module in modules:
                 module.masked_key_indices = None
-            with self._make(setting)(model):
+            with torch.random.fork_rng(), self._make(setting)(model):
+                # RandomPress with a seed of its own draws the same for every layer: we seed the generator it shares
+                torch.manual_seed(int(tokens.sum()))
                 output = model.base_model(input_ids=ids[:, :prefill], past_key_values=cache, use_cache=True)
             kept = self._kept(cache)
             hidden = [output.last_hidden_state[0]]
             chunk = len(tokens)
             if any(module.masked_key_indices is not None for module in modules):
                 # kvpress hides keys behind one that no query looks at: to be found for as many as it has dims
-                chunk = max(
-                    1, self.lm.architecture.head_dim * self.lm.architecture.kv_heads // self.lm.architecture.query_heads
-                )
+                arch = self.lm.architecture
+                chunk = max(1, arch.head_dim * arch.kv_heads // arch.query_heads)
             for start in range(prefill, len(tokens) - 1, chunk):
                 position = torch.arange(start, min(start + chunk, len(tokens) - 1), device=ids.device)[None]
                 # positions, and no cache_position: kvpress's own way, by which the mask counts what is left

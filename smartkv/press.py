@@ -8,6 +8,7 @@ kvpress compresses once, after a prefill that saw every key. Needs the extra `kv
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,9 +41,13 @@ class LifespanPress(ScorerPress):
 
     Raises:
         SmartKVError: no gates, or gates of another model.
+
+    Works in an `AdaKVPress` (budgets by head) and in a `DMSPress` (one price, while decoding too). A `ChunkPress` or
+    `BlockPress` hands over pieces of a text: in them nothing is pinned. Where fewer than sinks + window keys may stay,
+    it is some of these.
     """
 
-    gates: GateBank | str | None = None
+    gates: GateBank | Path | str | None = None
     sinks: int = 4
     window: int = 16
 
@@ -52,7 +57,7 @@ class LifespanPress(ScorerPress):
             raise SmartKVError("a LifespanPress needs gates: give a GateBank, or a folder, name or hub id of gates")
         if min(self.sinks, self.window) < 0:
             raise SmartKVError(f"sinks and window must be at least 0 tokens, got {self.sinks} and {self.window}")
-        self.bank = GateBank.from_pretrained(self.gates) if isinstance(self.gates, str) else self.gates
+        self.bank = self.gates if isinstance(self.gates, GateBank) else GateBank.from_pretrained(self.gates)
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         self._check(model.config)
@@ -67,8 +72,17 @@ class LifespanPress(ScorerPress):
     def score(
         self, module: nn.Module, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Any, kwargs: Any
     ) -> Tensor:
-        """kvpress's contract: float32 `[batch, kv_heads, tokens]` of the tokens in `hidden_states`."""
+        """kvpress's contract: float32 `[batch, kv_heads, tokens]` of the tokens in `hidden_states`.
+
+        Raises:
+            SmartKVError: gates of another model, or keys whose hidden states are not there.
+        """
         self._check(module.config)  # presses around this one do not always call post_init_from_model
+        if hidden_states.shape[1] != keys.shape[2]:
+            raise SmartKVError(
+                f"a LifespanPress needs the hidden state of every key, got {hidden_states.shape[1]} for "
+                f"{keys.shape[2]} keys: put it first in a ComposedPress, and use a DMSPress in place of a DecodingPress"
+            )
         layer: int = module.layer_idx  # type: ignore[assignment]
         score = self.bank.score(layer, get_prerope_key_states(module, hidden_states))
         score = score[..., -1] if self.bank.ages else score

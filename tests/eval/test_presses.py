@@ -51,6 +51,26 @@ def test_a_press_that_keeps_all_is_the_full_cache(tiny_backbone: Path, random_ga
 
 
 @needs_kvpress
+def test_a_random_press_draws_the_same_again_and_another_for_every_layer(
+    tiny_backbone: Path, random_gates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvpress import RandomPress
+
+    contender, tokens = pressed(tiny_backbone, random_gates, "random"), token_ids(TOKENS, 1, 256)
+    drawn, score = [], RandomPress.score
+
+    def watched(*given: Any) -> torch.Tensor:
+        drawn.append(score(*given))
+        return drawn[-1]
+
+    monkeypatch.setattr(RandomPress, "score", watched)
+    state = torch.get_rng_state()
+    nll = [contender.read(contender.solved(0.5), tokens, PREFILL, PREFILL - 1, PREFILL).nll for _ in range(2)]
+    assert torch.equal(*nll) and torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+@needs_kvpress
 def test_streaming_llm_of_kvpress_is_ours(tiny_backbone: Path, random_gates: Path) -> None:
     from smartkv.baselines import Once, StreamingLLM, compressed
     from smartkv.perplexity import token_losses

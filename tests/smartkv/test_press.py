@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from smartkv import GateBank, SmartKVError
 from smartkv.attention import read_keys
-from smartkv.backbones import Fingerprint
+from smartkv.backbones import Fingerprint, attention_modules
 from tests.models import FAMILIES, token_ids
 from tests.smartkv.cache_fixtures import MODELS
 
@@ -74,6 +75,89 @@ def test_the_keys_of_the_highest_score_are_left() -> None:
             left = cache.layers[layer].keys[0, head]
             want = whole.layers[layer].keys[0, head, kept]
             assert {tuple(key.tolist()) for key in left} == {tuple(key.tolist()) for key in want}
+
+
+def hidden_keys(model: PreTrainedModel) -> list[set[tuple[int, int]]]:
+    """(head, position) of the keys that kvpress hides in every layer; the batch has one row."""
+    found = []
+    for module in attention_modules(model):
+        _, heads, positions = module.masked_key_indices
+        found.append(set(zip(heads.tolist(), positions.tolist(), strict=True)))
+    return found
+
+
+@needs_kvpress
+@pytest.mark.parametrize("family", PRESSED)
+def test_in_an_ada_kv_press_the_heads_of_a_layer_share_its_keys(family: str) -> None:
+    from kvpress import AdaKVPress
+
+    from smartkv.press import LifespanPress
+
+    tokens, kept = 40, 20
+    model, ids = MODELS[family], torch.randperm(64, generator=torch.Generator().manual_seed(0))[:tokens]  # no ties
+    bank = gates_of(model)
+    with torch.inference_mode(), AdaKVPress(LifespanPress(0.5, bank, sinks=2, window=4), 0.5)(model):
+        model(input_ids=ids[None], past_key_values=DynamicCache(), use_cache=True)
+    found = hidden_keys(model)  # before another forward pass, which forgets them
+    for (layer, keys), hidden in zip(enumerate(read_keys(model, ids)), found, strict=True):
+        score = bank.score(layer, keys)[0].detach()
+        score[:, :2] = score[:, -4:] = torch.inf
+        order = [sorted(range(tokens), key=lambda t, row=row: -row[t]) for row in score.tolist()]
+        safe = {(head, t) for head in range(len(order)) for t in order[head][: kept // 2]}  # each head's own half
+        rest = sorted(
+            ((head, t) for head in range(len(order)) for t in range(tokens) if (head, t) not in safe),
+            key=lambda pair: -float(score[pair]),
+        )
+        assert hidden == set(rest[len(order) * kept - len(safe) :])
+
+
+@needs_kvpress
+@pytest.mark.parametrize("ages", [(), AGES])
+def test_in_a_dms_press_keys_below_the_price_go_in_the_prefill_and_while_decoding(ages: tuple[int, ...]) -> None:
+    from kvpress import DMSPress
+
+    from smartkv.press import LifespanPress
+
+    model, ids, cache, last = MODELS["llama"], token_ids(36), DynamicCache(), 6
+    bank = gates_of(model, ages)
+    score = bank.score(0, read_keys(model, ids)[0])[0].detach()  # the first layer's keys know nothing of what is hidden
+    score = score[..., -1] if ages else score
+    figures = score.unique()
+    price = float(figures[len(figures) // 2 - 1 :][:2].mean())  # no key's own
+    seen = []
+    with (
+        torch.inference_mode(),
+        DMSPress(LifespanPress(gates=bank, sinks=3, window=0), price, sliding_window_size=last, decoding=True)(model),
+    ):
+        for start, stop in [(0, 30), *((place, place + 1) for place in range(30, 36))]:
+            model(input_ids=ids[None, start:stop], past_key_values=cache, use_cache=True)
+            seen.append((stop, hidden_keys(model)))
+    for stop, hidden in seen:
+        want = {(h, t) for h in range(2) for t in range(3, stop - last) if float(score[h, t]) < price}
+        assert hidden[0] == want
+
+
+@needs_kvpress
+def test_keys_without_their_hidden_states_are_refused() -> None:
+    from kvpress import ComposedPress, KnormPress
+
+    from smartkv.press import LifespanPress
+
+    model, ids = MODELS["llama"], token_ids(40)
+    composed = ComposedPress([KnormPress(0.5), LifespanPress(0.5, gates_of(model))])
+    with pytest.raises(SmartKVError, match="hidden state of every key, got 40 for 20 keys"), composed(model):
+        model(input_ids=ids[None], past_key_values=DynamicCache(), use_cache=True)
+
+
+@needs_kvpress
+@pytest.mark.parametrize("as_text", [True, False])
+def test_gates_may_be_named_by_their_folder(as_text: bool, tmp_path: Path) -> None:
+    from smartkv.press import LifespanPress
+
+    bank = gates_of(MODELS["llama"])
+    bank.save_pretrained(tmp_path)
+    got = LifespanPress(0.5, str(tmp_path) if as_text else tmp_path).bank
+    assert all(torch.equal(got.state_dict()[name], weight) for name, weight in bank.state_dict().items())
 
 
 @needs_kvpress
