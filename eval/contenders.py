@@ -183,12 +183,23 @@ class Scored:
             open_figure = {"multiple": setting} if self.lifespans else {"price": setting}
             policy = replace(self.policy, **open_figure)
             ttl = policy.times_to_live(policy.rules[0], table)
-        window = self.policy.rules[0].window
-        plain = HybridPolicy((LayerRule("all", "window", window),), sinks=self.policy.sinks, name=self.name)
-        with _Tabled(self.lm.model, None, plain, count_from=count_from) as cache:
-            cache.table = ttl
-            found = token_losses(self.lm.model, tokens, first, cache)
-            return Reading(*found, cache.footprint, cache.peak_bytes)
+        return read_living(self.lm, ttl, tokens, first, count_from, self.policy.rules[0].window or 1, self.policy.sinks)
+
+
+def read_living(
+    lm: Backbone, ttl: Tensor, tokens: Tensor, first: int, count_from: int, window: int = 1, sinks: int = 0
+) -> Reading:
+    """A text whose keys live as long as a table says; arguments and result as `Contender.read`.
+
+    Args:
+        ttl: int64 `[layers, kv_heads, tokens]`.
+        window, sinks: tokens that always stay.
+    """
+    plain = HybridPolicy((LayerRule("all", "window", window),), sinks=sinks)
+    with _Tabled(lm.model, None, plain, count_from=count_from) as cache:
+        cache.table = ttl
+        found = token_losses(lm.model, tokens, first, cache)
+        return Reading(*found, cache.footprint, cache.peak_bytes)
 
 
 def kept_above(tables: Sequence[Tensor], share: float, prefill: int, policy: HybridPolicy) -> float:

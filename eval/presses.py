@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from eval.contenders import ByGates, Reading, kept_above
+from eval.contenders import ByGates, Reading, kept_above, read_living
 from smartkv.backbones import Backbone, attention_modules
+from smartkv.blocks import FOREVER
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
 from smartkv.perplexity import losses_after
@@ -62,6 +63,8 @@ class Pressed:
 
     @torch.no_grad()
     def solved(self, footprint: float) -> Any:
+        if self.press == "ada_expected_attention":
+            return {"compression_ratio": 1 - footprint, "epsilon": 0.01}  # as kvpress's own benchmark has it
         if self.press != "dms_lifespan":
             return {"compression_ratio": 1 - footprint}
         tables = [ByGates(self.lm, self._gates)(tokens) for tokens in self.windows]
@@ -94,7 +97,7 @@ class Pressed:
             "observed_attention": k.ObservedAttentionPress,
             "expected_attention": k.ExpectedAttentionPress,
         }
-        found = classes[self.press.removeprefix("ada_")](compression_ratio=setting["compression_ratio"])
+        found = classes[self.press.removeprefix("ada_")](**setting)
         return k.AdaKVPress(found) if self.press.startswith("ada_") else found
 
     @torch.inference_mode()
@@ -112,35 +115,42 @@ class Pressed:
             with torch.random.fork_rng(), self._make(setting)(model):
                 # RandomPress with a seed of its own draws the same for every layer: we seed the generator it shares
                 torch.manual_seed(int(tokens.sum()))
-                output = model.base_model(input_ids=ids[:, :prefill], past_key_values=cache, use_cache=True)
-            kept = self._kept(cache)
-            hidden = [output.last_hidden_state[0]]
-            chunk = len(tokens)
-            if any(module.masked_key_indices is not None for module in modules):
-                # kvpress hides keys behind one that no query looks at: to be found for as many as it has dims
-                arch = self.lm.architecture
-                chunk = max(1, arch.head_dim * arch.kv_heads // arch.query_heads)
-            for start in range(prefill, len(tokens) - 1, chunk):
-                position = torch.arange(start, min(start + chunk, len(tokens) - 1), device=ids.device)[None]
-                # positions, and no cache_position: kvpress's own way, by which the mask counts what is left
-                output = model.base_model(
-                    input_ids=ids[:, position[0]], past_key_values=cache, position_ids=position, use_cache=True
-                )
-                hidden.append(output.last_hidden_state[0])
+                prefilled = model.base_model(input_ids=ids[:, :prefill], past_key_values=cache, use_cache=True)
+            hidden = [module.masked_key_indices for module in modules]
+            if any(keys is not None for keys in hidden):
+                ttl = self._times(hidden, len(tokens), prefill)
+                return read_living(self.lm, ttl, tokens, first, count_from)._replace(
+                    peak_bytes=None
+                )  # kvpress's is full
+            # positions, and no cache_position: kvpress's own way, by which the mask counts what is left
+            position = torch.arange(prefill, len(tokens) - 1, device=ids.device)[None]
+            rest = model.base_model(
+                input_ids=ids[:, prefill:-1], past_key_values=cache, position_ids=position, use_cache=True
+            )
         finally:
             model.set_attn_implementation(implementation)
             for module in modules:
                 module.masked_key_indices = None
-        found = losses_after(model, torch.cat(hidden)[first - 1 :], ids[0, first:])
+        states = torch.cat([prefilled.last_hidden_state[0], rest.last_hidden_state[0]])
+        found = losses_after(model, states[first - 1 :], ids[0, first:])
+        later = len(tokens) - 1 - prefill
+        kept = sum(layer.keys.shape[2] - later for layer in cache.layers) / len(modules)
         return Reading(*found, _footprint(kept, prefill, count_from, len(tokens) - 1), None)
 
-    def _kept(self, cache: DynamicCache) -> float:
-        """Keys a head that are left of the prefill, mean over heads and layers."""
-        kept = []
-        for layer, module in zip(cache.layers, attention_modules(self.lm.model), strict=True):
-            hidden = 0 if module.masked_key_indices is None else len(module.masked_key_indices[0])
-            kept.append(layer.keys.shape[2] - hidden / layer.keys.shape[1])
-        return sum(kept) / len(kept)
+    def _times(self, hidden: Sequence[Any], tokens: int, prefill: int) -> Tensor:
+        """TTLs `[layers, kv_heads, tokens]` by which what kvpress hides in each layer, as (rows, heads, positions) or
+        None, goes after the prefill.
+
+        kvpress puts in the place of a hidden key one that no query of the call is to look at. Where these are many,
+        some do (with a score of −1, on a tiny model): so we only ask it which keys it hides.
+        """
+        arch = self.lm.architecture
+        ttl = torch.full((arch.layers, arch.kv_heads, tokens), FOREVER)
+        for layer, keys in enumerate(hidden):
+            if keys is not None:
+                _, heads, positions = (index.cpu() for index in keys)
+                ttl[layer, heads, positions] = prefill - positions
+        return ttl
 
 
 def _footprint(kept: float, prefill: int, count_from: int, stop: int) -> float:

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from eval.__main__ import main
-from eval.contenders import Full
-from eval.presses import NEEDS, PREFIX, Pressed, _footprint
+from eval.contenders import ByGates, Full, Scored
+from eval.presses import NEEDS, PREFIX, SINKS, WINDOW, Pressed, _footprint
 from smartkv import GateBank, load_backbone
 from smartkv.errors import SmartKVError
 from tests.lightning_fixtures import write_texts
@@ -81,6 +81,18 @@ def test_streaming_llm_of_kvpress_is_ours(tiny_backbone: Path, random_gates: Pat
         ours = token_losses(contender.lm.model, tokens, PREFILL).nll
     torch.testing.assert_close(found.nll, ours, atol=1e-4, rtol=1e-4)
     assert found.footprint == pytest.approx(float(simulation.footprint_by_head(PREFILL - 1).mean()), abs=1e-6)
+
+
+@needs_kvpress
+def test_one_price_in_dms_press_is_one_price_in_ours(tiny_backbone: Path, random_gates: Path) -> None:
+    contender, tokens = pressed(tiny_backbone, random_gates, "dms_lifespan"), token_ids(TOKENS, 1, 256)
+    lm, scores = contender.lm, ByGates(contender.lm, contender._gates)
+    ours = Scored(lm, "ours", "ours", "keys", scores, [], PREFILL, WINDOW, SINKS, protocol="once")
+    price = contender.solved(0.5)["threshold"]
+    found = contender.read({"threshold": price}, tokens, PREFILL, PREFILL - 1, PREFILL)
+    want = ours.read(price, tokens, PREFILL, PREFILL - 1, PREFILL)
+    torch.testing.assert_close(found.nll, want.nll, atol=1e-4, rtol=1e-4)
+    assert found.footprint == pytest.approx(want.footprint, abs=1e-6)
 
 
 @needs_kvpress
