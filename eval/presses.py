@@ -119,9 +119,8 @@ class Pressed:
             hidden = [module.masked_key_indices for module in modules]
             if any(keys is not None for keys in hidden):
                 ttl = self._times(hidden, len(tokens), prefill)
-                return read_living(self.lm, ttl, tokens, first, count_from)._replace(
-                    peak_bytes=None
-                )  # kvpress's is full
+                found = read_living(self.lm, ttl, tokens, first, count_from)
+                return found._replace(peak_bytes=None)  # kvpress frees nothing here
             # positions, and no cache_position: kvpress's own way, by which the mask counts what is left
             position = torch.arange(prefill, len(tokens) - 1, device=ids.device)[None]
             rest = model.base_model(
@@ -132,10 +131,10 @@ class Pressed:
             for module in modules:
                 module.masked_key_indices = None
         states = torch.cat([prefilled.last_hidden_state[0], rest.last_hidden_state[0]])
-        found = losses_after(model, states[first - 1 :], ids[0, first:])
+        losses = losses_after(model, states[first - 1 :], ids[0, first:])
         later = len(tokens) - 1 - prefill
         kept = sum(layer.keys.shape[2] - later for layer in cache.layers) / len(modules)
-        return Reading(*found, _footprint(kept, prefill, count_from, len(tokens) - 1), None)
+        return Reading(*losses, _footprint(kept, prefill, count_from, len(tokens) - 1), None)
 
     def _times(self, hidden: Sequence[Any], tokens: int, prefill: int) -> Tensor:
         """TTLs `[layers, kv_heads, tokens]` by which what kvpress hides in each layer, as (rows, heads, positions) or
