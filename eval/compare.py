@@ -15,6 +15,7 @@ from datamodules.sources import SourceConfig
 from eval.cells import Cells, digest, digests
 from eval.comparison import Row, report
 from eval.contenders import Contender, Protocol_, Reading
+from eval.frontiers import REFERENCE
 from eval.line_up import DEFAULT, line_up
 from eval.recall import Trial, trials
 from smartkv import backbones
@@ -64,6 +65,7 @@ def compare(
     gates: str | None = None,
     contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
     footprints: list[float] = [0.0625, 0.125, 0.25, 0.5],  # noqa: B006
+    others: list[float] | None = None,
     protocol: Protocol_ = "stream",
     prefill: int = 1024,
     texts: list[Text] = [Text("books", [BOOKS])],  # noqa: B006
@@ -91,6 +93,7 @@ def compare(
             oracle:attention; for protocol once also NVIDIA's presses, and gates in them: press:knorm … press:lifespan
             (see configs/eval/presses.yaml). The full cache is always measured.
         footprints: shares of the full cache to be kept (protocol once: shares of the prefill's keys).
+        others: those of contenders that are neither gates nor the sliding window. Null: the same.
         protocol: stream: keys go while the text is read; once: when the prefill is over, and later ones all stay.
         prefill: tokens, for protocol once.
         texts: the kinds of text whose negative log-likelihood is measured.
@@ -112,7 +115,7 @@ def compare(
     if not 1 <= first < window:
         name = "score_from" if protocol == "stream" else "prefill"
         raise SmartKVError(f"{name} must be at least 1 and below the window of {window} tokens, got {first}")
-    if not footprints or not all(0 < f <= 1 for f in footprints):
+    if not footprints or not all(0 < f <= 1 for f in [*footprints, *(others or [])]):
         raise SmartKVError(f"footprints are shares of the full cache above 0 and at most 1, got {footprints}")
     if calibration_windows < 1 or recall.trials < 0 or (not texts and not recall.trials):
         raise SmartKVError("calibration_windows must be at least 1, and there must be texts or recall trials")
@@ -156,7 +159,7 @@ def compare(
         progress.remove_task(prepared)
         cells = Cells(Path(out) / "compare.cells", measured_by)
         runner = _Runner(cells, progress, first, prefill if protocol == "once" else None)
-        rows = runner.run(chosen, footprints, read, asked)
+        rows = runner.run(chosen, footprints, footprints if others is None else others, read, asked)
     report(console, Path(out), settings, rows, {name: owners for name, (_, owners, _) in read.items()})
 
 
@@ -170,13 +173,15 @@ class _Runner:
         self,
         contenders: Sequence[Contender],
         footprints: Sequence[float],
+        others: Sequence[float],
         texts: dict[str, tuple[Tensor, list[int], Any]],
         asked: Sequence[Trial],
     ) -> list[Row]:
-        """A row for each contender and footprint that is in its reach."""
+        """A row for each contender and footprint that is in its reach; `others`: see `compare`."""
         solved: list[tuple[Contender, float, Any]] = []
         for contender in contenders:
-            for target in sorted(set(footprints)) if contender.kind != "full" else [1.0]:
+            foremost = contender.kind == "ours" or contender.name == REFERENCE
+            for target in [1.0] if contender.kind == "full" else sorted(set(footprints if foremost else others)):
                 try:
                     solved.append((contender, target, contender.solved(target)))
                 except SmartKVError as error:  # one footprint out of reach is no reason to lose the others

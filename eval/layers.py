@@ -115,9 +115,9 @@ def _pictures(folder: Path, grids: dict[str, Tensor], windows: list[int]) -> lis
     title, share = "Keys that are looked at again after a window, by layer", "share of keys"
     found = [save_picture(lines_by_layer(shown, range(count), title, share), folder / "beyond_windows.png")]
     titles = {
-        f"hit_beyond_{windows[len(windows) // 2]}": (f"Keys hit beyond {windows[len(windows) // 2]} tokens", share),
-        "needle": (f"Keys hit beyond {max(windows)} tokens: text that asks back, above plain text", share),
-        "predicted_cap": ("Longest lives that gates predict (99 %)", "tokens"),
+        f"hit_beyond_{windows[len(windows) // 2]}": (f"Keys hit beyond\n{windows[len(windows) // 2]} tokens", share),
+        "needle": (f"Keys hit beyond {max(windows)} tokens:\ntext that asks back\nabove plain text", share),
+        "predicted_cap": ("Longest lives that\ngates predict (99 %)", "tokens"),
     }
     for name, (title, label) in titles.items():
         if name in grids:

@@ -9,6 +9,7 @@ from rich.table import Table
 from callbacks.console import make_console
 from callbacks.pictures import COLOURS, lines_by_layer
 from eval.frontiers import Point, loss_at, read_points
+from eval.orders import ORACLE
 from eval.results import read_result, save_picture, write_result
 from smartkv.errors import SmartKVError
 
@@ -48,7 +49,9 @@ def objectives(
             raise SmartKVError(f"there is no '{name}' beside the gates: expected {', '.join(first['scores'])}")
     beside = {name: {"r2_mean": first["r2_nulls"].get(name), **_means(first["scores"][name])} for name in nulls}
     folder = Path(out)
-    rows = {name: mine["figures"] for name, mine in found.items()} | {f"null: {n}": row for n, row in beside.items()}
+    rows = {name: mine["figures"] for name, mine in found.items()} | {
+        name if name == ORACLE else f"null: {name.replace('_', ' ')}": row for name, row in beside.items()
+    }
     result = write_result(
         folder, "objectives", {"runs": runs, "footprints": footprints}, {"rows": rows, "units": UNITS}
     )

@@ -14,9 +14,9 @@ from smartkv import backbones
 from smartkv.attention import read_keys
 from smartkv.backbones import Backbone, load_backbone
 from smartkv.budgets import Calibration, price_curve, solve
-from smartkv.distillation import divergence, footprint, for_ages, keep_share, stays
+from smartkv.distillation import divergence, footprint, for_ages, keep_share, plain, stays
 from smartkv.errors import SmartKVError
-from smartkv.gates import GateBank
+from smartkv.gates import GateBank, format_layers
 from smartkv.policies import HybridPolicy, LayerRule
 from smartkv.soft_eviction import softly_evicted
 
@@ -99,11 +99,14 @@ class DistilledGates(L.LightningModule):
         device = self.trainer.strategy.root_device
         self.frozen.append(load_backbone(h.backbone, h.dtype, device, trust_remote_code=h.trust_remote_code))
         self.lm.model.requires_grad_(False)
-        start = GateBank.from_pretrained(h.gates, self.lm.model).to(device)
+        start = plain(GateBank.from_pretrained(h.gates, self.lm.model)).to(device)
         if start.ages and start.ages != tuple(h.ages):
             raise SmartKVError(f"the gates in {h.gates} judge for ages {list(start.ages)}, not for {list(h.ages)}")
         if start.outputs not in (1, len(h.ages)) or len(start.layers) != self.lm.architecture.layers:
-            raise SmartKVError(f"distillation starts from gates of all layers with one output, not from {h.gates}")
+            raise SmartKVError(
+                f"distillation starts from gates of all layers with one output, or one for each of {len(h.ages)} ages: "
+                f"those in {h.gates} have {start.outputs} for layers {format_layers(start.layers)}"
+            )
         if start.details.get("target") != TARGET:
             self._in_nats(start)
         self.bank = for_ages(start, h.ages, h.hidden).requires_grad_(True).train()

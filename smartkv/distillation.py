@@ -9,6 +9,8 @@ and so on. By the share `sigmoid((worth − price) / temperature)` it is kept fr
 with another price for every window: one training serves every footprint, and the policy's price is solved afterwards.
 """
 
+import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
+from smartkv.objectives import FutureAttention, reading
 
 AT_ONCE = 128  # tokens whose logits are held together: vocabularies are large
 
@@ -78,9 +81,29 @@ def stays(worth: Tensor, price: float | Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def plain(gates: GateBank) -> GateBank:
+    """Gates whose outputs are scores by themselves: those of future attention are its log, others come with one output.
+
+    Raises:
+        SmartKVError: gates of several outputs that are no log of anything, such as of ordinal ages.
+    """
+    objective = reading(gates.details.get("target", ""), gates.details.get("objective", {}))
+    if gates.ages or (objective is None and gates.outputs == 1):
+        return gates
+    if not isinstance(objective, FutureAttention):
+        raise SmartKVError(
+            f"distillation starts from gates with one output, or of future attention, not of {objective}"
+        )
+    bank = copy.deepcopy(gates)
+    bank.bias2.sub_(math.log(objective.scale))
+    bank.details = {"sinks": gates.details.get("sinks", 4)}
+    return bank
+
+
+@torch.no_grad()
 def for_ages(gates: GateBank, ages: Sequence[int], hidden: int) -> GateBank:
-    """Gates that judge for `ages`, to start from: they judge each key as `gates` do for the last age, and more kindly
-    the younger it is, since attention falls about with age; by half the log of it.
+    """Gates that judge for `ages`, to start from. From one output: they judge each key as `gates` do for the last age,
+    and more kindly the younger it is, since attention falls about with age; by half the log of it.
 
     Args:
         gates: with one output; or with one for each of the ages, which are kept.
@@ -103,7 +126,7 @@ def for_ages(gates: GateBank, ages: Sequence[int], hidden: int) -> GateBank:
         bank.weight1.add_(noise * bank.weight1.std(dim=(1, 2), keepdim=True) / 100)
     bank.weight2.copy_(gates.weight2.repeat(1, times, 1) / times)
     bank.bias2.copy_(gates.bias2)
-    if not gates.ages:
+    if gates.outputs == 1:
         bank.bias2.add_((ages[-1] / torch.tensor(ages, device=gates.device)).log() / 2)
     return bank
 

@@ -91,6 +91,15 @@ def test_a_run_goes_on_where_it_stopped_and_new_contenders_join(
     assert len(read) == (3 + 4) * len([row for row in more["rows"] if row["contender"] == "null:position"]) > 0
 
 
+def test_others_than_gates_and_window_may_be_asked_for_fewer_footprints(
+    tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path
+) -> None:
+    changes = {"gates": random_gates, "contenders": '["all-gated", "window", "key_norm"]', "others": "[0.8]"}
+    found = run(tmp_path, tiny_backbone, texts, footprints="[0.9, 0.8]", **changes)["rows"]
+    targets = {name: [row["target"] for row in found if row["contender"] == name] for name in ("window", "key_norm")}
+    assert targets == {"window": [0.8, 0.9], "key_norm": [0.8]}
+
+
 def test_every_rule_is_read_at_the_footprint_asked_for(tmp_path: Path, tiny_backbone: Path, texts: Path) -> None:
     rules = ["random", "key_norm", "keydiff", "snapkv", "tova", "h2o", "expected_attention"]
     for protocol in ("stream", "once"):
@@ -250,7 +259,14 @@ def test_a_trial_states_a_fact_at_its_depth_and_asks_for_it_at_the_end(split: st
 def test_the_config_runs(path: Path, tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path) -> None:
     written = yaml.safe_load(path.read_text())
     mine = [{"name": "mine", "path": str(texts)}]
-    small = {"window": WINDOW, "score_from": FIRST, "prefill": 30, "calibration_windows": 2, "footprints": [0.9]}
+    small = {
+        "window": WINDOW,
+        "score_from": FIRST,
+        "prefill": 30,
+        "calibration_windows": 2,
+        "footprints": [0.9],
+        "others": [0.9],
+    }
     tiny = {"out": str(tmp_path / "out"), "gates": str(random_gates), "backbone": str(tiny_backbone)}
     sources = {
         "texts": [text | {"windows": 1, "sources": mine} for text in written["texts"]],

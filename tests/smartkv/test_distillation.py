@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from smartkv.backbones import Fingerprint
-from smartkv.distillation import divergence, footprint, for_ages, keep_share, queries_at, stays
+from smartkv.distillation import divergence, footprint, for_ages, keep_share, plain, queries_at, stays
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
+from smartkv.objectives import FutureAttention, OrdinalAges
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -84,6 +85,24 @@ def test_gates_for_ages_start_as_the_gates_they_come_from_and_kinder_to_young_ke
         assert not torch.equal(aged.weight1[..., :4], aged.weight1[..., 4:8])
     again = for_ages(aged, (16, 64, 256), hidden)
     torch.testing.assert_close(again.predict(1, keys), got)
+
+
+def test_gates_of_future_attention_start_as_its_log_at_each_age() -> None:
+    objective = FutureAttention((16, 64, 256), scale=50.0)
+    details = {"target": objective.target, "objective": objective.settings}
+    gates = GateBank(Fingerprint("llama", 2, 2, 8, "0"), hidden=4, outputs=3, details=details)
+    start, keys = plain(gates), torch.randn(1, 2, 50, 8)
+    mean_attention = gates.score(1, keys).exp()  # over the ages, as the objective reads it
+    torch.testing.assert_close(start.predict(1, keys).exp().mean(dim=-1), mean_attention)
+    aged = for_ages(start, (16, 64, 256), 4)
+    torch.testing.assert_close(aged.predict(1, keys), start.predict(1, keys))
+    torch.testing.assert_close(start.score(1, keys), start.predict(1, keys)[..., 0])
+
+
+def test_gates_of_ordinal_ages_are_no_start() -> None:
+    details = {"target": OrdinalAges.target, "objective": {"ages": [4, 16, 64]}}
+    with pytest.raises(SmartKVError, match="or of future attention, not of 'life beyond ages'"):
+        plain(GateBank(Fingerprint("llama", 1, 1, 8, "0"), hidden=4, outputs=3, details=details))
 
 
 def test_a_width_that_is_no_multiple_is_refused() -> None:
