@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from pydoc_data import topics
 
 import pytest
 import torch
 
-from smartkv import Backbone, GateBank, LabelSpec, label_window, load_backbone
+from smartkv import Backbone, GateBank, HybridPolicy, LabelSpec, LayerRule, label_window, load_backbone, policy_of
+from smartkv.budgets import Calibration, solve
 from smartkv.calibration import check_key_site
-from smartkv.perplexity import window_nll
+from smartkv.perplexity import evicted_nll, window_nll
 from tests.conftest import ROOT
 from tests.smartkv.cache_fixtures import Injected, random_ttl, recent
 from tests.smartkv.masked_reference import masked_logits, visibility
@@ -112,3 +114,22 @@ def test_labels_on_the_gpu_are_those_on_the_cpu() -> None:
     cpu, gpu = label_window(llama(), tokens, spec), label_window(llama().cuda(), tokens, spec)
     assert (cpu.lifespan == gpu.lifespan).float().mean() > 0.999
     torch.testing.assert_close(cpu.future_attention, gpu.future_attention, atol=1e-4, rtol=1e-3, equal_nan=True)
+
+
+# -- the gates that come along ----------------------------------------------------------------------------------------
+
+
+def test_the_gates_that_come_along_lose_a_fraction_of_what_a_window_loses(smollm2: Backbone) -> None:
+    """On prose of another kind than they were trained on: Python's manual."""
+    text = " ".join(" ".join(topics.topics[name].split()) for name in ("class", "import", "exceptions"))
+    ids = torch.tensor(smollm2.tokenizer(text)["input_ids"][:1024])
+    gates = GateBank.from_pretrained("smollm2-135m-instruct", smollm2.model)
+    full = window_nll(smollm2.model, ids, first=256)
+    ours = evicted_nll(smollm2.model, gates, policy_of(gates, 0.25), ids, 256)
+    footprint = float(ours.footprint.mean())
+    calibration = Calibration.measure(smollm2.model, None, [ids], 255)
+    window = solve(HybridPolicy((LayerRule("all", "window"),)), footprint, calibration)
+    theirs = evicted_nll(smollm2.model, None, window, ids, 256)
+    assert 0.15 < footprint < 0.35 and float(theirs.footprint.mean()) == pytest.approx(footprint, abs=0.01)
+    assert ours.nll - full < 0.4 * (theirs.nll - full)
+    assert ours.nll - full < 0.1
