@@ -220,7 +220,7 @@ def _table(text: str, curves: list[Curve], shares: dict[int, dict[str, Any]], ow
             own.row.contender,
             own.row.needs,
             f"{own.footprint:.3f}",
-            f"{own.delta_nll:+.3f} ({own.interval[0]:+.3f} to {own.interval[1]:+.3f})",
+            f"{own.delta_nll:+.4f} ({own.interval[0]:+.4f} to {own.interval[1]:+.4f})",
             f"{found['ratio']:.2f} ({found['ratio_interval'][0]:.2f} to {found['ratio_interval'][1]:.2f})"
             if "ratio" in found
             else "",
