@@ -255,10 +255,16 @@ def test_a_trial_states_a_fact_at_its_depth_and_asks_for_it_at_the_end(split: st
     assert trials(split, 6, 60, lm.tokenizer, texts, seed=5) == found != trials(split, 6, 60, lm.tokenizer, texts)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("compare*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [ROOT / f"configs/eval/{name}.yaml" for name in ("compare", "policies")], ids=lambda path: path.stem
+)
 def test_the_config_runs(path: Path, tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path) -> None:
     written = yaml.safe_load(path.read_text())
     mine = [{"name": "mine", "path": str(texts)}]
+    # a policy for gates that remember none; what `eval auto` would have written
+    chosen = {"gates": str(tmp_path / "own.yaml"), "runs/auto/auto.yaml": str(tmp_path / "auto.yaml")}
+    for name in chosen.values():
+        Path(name).write_text(f"name: {Path(name).stem}\nrules: [{{layers: all, rule: gated, window: 4}}]\n")
     small = {
         "window": WINDOW,
         "score_from": FIRST,
@@ -269,17 +275,17 @@ def test_the_config_runs(path: Path, tmp_path: Path, tiny_backbone: Path, texts:
     }
     tiny = {"out": str(tmp_path / "out"), "gates": str(random_gates), "backbone": str(tiny_backbone)}
     sources = {
-        "texts": [text | {"windows": 1, "sources": mine} for text in written["texts"]],
-        "recall": written["recall"] | {"trials": 2, "tokens": 40},
+        "texts": [text | {"split": "test", "windows": 1, "sources": mine} for text in written["texts"]],
+        "recall": written["recall"] | {"split": "test", "trials": 2, "tokens": 40},
         "haystack": mine,
         "calibration": mine,
         "windows_per_document": 20,
         "dtype": "float32",
-        "contenders": [name if name != "gates" else "all-gated" for name in written["contenders"]],
+        "contenders": [chosen.get(name, name) for name in written["contenders"]],
     }
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(written | small | tiny | sources))
     main(["compare", "--config", str(config)])
     rows = json.loads((tmp_path / "out/compare.json").read_text())["rows"]
-    assert {row["contender"] for row in rows} == set(sources["contenders"])
+    assert {row["contender"] for row in rows} == {Path(name).stem for name in sources["contenders"]}
     assert {text for row in rows for text in row["texts"]} == {text["name"] for text in written["texts"]}
