@@ -10,7 +10,7 @@ from rich.table import Table
 
 from callbacks.pictures import frontiers
 from eval.frontiers import REFERENCE, equal_loss_ratio, loss_at
-from eval.results import machine, save_picture, write_result
+from eval.results import machine, save_picture, write_result, write_tables
 from smartkv.scores import bootstrap, mean_over
 
 ORACLE = "oracle:"
@@ -105,7 +105,7 @@ def _mean(figures: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 def report(
     console: Console, out: Path, settings: dict[str, Any], rows: list[Row], owners: dict[str, list[int]]
 ) -> None:
-    """`compare.json`, a table for each kind of text, and the pictures.
+    """`compare.json`, a table for each kind of text (also in `compare.md`), and the pictures.
 
     Args:
         rows: the full cache's among them.
@@ -138,7 +138,7 @@ def report(
     result = write_result(out, "compare", settings, figures)
     for table in tables:
         console.print(table)
-    for path in [result, *pictures]:
+    for path in [result, write_tables(out / "compare.md", tables), *pictures]:
         console.print(f"  {path}", highlight=False)
 
 

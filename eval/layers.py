@@ -10,7 +10,7 @@ from torch import Tensor
 
 from callbacks.console import make_console
 from callbacks.pictures import heads_heatmap, lines_by_layer
-from eval.results import save_picture, write_result
+from eval.results import save_picture, write_result, write_tables
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
 from smartkv.rows import LabelledRows
@@ -75,8 +75,9 @@ def layers(
     figures = {"units": _units(windows), "keys_a_head": both.shape[1], "texts": manifest.sources}
     figures |= {"by_head": {name: grid.tolist() for name, grid in grids.items()}}
     result = write_result(folder, "layers", settings, figures)
-    console.print(_table(grids))
-    for path in [result, *_pictures(folder, grids, windows)]:
+    table = _table(grids)
+    console.print(table)
+    for path in [result, write_tables(folder / "layers.md", [table]), *_pictures(folder, grids, windows)]:
         console.print(f"  {path}", highlight=False)
 
 

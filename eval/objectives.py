@@ -10,7 +10,7 @@ from callbacks.console import make_console
 from callbacks.pictures import COLOURS, lines_by_layer
 from eval.frontiers import Point, loss_at, read_points
 from eval.orders import ORACLE
-from eval.results import read_result, save_picture, write_result
+from eval.results import read_result, save_picture, write_result, write_tables
 from smartkv.errors import SmartKVError
 
 ORDER = ("concordance", "top_10", "top_25", "top_10_all", "top_25_all")
@@ -56,15 +56,17 @@ def objectives(
         folder, "objectives", {"runs": runs, "footprints": footprints}, {"rows": rows, "units": UNITS}
     )
     pictures = [save_picture(_bars({**rows}), folder / "order.png")]
+    tables = [_table(rows, footprints)]
     layers = {name: mine["r2_by_layer"] for name, mine in found.items() if mine["r2_by_layer"]}
     if layers:
         count = len(next(iter(layers.values())))
         title = "R² by layer, each with its own labels"
         figure = lines_by_layer(layers, range(count), title, "R² (mean over KV heads)")
         pictures.append(save_picture(figure, folder / "r2_by_layer.png"))
-        console.print(_layers(layers))
-    console.print(_table(rows, footprints))
-    for path in [result, *pictures]:
+        tables.append(_layers(layers))
+    for table in tables:
+        console.print(table)
+    for path in [result, write_tables(folder / "objectives.md", tables), *pictures]:
         console.print(f"  {path}", highlight=False)
 
 

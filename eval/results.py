@@ -3,12 +3,14 @@
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from matplotlib.figure import Figure
+from rich.table import Table
 
 from smartkv.errors import SmartKVError
 from smartkv.shards import write_atomically
@@ -56,3 +58,18 @@ def save_picture(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
+
+
+def write_tables(path: Path, tables: Sequence[Table]) -> Path:
+    """What the console shows, as Markdown, for documents: a heading and a table each."""
+    write_atomically(path, "\n".join(markdown(table) for table in tables).encode())
+    return path
+
+
+def markdown(table: Table) -> str:
+    """A table of plain text cells."""
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    head, *rows = zip(*columns, strict=True)
+    marks = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, marks, *rows)]
+    return "\n".join([f"### {table.title}", "", *lines, ""])

@@ -110,6 +110,15 @@ def test_every_figure_is_that_of_the_run_it_comes_from(compared: Any) -> None:
     assert (out / "table/order.png").stat().st_size > 10_000 and (out / "table/r2_by_layer.png").exists()
 
 
+def test_the_table_is_left_as_markdown_too(compared: Any) -> None:
+    out, rows = compared
+    lines = (out / "table/objectives.md").read_text().splitlines()
+    assert lines[0].startswith("### ") and lines[3].startswith("| --- | ---: |")
+    told = next(line for line in lines if line.startswith("| ranking |"))
+    assert f"| {rows['ranking']['concordance']:.3f} |" in told and "| – |" in told
+    assert {line.count("|") for line in lines[2:] if line.startswith("|")} >= {lines[2].count("|")}
+
+
 def test_losses_are_read_between_measured_points_and_not_beyond(compared: Any) -> None:
     out, rows = compared
     points = json.loads((out / "huber/perplexity/perplexity.json").read_text())["frontier"]
