@@ -91,9 +91,8 @@ def plain(gates: GateBank) -> GateBank:
     if gates.ages or (objective is None and gates.outputs == 1):
         return gates
     if not isinstance(objective, FutureAttention):
-        raise SmartKVError(
-            f"distillation starts from gates with one output, or of future attention, not of {objective}"
-        )
+        target = gates.details.get("target")
+        raise SmartKVError(f"distillation starts from gates with one output, or of future attention, not of '{target}'")
     bank = copy.deepcopy(gates)
     bank.bias2.sub_(math.log(objective.scale))
     bank.details = {"sinks": gates.details.get("sinks", 4)}
