@@ -142,9 +142,10 @@ def compare(
         "protocol": protocol,
         "prefill": prefill if protocol == "once" else None,
         "score_from": first,
-        "weights": digests(bank),
     }
+    weights = digests(bank)
     settings = measured_by | {
+        "weights": weights,
         "gates": gates,
         "window": window,
         "texts": {text.name: {"split": text.split, "windows": len(read[text.name][0])} for text in texts},
@@ -158,7 +159,7 @@ def compare(
         chosen = line_up(contenders, lm, bank, list(learn), first, protocol, prefill)
         progress.remove_task(prepared)
         cells = Cells(Path(out) / "compare.cells", measured_by)
-        runner = _Runner(cells, progress, first, prefill if protocol == "once" else None)
+        runner = _Runner(cells, progress, first, prefill if protocol == "once" else None, weights)
         rows = runner.run(chosen, footprints, footprints if others is None else others, read, asked)
     report(console, Path(out), settings, rows, {name: owners for name, (_, owners, _) in read.items()})
 
@@ -166,8 +167,10 @@ def compare(
 class _Runner:
     """Reads every text under every contender at every footprint."""
 
-    def __init__(self, cells: Cells, progress: Progress, first: int, prefill: int | None) -> None:
-        self.cells, self.progress, self.first, self.prefill = cells, progress, first, prefill
+    def __init__(
+        self, cells: Cells, progress: Progress, first: int, prefill: int | None, weights: dict[str, str]
+    ) -> None:
+        self.cells, self.progress, self.first, self.prefill, self.weights = cells, progress, first, prefill, weights
 
     def run(
         self,
@@ -208,7 +211,7 @@ class _Runner:
             found = contender.read(setting, tokens, self.first, self.first - 1, self.prefill)
             return _figures(found)
 
-        return self.cells.measured([contender.name, setting, digest(tokens)], measure)
+        return self.cells.measured([*self._settings(contender, setting), digest(tokens)], measure)
 
     def _trial(self, contender: Contender, setting: Any, trial: Trial) -> dict[str, Any]:
         tokens = torch.tensor([*trial.context, *trial.question, *trial.answer])
@@ -219,7 +222,11 @@ class _Runner:
             found = contender.read(setting, tokens, len(tokens) - len(trial.answer), counted, prefill)
             return _figures(found) | {"right": bool(found.foremost.all())}
 
-        return self.cells.measured([contender.name, setting, digest(tokens), len(trial.answer)], measure)
+        return self.cells.measured([*self._settings(contender, setting), digest(tokens), len(trial.answer)], measure)
+
+    def _settings(self, contender: Contender, setting: Any) -> list[Any]:
+        """What a cell hangs on besides its text: only who has gates is measured anew for others."""
+        return [contender.name, setting, self.weights if contender.kind == "ours" else {}]
 
 
 def _figures(found: Reading) -> dict[str, Any]:

@@ -91,6 +91,25 @@ def test_a_run_goes_on_where_it_stopped_and_new_contenders_join(
     assert len(read) == (3 + 4) * len([row for row in more["rows"] if row["contender"] == "null:position"]) > 0
 
 
+def test_other_gates_in_the_same_folder_leave_the_rules_as_measured(
+    tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"contenders": '["all-gated", "window"]', "footprints": "[0.8]"}
+    run(tmp_path, tiny_backbone, texts, gates=random_gates, **changes)
+    read: list[str] = []
+    measured = command.Cells.measured
+    monkeypatch.setattr(
+        command.Cells, "measured", lambda self, key, how: measured(self, key, lambda: read.append(key[0]) or how())
+    )
+    others = GateBank.from_pretrained(random_gates)
+    with torch.no_grad():
+        for weight in others.parameters():
+            weight.mul_(1.5)
+    others.save_pretrained(tmp_path / "others")
+    run(tmp_path, tiny_backbone, texts, gates=tmp_path / "others", **changes)
+    assert read == ["all-gated"] * (3 + 4)
+
+
 def test_others_than_gates_and_window_may_be_asked_for_fewer_footprints(
     tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path
 ) -> None:
