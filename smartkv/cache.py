@@ -7,27 +7,24 @@ after every 256 tokens of a prompt, and every few tokens while decoding.
 """
 
 import functools
-import weakref
 from collections.abc import Callable
-from copy import deepcopy
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from smartkv.attached import AttachedCache
 from smartkv.backbones import Architecture, Fingerprint
 from smartkv.blocks import FOREVER, HOLE, Fields
 from smartkv.errors import SmartKVError
-from smartkv.feeding import EvictionStep, follow_cache, works_on
+from smartkv.feeding import EvictionStep
 from smartkv.gates import GateBank
 from smartkv.holdings import Holdings
 from smartkv.policies import HybridPolicy
 from smartkv.storage import LifespanLayer
 
 F = TypeVar("F", bound=Callable[..., Any])
-OTHER_MODEL = "the cache was made for another model than it was given to: make one of its own, LifespanCache(model, …)"
 
 
 def _outside_autograd(function: F) -> F:
@@ -41,7 +38,7 @@ def _outside_autograd(function: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-class LifespanCache(Holdings, Cache):
+class LifespanCache(Holdings, AttachedCache):
     """A cache for `model(...)` and `model.generate(...)`.
 
     The model is changed while it works on the cache and not between. It keeps a forward of ours for as long as such a
@@ -67,52 +64,25 @@ class LifespanCache(Holdings, Cache):
         chunk: int = 1024,
         count_from: int = 0,
     ) -> None:
-        self.architecture = Architecture.of(model.config)
+        architecture = Architecture.of(model.config)
         if gates is not None:
             Fingerprint.of(model).check(gates.fingerprint, "the gates")
             if gates.device != model.device:
                 raise SmartKVError(
                     f"the gates are on {gates.device}, the model is on {model.device}: call gates.to('{model.device}')"
                 )
-        self.rules = policy.check(self.architecture, gates)
+        rules = policy.check(architecture, gates)
         if policy.open:
             raise SmartKVError(
                 f"policy '{policy.name}' leaves its {policy.open} open: give it, or solve it for a footprint"
             )
-        if type(chunk) is not int or chunk < 1:
-            raise SmartKVError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
-        caps = policy.caps(self.architecture)
+        caps = policy.caps(architecture)
         self.storage = [
             LifespanLayer(cap.window if cap else rule.window or FOREVER, cap, count_from)
-            for rule, cap in zip(self.rules, caps, strict=True)
+            for rule, cap in zip(rules, caps, strict=True)
         ]
-        super().__init__(layers=list(self.storage))
-        self.model, self.policy, self.gates = model, policy, gates
-        self.chunk, self.count_from = chunk, count_from
-        self.attach()
-
-    # -- attach and detach --------------------------------------------------------------------------------------------
-
-    def attach(self) -> None:
-        """Let the model take this cache; done by the constructor."""
-        self._undo = follow_cache(self.model, LifespanCache)
-        self._finalizer = weakref.finalize(self, self._undo)
-        self.attached = True
-
-    def detach(self) -> None:
-        """Leave the model as it was; what is stored stays. Called again, it does nothing."""
-        self.attached = False
-        self._finalizer()
-
-    def __enter__(self) -> "LifespanCache":
-        if not self.attached:
-            self.attach()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.detach()
+        self.policy, self.gates, self.rules, self.count_from = policy, gates, rules, count_from
+        super().__init__(model, list(self.storage), chunk)
 
     # -- the rule -----------------------------------------------------------------------------------------------------
 
@@ -215,60 +185,10 @@ class LifespanCache(Holdings, Cache):
             if storage.is_initialized:
                 self._settle(layer, pack=False)
 
-    def check_call(self, decoder: nn.Module, tokens: int) -> None:
-        """Called before a forward pass of `decoder` over so many tokens.
-
-        Raises:
-            SmartKVError: the cache is not attached, the model is not its own or has no positions for them, or the
-                pass before was broken off.
-        """
-        if not self.attached:
-            raise SmartKVError("the cache was detached from its model: call cache.attach(), or use it in `with cache:`")
-        if decoder is not self.model.base_model:
-            raise SmartKVError(OTHER_MODEL)
-        if any(storage.columns != self.storage[0].columns for storage in self.storage):
-            raise SmartKVError("a forward pass was broken off and only some layers hold its tokens: call cache.reset()")
-        self.check_length(self.get_seq_length() + tokens)
-
-    def check_length(self, tokens: int) -> None:
-        """
-        Raises:
-            SmartKVError: the model has no positions for so many tokens.
-        """
-        if tokens > self.architecture.max_positions:
-            raise SmartKVError(
-                f"prompt and answer come to {tokens} tokens, the model has {self.architecture.max_positions} positions "
-                f"({self.get_seq_length()} are in the cache): shorten the prompt, or lower max_new_tokens"
-            )
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Called by the model just before attention, which hands the keys to `attend`.
-
-        Raises:
-            SmartKVError: the cache is not attached to this model, whose attention would see nothing of it.
-        """
-        if not works_on(self.model, self):
-            self.check_call(self.model.base_model, 0)
-            raise SmartKVError(OTHER_MODEL)
-        return key_states, value_states
-
     def reset(self) -> None:
         """Forget everything, as if new."""
         super().reset()
         self.fullest = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "LifespanCache":
-        """The same keys once more, for the same model and gates: to go on from one prompt in several ways."""
-        memo[id(self.model)], memo[id(self.gates)] = self.model, self.gates
-        own = ("attached", "_undo", "_finalizer")
-        twin = object.__new__(type(self))
-        twin.__dict__ = {name: deepcopy(value, memo) for name, value in self.__dict__.items() if name not in own}
-        twin.attached = False
-        if self.attached:
-            twin.attach()
-        return twin
 
     # -- rows of the batch --------------------------------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ class Session:
                 raise SmartKVError("hand the cache over by name: model(ids, past_key_values=cache)")
             return self.plain(*args, **kwargs)
         if len(args) > 1:
-            raise SmartKVError("with a LifespanCache only input_ids may be given without its name")
+            raise SmartKVError(f"with a {type(cache).__name__} only input_ids may be given without its name")
         if args:  # the first argument of every family's decoder
             kwargs["input_ids"] = args[0]
         tokens, real = _tokens_and_padding(kwargs)
@@ -215,7 +215,7 @@ def _tokens_and_padding(kwargs: dict[str, Any]) -> tuple[int, Tensor | None]:
     if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != rows or mask.shape[1] < tokens:
         what = f"{mask.dim()}-D {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise SmartKVError(
-            f"a LifespanCache takes an attention mask [batch, tokens] that marks padding, got {what} "
+            f"the cache takes an attention mask [batch, tokens] that marks padding, got {what} "
             f"for {rows} × {tokens} tokens"
         )
     real = mask[:, -tokens:].bool()

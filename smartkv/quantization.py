@@ -1,0 +1,139 @@
+"""Numbers in few bits: affine codes, packed into bytes.
+
+A group of values that share a scale and a zero is stored as `code = round((value − zero) / scale)`, with zero the
+group's least value and scale its range over 2^bits − 1 (asymmetric min-max quantisation, as in KIVI, Liu et al. 2024,
+arXiv 2402.02750). Scale and zero are float16; codes are computed from them as stored, so they cost no accuracy beyond
+their own step. What was quantised once is never quantised again: reading it changes nothing.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smartkv.errors import SmartKVError
+
+BITS = (2, 3, 4, 8)
+SCALE_BYTES = 4  # of a group: scale and zero, float16 each
+LARGEST = 65504.0  # of float16
+
+
+class Codes(NamedTuple):
+    """Quantised values.
+
+    Attributes:
+        packed: uint8 `[…, bytes]`, the codes of the last dimension.
+        scale, zero: float16, broadcast against the codes.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+def check_bits(bits: int) -> int:
+    """
+    Raises:
+        SmartKVError: not one of `BITS`.
+    """
+    if bits not in BITS:
+        raise SmartKVError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}")
+    return bits
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of `count` codes.
+
+    Raises:
+        SmartKVError: they do not fill whole bytes (3 bits: eight codes, three bytes).
+    """
+    whole = 8 // math.gcd(8, check_bits(bits))
+    if count % whole:
+        raise SmartKVError(f"codes of {bits} bits are packed {whole} at a time, got {count}")
+    return count * bits // 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """`codes` uint8 `[…, n]`, each below 2^bits -> uint8 `[…, n · bits / 8]`, the first code in the lowest bits.
+
+    Raises:
+        SmartKVError: as `packed_bytes`.
+    """
+    packed_bytes(codes.shape[-1], bits)
+    if bits == 8:
+        return codes
+    together = 8 // math.gcd(8, bits)  # codes that fill `stored` bytes
+    stored = together * bits // 8
+    word = torch.zeros(*codes.shape[:-1], codes.shape[-1] // together, dtype=torch.int32, device=codes.device)
+    for place in range(together):
+        word |= codes[..., place::together].int() << (place * bits)
+    parts = [(word >> (8 * byte)).to(torch.uint8) for byte in range(stored)]  # the lowest 8 bits of each
+    return torch.stack(parts, dim=-1).flatten(-2)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """What was packed, uint8 `[…, n]`, from uint8 `[…, n · bits / 8]`."""
+    if check_bits(bits) == 8:
+        return packed
+    together = 8 // math.gcd(8, bits)
+    stored = together * bits // 8
+    if stored == 1:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+    word = torch.zeros(*packed.shape[:-1], packed.shape[-1] // stored, dtype=torch.int32, device=packed.device)
+    for byte in range(stored):
+        word |= packed[..., byte::stored].int() << (8 * byte)
+    shifts32 = torch.arange(0, together * bits, bits, dtype=torch.int32, device=packed.device)
+    return ((word[..., None] >> shifts32) & (2**bits - 1)).to(torch.uint8).flatten(-2)
+
+
+def affine(values: Tensor, bits: int, dim: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of values that share scale and zero along `dim`.
+
+    Args:
+        values: floats; beyond ±65,504 they are taken for that, the reach of float16.
+
+    Returns:
+        codes uint8 like `values`; scale and zero, float16, of size 1 along `dim`.
+    """
+    values = values.float().clamp(-LARGEST, LARGEST)
+    least, most = values.amin(dim=dim, keepdim=True), values.amax(dim=dim, keepdim=True)
+    zero = least.half()
+    scale = ((most - zero.float()) / (2**bits - 1)).clamp(max=LARGEST).half()
+    step = scale.float()
+    codes = ((values - zero.float()) / torch.where(step > 0, step, 1.0)).round_().clamp_(0, 2**bits - 1)
+    return codes.to(torch.uint8), scale, zero
+
+
+def restored(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    """What codes stand for, in `dtype`; computed in float32."""
+    return (codes.float() * scale.float() + zero.float()).to(dtype)
+
+
+def quantize(values: Tensor, bits: int, group: int) -> Codes:
+    """Codes of `[…, n]`, each `group` neighbours with a scale and a zero of their own (`[…, n / group]`).
+
+    Raises:
+        SmartKVError: `group` does not divide n, or as `packed_bytes`.
+    """
+    if group < 1 or values.shape[-1] % group:
+        raise SmartKVError(f"groups of {group} do not divide {values.shape[-1]} values")
+    codes, scale, zero = affine(values.unflatten(-1, (-1, group)), bits)
+    return Codes(pack(codes.flatten(-2), bits), scale.squeeze(-1), zero.squeeze(-1))
+
+
+def dequantize(codes: Codes, bits: int, dtype: torch.dtype) -> Tensor:
+    """The values of `quantize`, `[…, n]`."""
+    groups = unpack(codes.packed, bits).unflatten(-1, (codes.scale.shape[-1], -1))
+    return restored(groups, codes.scale[..., None], codes.zero[..., None], dtype).flatten(-2)
+
+
+def hadamard(size: int, device: torch.device | None = None) -> Tensor:
+    """An orthogonal matrix float32 `[size, size]` that spreads outliers over all channels: Sylvester's construction for
+    the largest power of two that divides `size`, in blocks (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456)."""
+    block = size & -size
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < block:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return torch.block_diag(*[matrix / block**0.5] * (size // block))
