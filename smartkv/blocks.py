@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smartkv.packed_rows import PackedRows
+
 HOLE = -1  # position of a slot without a key
 FOREVER = 2**31 - 1  # a TTL, and an expiry, that no text outlives
 FEW, SHORT = 4, 768  # so few pairs of so few keys are faster attended to one by one: what counts is the calls
@@ -26,7 +28,7 @@ class Fields(NamedTuple):
     """What is stored of keys; `…` is one shape for all, such as `[keys]` or `[pairs, keys]`.
 
     Attributes:
-        key, value: `[…, head_dim]`, the model's dtype.
+        key, value: `[…, head_dim]`, the model's dtype; or packed, uint8 `[…, row bytes]` (see `smartkv.packed_rows`).
         position: int32 `[…]`, place among the real tokens of the row; `HOLE`: no key.
         expiry: int32 `[…]`, the first position whose query does not see the key.
         score: float32 `[…]`, the prediction that breaks ties under a cap for a whole layer; None: not needed.
@@ -142,6 +144,8 @@ class Blocks:
         ages: int64 `[keys]`, which of the queries to come is the first that does not see each key; 0 is the next one.
         now: int64 `[pairs]`, position of the next query.
         spare: tokens that may come before the keys are packed anew.
+        dtype: of the model.
+        rows: how keys and values are packed; None: they are not.
 
     Attributes:
         fields: `[blocks · size]`. A block belongs to one pair, a pair's blocks follow each other.
@@ -150,9 +154,19 @@ class Blocks:
         table: int64 `[pairs, most blocks of a pair]`; shorter pairs point to an empty block at the end.
     """
 
-    def __init__(self, fields: Fields, live: Tensor, counts: Tensor, ages: Tensor, now: Tensor, spare: int) -> None:
+    def __init__(
+        self,
+        fields: Fields,
+        live: Tensor,
+        counts: Tensor,
+        ages: Tensor,
+        now: Tensor,
+        spare: int,
+        dtype: torch.dtype,
+        rows: PackedRows | None = None,
+    ) -> None:
         pairs, device = len(counts), counts.device
-        self.counts, self.spare = counts, spare
+        self.counts, self.spare, self.rows = counts, spare, rows
         self.size = block_size(len(live) / pairs)
         blocks = (counts + spare + self.size - 1) // self.size
         first = blocks.cumsum(0) - blocks
@@ -176,7 +190,7 @@ class Blocks:
         filled[slots] = True
         self.fields.position.masked_fill_(~filled, HOLE)
         self.fields.expiry.masked_fill_(~filled, 0)
-        self.bias = torch.zeros(len(filled), dtype=self.fields.key.dtype, device=device)
+        self.bias = torch.zeros(len(filled), dtype=dtype, device=device)
         self.bias.masked_fill_(~filled, float("-inf"))
         self.bias = self.bias.view(-1, 1, self.size)
         # where the tokens to come go: [spare, pairs]; they are seen until they are judged
@@ -185,7 +199,7 @@ class Blocks:
         self.fields.position[self.coming] = (now + steps).int()
         self.fields.expiry[self.coming] = FOREVER
         self._plan(slots, pair, ages)
-        self._each = self._one_by_one(blocks) if pairs <= FEW and len(live) < SHORT * pairs else []
+        self._each = self._one_by_one(blocks) if pairs <= FEW and len(live) < SHORT * pairs and rows is None else []
 
     def _one_by_one(self, blocks: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Of each pair its keys, values and bias, `[1, 1, slots, head_dim]` and `[1, 1, 1, slots]`."""
@@ -227,7 +241,7 @@ class Blocks:
         """Add the keys of the token at `step` (0 … spare − 1), and hide what its query does not see.
 
         Args:
-            key, value: `[pairs, head_dim]`.
+            key, value: `[pairs, head_dim]`, or packed.
         """
         slots = self.coming[step]
         self.fields.key.index_copy_(0, slots, key)
@@ -245,7 +259,8 @@ class Blocks:
         Returns:
             The same shape and dtype.
         """
-        keys, values = (tensor.view(-1, self.size, tensor.shape[-1]) for tensor in self.fields[:2])
+        stored = (tensor.view(-1, self.size, tensor.shape[-1]) for tensor in self.fields[:2])
+        keys, values = (t if self.rows is None else self.rows.read(t, query.dtype) for t in stored)
         if self._each:
             parts = zip(query.unsqueeze(1).split(1), self._each, strict=True)
             each = [F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling) for q, (k, v, bias) in parts]

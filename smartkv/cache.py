@@ -51,9 +51,10 @@ class LifespanCache(Holdings, AttachedCache):
         chunk: tokens of a prompt that go through the model together, each layer freeing what is dead after every 256 of
             them; no logit depends on it beyond rounding.
         count_from: position of the first query that `footprint` counts.
+        bits: of each number of keys and values (2, 3, 4 or 8; see `smartkv.packed_rows`); None: the model's dtype.
 
     Raises:
-        SmartKVError: model, gates and policy do not fit together.
+        SmartKVError: model, gates and policy do not fit together, or other bits.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class LifespanCache(Holdings, AttachedCache):
         policy: HybridPolicy,
         chunk: int = 1024,
         count_from: int = 0,
+        bits: int | None = None,
     ) -> None:
         architecture = Architecture.of(model.config)
         if gates is not None:
@@ -78,10 +80,10 @@ class LifespanCache(Holdings, AttachedCache):
             )
         caps = policy.caps(architecture)
         self.storage = [
-            LifespanLayer(cap.window if cap else rule.window or FOREVER, cap, count_from)
+            LifespanLayer(cap.window if cap else rule.window or FOREVER, cap, count_from, bits)
             for rule, cap in zip(rules, caps, strict=True)
         ]
-        self.policy, self.gates, self.rules, self.count_from = policy, gates, rules, count_from
+        self.policy, self.gates, self.rules, self.count_from, self.bits = policy, gates, rules, count_from, bits
         super().__init__(model, list(self.storage), chunk)
 
     # -- the rule -----------------------------------------------------------------------------------------------------
@@ -132,9 +134,9 @@ class LifespanCache(Holdings, AttachedCache):
         if not storage.is_initialized:
             storage.lazy_initialization(step.key, step.value)
             storage.begin_sliding(step.sliding_window or FOREVER)
-        if len(storage.seen) != len(step.key) or storage.store.fields.key.dtype != step.key.dtype:
+        if len(storage.seen) != len(step.key) or storage.dtype != step.key.dtype:
             raise SmartKVError(
-                f"the cache holds {len(storage.seen)} rows in {storage.store.fields.key.dtype}, "
+                f"the cache holds {len(storage.seen)} rows in {storage.dtype}, "
                 f"the model was given {len(step.key)} rows and computes in {step.key.dtype}"
             )
         if tokens == 1 and step.real is None:

@@ -3,7 +3,8 @@
 One safetensors file. Of each layer `L` it holds `L.key` and `L.value` `[keys, head_dim]`, `L.position` and `L.expiry`
 int32 `[keys]`, `L.score` float32 `[keys]` (where a cap for a whole layer asks for it), `L.counts` int64 `[pairs]`,
 `L.seen` int64 `[batch]`, `L.visible` int64 `[batch, kv_heads]` and `L.held` int64 `[batch]`, as in `smartkv.blocks` and
-`smartkv.storage`; the header names the model, the policy and the gates.
+`smartkv.storage`; where keys are packed, they are uint8 `[keys, row bytes]`, and `L.centre` is float32
+`[pairs, head_dim]`. The header names the model, the policy and the gates.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from smartkv.gates import GateBank
 from smartkv.policies import HybridPolicy
 from smartkv.shards import write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def save_cache(cache: LifespanCache, path: str | Path) -> None:
@@ -46,12 +47,14 @@ def save_cache(cache: LifespanCache, path: str | Path) -> None:
         "sliding_window": [layer.sliding_window for layer in cache.storage],
         "chunk": cache.chunk,
         "count_from": cache.count_from,
+        "bits": cache.bits,
+        "dtype": str(cache.storage[0].dtype).removeprefix("torch."),
     }
     tensors: dict[str, Tensor] = {}
     for number, layer in enumerate(cache.storage):
         store = layer.store
         held = {**store.fields._asdict(), "counts": store.counts, "seen": layer.seen}
-        held |= {"visible": layer.visible, "held": layer.held}
+        held |= {"visible": layer.visible, "held": layer.held, "centre": layer.packed.centre if layer.packed else None}
         tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in held.items() if t is not None}
     write_atomically(Path(path), save(tensors, metadata={"smartkv_cache": json.dumps(header, sort_keys=True)}))
 
@@ -76,14 +79,18 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | None 
         policy = HybridPolicy.from_dict(header["policy"])
         if policy.gated and header["gates"] != _digest(gates):
             raise SmartKVError(f"{path} was saved with other gates: load those it was made with")
-        if tensors["0.key"].dtype != model.dtype:
-            raise SmartKVError(f"{path} holds keys in {tensors['0.key'].dtype}, the model computes in {model.dtype}")
-        cache = LifespanCache(model, gates, policy, header["chunk"], header["count_from"])
+        if f"torch.{header['dtype']}" != str(model.dtype):
+            raise SmartKVError(f"{path} holds keys for {header['dtype']}, the model computes in {model.dtype}")
+        cache = LifespanCache(model, gates, policy, header["chunk"], header["count_from"], header["bits"])
         for number, layer in enumerate(cache.storage):
             mine = {name.partition(".")[2]: t.to(model.device) for name, t in tensors.items() if _layer(name) == number}
             fields = Fields(mine["key"], mine["value"], mine["position"], mine["expiry"], mine.get("score"))
             _check(path, number, fields, mine["counts"], mine["seen"])
-            layer.restore(Ragged(fields, mine["counts"]), mine["seen"])
+            layer.restore(Ragged(fields, mine["counts"]), mine["seen"], model.dtype)
+            if layer.packed is not None:
+                layer.packed.centre = mine["centre"]
+                if mine["centre"].shape != (len(mine["counts"]), layer.packed.head_dim(fields.key.shape[-1])):
+                    raise SmartKVError(f"{path} does not hold a whole cache: the centre of layer {number} does not fit")
             layer.visible, layer.held = mine["visible"], mine["held"]
             layer.begin_sliding(header["sliding_window"][number])
             layer.columns = header["columns"]

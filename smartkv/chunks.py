@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from smartkv.blocks import HOLE, Fields, Ragged
 from smartkv.caps import Cap
+from smartkv.packed_rows import PackedRows
 
 MASK_ELEMENTS = 2**21  # of a mask at once: for 256 queries it would be as large as keys and values of 64 dimensions
 LIKE = 1.25  # pairs whose lengths differ by less stand side by side, padded to the longest
@@ -45,6 +46,7 @@ def chunk_attention(
     end: Tensor,
     scaling: float,
     count_from: int,
+    packed: PackedRows | None = None,
 ) -> ChunkResult:
     """Query `i` of a pair sees key `j` iff `j ≤ i < end of j`.
 
@@ -56,6 +58,7 @@ def chunk_attention(
         start, end: int64 `[pairs]`, position of the first real token, and of the next one after the chunk.
         scaling: of the scores.
         count_from: position of the first query that is counted.
+        packed: how keys and values are packed, and queries turned; None: they are not.
     """
     batch, query_heads, tokens, head_dim = query.shape
     pairs, device = len(start), query.device
@@ -75,9 +78,9 @@ def chunk_attention(
             ends = torch.cat([drops[rows, :longest], drops[rows, -tokens:]], dim=1)
         ends = ends.masked_fill(fields.position == HOLE, 0)
         if len(group) == pairs:
-            output = _masked_attention(grouped, fields, ends, new.position, scaling)
+            output = _masked_attention(grouped, fields, ends, new.position, scaling, packed)
         else:
-            found = _masked_attention(grouped.index_select(0, rows), fields, ends, new.position[rows], scaling)
+            found = _masked_attention(grouped.index_select(0, rows), fields, ends, new.position[rows], scaling, packed)
             output.index_copy_(0, rows, found)
         alive = ends > end[rows, None]
         saw = queries_that_saw(fields.position, ends, start[rows, None], end[rows, None], count_from)
@@ -86,14 +89,17 @@ def chunk_attention(
         all_alive = len(index) == alive.numel()  # then they lie as they shall: no copy
         left = flat if all_alive else flat.at(index)
         kept |= zip(group, left.split(counts[rows].tolist()), strict=True)
-        most = max(most, kept_bytes + fields.nbytes + (0 if all_alive else left.nbytes))
+        read = 0 if packed is None else 2 * fields.position.numel() * head_dim * query.element_size()
+        most = max(most, kept_bytes + fields.nbytes + max(read, 0 if all_alive else left.nbytes))
         kept_bytes += left.nbytes
     survivors = kept[0] if pairs == 1 else Fields.cat([kept[pair] for pair in range(pairs)])
     most = max(most, kept_bytes + survivors.nbytes)
     return ChunkResult(output.view(batch, query_heads, tokens, head_dim), Ragged(survivors, counts), visible, most)
 
 
-def _masked_attention(query: Tensor, fields: Fields, ends: Tensor, at: Tensor, scaling: float) -> Tensor:
+def _masked_attention(
+    query: Tensor, fields: Fields, ends: Tensor, at: Tensor, scaling: float, packed: PackedRows | None
+) -> Tensor:
     """Attention under the rule, for so many queries at once that the mask stays small beside the keys.
 
     Args:
@@ -101,12 +107,14 @@ def _masked_attention(query: Tensor, fields: Fields, ends: Tensor, at: Tensor, s
         fields: `[pairs, keys]`, the last `tokens` of them the queries' own.
         ends: int `[pairs, keys]`, first position whose query does not see the key; 0 where there is none.
         at: int `[pairs, tokens]`, positions of the queries, `HOLE` for padding.
+        packed: see `chunk_attention`.
 
     Returns:
         Like `query`; zeros for padding.
     """
     (pairs, group, tokens, head_dim), keys = query.shape, fields.position.shape[1]
-    key, value = (tensor[:, None].expand(pairs, group, keys, head_dim) for tensor in fields[:2])
+    stored = (tensor if packed is None else packed.read(tensor, query.dtype) for tensor in fields[:2])
+    key, value = (tensor[:, None].expand(pairs, group, keys, head_dim) for tensor in stored)
     padded, parts = bool((at == HOLE).any()), []
     step = max(16, MASK_ELEMENTS // (pairs * keys))
     for first in range(0, tokens, step):

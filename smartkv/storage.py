@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from smartkv.blocks import FOREVER, HOLE, MOST_SPARE, Blocks, Fields, Ragged, spare_tokens, storage_bytes
 from smartkv.caps import Cap
 from smartkv.chunks import chunk_attention, queries_that_saw
+from smartkv.packed_rows import PackedRows
 
 QUERIES = 256  # of a chunk that attend together: fewer skip more dead keys, and move the living ones more often
 
@@ -26,6 +27,7 @@ class LifespanLayer(CacheLayerMixin):
         shortest_life: tokens that every key is seen for at least.
         cap: of this layer; None: none.
         count_from: position of the first query that is counted in `visible` and `held`.
+        bits: of each number of keys and values; None: they stay in the model's dtype.
 
     Attributes:
         store: the keys, between two calls.
@@ -45,15 +47,20 @@ class LifespanLayer(CacheLayerMixin):
     visible: Tensor
     held: Tensor
 
-    def __init__(self, shortest_life: int = 1, cap: Cap | None = None, count_from: int = 0) -> None:
+    def __init__(
+        self, shortest_life: int = 1, cap: Cap | None = None, count_from: int = 0, bits: int | None = None
+    ) -> None:
         super().__init__()
         self.shortest_life, self.cap, self.count_from = shortest_life, cap, count_from
+        self.packed = None if bits is None else PackedRows(bits)
         self.reset()
 
     def reset(self) -> None:
         """As new."""
         self.is_initialized = False
         self.__dict__.pop("store", None)
+        if self.packed is not None:
+            self.packed.centre = None
         self.unjudged: list[Tensor] = []
         self.columns = self.pending = self.at_work = self.resting = 0
         self.sliding_window = FOREVER
@@ -64,12 +71,15 @@ class LifespanLayer(CacheLayerMixin):
         position = torch.empty(0, dtype=torch.int32, device=key_states.device)
         score = torch.empty(0, device=key_states.device) if self.cap and self.cap.heads > 1 else None
         keys, values = key_states.new_empty(0, head_dim), value_states.new_empty(0, head_dim)
+        if self.packed is not None:
+            keys, values = (t.new_empty(0, self.packed.row_bytes(head_dim), dtype=torch.uint8) for t in (keys, values))
         counts = torch.zeros(batch * self.kv_heads, dtype=torch.int64, device=key_states.device)
-        self.restore(Ragged(Fields(keys, values, position, position.clone(), score), counts), counts.new_zeros(batch))
+        store = Ragged(Fields(keys, values, position, position.clone(), score), counts)
+        self.restore(store, counts.new_zeros(batch), key_states.dtype)
 
-    def restore(self, store: Ragged, seen: Tensor) -> None:
-        """Hold `store`, after `seen` real tokens of each row (int64 `[batch]`)."""
-        self.store, self.seen = store, seen
+    def restore(self, store: Ragged, seen: Tensor, dtype: torch.dtype) -> None:
+        """Hold `store`, after `seen` real tokens of each row (int64 `[batch]`), for a model of that dtype."""
+        self.store, self.seen, self.dtype = store, seen, dtype
         self.kv_heads = len(store.counts) // len(seen)
         self.visible, self.held = store.counts.new_zeros(len(seen), self.kv_heads), torch.zeros_like(seen)
         self.is_initialized = True
@@ -87,7 +97,8 @@ class LifespanLayer(CacheLayerMixin):
         """Bytes of all tensors, as allocated: slots (dead or not), positions, expiries, tables, counts, new tokens."""
         if not self.is_initialized:
             return 0
-        return self.store.nbytes + storage_bytes([self.seen, self.visible, self.held, *self.unjudged])
+        rest = [self.seen, self.visible, self.held, *self.unjudged, self.packed.centre if self.packed else None]
+        return self.store.nbytes + storage_bytes(rest)
 
     @property
     def bytes_since_moved(self) -> int:
@@ -166,8 +177,14 @@ class LifespanLayer(CacheLayerMixin):
             Like `query`.
         """
         pairs, head_dim = len(self.store.counts), key.shape[-1]
-        self.store.write(self.pending, key.reshape(pairs, head_dim), value.reshape(pairs, head_dim))  # type: ignore[union-attr]
-        output = self.store.attend(query.reshape(pairs, -1, head_dim), scaling)  # type: ignore[union-attr]
+        grouped, key, value = query.reshape(pairs, -1, head_dim), key.reshape(pairs, -1), value.reshape(pairs, -1)
+        if self.packed is not None:
+            grouped, key, value = self.packed.enter(grouped, key[:, None], value[:, None])
+            key, value = key[:, 0], value[:, 0]
+        self.store.write(self.pending, key, value)  # type: ignore[union-attr]
+        output = self.store.attend(grouped, scaling)  # type: ignore[union-attr]
+        if self.packed is not None:
+            output = self.packed.turn_back(output)
         self.pending += 1
         self.columns += 1
         return output.view(query.shape)
@@ -192,11 +209,15 @@ class LifespanLayer(CacheLayerMixin):
         counts = torch.bincount(pair[live], minlength=len(now))
         if pack:
             spare = spare_tokens(len(live) / len(counts), self.shortest_life)
-            self.store = Blocks(old.fields, live, counts, (ends - now[pair])[live], now, spare)
+            ages = (ends - now[pair])[live]
+            self.store = Blocks(old.fields, live, counts, ages, now, spare, self.dtype, self.packed)
         else:
             self.store = Ragged(old.fields.at(live), counts)
         self.resting = self.storage_bytes
         self.at_work = old_bytes + self.resting
+        if pack and self.packed is not None:  # what each step reads is unpacked for it
+            width = self.packed.head_dim(self.store.fields.key.shape[-1]) * self.dtype.itemsize
+            self.at_work = max(self.at_work, self.resting + 2 * int(self.store.slots.sum()) * width)
 
     # -- many tokens --------------------------------------------------------------------------------------------------
 
@@ -214,6 +235,10 @@ class LifespanLayer(CacheLayerMixin):
         """
         if not isinstance(self.store, Ragged):
             raise RuntimeError("settle the layer before a chunk")
+        if self.packed is not None:
+            padding = new.position == HOLE if real is not None else None
+            query, key, value = self.packed.enter(query, new.key, new.value, padding)
+            new = new._replace(key=key, value=value)
         outputs, most = [], 0
         for first in range(0, query.shape[2], QUERIES):
             here = slice(first, first + QUERIES)
@@ -221,14 +246,15 @@ class LifespanLayer(CacheLayerMixin):
             outputs.append(self._take_in(query[:, :, here], part, there, scaling))
             most = max(most, self.at_work)
         self.at_work = most + sum(tensor.nbytes for tensor in new if tensor is not None)  # some are views of more
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        return output if self.packed is None else self.packed.turn_back(output)
 
     def _take_in(self, query: Tensor, new: Fields, real: Tensor | None, scaling: float) -> Tensor:
         """`chunk` of so many tokens that they attend together."""
         tokens = query.shape[2]
         after = self.seen + (tokens if real is None else real.sum(dim=1))
         start, end = self._of_pairs(self.seen), self._of_pairs(after)
-        done = chunk_attention(query, self.store, new, self.cap, start, end, scaling, self.count_from)  # type: ignore[arg-type]
+        done = chunk_attention(query, self.store, new, self.cap, start, end, scaling, self.count_from, self.packed)  # type: ignore[arg-type]
         self.at_work = self.storage_bytes + done.bytes_at_work
         self.visible = self.visible + done.visible.view(self.visible.shape)
         self.held = self.held + self._held(self.seen, after)
@@ -248,6 +274,8 @@ class LifespanLayer(CacheLayerMixin):
         old_bytes = self.storage_bytes
         pairs = rows[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=rows.device)
         self.store = self.store.select(pairs.flatten())
+        if self.packed is not None:
+            self.packed.select(pairs.flatten())
         self.seen, self.visible, self.held = (t.index_select(0, rows) for t in (self.seen, self.visible, self.held))
         self.resting = self.storage_bytes
         self.at_work = old_bytes + self.resting
