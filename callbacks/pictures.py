@@ -114,17 +114,19 @@ def frontiers(
     title: str,
     label: str,
     loss: bool = True,
+    axis: str = "KV footprint: share of the full cache's keys",
 ) -> Figure:
     """Contenders by footprint on a log axis; ours and the oracles stand out, rules and nulls stand back.
 
     Args:
-        series: name -> (kind: ours, rule, null or oracle; points: footprint, figure, and the figure's interval).
+        series: name -> (kind: ours, rule, null, oracle or quantised; points: footprint, figure, and its interval).
         label: of the figure.
         loss: it is a loss, on a log axis; else a share.
+        axis: what the footprint is.
     """
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
-    styles = {"ours": ("-", 2.4), "rule": ("-", 1.1), "null": (":", 1.1), "oracle": ("--", 1.4)}
+    styles = {"ours": ("-", 2.4), "rule": ("-", 1.1), "null": (":", 1.1), "oracle": ("--", 1.4), "quantised": ("", 0)}
     for number, (name, (kind, points)) in enumerate(series.items()):
         footprint, middle, low, high = np.array(sorted(points)).T
         line, width = styles[kind]
@@ -140,7 +142,7 @@ def frontiers(
         axes.set_yscale("log")
     else:
         axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel("KV footprint: share of the full cache's keys")
+    axes.set_xlabel(axis)
     axes.set_ylabel(label)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3, which="both")

@@ -16,7 +16,7 @@ from eval.cells import Cells, digest, digests
 from eval.comparison import Row, report
 from eval.contenders import Contender, Protocol_, Reading
 from eval.frontiers import REFERENCE
-from eval.line_up import DEFAULT, line_up
+from eval.line_up import ADAPTIVE_BY_GATES, DEFAULT, line_up
 from eval.recall import Trial, trials
 from smartkv import backbones
 from smartkv.backbones import load_backbone
@@ -88,10 +88,12 @@ def compare(
         out: folder for compare.json and the pictures.
         gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: only contenders
             without.
-        contenders: `gates` (the policy that goes with them), named policies or YAML files; random, key_norm, keydiff,
-            snapkv, tova, h2o, expected_attention; null:constant, null:position, null:token_table; oracle:lifespan,
-            oracle:attention; for protocol once also NVIDIA's presses, and gates in them: press:knorm … press:lifespan
-            (see configs/eval/presses.yaml). The full cache is always measured.
+        contenders: `gates` (the policy that goes with them), named policies or YAML files, each also with +2bit, +3bit,
+            +4bit or +8bit behind it (what stays is packed); random, key_norm, keydiff, snapkv, tova, h2o,
+            expected_attention; null:constant, null:position, null:token_table; oracle:lifespan, oracle:attention;
+            quant:fp16, int8, int4, kivi, kivi2, kivi4, adaptive, adaptive_gates (every key stays, in few bits); for
+            protocol once also NVIDIA's presses, and gates in them: press:knorm … press:lifespan (see
+            configs/eval/presses.yaml). The full cache is always measured.
         footprints: shares of the full cache to be kept (protocol once: shares of the prefill's keys).
         others: those of contenders that are neither gates nor the sliding window. Null: the same.
         protocol: stream: keys go while the text is read; once: when the prefill is over, and later ones all stay.
@@ -184,7 +186,8 @@ class _Runner:
         solved: list[tuple[Contender, float, Any]] = []
         for contender in contenders:
             foremost = contender.kind == "ours" or contender.name == REFERENCE
-            for target in [1.0] if contender.kind == "full" else sorted(set(footprints if foremost else others)):
+            whole = contender.kind in ("full", "quantised")
+            for target in [1.0] if whole else sorted(set(footprints if foremost else others)):
                 try:
                     solved.append((contender, target, contender.solved(target)))
                 except SmartKVError as error:  # one footprint out of reach is no reason to lose the others
@@ -226,8 +229,10 @@ class _Runner:
 
     def _settings(self, contender: Contender, setting: Any) -> list[Any]:
         """What a cell hangs on besides its text: only who has gates is measured anew for others."""
-        return [contender.name, setting, self.weights if contender.kind == "ours" else {}]
+        learned = contender.kind == "ours" or contender.name == ADAPTIVE_BY_GATES
+        return [contender.name, setting, self.weights if learned else {}]
 
 
 def _figures(found: Reading) -> dict[str, Any]:
-    return {"nll": float(found.nll.double().mean()), "footprint": found.footprint, "peak_bytes": found.peak_bytes}
+    figures = {"footprint": found.footprint, "peak_bytes": found.peak_bytes, "stored": found.stored}
+    return {"nll": float(found.nll.double().mean())} | figures

@@ -14,7 +14,8 @@ from eval.results import machine, save_picture, write_result, write_tables
 from smartkv.scores import bootstrap, mean_over
 
 ORACLE = "oracle:"
-KINDS = ("ours", "rule", "null", "oracle", "full")
+BYTES = "bytes held: share of the full cache's in float16 (simulated rules: of its keys)"
+KINDS = ("ours", "quantised", "rule", "null", "oracle", "full")
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Row:
         contender, kind, needs: see `eval.contenders.Contender`.
         target: footprint that was asked for.
         setting: what it was solved to.
-        texts: of each kind of text, the figures of each window: nll, footprint, peak_bytes.
+        texts: of each kind of text, the figures of each window: nll, footprint, peak_bytes, stored.
         recall: the same of each trial, and whether it was right.
     """
 
@@ -46,6 +47,7 @@ class Curve:
         footprint, delta_nll, interval: means over windows; 95 % by bootstrap over documents.
         delta_nll_window: of each window.
         peak_bytes: largest of the windows; None: a mask, nothing was freed.
+        stored: bytes held at the end over those of a full cache in float16, mean over windows; None: a mask.
     """
 
     row: Row
@@ -54,6 +56,7 @@ class Curve:
     interval: tuple[float, float]
     delta_nll_window: list[float]
     peak_bytes: int | None
+    stored: float | None = None
 
 
 def curve(row: Row, text: str, full: Row, owners: list[int]) -> Curve:
@@ -64,7 +67,9 @@ def curve(row: Row, text: str, full: Row, owners: list[int]) -> Curve:
     found = row.texts[text]
     peaks = [w["peak_bytes"] for w in found if w["peak_bytes"] is not None]
     footprint = sum(w["footprint"] for w in found) / len(found)
-    return Curve(row, footprint, float(delta.mean()), interval, delta.tolist(), max(peaks, default=None))
+    stored = [w["stored"] for w in found if w.get("stored") is not None]
+    share = sum(stored) / len(stored) if stored else None
+    return Curve(row, footprint, float(delta.mean()), interval, delta.tolist(), max(peaks, default=None), share)
 
 
 def recall_share(row: Row, full: Row) -> dict[str, Any]:
@@ -124,6 +129,9 @@ def report(
         title = f"{settings['backbone']}, {len(owners[text])} windows of {settings['window']:,} tokens: {text}"
         label = "ΔNLL against the full cache, nats a token"
         pictures.append(save_picture(frontiers(series, title, label), out / f"frontier_{text}.png"))
+        if any(c.row.kind == "quantised" for c in curves[text]):
+            series = _series((c.row, c.stored or c.footprint, c.delta_nll, *c.interval) for c in curves[text])
+            pictures.append(save_picture(frontiers(series, title, label, axis=BYTES), out / f"bytes_{text}.png"))
         tables.append(_table(text, curves[text], shares, owners[text]))
     asked = max((share["asked"] for share in shares.values()), default=0)
     if asked:
@@ -149,6 +157,7 @@ UNITS = {
     "ratio": "footprint ÷ the window's at equal ΔNLL",
     "gap_recovered": "(window's ΔNLL − own) ÷ (window's − the oracle's) at the own footprint",
     "recall": "share of the answers right, among those that the full cache gets right",
+    "stored": "bytes held when the text was read ÷ those of its keys and values in float16; null: simulated by a mask",
     "peak_bytes": "of one sequence's cache, the chunk at work included; null: simulated by a mask",
 }
 
@@ -169,6 +178,7 @@ def _figures(own: Curve, curves: list[Curve], owners: list[int]) -> dict[str, An
         "delta_nll": own.delta_nll,
         "interval": list(own.interval),
         "peak_bytes": own.peak_bytes,
+        "stored": own.stored,
         "delta_nll_window": own.delta_nll_window,
     }
     if own.row.contender != REFERENCE and (ratio := equal_loss_ratio(own, reference, owners)):
@@ -208,6 +218,7 @@ def _table(text: str, curves: list[Curve], shares: dict[int, dict[str, Any]], ow
         "÷ window's (95 %)",
         "gap recovered",
         "recall (95 %)",
+        "stored",
         "peak",
     ):
         table.add_column(name, justify="left" if name in ("", "needs") else "right", no_wrap=True)
@@ -228,6 +239,7 @@ def _table(text: str, curves: list[Curve], shares: dict[int, dict[str, Any]], ow
             f"{share['right']:.0%} ({share['interval'][0]:.0%} to {share['interval'][1]:.0%})"
             if share.get("asked")
             else "",
+            "mask" if own.stored is None else f"{own.stored:.3f}",
             "mask" if own.peak_bytes is None else f"{own.peak_bytes / 2**20:.1f} MiB",
         )
     return table

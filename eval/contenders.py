@@ -5,13 +5,14 @@ then each of their keys stays for good or goes, and all later ones stay.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from smartkv.attached import AttachedCache
 from smartkv.attention import read_keys
 from smartkv.backbones import Backbone
 from smartkv.blocks import FOREVER
@@ -19,8 +20,9 @@ from smartkv.budgets import Calibration, solve
 from smartkv.cache import LifespanCache
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
-from smartkv.perplexity import token_losses
+from smartkv.perplexity import losses_after, token_losses
 from smartkv.policies import HybridPolicy, LayerRule
+from smartkv.quantized_cache import QuantizedCache
 
 Protocol_ = Literal["stream", "once"]
 
@@ -33,12 +35,14 @@ class Reading(NamedTuple):
         foremost: bool `[scored tokens]`, whether greedy decoding would have said the token.
         footprint: share of a full cache's keys that the counted queries see, mean over KV heads.
         peak_bytes: largest storage; None: simulated by a mask, nothing is freed.
+        stored: bytes held when the text was read, over those of its keys and values in float16; None: a mask.
     """
 
     nll: Tensor
     foremost: Tensor
     footprint: float
     peak_bytes: int | None
+    stored: float | None = None
 
 
 class Contender(Protocol):
@@ -46,7 +50,7 @@ class Contender(Protocol):
 
     Attributes:
         name: what results call it.
-        kind: ours, rule, null, oracle, or full.
+        kind: ours, rule, null, oracle, quantised (every key stays, in few bits), or full.
         needs: what it takes at inference: nothing, keys, queries, attention weights, or the text to come.
     """
 
@@ -88,17 +92,18 @@ class Full:
 
 @dataclass
 class Ruled:
-    """A policy, with gates or without, that frees what it lets go."""
+    """A policy, with gates or without, that frees what it lets go, and packs what stays if `bits` says so."""
 
     lm: Backbone
     gates: GateBank | None
     policy: HybridPolicy
     calibration: Calibration
     kind: str = "ours"
+    bits: int | None = None
 
     @property
     def name(self) -> str:
-        return self.policy.name
+        return self.policy.name + (f"+{self.bits}bit" if self.bits else "")
 
     @property
     def needs(self) -> str:
@@ -111,9 +116,42 @@ class Ruled:
     def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
         policy = HybridPolicy.from_dict(setting)
         gates = self.gates if policy.gated else None
-        with LifespanCache(self.lm.model, gates, policy, count_from=count_from) as cache:
+        with LifespanCache(self.lm.model, gates, policy, count_from=count_from, bits=self.bits) as cache:
             found = token_losses(self.lm.model, tokens, first, cache)
-            return Reading(*found, cache.footprint, cache.peak_bytes)
+            cache.settle()
+            return Reading(*found, cache.footprint, cache.peak_bytes, stored_share(self.lm, cache, len(tokens) - 1))
+
+
+def stored_share(lm: Backbone, cache: LifespanCache | QuantizedCache, tokens: int) -> float:
+    """Bytes of a cache over those of one sequence of so many tokens in float16."""
+    return cache.storage_bytes / (2 * lm.architecture.gates * lm.architecture.head_dim * 2 * tokens)
+
+
+@dataclass
+class Quantised:
+    """Every key stays, in few bits. The text is read in pieces, as decoding would: a query sees quantised keys."""
+
+    lm: Backbone
+    name: str
+    make: Callable[[], QuantizedCache]
+    needs: str = "nothing"
+    kind: str = "quantised"
+    at_once: int = 32  # tokens; no more than a block, so that the same keys are exact as in decoding
+
+    def solved(self, footprint: float) -> Any:
+        return 1.0
+
+    @torch.inference_mode()
+    def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
+        ids, cache, peak = tokens.long().to(self.lm.model.device), self.make(), 0
+        hidden = []
+        for part in ids[None, :-1].split(self.at_once, dim=1):
+            hidden.append(self.lm.model.base_model(input_ids=part, past_key_values=cache).last_hidden_state[0])
+            peak = max(peak, cache.storage_bytes)
+        found = losses_after(self.lm.model, torch.cat(hidden)[first - 1 :], ids[first:])
+        if isinstance(cache, AttachedCache):
+            cache.detach()
+        return Reading(*found, 1.0, peak, stored_share(self.lm, cache, len(tokens) - 1))
 
 
 class Scores(Protocol):

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from eval.baselines import BASELINES, SEEDS, baseline
-from eval.contenders import ByGates, Contender, Full, Protocol_, Ruled, Scored, Scores
+from eval.contenders import ByGates, Contender, Full, Protocol_, Quantised, Ruled, Scored, Scores
 from eval.presses import PREFIX, Pressed
+from smartkv.adaptive_cache import AdaptiveCache
 from smartkv.backbones import Backbone
 from smartkv.budgets import Calibration
 from smartkv.errors import SmartKVError
@@ -17,9 +18,13 @@ from smartkv.lifespans import log4_lifespan
 from smartkv.nulls import TableNull
 from smartkv.oracles import foresee
 from smartkv.policies import HybridPolicy
+from smartkv.quantization import check_bits
+from smartkv.quantized_cache import QuantizedCache
 
 NULLS = ("null:constant", "null:position", "null:token_table")
 ORACLES = ("oracle:lifespan", "oracle:attention")
+QUANTISED = "quant:"
+ADAPTIVE_BY_GATES = "quant:adaptive_gates"
 OWN = "gates"  # the policy that goes with the gates
 DEFAULT = (OWN, "window", *BASELINES, *NULLS, *ORACLES)
 WINDOW = 32  # tokens that stay in any case, of nulls and oracles
@@ -67,6 +72,8 @@ def line_up(
         elif name in BASELINES:
             for seed in SEEDS if name == "random" else SEEDS[:1]:
                 found.append(baseline(name, lm, tokens, first, protocol, seed))
+        elif name.startswith(QUANTISED):
+            found.append(_quantised(lm, gates, name))
         elif name in NULLS:
             table = _learnt(lm, windows, name.removeprefix("null:"))
             found.append(scored(name, "null", "nothing", table, lifespans=name == "null:constant"))
@@ -75,7 +82,10 @@ def line_up(
         elif name.startswith(("null:", "oracle:")):
             raise SmartKVError(f"there is no '{name}': expected {', '.join((*NULLS, *ORACLES))}")
         else:
+            name, bits = _packed(name)
             policy = _own(gates) if name == OWN else HybridPolicy.read(name, lm.architecture.layers)
+            if bits and protocol == "once":
+                raise SmartKVError(f"contender '{name}+{bits}bit' packs while it reads: it is for --protocol stream")
             policy.check(lm.architecture, gates)
             if protocol == "once" and policy.gated:
                 found.append(scored(name, "ours", "keys", _remembered(ByGates(lm, gates))))
@@ -83,8 +93,28 @@ def line_up(
                 found.append(scored(name, "rule", "nothing", _recency(lm)))
             else:
                 kind = "ours" if policy.gated else "rule"
-                found.append(Ruled(lm, gates, policy, calibrate(policy.gated), kind))
+                found.append(Ruled(lm, gates, policy, calibrate(policy.gated), kind, bits))
     return found
+
+
+def _packed(name: str) -> tuple[str, int | None]:
+    """A policy's name without `+4bit`, and the bits."""
+    plain, _, bits = name.rpartition("+")
+    if not plain or not bits.endswith("bit") or not bits[:-3].isdigit():
+        return name, None
+    return plain, check_bits(int(bits[:-3]))
+
+
+def _quantised(lm: Backbone, gates: GateBank | None, name: str) -> Quantised:
+    scheme = name.removeprefix(QUANTISED)
+    if scheme == "adaptive":
+        return Quantised(lm, name, lambda: AdaptiveCache(lm.model), "attention weights")
+    if name == ADAPTIVE_BY_GATES:
+        if gates is None:
+            raise SmartKVError(f"contender '{name}' needs gates: give --gates")
+        return Quantised(lm, name, lambda: AdaptiveCache(lm.model, gates), "keys")
+    QuantizedCache(lm.model, scheme)  # a name that is none is told here
+    return Quantised(lm, name, lambda: QuantizedCache(lm.model, scheme))
 
 
 def _own(gates: GateBank | None) -> HybridPolicy:
