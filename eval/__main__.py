@@ -11,9 +11,13 @@ from eval.decode import decode
 from eval.gates import gates
 from eval.generate import generate
 from eval.layers import layers
+from eval.longbench import longbench
+from eval.needle import needle
 from eval.objectives import objectives
 from eval.perplexity import perplexity
+from eval.reasoning import reasoning
 from eval.report import report
+from eval.ruler import ruler
 from eval.speed import speed
 from smartkv.errors import SmartKVError
 
@@ -25,9 +29,13 @@ COMMANDS = {
     "gates": gates,
     "generate": generate,
     "layers": layers,
+    "longbench": longbench,
+    "needle": needle,
     "objectives": objectives,
     "perplexity": perplexity,
+    "reasoning": reasoning,
     "report": report,
+    "ruler": ruler,
     "speed": speed,
 }
 

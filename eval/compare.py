@@ -223,7 +223,7 @@ class _Runner:
         def measure() -> dict[str, Any]:
             counted = self.first - 1 if prefill is None else prefill  # before that, all is kept
             found = contender.read(setting, tokens, len(tokens) - len(trial.answer), counted, prefill)
-            return _figures(found) | {"right": bool(found.foremost.all())}
+            return _figures(found) | {"right": bool((found.rank == 0).all())}
 
         return self.cells.measured([*self._settings(contender, setting), digest(tokens), len(trial.answer)], measure)
 

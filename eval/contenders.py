@@ -6,11 +6,13 @@ then each of their keys stays for good or goes, and all later ones stay.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from transformers import Cache, DynamicCache
 
 from smartkv.attached import AttachedCache
 from smartkv.attention import read_keys
@@ -32,14 +34,14 @@ class Reading(NamedTuple):
 
     Attributes:
         nll: float32 `[scored tokens]`, nats.
-        foremost: bool `[scored tokens]`, whether greedy decoding would have said the token.
+        rank: int64 `[scored tokens]`, how many tokens are likelier; 0: greedy decoding would have said it.
         footprint: share of a full cache's keys that the counted queries see, mean over KV heads.
         peak_bytes: largest storage; None: simulated by a mask, nothing is freed.
         stored: bytes held when the text was read, over those of its keys and values in float16; None: a mask.
     """
 
     nll: Tensor
-    foremost: Tensor
+    rank: Tensor
     footprint: float
     peak_bytes: int | None
     stored: float | None = None
@@ -75,8 +77,23 @@ class Contender(Protocol):
         """
 
 
+class Decoding(Protocol):
+    """A contender that decodes too, by a real cache.
+
+    Attributes:
+        at_once: tokens of a prompt that are fed together; None: all.
+    """
+
+    at_once: int | None
+
+    def open(self, setting: Any, count_from: int) -> AbstractContextManager[Cache]:
+        """A new cache for the model, for the time inside."""
+
+
 class Full:
     """A full cache."""
+
+    at_once: int | None = None
 
     name, kind, needs = "full", "full", "nothing"
 
@@ -89,6 +106,9 @@ class Full:
     def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
         return Reading(*token_losses(self.lm.model, tokens, first), 1.0, None)
 
+    def open(self, setting: Any, count_from: int) -> AbstractContextManager[Cache]:
+        return nullcontext(DynamicCache())
+
 
 @dataclass
 class Ruled:
@@ -100,6 +120,7 @@ class Ruled:
     calibration: Calibration
     kind: str = "ours"
     bits: int | None = None
+    at_once: int | None = None
 
     @property
     def name(self) -> str:
@@ -114,12 +135,15 @@ class Ruled:
         return found.to_dict()
 
     def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
-        policy = HybridPolicy.from_dict(setting)
-        gates = self.gates if policy.gated else None
-        with LifespanCache(self.lm.model, gates, policy, count_from=count_from, bits=self.bits) as cache:
+        with self.open(setting, count_from) as cache:
             found = token_losses(self.lm.model, tokens, first, cache)
             cache.settle()
             return Reading(*found, cache.footprint, cache.peak_bytes, stored_share(self.lm, cache, len(tokens) - 1))
+
+    def open(self, setting: Any, count_from: int) -> LifespanCache:
+        policy = HybridPolicy.from_dict(setting)
+        gates = self.gates if policy.gated else None
+        return LifespanCache(self.lm.model, gates, policy, count_from=count_from, bits=self.bits)
 
 
 def stored_share(lm: Backbone, cache: LifespanCache | QuantizedCache, tokens: int) -> float:
@@ -136,22 +160,24 @@ class Quantised:
     make: Callable[[], QuantizedCache]
     needs: str = "nothing"
     kind: str = "quantised"
-    at_once: int = 32  # tokens; no more than a block, so that the same keys are exact as in decoding
+    at_once: int | None = 32  # tokens; no more than a block, so that the same keys are exact as in decoding
 
     def solved(self, footprint: float) -> Any:
         return 1.0
 
     @torch.inference_mode()
     def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
-        ids, cache, peak = tokens.long().to(self.lm.model.device), self.make(), 0
-        hidden = []
-        for part in ids[None, :-1].split(self.at_once, dim=1):
-            hidden.append(self.lm.model.base_model(input_ids=part, past_key_values=cache).last_hidden_state[0])
-            peak = max(peak, cache.storage_bytes)
-        found = losses_after(self.lm.model, torch.cat(hidden)[first - 1 :], ids[first:])
-        if isinstance(cache, AttachedCache):
-            cache.detach()
-        return Reading(*found, 1.0, peak, stored_share(self.lm, cache, len(tokens) - 1))
+        ids, peak, hidden = tokens.long().to(self.lm.model.device), 0, []
+        with self.open(setting, count_from) as cache:
+            for part in ids[None, :-1].split(self.at_once or len(ids), dim=1):
+                hidden.append(self.lm.model.base_model(input_ids=part, past_key_values=cache).last_hidden_state[0])
+                peak = max(peak, cache.storage_bytes)
+            found = losses_after(self.lm.model, torch.cat(hidden)[first - 1 :], ids[first:])
+            return Reading(*found, 1.0, peak, stored_share(self.lm, cache, len(tokens) - 1))
+
+    def open(self, setting: Any, count_from: int) -> AbstractContextManager[QuantizedCache]:
+        cache = self.make()
+        return cache if isinstance(cache, AttachedCache) else nullcontext(cache)
 
 
 class Scores(Protocol):

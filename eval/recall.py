@@ -47,18 +47,31 @@ def trials(
     """
     if len(texts) < count or any(len(text) < tokens for text in texts[:count]):
         raise SmartKVError(f"{count} trials need as many texts of {tokens} tokens")
-    random, found = np.random.default_rng([seed, 11]), []
-    for number in range(count):
-        filled = slots(split, random)
-        form = TEXTS["forms"][split][number % FORMS]
-        statement, question, answer = (part.format(**filled) for part in form)
-        lead, goal = _asked(statement, question, answer)
-        depth = (number + 0.5) / count
-        body, place = texts[number][:tokens].tolist(), int(depth * tokens)
-        stated = _ids(tokenizer, f" {statement} ")
-        context = (*body[:place], *stated, *body[place:])
-        found.append(Trial(context, _ids(tokenizer, lead), _ids(tokenizer, goal), depth))
-    return found
+    random = np.random.default_rng([seed, 11])
+    depths = [(number + 0.5) / count for number in range(count)]
+    texts = [text[:tokens] for text in texts]
+    return [
+        trial(split, number, depth, tokenizer, text, random)
+        for number, (depth, text) in enumerate(zip(depths, texts, strict=False))
+    ]
+
+
+def trial(
+    split: str,
+    number: int,
+    depth: float,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Tensor,
+    random: np.random.Generator,
+) -> Trial:
+    """One fact at a depth of `text`, ids `[tokens]`; even and odd numbers have two different forms."""
+    filled = slots(split, random)
+    form = TEXTS["forms"][split][number % FORMS]
+    statement, question, answer = (part.format(**filled) for part in form)
+    lead, goal = _asked(statement, question, answer)
+    body, place = text.tolist(), int(depth * len(text))
+    context = (*body[:place], *_ids(tokenizer, f" {statement} "), *body[place:])
+    return Trial(context, _ids(tokenizer, lead), _ids(tokenizer, goal), depth)
 
 
 def _asked(statement: str, question: str, answer: str) -> tuple[str, str]:

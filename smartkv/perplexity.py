@@ -22,11 +22,11 @@ class TokenLosses(NamedTuple):
 
     Attributes:
         nll: float32 `[tokens]`, nats.
-        foremost: bool `[tokens]`, whether it is what greedy decoding would have said.
+        rank: int64 `[tokens]`, how many tokens the model thinks likelier; 0: greedy decoding would have said it.
     """
 
     nll: Tensor
-    foremost: Tensor
+    rank: Tensor
 
 
 @torch.inference_mode()
@@ -60,13 +60,13 @@ def losses_after(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tok
         targets: ids `[tokens]`.
     """
     head = model.get_output_embeddings()
-    nll, foremost = [], []
+    nll, rank = [], []
     for start in range(0, len(targets), LOGITS_AT_ONCE):
         here = slice(start, start + LOGITS_AT_ONCE)
         logits, target = head(hidden[here]).float(), targets[here]
         nll.append(F.cross_entropy(logits, target, reduction="none"))
-        foremost.append(logits.argmax(dim=-1) == target)
-    return TokenLosses(torch.cat(nll).cpu(), torch.cat(foremost).cpu())
+        rank.append((logits > logits.gather(1, target[:, None])).sum(dim=-1))
+    return TokenLosses(torch.cat(nll).cpu(), torch.cat(rank).cpu())
 
 
 def window_nll(model: PreTrainedModel, tokens: Tensor, first: int = 1, cache: LifespanCache | None = None) -> float:

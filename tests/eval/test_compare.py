@@ -290,7 +290,9 @@ def test_a_trial_states_a_fact_at_its_depth_and_asks_for_it_at_the_end(split: st
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / f"configs/eval/{name}.yaml" for name in ("compare", "policies")], ids=lambda path: path.stem
+    "path",
+    [ROOT / f"configs/eval/{name}.yaml" for name in ("compare", "policies", "bytes")],
+    ids=lambda path: path.stem,
 )
 def test_the_config_runs(path: Path, tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path) -> None:
     written = yaml.safe_load(path.read_text())
@@ -315,11 +317,14 @@ def test_the_config_runs(path: Path, tmp_path: Path, tiny_backbone: Path, texts:
         "calibration": mine,
         "windows_per_document": 20,
         "dtype": "float32",
-        "contenders": [chosen.get(name, name) for name in written["contenders"]],
+        "contenders": ["+".join([chosen.get(n, n) for n in name.split("+")]) for name in written["contenders"]],
     }
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(written | small | tiny | sources))
     main(["compare", "--config", str(config)])
     rows = json.loads((tmp_path / "out/compare.json").read_text())["rows"]
-    assert {row["contender"] for row in rows} == {Path(name).stem for name in sources["contenders"]}
+    assert {row["contender"] for row in rows} == {
+        Path(name.split("+")[0]).stem + "".join(f"+{bits}" for bits in name.split("+")[1:])
+        for name in sources["contenders"]
+    }
     assert {text for row in rows for text in row["texts"]} == {text["name"] for text in written["texts"]}

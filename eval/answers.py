@@ -1,0 +1,146 @@
+"""What a model answers at the end of a long prompt, under a cache that forgets or rounds."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedTokenizerBase
+
+from eval.contenders import Contender, stored_share
+from smartkv.attached import AttachedCache
+from smartkv.backbones import Backbone
+from smartkv.cache import LifespanCache
+from smartkv.errors import SmartKVError
+from smartkv.perplexity import losses_after
+from smartkv.quantized_cache import QuantizedCache
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question.
+
+    Attributes:
+        prompt: ids.
+        answer: ids of the reference, for its likelihood; empty: only what is generated counts.
+        references: texts that a generated answer is scored against.
+        group: what it is counted with, such as (task, length) or (length, depth).
+        classes: all answers there are, for classification.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    references: tuple[str, ...]
+    group: tuple[Any, ...]
+    classes: tuple[str, ...] = ()
+
+
+def counted_from(sample: Sample) -> int:
+    """Queries of the prompt's last three quarters count for the footprint."""
+    return len(sample.prompt) // 4
+
+
+@torch.inference_mode()
+def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, new_tokens: int = 0) -> dict[str, Any]:
+    """How likely the reference is, and what is generated.
+
+    Args:
+        new_tokens: to generate, greedily; 0: none. Contenders that are simulated by a mask generate nothing.
+
+    Returns:
+        For JSON. `nll`: mean over the reference's tokens, nats; `rank`: the worst of its tokens, 0 where greedy
+        decoding would have said it; `right`: all of them are 0. `generated`: text, or None. `footprint` and `stored`:
+        see `Reading`, `stored` after the prompt.
+    """
+    opened = getattr(contender, "open", None)
+    if opened is None or not new_tokens:
+        if not sample.answer:
+            raise SmartKVError(f"{contender.name} cannot generate, and there is no reference whose likelihood counts")
+        tokens = torch.tensor([*sample.prompt, *sample.answer])
+        found = contender.read(setting, tokens, len(sample.prompt), counted_from(sample), None)
+        return _scored(found.nll, found.rank) | {
+            "generated": None,
+            "footprint": found.footprint,
+            "stored": found.stored,
+        }
+    model = lm.model
+    prompt = torch.tensor([sample.prompt], device=model.device)
+    with opened(setting, counted_from(sample)) as cache:
+        before = prompt[:, :-1]
+        for part in before.split(contender.at_once or before.shape[1], dim=1):  # type: ignore[attr-defined]
+            model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
+        figures = _held(lm, cache, before.shape[1])
+        if sample.answer:
+            figures |= _likelihood(lm, deepcopy(cache), sample)
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=lm.tokenizer.eos_token_id,
+        )
+        text = lm.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+        return figures | {"generated": text, "footprint": _footprint(cache)}
+
+
+def _likelihood(lm: Backbone, cache: Cache, sample: Sample) -> dict[str, Any]:
+    ids = torch.tensor([[sample.prompt[-1], *sample.answer]], device=lm.model.device)
+    output = lm.model.base_model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+    if isinstance(cache, AttachedCache):
+        cache.detach()
+    return _scored(*losses_after(lm.model, output.last_hidden_state[0], ids[0, 1:]))
+
+
+def _scored(nll: Tensor, rank: Tensor) -> dict[str, Any]:
+    worst = int(rank.max())
+    return {"nll": float(nll.double().mean()), "rank": worst, "right": worst == 0}
+
+
+def _held(lm: Backbone, cache: Cache, tokens: int) -> dict[str, Any]:
+    if isinstance(cache, LifespanCache):
+        cache.settle()
+    known = isinstance(cache, (LifespanCache, QuantizedCache))
+    return {"stored": stored_share(lm, cache, tokens) if known else 1.0}  # type: ignore[arg-type]
+
+
+def _footprint(cache: Cache) -> float:
+    return cache.footprint if isinstance(cache, LifespanCache) else 1.0
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, prefix: str = "") -> tuple[int, ...]:
+    """A prompt's ids.
+
+    Args:
+        text: what the user asks.
+        chat: in the model's chat template.
+        prefix: what the answer begins with, given.
+
+    Raises:
+        SmartKVError: a chat is asked for, and the tokenizer has no template.
+    """
+    if not chat:
+        return tuple(tokenizer(text + prefix)["input_ids"])
+    if not tokenizer.chat_template:
+        raise SmartKVError("this model has no chat template: leave chat false")
+    turns = [{"role": "user", "content": text}]
+    asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tuple(tokenizer(asked + prefix, add_special_tokens=False)["input_ids"])
+
+
+def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Ids of what follows a prompt."""
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def cut_in_the_middle(ids: Sequence[int], most: int) -> tuple[int, ...]:
+    """At most so many ids, the middle left out: start and end hold the instructions (as LongBench does)."""
+    if len(ids) <= most:
+        return tuple(ids)
+    half = most // 2
+    return (*ids[:half], *ids[len(ids) - (most - half) :])

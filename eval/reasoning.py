@@ -1,0 +1,160 @@
+"""`python -m eval reasoning`: maths problems, solved while keys are evicted."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from callbacks.console import make_console
+from datamodules.sources import SourceConfig, resolve
+from eval.answers import Sample, continuation_ids, prompt_ids
+from eval.metrics import same_answer
+from eval.results import save_picture, write_result, write_tables
+from eval.task_pictures import panels
+from eval.tasks import DEFAULT, Calibrating, Row, Suite, full_of, mean, merged, right_where_full_is, score_table, shown
+from smartkv import backbones
+from smartkv.errors import SmartKVError
+
+SETS = {"gsm8k": "\nAnswer: ", "math500": "\nSolution: ", "aime24": "\nSolution: "}  # what stands before a solution
+
+
+def reasoning(
+    out: str,
+    gates: str | None = None,
+    contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
+    footprints: list[float] = [0.25],  # noqa: B006
+    sets: list[str] = list(SETS),  # noqa: B006
+    samples: int | None = 20,
+    shots: int = 8,
+    new_tokens: int = 256,
+    chat: bool = False,
+    split: str = "test",
+    origins: list[str] = ["local", "hub"],  # noqa: B006
+    tokens: int = 2048,
+    calibration: Calibrating = Calibrating(),  # noqa: B008
+    backbone: str = backbones.PACKAGED,
+    dtype: str = "auto",
+    device: str = "cpu",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> None:
+    """GSM8K, MATH-500 and AIME 2024: exact match of generated solutions, and the likelihood of the reference solution.
+
+    Problems are of a split that was never harvested, the examples before them of the train split. Keys are evicted
+    while the examples are read and while the solution is decoded. Small models solve hardly any: there, likelihood is
+    what counts.
+
+    Args:
+        out: folder for reasoning.json and the picture.
+        gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: contenders without.
+        contenders: as for `compare`; those that are simulated by a mask generate nothing.
+        footprints: shares of the full cache to be kept, for which prices are solved on windows of `tokens`.
+        sets: gsm8k, math500, aime24.
+        samples: of each set, the first so many. Null: all.
+        shots: solved problems before each, of the same set's train split.
+        new_tokens: to generate; 0: none.
+        chat: in the model's chat template.
+        split: train, validation or test.
+        origins: where the sets are taken from: local ($SMARTKV_DATA), hub.
+        tokens: of a window on which prices are solved; about as long as prompt and solution.
+        calibration: texts on which prices are solved.
+        backbone: hub id, local folder, .gguf file or smollm2-135m.
+        dtype: auto, float32, bfloat16 or float16.
+        device: cpu or cuda.
+        seed: of the choice of calibration windows.
+        trust_remote_code: run code that comes with the model.
+    """
+    console = make_console()
+    if not sets or any(name not in SETS for name in sets):
+        raise SmartKVError(f"sets must be some of {', '.join(SETS)}, got {sets}")
+    if (samples is not None and samples < 1) or shots < 0 or new_tokens < 0 or tokens < 16:
+        raise SmartKVError("samples must be at least 1, shots and new_tokens at least 0, tokens at least 16")
+    suite = Suite(console, backbone, dtype, device, gates, contenders, footprints, calibration, seed, trust_remote_code)
+    folder, rows = Path(out), []
+    for name in sets:
+        found = _samples(suite, name, split, samples, shots, chat, origins)
+        rows += suite.run(folder, "reasoning", {tokens: found}, new_tokens, _scored)
+    rows = merged(rows)
+    settings = suite.settings | {"sets": sets, "samples": samples, "shots": shots, "new_tokens": new_tokens}
+    settings |= {"chat": chat, "split": split, "tokens": tokens}
+    result = write_result(folder, "reasoning", settings, {"units": UNITS} | suite.figures(rows))
+    table = _table(rows, sets, new_tokens > 0)
+    console.print(table)
+    for path in [result, write_tables(folder / "reasoning.md", [table]), _picture(folder, rows, sets)]:
+        console.print(f"  {path}", highlight=False)
+
+
+UNITS = {
+    "score": "1 where the generated solution comes to the reference's answer (math-verify), else 0",
+    "nll": "nats a token of the reference solution",
+    "footprint": "keys seen ÷ keys of a full cache, over the queries of the prompt's last three quarters and later",
+    "stored": "bytes held after the prompt ÷ those of its keys and values in float16; null: simulated by a mask",
+    "group": "set",
+}
+
+
+def _problems(name: str, split: str, origins: list[str], most: int | None) -> list[tuple[str, str]]:
+    """Problems, up to what stands before a solution, and solutions."""
+    source = resolve(SourceConfig(name, origins=list(origins)), lambda *_: None)
+    found = []
+    for document in source.documents(split):
+        if most is not None and len(found) == most:
+            break
+        problem, mark, solution = document.text.partition(SETS[name])
+        if mark:
+            found.append((problem + mark.rstrip(), solution.strip()))
+    if not found:
+        raise SmartKVError(f"'{name}' has no problems in its {split} split")
+    return found
+
+
+def _samples(
+    suite: Suite, name: str, split: str, count: int | None, shots: int, chat: bool, origins: list[str]
+) -> list[Sample]:
+    shown_first = _problems(name, "train", origins, shots) if shots else []
+    examples = "".join(f"{problem} {solution}\n\n" for problem, solution in shown_first)
+    tokenizer, found = suite.lm.tokenizer, []
+    for problem, solution in _problems(name, split, origins, count):
+        prompt = prompt_ids(tokenizer, examples + problem, chat)
+        found.append(Sample(prompt, continuation_ids(tokenizer, f" {solution}"), (solution,), (name,)))
+    return found
+
+
+def _scored(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
+    text = figures["generated"]
+    if text is None:
+        return {"score": None}
+    solution = text.split("\n\nQuestion:")[0].split("\n\nProblem:")[0]  # the model goes on with a next one
+    return {"score": same_answer(solution, sample.references[0])}
+
+
+def _table(rows: list[Row], sets: list[str], generated: bool) -> Table:
+    full, lines = full_of(rows, rows[0].length), []
+    for row in rows:
+        cells = []
+        for name in sets:
+            if generated:
+                share, asked = right_where_full_is(row, full, "score", name)
+                score = mean([sample["score"] for sample in row.of(name)])
+                cells += [shown(score, percent=True), f"{shown(share, percent=True)} of {asked}"]
+            here, there = ([sample["nll"] for sample in r.of(name)] for r in (row, full))
+            gap = mean([mine - theirs for mine, theirs in zip(here, there, strict=True)])
+            cells += [shown(mean(here), 3), "" if row is full else f"{gap:+.4f}"]
+        lines.append((row, cells))
+    names = [part for name in sets for part in _columns(name, generated)]
+    return score_table("Reasoning", names, lines)
+
+
+def _columns(name: str, generated: bool) -> list[str]:
+    return [*([name, "where full is"] if generated else []), f"NLL {name}", "ΔNLL"]
+
+
+def _picture(folder: Path, rows: list[Row], sets: list[str]) -> Path:
+    grid = np.full((len(rows), len(sets)), np.nan)
+    for place, row in enumerate(rows):
+        for number, name in enumerate(sets):
+            grid[place, number] = mean([sample["nll"] for sample in row.of(name)])
+    label = "NLL of the reference solution, nats a token"
+    figure = panels({label: grid}, [row.label for row in rows], sets, ("", "set"), "Reasoning", label, loss=True)
+    return save_picture(figure, folder / "reasoning.png")

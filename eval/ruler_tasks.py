@@ -1,0 +1,237 @@
+"""RULER's task families (Hsieh et al. 2024, arXiv 2404.06654), generated: text of any length with a question to it.
+
+Needles in noise, in prose or among other needles; variables to be tracked; words to be counted. Its questions about
+passages (SQuAD, HotpotQA) are left out. Keys are pairs of words from our own lists, prose is that of the texts given.
+"""
+
+import re
+import string
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from datamodules.recall import TEXTS
+from smartkv.errors import SmartKVError
+
+RULER: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("ruler.yaml").read_text(encoding="utf-8"))
+FAMILIES: tuple[str, ...] = tuple(RULER["families"])
+WORD_LENGTH = 6  # letters of a coded word
+SHORT = 4096  # tokens below which lists of common words have smaller counts, as published
+EXAMPLE_SENTENCES = 10  # of noise, around the example for variable tracking
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question.
+
+    Attributes:
+        text: what is asked.
+        prefix: what the answer begins with, given.
+        answers: texts that must all be in the answer.
+        reference: an answer that is right, as it would go on after `prefix`.
+    """
+
+    text: str
+    prefix: str
+    answers: tuple[str, ...]
+    reference: str
+
+
+class Exhausted(SmartKVError):
+    """The haystack's texts are too short for a task of that size."""
+
+
+def tokens_to_generate(family: str) -> int:
+    """As published."""
+    return RULER[_kind(family)]["tokens"]
+
+
+def _kind(family: str) -> str:
+    if family not in FAMILIES:
+        raise SmartKVError(f"there is no family '{family}': expected {', '.join(FAMILIES)}")
+    return family.partition("_")[0]
+
+
+def generate(
+    family: str, length: int, prose: str, count_tokens: Callable[[str], int], seed: list[int], more: str = ""
+) -> Task:
+    """The longest task of a family that has, with its answer's tokens, at most `length` tokens.
+
+    Args:
+        family: one of `FAMILIES`.
+        prose: text for haystacks; at least as long as the task.
+        count_tokens: of a text.
+        seed: of everything that is drawn.
+        more: text from which words for lists are taken too.
+
+    Raises:
+        SmartKVError: no such family, too short a length, or too little prose.
+    """
+    make = {"niah": _needles, "vt": _variables, "cwe": _common_words, "fwe": _frequent_words}[_kind(family)]
+    options, room = RULER["families"][family], length - tokens_to_generate(family)
+
+    def made(size: int) -> Task:
+        text = f"{prose} {more}" if make is _common_words else prose
+        return make(options, size, length, text, np.random.default_rng(seed))
+
+    def fits(size: int) -> bool:
+        try:
+            task = made(size)
+        except Exhausted:
+            if size == _least(options):
+                raise
+            return False
+        return count_tokens(task.text + task.prefix) <= room
+
+    low, high = _least(options), _least(options) + 1
+    if not fits(low):
+        raise SmartKVError(f"{length} tokens are too few for '{family}': make lengths longer")
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return made(low)
+
+
+def _least(options: dict[str, Any]) -> int:
+    return options.get("hops", options.get("count", 8)) + 2
+
+
+def string_match_all(text: str, answers: Sequence[str]) -> float:
+    """Share of the answers that the text has in it, whatever the case: RULER's metric for these families."""
+    return sum(answer.lower() in text.lower() for answer in answers) / len(answers)
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}, and {parts[-1]}"
+
+
+def _drawn(kind: str, random: np.random.Generator) -> str:
+    if kind == "words":
+        words = TEXTS["words"]["word"]
+        return "-".join(str(random.choice(words)) for _ in range(2))
+    if kind == "numbers":
+        return str(random.integers(10**6, 10**7))
+    return str(uuid.UUID(bytes=random.bytes(16), version=4))
+
+
+def _distinct(kind: str, count: int, random: np.random.Generator) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[_drawn(kind, random)] = None
+    return list(found)
+
+
+def _sentences(prose: str, words: int) -> list[str]:
+    """The first so many words, in sentences."""
+    taken = prose.split()[:words]
+    if len(taken) < words:
+        raise Exhausted(f"the haystack has {len(taken)} words, {words} are needed: give longer texts")
+    return re.split(r"(?<=[.!?])\s+", " ".join(taken))
+
+
+def _needles(options: dict[str, Any], size: int, length: int, prose: str, random: np.random.Generator) -> Task:
+    kind, value_count, asked = options["values"], options.get("value_count", 1), options.get("asked", 1)
+    keys = _distinct(options["keys"], options.get("key_count", 1), random)
+    values = {key: _distinct(kind, value_count, random) for key in keys}
+    needle = RULER["niah"]["needle"]
+    needles = [needle.format(kind=kind, key=key, value=value) for key in keys for value in values[key]]
+    random.shuffle(needles)
+    if options["haystack"] == "essay":
+        sentences, between = _sentences(prose, 10 * size), " "
+    elif options["haystack"] == "noise":
+        sentences, between = [RULER["noise"]] * size, "\n"
+    else:
+        others = _distinct(options["keys"], size, random)
+        sentences = [needle.format(kind=kind, key=key, value=_drawn(kind, random)) for key in others]
+        between = "\n"
+    places = sorted(random.uniform(0, 1, len(needles)), reverse=True)
+    for place, statement in zip(places, needles, strict=True):
+        sentences.insert(int(place * (len(sentences) + 1)), statement)
+    queries = [str(key) for key in random.choice(keys, asked, replace=False)]
+    answers = [value for key in queries for value in values[key]]
+    filled = {"kind": kind, "query": _listed(queries), "context": between.join(sentences)}
+    template, prefix = RULER["niah"]["template"], RULER["niah"]["prefix"]
+    if len(answers) == 1:  # as published
+        filled["kind"] = kind[:-1]
+        template = template.replace("Some", "A").replace("are all", "is").replace("are", "is")
+        prefix = prefix[: -len("are")] + "is"
+    return Task(template.format(**filled), prefix.format(**filled), tuple(answers), f" {_listed(answers)}")
+
+
+def _variables(options: dict[str, Any], size: int, length: int, prose: str, random: np.random.Generator) -> Task:
+    """With one solved example before it, as published."""
+    example = _chain(options, EXAMPLE_SENTENCES, 3, random)
+    task = _chain(options, size, 5, random)
+    return _after(example, task)
+
+
+def _after(example: Task, task: Task) -> Task:
+    text = f"{example.text}{example.prefix}{example.reference}\n{task.text}"
+    return Task(text, task.prefix, task.answers, task.reference)
+
+
+def _chain(options: dict[str, Any], size: int, letters: int, random: np.random.Generator) -> Task:
+    hops = options["hops"]
+    names: dict[str, None] = {}
+    while len(names) < options["chains"] * (hops + 1):
+        names["".join(random.choice(list(string.ascii_uppercase), letters))] = None
+    sentences, first = [RULER["noise"]] * size, ""
+    chains = [list(names)[start : start + hops + 1] for start in range(0, len(names), hops + 1)]
+    for chain in chains:
+        value = str(random.integers(10_000, 99_999))
+        first = first or value
+        lines = [f"VAR {chain[0]} = {value}"]
+        lines += [f"VAR {new} = VAR {old}" for old, new in pairwise(chain)]
+        for shift, place in enumerate(sorted(random.choice(len(sentences), len(lines), replace=False))):
+            sentences.insert(int(place) + shift, lines[shift])
+    filled = {"query": first, "count": hops + 1, "context": "\n".join(sentences)}
+    words = RULER["vt"]
+    reference = f" {' '.join(chains[0])}"
+    return Task(words["template"].format(**filled), words["prefix"].format(**filled), tuple(chains[0]), reference)
+
+
+def _common_words(options: dict[str, Any], size: int, length: int, prose: str, random: np.random.Generator) -> Task:
+    """With one solved example before it, as published."""
+    words = np.array(sorted(set(re.findall(r"\b[a-z]{4,12}\b", prose))))
+    count = options["count"]
+    few = length < SHORT
+    example = _list(words, (20, 3, 1) if few else (40, 10, 3), count, random)
+    task = _list(words, (size, 6, 1) if few else (size, options["common"], options["uncommon"]), count, random)
+    return _after(example, task)
+
+
+def _list(words: np.ndarray, sizes: tuple[int, int, int], count: int, random: np.random.Generator) -> Task:
+    size, common, uncommon = sizes
+    if size > len(words):
+        raise Exhausted(f"the haystack has {len(words)} different words, {size} are needed: give more texts")
+    drawn = [str(word) for word in random.choice(words, size, replace=False)]
+    entries = drawn[:count] * common + drawn[count:] * uncommon
+    random.shuffle(entries)
+    context = " ".join(f"{number}. {word}" for number, word in enumerate(entries, 1))
+    reference = " " + " ".join(f"{number}. {word}" for number, word in enumerate(drawn[:count], 1))
+    text = RULER["cwe"]["template"].format(context=context)
+    return Task(text, RULER["cwe"]["prefix"], tuple(drawn[:count]), reference)
+
+
+def _frequent_words(options: dict[str, Any], size: int, length: int, prose: str, random: np.random.Generator) -> Task:
+    """Coded words whose counts follow a zeta distribution; the most frequent are dots, which do not count."""
+    vocabulary: dict[str, None] = {}
+    while len(vocabulary) < max(8, length // 50):
+        vocabulary["".join(random.choice(list(string.ascii_lowercase), WORD_LENGTH))] = None
+    words = ["...", *list(vocabulary)[1:]]
+    rank = np.arange(1, len(words) + 1, dtype=float)
+    share = rank ** -options["alpha"]
+    counts = (8 * size * share / (np.arange(1, 10**6, dtype=float) ** -options["alpha"]).sum()).astype(int)
+    text = [word for word, times in zip(words, counts, strict=True) for _ in range(times)]
+    random.shuffle(text)
+    answers = tuple(words[1:4])
+    asked = RULER["fwe"]["template"].format(context=" ".join(text))
+    return Task(asked, RULER["fwe"]["prefix"], answers, f" {_listed(answers)}")

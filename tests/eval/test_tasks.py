@@ -1,0 +1,364 @@
+"""Needle, RULER, LongBench and reasoning on a tiny backbone, and what they score by."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import DynamicCache
+
+import eval.tasks as tasks
+from eval.__main__ import main
+from eval.answers import Sample, answered, cut_in_the_middle, prompt_ids
+from eval.contenders import Full
+from eval.line_up import line_up
+from eval.longbench import TASKS, read_records
+from eval.metrics import METRICS, same_answer
+from eval.ruler_tasks import FAMILIES, generate, string_match_all
+from smartkv import GateBank, load_backbone
+from smartkv.errors import SmartKVError
+from tests.lightning_fixtures import prose
+from tests.models import save_tiny_backbone, token_ids
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared" / "data" / "longctx"
+
+
+@pytest.fixture(scope="module")
+def long_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token is a byte here: texts are long."""
+    return save_tiny_backbone(tmp_path_factory.mktemp("long") / "backbone", max_positions=4096)
+
+
+@pytest.fixture(scope="module")
+def long_gates(tmp_path_factory: pytest.TempPathFactory, long_backbone: Path) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("gates")
+    GateBank(load_backbone(str(long_backbone)).fingerprint).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of many different words."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number, split in enumerate(("train", "test")):
+        for file in range(3):
+            path = folder / split / f"{split}{file}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(many_words(1300, 10 * number + file))
+    return folder
+
+
+def many_words(count: int, seed: int) -> str:
+    random = np.random.default_rng(seed)
+    return ". ".join("".join(random.choice(list("abcdefgh"), 6)) for _ in range(count))
+
+
+@pytest.fixture(scope="module")
+def lm(long_backbone: Path) -> Any:
+    return load_backbone(str(long_backbone), "float32")
+
+
+@pytest.fixture
+def run(long_backbone: Path, long_gates: Path, long_texts: Path) -> Callable[..., dict[str, Any]]:
+    def run(command: str, out: Path, **changes: Any) -> dict[str, Any]:
+        mine = [{"name": "mine", "path": str(long_texts)}]
+        settings = (
+            ({"config": changes.pop("config")} if "config" in changes else {})
+            | {
+                "out": out,
+                "backbone": long_backbone,
+                "gates": long_gates,
+                "dtype": "float32",
+                "contenders": '["all-gated", "window", "all-gated+4bit", "quant:int4", "key_norm"]',
+                "footprints": "[0.5]",
+                "calibration": json.dumps({"sources": mine, "windows": 1}),
+            }
+            | changes
+        )
+        if command in ("needle", "ruler"):
+            settings["haystack"] = json.dumps(mine)
+        main([command, *(part for name, value in settings.items() for part in (f"--{name}", str(value)))])
+        return json.loads((out / f"{command}.json").read_text())
+
+    return run
+
+
+def contenders(found: dict[str, Any]) -> set[str]:
+    return {row["contender"] for row in found["rows"]}
+
+
+ALL = {"full", "all-gated", "window", "all-gated+4bit", "quant:int4", "key_norm"}
+
+
+def test_the_needle_is_read_at_every_depth_and_length_by_everybody(run: Any, tmp_path: Path) -> None:
+    changes = {"lengths": "[400, 600]", "depths": 3, "samples": 2, "new_tokens": 4}
+    found = run("needle", tmp_path, **changes)
+    assert contenders(found) == ALL
+    for row in found["rows"]:
+        groups = [tuple(sample["group"]) for sample in row["samples"]]
+        assert sorted(set(groups)) == [(row["length"], round(place, 3)) for place in (1 / 6, 0.5, 5 / 6)]
+        for sample in row["samples"]:
+            assert sample["nll"] > 0 and sample["rank"] >= 0 and sample["right"] == (sample["rank"] == 0)
+            assert (sample["generated"] is None) == (row["contender"] == "key_norm")
+        footprint = float(np.mean([sample["footprint"] for sample in row["samples"]]))
+        assert footprint == pytest.approx(1.0 if row["kind"] in ("full", "quantised") else 0.5, abs=0.12)
+    for name in ("needle_right.png", "needle_nll.png", "needle.md"):
+        assert (tmp_path / name).stat().st_size > 300
+
+
+def test_a_killed_run_goes_on_where_it_stopped(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"lengths": "[400]", "depths": 2, "samples": 1, "new_tokens": 0, "contenders": '["window"]'}
+    plain, calls = tasks.answered, []
+
+    def stops(*args: Any) -> Any:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return plain(*args)
+
+    monkeypatch.setattr(tasks, "answered", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run("needle", tmp_path, **changes)
+    monkeypatch.setattr(tasks, "answered", lambda *args: calls.append(1) or plain(*args))
+    found = run("needle", tmp_path, **changes)
+    assert len(calls) == 4 == sum(len(row["samples"]) for row in found["rows"])
+
+
+def test_ruler_runs_all_families_and_scores_what_is_generated(run: Any, tmp_path: Path) -> None:
+    changes = {"lengths": "[2400]", "samples": 1, "contenders": '["all-gated", "window"]'}
+    found = run("ruler", tmp_path, **changes)
+    for row in found["rows"]:
+        assert [sample["group"][0] for sample in row["samples"]] == list(FAMILIES)
+        assert all(0 <= sample["score"] <= 1 and sample["nll"] > 0 for sample in row["samples"])
+    assert (tmp_path / "ruler_score.png").is_file() and (tmp_path / "ruler_nll.png").is_file()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_ruler_task_fills_its_length_and_has_its_answer_in_it(family: str) -> None:
+    text, length = prose(12_000, 1), 3900
+    words = many_words(400, 0)
+    task = generate(family, length, text, len, [0, 1], words)
+    assert length * 0.85 < len(task.text + task.prefix) <= length
+    assert all(answer in task.text for answer in task.answers)
+    assert string_match_all(task.reference, task.answers) == 1.0
+    assert task == generate(family, length, text, len, [0, 1], words) != generate(family, length, text, len, [2], words)
+
+
+def test_ruler_s_variables_lead_back_to_the_value() -> None:
+    task = generate("vt", 4000, prose(9000, 1), len, [3])
+    own = task.text[task.text.index("\nMemorize", 10) :]
+    value = own.split("assigned the value ")[1].split(" ")[0]
+    values = dict(line.removeprefix("VAR ").split(" = ") for line in own.split("\n") if line.startswith("VAR "))
+
+    def of(name: str) -> str:
+        found = values[name]
+        return of(found.removeprefix("VAR ")) if found.startswith("VAR ") else found
+
+    assert {name for name in values if of(name) == value} == set(task.answers) and len(task.answers) == 5
+
+
+def test_ruler_s_words_are_the_most_common_ones() -> None:
+    words = many_words(400, 0)
+    task = generate("cwe", 4000, words, len, [3])
+    own = task.text[task.text.index("\nBelow", 10) :].split("Question:")[0].split()
+    counts = {word: own.count(word) for word in set(own) if word.isalpha()}
+    assert set(sorted(counts, key=counts.__getitem__, reverse=True)[:10]) >= set(task.answers)
+    task = generate("fwe", 4000, words, len, [3])
+    coded = task.text.split("coded words. ")[1].split("\nQuestion")[0].split()
+    most = sorted({word for word in coded if word != "..."}, key=coded.count, reverse=True)[:3]
+    assert tuple(most) == task.answers and coded.count("...") > coded.count(most[0])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published sample lies beside the project, and is no part of it")
+def test_ruler_s_tasks_read_like_the_published_ones() -> None:
+    with (SHARED / "ruler_niah_multikey_3_4096.jsonl").open() as file:
+        published = json.loads(file.readline())["input"]
+    task = generate("niah_multikey_3", 8000, prose(12_000, 1), len, [0])
+    own = (task.text + task.prefix).split("\n")
+    theirs = published.split("\n")
+    assert own[0] == theirs[0]
+
+    def plain(line: str) -> str:
+        return " ".join("uuid" if part.count("-") == 4 else part for part in line.replace(".", "").split(" "))
+
+    assert plain(own[1]) == plain(theirs[1]) and plain(own[-1]) == plain(theirs[-1])
+
+
+def test_mistakes_in_ruler_are_told(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for changes in ({"lengths": "[200]"}, {"families": '["qa"]'}, {"lengths": "[6000]", "samples": 1}):
+        with pytest.raises(SystemExit):
+            run("ruler", tmp_path, **changes)
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+# -- LongBench ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def longbench_data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for task in TASKS:
+        records = [
+            {"input": "Who?", "context": prose(900, n), "answers": ["Paragraph 3", "mill"], "all_classes": ["mill"]}
+            for n in range(2)
+        ]
+        (folder / f"{task}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder
+
+
+def test_longbench_runs_every_task_with_its_metric(run: Any, tmp_path: Path, longbench_data: Path) -> None:
+    changes = {"data": longbench_data, "samples": 1, "longest": 500, "contenders": '["window", "quant:int8"]'}
+    found = run("longbench", tmp_path / "out", new_tokens=3, **changes)
+    for row in found["rows"]:
+        assert [sample["group"] for sample in row["samples"]] == [[task] for task in TASKS]
+        assert all(0 <= sample["score"] <= 1 for sample in row["samples"])
+    assert (tmp_path / "out" / "longbench.png").is_file()
+
+
+def test_longbench_cuts_prompts_in_the_middle() -> None:
+    assert cut_in_the_middle(range(10), 4) == (0, 1, 8, 9)
+    assert cut_in_the_middle(range(10), 5) == (0, 1, 7, 8, 9)
+    assert cut_in_the_middle(range(4), 4) == (0, 1, 2, 3)
+
+
+def test_longbench_s_records_may_hold_lists_as_text(tmp_path: Path) -> None:
+    record = {"input": "", "context": "c", "answers": "['one', \"it's two\"]", "all_classes": None}
+    (tmp_path / "trec.jsonl").write_text(json.dumps(record))
+    (found,) = read_records(str(tmp_path), "trec", None)
+    assert found["answers"] == ["one", "it's two"] and found["all_classes"] == []
+    (tmp_path / "lcc.jsonl").write_text(json.dumps({"input": ""}))
+    with pytest.raises(SmartKVError, match="lacks context, answers"):
+        list(read_records(str(tmp_path), "lcc", None))
+    with pytest.raises(SmartKVError, match=r"no qasper\.jsonl"):
+        list(read_records(str(tmp_path), "qasper", None))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published sample lies beside the project, and is no part of it")
+def test_longbench_reads_the_published_multi_news(tmp_path: Path) -> None:
+    (tmp_path / "multi_news.jsonl").symlink_to(SHARED / "longbench_multi_news.jsonl")
+    found = list(read_records(str(tmp_path), "multi_news", 5))
+    assert len(found) == 5 and all(len(record["answers"]) == 1 and record["context"] for record in found)
+    assert METRICS["rouge"](found[0]["answers"][0], found[0]["answers"][0], ()) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("metric", "said", "reference", "score"),
+    [
+        ("f1", "the Cat, sat", "a cat", 2 / 3),
+        ("f1", "dog", "cat", 0.0),
+        ("rouge", "", "cat", 0.0),
+        ("rouge", "the cat sat", "the cat", 0.8),
+        ("count", "3 or 4", "Paragraph 4", 0.5),
+        ("count", "none", "4", 0.0),
+        ("code", "# no\nx = f(1)", "x = f(1)", 1.0),
+        ("classes", "Human body and Animal", "Animal", 0.5),
+    ],
+)
+def test_metrics_are_those_of_longbench(metric: str, said: str, reference: str, score: float) -> None:
+    assert METRICS[metric](said, reference, ["Animal", "Human body"]) == pytest.approx(score, abs=1e-6)
+
+
+# -- reasoning ---------------------------------------------------------------------------------------------------------
+
+
+def test_reasoning_reads_problems_that_were_never_harvested(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        record = {"question": f"What is 2 + 2 in {split}?", "answer": "2 + 2 = 4\n#### 4"}
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("\n".join([json.dumps(record)] * 3))
+    monkeypatch.setenv("SMARTKV_DATA", str(tmp_path))
+    changes = {"sets": '["gsm8k"]', "samples": 2, "shots": 1, "new_tokens": 4, "tokens": 200}
+    found = run("reasoning", tmp_path / "out", **changes)
+    assert contenders(found) == ALL
+    for row in found["rows"]:
+        assert len(row["samples"]) == 2 and all(sample["nll"] > 0 for sample in row["samples"])
+        scores = {sample["score"] for sample in row["samples"]}
+        assert scores == {None} if row["contender"] == "key_norm" else scores <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("said", "reference", "same"),
+    [
+        ("so 9 * 2 = 18", "9*2=18\n#### 18", 1.0),
+        ("the answer is 17", "#### 18", 0.0),
+        (r"$\boxed{0.5}$", r"hence $\boxed{\frac{1}{2}}$", 1.0),
+        ("nothing", "#### 18", 0.0),
+    ],
+)
+def test_two_solutions_come_to_the_same_answer(said: str, reference: str, same: float) -> None:
+    assert same_answer(said, reference) == same
+
+
+# -- what all share ---------------------------------------------------------------------------------------------------
+
+
+def test_likelihood_and_greedy_tokens_are_those_of_the_model(lm: Any) -> None:
+    prompt, answer = tuple(token_ids(60, 1).tolist()), tuple(token_ids(5, 2).tolist())
+    sample = Sample(prompt, answer, ("x",), ())
+    found = answered(lm, Full(lm), 1.0, sample, new_tokens=6)
+    with torch.inference_mode():
+        ids = torch.tensor([prompt + answer])
+        logits = lm.model(ids, past_key_values=DynamicCache()).logits[0, len(prompt) - 1 : -1]
+        want = torch.nn.functional.cross_entropy(logits, torch.tensor(answer))
+        ranks = [int((row > row[token]).sum()) for row, token in zip(logits, answer, strict=True)]
+        greedy = lm.model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
+    assert found["nll"] == pytest.approx(float(want), abs=1e-5) and found["rank"] == max(ranks)
+    assert found["generated"] == lm.tokenizer.decode(greedy[0, 60:], skip_special_tokens=True)
+    read = answered(lm, Full(lm), 1.0, sample)
+    assert read["nll"] == pytest.approx(found["nll"], abs=1e-5) and read["generated"] is None
+
+
+def test_reading_and_decoding_agree_under_eviction(lm: Any, long_gates: Path) -> None:
+    windows, gates = [token_ids(120, 5)], GateBank.from_pretrained(long_gates)
+    sample = Sample(tuple(token_ids(100, 1).tolist()), tuple(token_ids(5, 2).tolist()), ("x",), ())
+    for contender in line_up(["all-gated", "window", "window+8bit"], lm, gates, windows, 30):
+        setting = contender.solved(0.6)
+        fed, read = answered(lm, contender, setting, sample, 2), answered(lm, contender, setting, sample)
+        assert fed["nll"] == pytest.approx(read["nll"], abs=2e-2 if "bit" in contender.name else 1e-4)
+
+
+def test_a_chat_is_asked_in_the_model_s_template(chatty: Path) -> None:
+    tokenizer = load_backbone(str(chatty), "float32").tokenizer
+    assert tokenizer.decode(prompt_ids(tokenizer, "Who?", True, " It is")) == "<user>Who?\n<assistant> It is"
+    tokenizer.chat_template = None
+    with pytest.raises(SmartKVError, match="no chat template"):
+        prompt_ids(tokenizer, "Who?", True)
+
+
+@pytest.mark.parametrize(
+    ("command", "changes"),
+    [
+        ("needle", {"lengths": "[400]", "depths": 1, "samples": 1, "new_tokens": 2}),
+        ("ruler", {"lengths": "[2400]", "samples": 1, "families": '["niah_single_2"]'}),
+        ("longbench", {"tasks": '["trec"]', "samples": 1, "longest": 300, "new_tokens": 2}),
+        ("reasoning", {"sets": '["math500"]', "samples": 1, "shots": 1, "new_tokens": 2, "tokens": 200}),
+    ],
+)
+def test_the_config_runs(
+    command: str,
+    changes: dict[str, Any],
+    run: Any,
+    tmp_path: Path,
+    longbench_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = ROOT / f"configs/eval/{command}.yaml"
+    written = yaml.safe_load(config.read_text())
+    problems = [{"problem": f"{n} + 2?", "solution": f"$\\boxed{{{n + 2}}}$", "unique_id": str(n)} for n in range(40)]
+    (tmp_path / "math").mkdir()
+    (tmp_path / "math" / "math500.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    monkeypatch.setenv("SMARTKV_DATA", str(tmp_path))
+    names = [name.replace("gates", "all-gated") for name in written["contenders"]]
+    more = {"data": longbench_data} if command == "longbench" else {}
+    found = run(command, tmp_path / "out", config=config, contenders=json.dumps(names), **changes, **more)
+    assert contenders(found) == {"full", *names}
+    assert set(written) >= set(found["arguments"]) & {"gates", "contenders", "footprints", "backbone", "seed", "split"}
