@@ -19,10 +19,13 @@ from eval.reasoning import reasoning
 from eval.report import report
 from eval.ruler import ruler
 from eval.speed import speed
+from eval.validation import baselines
+from eval.validation_names import spelled_out
 from smartkv.errors import SmartKVError
 
 COMMANDS = {
     "auto": auto,
+    "baselines": baselines,
     "calibrate": calibrate,
     "compare": compare,
     "decode": decode,
@@ -43,7 +46,8 @@ COMMANDS = {
 def main(args: list[str] | None = None) -> None:
     """Run one command; a user's mistake ends with one line on stderr and status 2."""
     try:
-        auto_cli(COMMANDS, args=args, as_positional=False, prog="python -m eval")
+        given = spelled_out(sys.argv[1:] if args is None else args)
+        auto_cli(COMMANDS, args=given, as_positional=False, prog="python -m eval")
     except SmartKVError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -18,9 +18,10 @@ from eval.contenders import Full
 from eval.line_up import line_up
 from eval.longbench import TASKS, read_records
 from eval.metrics import METRICS, same_answer
-from eval.ruler_tasks import FAMILIES, generate, string_match_all
+from eval.ruler_tasks import FAMILIES
 from smartkv import GateBank, load_backbone
 from smartkv.errors import SmartKVError
+from tests.eval.test_ruler_tasks import many_words
 from tests.lightning_fixtures import prose
 from tests.models import save_tiny_backbone, token_ids
 
@@ -52,11 +53,6 @@ def long_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(many_words(1300, 10 * number + file))
     return folder
-
-
-def many_words(count: int, seed: int) -> str:
-    random = np.random.default_rng(seed)
-    return ". ".join("".join(random.choice(list("abcdefgh"), 6)) for _ in range(count))
 
 
 @pytest.fixture(scope="module")
@@ -137,57 +133,6 @@ def test_ruler_runs_all_families_and_scores_what_is_generated(run: Any, tmp_path
         assert [sample["group"][0] for sample in row["samples"]] == list(FAMILIES)
         assert all(0 <= sample["score"] <= 1 and sample["nll"] > 0 for sample in row["samples"])
     assert (tmp_path / "ruler_score.png").is_file() and (tmp_path / "ruler_nll.png").is_file()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_ruler_task_fills_its_length_and_has_its_answer_in_it(family: str) -> None:
-    text, length = prose(12_000, 1), 3900
-    words = many_words(400, 0)
-    task = generate(family, length, text, len, [0, 1], words)
-    assert length * 0.85 < len(task.text + task.prefix) <= length
-    assert all(answer in task.text for answer in task.answers)
-    assert string_match_all(task.reference, task.answers) == 1.0
-    assert task == generate(family, length, text, len, [0, 1], words) != generate(family, length, text, len, [2], words)
-
-
-def test_ruler_s_variables_lead_back_to_the_value() -> None:
-    task = generate("vt", 4000, prose(9000, 1), len, [3])
-    own = task.text[task.text.index("\nMemorize", 10) :]
-    value = own.split("assigned the value ")[1].split(" ")[0]
-    values = dict(line.removeprefix("VAR ").split(" = ") for line in own.split("\n") if line.startswith("VAR "))
-
-    def of(name: str) -> str:
-        found = values[name]
-        return of(found.removeprefix("VAR ")) if found.startswith("VAR ") else found
-
-    assert {name for name in values if of(name) == value} == set(task.answers) and len(task.answers) == 5
-
-
-def test_ruler_s_words_are_the_most_common_ones() -> None:
-    words = many_words(400, 0)
-    task = generate("cwe", 4000, words, len, [3])
-    own = task.text[task.text.index("\nBelow", 10) :].split("Question:")[0].split()
-    counts = {word: own.count(word) for word in set(own) if word.isalpha()}
-    assert set(sorted(counts, key=counts.__getitem__, reverse=True)[:10]) >= set(task.answers)
-    task = generate("fwe", 4000, words, len, [3])
-    coded = task.text.split("coded words. ")[1].split("\nQuestion")[0].split()
-    most = sorted({word for word in coded if word != "..."}, key=coded.count, reverse=True)[:3]
-    assert tuple(most) == task.answers and coded.count("...") > coded.count(most[0])
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the published sample lies beside the project, and is no part of it")
-def test_ruler_s_tasks_read_like_the_published_ones() -> None:
-    with (SHARED / "ruler_niah_multikey_3_4096.jsonl").open() as file:
-        published = json.loads(file.readline())["input"]
-    task = generate("niah_multikey_3", 8000, prose(12_000, 1), len, [0])
-    own = (task.text + task.prefix).split("\n")
-    theirs = published.split("\n")
-    assert own[0] == theirs[0]
-
-    def plain(line: str) -> str:
-        return " ".join("uuid" if part.count("-") == 4 else part for part in line.replace(".", "").split(" "))
-
-    assert plain(own[1]) == plain(theirs[1]) and plain(own[-1]) == plain(theirs[-1])
 
 
 def test_mistakes_in_ruler_are_told(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

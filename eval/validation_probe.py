@@ -1,0 +1,100 @@
+"""Exact attention of a model, beside the same with keys and values that went through codecs."""
+
+import math
+import statistics
+import time
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from smartkv.attached import AttachedCache
+from smartkv.codecs import Codec
+from smartkv.feeding import EvictionStep
+from smartkv.gates import GateBank
+
+
+class Probe(AttachedCache):
+    """Takes one text in one piece; the model's output is exact.
+
+    Args:
+        model: of a supported family.
+        codecs: by name; every token goes through them, with no residual.
+        gates: tell codecs what is important; None: the attention that a key gets in the whole text does.
+    """
+
+    def __init__(self, model: PreTrainedModel, codecs: dict[str, Codec], gates: GateBank | None = None) -> None:
+        layers = DynamicCache(config=model.config).layers
+        super().__init__(model, layers, chunk=2**20)
+        self.codecs, self.gates = codecs, gates
+        self.found: dict[str, dict[str, list[float]]] = {name: {} for name in codecs}
+        self.held: list[tuple[Tensor, Tensor, Tensor]] = []  # keys, values, importance of each layer
+
+    @property
+    def block(self) -> int:
+        """Texts are a multiple of so many tokens."""
+        return math.lcm(*(codec.block for codec in self.codecs.values()))
+
+    def attend(self, layer: int, step: EvictionStep) -> Tensor:
+        exact, received = _attention(step, step.key, step.value)
+        importance = received
+        if self.gates is not None:
+            score = self.gates.score(layer, step.pre_rope)
+            importance = torch.exp(score[..., -1] if self.gates.ages else score)
+        for name, codec in self.codecs.items():
+            parts = codec.encode(step.key, step.value, importance)
+            key, value = codec.decode(parts, torch.float32)
+            output, _ = _attention(step, key, value)
+            pairs = {"key": (key, step.key), "value": (value, step.value), "output": (output, exact)}
+            for what, (mine, theirs) in pairs.items():
+                error = float((mine - theirs).norm() / theirs.float().norm())
+                self.found[name].setdefault(f"error_{what}", []).append(error)
+        self.held.append((step.key, step.value, importance))
+        return exact.to(step.query.dtype)
+
+    def errors(self) -> dict[str, dict[str, float]]:
+        """Of each codec, mean over layers: `error_key`, `error_value`, `error_output`."""
+        return {
+            name: {what: sum(values) / len(values) for what, values in errors.items()}
+            for name, errors in self.found.items()
+        }
+
+    def times(self, repeats: int) -> dict[str, dict[str, float]]:
+        """Of each codec, milliseconds for all layers, median of `repeats` in turns: `encode_ms`, `decode_ms`."""
+        taken: dict[str, dict[str, list[float]]] = {name: {"encode_ms": [], "decode_ms": []} for name in self.codecs}
+        for _ in range(repeats):
+            for name, codec in self.codecs.items():
+                start = self._now()
+                parts = [codec.encode(*held) for held in self.held]
+                middle = self._now()
+                for each in parts:
+                    codec.decode(each, self.held[0][0].dtype)
+                taken[name]["encode_ms"].append(1000 * (middle - start))
+                taken[name]["decode_ms"].append(1000 * (self._now() - middle))
+        return {
+            name: {what: statistics.median(values) for what, values in each.items()} for name, each in taken.items()
+        }
+
+    def _now(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _attention(step: EvictionStep, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention in float32, `[batch, query_heads, tokens, head_dim]`, and what each key gets, summed over its
+    queries, `[batch, kv_heads, tokens]`."""
+    tokens, kv_heads = key.shape[2], key.shape[1]
+    query = step.query.float().unflatten(1, (kv_heads, -1))
+    output, received = torch.empty_like(query), torch.zeros(key.shape[:3], device=key.device)
+    place = torch.arange(tokens, device=key.device)
+    for start in range(0, tokens, 128):
+        here = slice(start, start + 128)
+        scores = query[..., here, :] @ key.float()[:, :, None].mT * step.scaling
+        seen = place <= place[here, None]
+        if step.sliding_window is not None:
+            seen &= place > place[here, None] - step.sliding_window
+        weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+        output[..., here, :] = weights @ value.float()[:, :, None]
+        received += weights.sum(dim=(2, 3))
+    return output.flatten(1, 2), received
