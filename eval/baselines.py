@@ -35,7 +35,17 @@ METHODS: dict[str, Callable[[], Method]] = {
 BASELINES = ("random", *METHODS)
 SEEDS = (0, 1, 2, 3, 4)  # of `random`
 SINKS = 4
-RECENT = 0.5  # share of a budget that the latest tokens get, whatever their score
+# Share of a budget that the latest tokens get, whatever their score: of 0.25, 0.5 and 0.75 what loses least on validation
+# books (docs/experiments.md).
+RECENT = {
+    "random": 0.75,
+    "key_norm": 0.75,
+    "keydiff": 0.75,
+    "snapkv": 0.5,
+    "tova": 0.25,
+    "h2o": 0.75,
+    "expected_attention": 0.5,
+}
 
 
 @dataclass
@@ -51,13 +61,17 @@ class Baseline:
     kind: str = "rule"
 
     @property
+    def recent(self) -> float:
+        return RECENT[self.name.partition(":")[0]]
+
+    @property
     def needs(self) -> str:
         return "nothing" if self.name.startswith("random") else self.method.needs
 
     def solved(self, footprint: float) -> Any:
         if self.protocol == "once":
-            return {"share": footprint, "recent": RECENT}
-        found = Streaming.for_footprint(footprint, self.tokens, self.count_from, RECENT, SINKS)
+            return {"share": footprint, "recent": self.recent}
+        found = Streaming.for_footprint(footprint, self.tokens, self.count_from, self.recent, SINKS)
         return {"budget": found.budget, "window": found.window, "chunk": found.chunk}
 
     def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
