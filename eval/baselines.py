@@ -35,8 +35,8 @@ METHODS: dict[str, Callable[[], Method]] = {
 BASELINES = ("random", *METHODS)
 SEEDS = (0, 1, 2, 3, 4)  # of `random`
 SINKS = 4
-# Share of a budget that the latest tokens get, whatever their score: of 0.25, 0.5 and 0.75 what loses least on validation
-# books (docs/experiments.md).
+# Share of a budget that the latest tokens get, whatever their score: of 0.25, 0.5 and 0.75 what loses least on
+# validation books (docs/experiments.md).
 RECENT = {
     "random": 0.75,
     "key_norm": 0.75,
