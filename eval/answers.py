@@ -28,6 +28,7 @@ class Sample:
         references: texts that a generated answer is scored against.
         group: what it is counted with, such as (task, length) or (length, depth).
         classes: all answers there are, for classification.
+        marked: first and last + 1 of the tokens that must not be forgotten; None: not known.
     """
 
     prompt: tuple[int, ...]
@@ -35,6 +36,7 @@ class Sample:
     references: tuple[str, ...]
     group: tuple[Any, ...]
     classes: tuple[str, ...] = ()
+    marked: tuple[int, int] | None = None
 
 
 def counted_from(sample: Sample) -> int:
@@ -52,10 +54,11 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
     Returns:
         For JSON. `nll`: mean over the reference's tokens, nats; `rank`: the worst of its tokens, 0 where greedy
         decoding would have said it; `right`: all of them are 0. `generated`: text, or None. `footprint` and `stored`:
-        see `Reading`, `stored` after the prompt.
+        see `Reading`, `stored` after the prompt. `kept`: `[layers, kv_heads]`, share of the marked tokens' keys that are
+        held then; None where nothing is marked or freed.
     """
     opened = getattr(contender, "open", None)
-    if opened is None or not new_tokens:
+    if opened is None:
         if not sample.answer:
             raise SmartKVError(f"{contender.name} cannot generate, and there is no reference whose likelihood counts")
         tokens = torch.tensor([*sample.prompt, *sample.answer])
@@ -64,6 +67,7 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
             "generated": None,
             "footprint": found.footprint,
             "stored": found.stored,
+            "kept": None,
         }
     model = lm.model
     prompt = torch.tensor([sample.prompt], device=model.device)
@@ -71,9 +75,11 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
         before = prompt[:, :-1]
         for part in before.split(contender.at_once or before.shape[1], dim=1):  # type: ignore[attr-defined]
             model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
-        figures = _held(lm, cache, before.shape[1])
+        figures = _held(lm, cache, before.shape[1], sample)
         if sample.answer:
             figures |= _likelihood(lm, deepcopy(cache), sample)
+        if not new_tokens:
+            return figures | {"generated": None, "footprint": _footprint(cache)}
         output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -102,11 +108,23 @@ def _scored(nll: Tensor, rank: Tensor) -> dict[str, Any]:
     return {"nll": float(nll.double().mean()), "rank": worst, "right": worst == 0}
 
 
-def _held(lm: Backbone, cache: Cache, tokens: int) -> dict[str, Any]:
-    if isinstance(cache, LifespanCache):
-        cache.settle()
-    known = isinstance(cache, (LifespanCache, QuantizedCache))
-    return {"stored": stored_share(lm, cache, tokens) if known else 1.0}  # type: ignore[arg-type]
+def _held(lm: Backbone, cache: Cache, tokens: int, sample: Sample) -> dict[str, Any]:
+    if isinstance(cache, QuantizedCache):
+        return {"stored": stored_share(lm, cache, tokens), "kept": None}
+    if not isinstance(cache, LifespanCache):
+        return {"stored": 1.0, "kept": None}
+    cache.settle()
+    return {"stored": stored_share(lm, cache, tokens), "kept": sample.marked and kept_of(cache, *sample.marked)}
+
+
+def kept_of(cache: LifespanCache, start: int, stop: int) -> list[list[float]]:
+    """Share of the keys of tokens `start … stop − 1` that a settled cache of one row holds, `[layers, kv_heads]`."""
+    found = []
+    for layer in cache.storage:
+        marked = (layer.store.fields.position >= start) & (layer.store.fields.position < stop)
+        alive = torch.bincount(layer.store.pair()[marked], minlength=layer.kv_heads)
+        found.append((alive / (stop - start)).tolist())
+    return found
 
 
 def _footprint(cache: Cache) -> float:

@@ -1,5 +1,6 @@
 """`python -m eval needle`: a fact stated once, at every depth of texts of every length, asked for at the end."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import torch
 from rich.table import Table
 
 from callbacks.console import make_console
+from callbacks.pictures import heads_heatmap
 from datamodules.sources import SourceConfig
 from eval.answers import Sample
 from eval.recall import Trial, trial
 from eval.results import save_picture, write_result, write_tables
 from eval.task_pictures import panels
-from eval.tasks import DEFAULT, Calibrating, Row, Suite, full_of, mean, right_where_full_is, score_table, shown
+from eval.tasks import DEFAULT, Calibrating, Row, Suite, full_of, mean, merged, right_where_full_is, score_table, shown
 from smartkv import backbones
 from smartkv.errors import SmartKVError
 
@@ -89,8 +91,13 @@ UNITS = {
     "said": "the generated text has the answer in it",
     "footprint": "keys seen ÷ keys of a full cache, over the queries of the last three quarters of the prompt",
     "stored": "bytes held after the prompt ÷ those of its keys and values in float16; null: simulated by a mask",
+    "kept": "by layer and KV head, share of the fact's keys that are still held when it is asked for; null: simulated",
     "group": "length in tokens, depth as a share",
 }
+
+
+def _file_name(label: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "+." else "_" for letter in label)
 
 
 def _samples(
@@ -111,8 +118,11 @@ def _sample(suite: Suite, made: Trial, length: int, text: torch.Tensor) -> Sampl
     used = len(made.context) + len(made.question) + len(made.answer)
     more = text[length - SPARE : length - SPARE + max(0, length - used)].tolist()
     prompt = (*made.context[:1], *more, *made.context[1:], *made.question)
+    body = length - SPARE
+    start = int(made.depth * body) + len(more)
+    marked = (start, start + len(made.context) - body)
     reference = suite.lm.tokenizer.decode(made.answer).strip()
-    return Sample(prompt, made.answer, (reference,), (length, made.depth))
+    return Sample(prompt, made.answer, (reference,), (length, made.depth), marked=marked)
 
 
 def _found(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
@@ -151,4 +161,9 @@ def _pictures(folder: Path, rows: list[Row], places: list[float]) -> list[Path]:
             grids, [f"{p:.0%}" for p in places], [f"{n:,}" for n in lengths], names, f"Needle: {title}", title, loss
         )
         found.append(save_picture(figure, folder / f"needle_{key}.png"))
+    for row in merged([replace(row, length=0) for row in rows if row.kind == "ours"]):
+        kept = np.mean([sample["kept"] for sample in row.samples], axis=0)
+        title = f"{row.label}: keys of the fact\nheld when it is asked for"
+        figure = heads_heatmap(kept, range(len(kept)), title, "share of the fact's keys")
+        found.append(save_picture(figure, folder / f"needle_kept_{_file_name(row.label)}.png"))
     return found

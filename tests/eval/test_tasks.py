@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ from transformers import DynamicCache
 
 import eval.tasks as tasks
 from eval.__main__ import main
-from eval.answers import Sample, answered, cut_in_the_middle, prompt_ids
+from eval.answers import Sample, answered, cut_in_the_middle, kept_of, prompt_ids
 from eval.contenders import Full
 from eval.line_up import line_up
 from eval.longbench import TASKS, read_records
 from eval.metrics import METRICS, same_answer
+from eval.needle import _sample as needle_sample
+from eval.recall import trial
 from eval.ruler_tasks import FAMILIES
-from smartkv import GateBank, load_backbone
+from smartkv import GateBank, HybridPolicy, LayerRule, LifespanCache, load_backbone
 from smartkv.errors import SmartKVError
 from tests.eval.test_ruler_tasks import many_words
 from tests.lightning_fixtures import prose
@@ -102,6 +105,7 @@ def test_the_needle_is_read_at_every_depth_and_length_by_everybody(run: Any, tmp
         for sample in row["samples"]:
             assert sample["nll"] > 0 and sample["rank"] >= 0 and sample["right"] == (sample["rank"] == 0)
             assert (sample["generated"] is None) == (row["contender"] == "key_norm")
+            assert (sample["kept"] is None) == (row["kind"] in ("full", "quantised") or row["contender"] == "key_norm")
         footprint = float(np.mean([sample["footprint"] for sample in row["samples"]]))
         assert footprint == pytest.approx(1.0 if row["kind"] in ("full", "quantised") else 0.5, abs=0.12)
     for name in ("needle_right.png", "needle_nll.png", "needle.md"):
@@ -258,8 +262,8 @@ def test_likelihood_and_greedy_tokens_are_those_of_the_model(lm: Any) -> None:
         greedy = lm.model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
     assert found["nll"] == pytest.approx(float(want), abs=1e-5) and found["rank"] == max(ranks)
     assert found["generated"] == lm.tokenizer.decode(greedy[0, 60:], skip_special_tokens=True)
-    read = answered(lm, Full(lm), 1.0, sample)
-    assert read["nll"] == pytest.approx(found["nll"], abs=1e-5) and read["generated"] is None
+    again = answered(lm, Full(lm), 1.0, sample)
+    assert again["nll"] == pytest.approx(found["nll"], abs=1e-5) and again["generated"] is None
 
 
 def test_reading_and_decoding_agree_under_eviction(lm: Any, long_gates: Path) -> None:
@@ -267,8 +271,28 @@ def test_reading_and_decoding_agree_under_eviction(lm: Any, long_gates: Path) ->
     sample = Sample(tuple(token_ids(100, 1).tolist()), tuple(token_ids(5, 2).tolist()), ("x",), ())
     for contender in line_up(["all-gated", "window", "window+8bit"], lm, gates, windows, 30):
         setting = contender.solved(0.6)
-        fed, read = answered(lm, contender, setting, sample, 2), answered(lm, contender, setting, sample)
-        assert fed["nll"] == pytest.approx(read["nll"], abs=2e-2 if "bit" in contender.name else 1e-4)
+        fed = answered(lm, contender, setting, sample, 2)
+        read = contender.read(setting, torch.tensor(sample.prompt + sample.answer), 100, 25, None)
+        assert fed["nll"] == pytest.approx(float(read.nll.mean()), abs=2e-2 if "bit" in contender.name else 1e-4)
+
+
+def test_what_is_kept_of_marked_tokens_is_what_the_window_holds(lm: Any) -> None:
+    policy = HybridPolicy((LayerRule("all", "window", 10),), sinks=4)
+    with torch.inference_mode(), LifespanCache(lm.model, None, policy) as cache:
+        lm.model(token_ids(100)[None], past_key_values=cache)
+        cache.settle()
+        # of 100 tokens the next query sees the first 4 and the last 9
+        for start, stop, share in ((0, 4, 1.0), (2, 6, 0.5), (50, 60, 0.0), (86, 96, 0.5), (95, 100, 1.0)):
+            assert np.allclose(kept_of(cache, start, stop), share)
+
+
+def test_the_marked_tokens_of_a_needle_are_its_statement(lm: Any, long_texts: Path) -> None:
+    text = torch.tensor(lm.tokenizer(many_words(200, 1))["input_ids"][:600])
+    made = trial("test", 0, 0.5, lm.tokenizer, text[:504], np.random.default_rng(0))
+    sample = needle_sample(SimpleNamespace(lm=lm), made, 600, text)
+    start, stop = sample.marked
+    stated = lm.tokenizer.decode(sample.prompt[start:stop])
+    assert sample.references[0] in stated and stated.strip().endswith(".")
 
 
 def test_a_chat_is_asked_in_the_model_s_template(chatty: Path) -> None:
