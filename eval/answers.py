@@ -54,8 +54,8 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
     Returns:
         For JSON. `nll`: mean over the reference's tokens, nats; `rank`: the worst of its tokens, 0 where greedy
         decoding would have said it; `right`: all of them are 0. `generated`: text, or None. `footprint` and `stored`:
-        see `Reading`, `stored` after the prompt. `kept`: `[layers, kv_heads]`, share of the marked tokens' keys that are
-        held then; None where nothing is marked or freed.
+        see `Reading`, `stored` after the prompt. `kept`: `[layers, kv_heads]`, share of the marked tokens' keys that
+        are held then; None where nothing is marked or freed.
     """
     opened = getattr(contender, "open", None)
     if opened is None:
