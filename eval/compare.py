@@ -88,8 +88,8 @@ def compare(
         out: folder for compare.json and the pictures.
         gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: only contenders
             without.
-        contenders: `gates` (the policy that goes with them), named policies or YAML files, each also with +2bit, +3bit,
-            +4bit or +8bit behind it (what stays is packed); random, key_norm, keydiff, snapkv, tova, h2o,
+        contenders: `gates` (the policy that goes with them), named policies or YAML files, each also with +8bit or, of
+            keys and of values, +k6v4 behind it (what stays is packed); random, key_norm, keydiff, snapkv, tova, h2o,
             expected_attention; null:constant, null:position, null:token_table; oracle:lifespan, oracle:attention;
             quant:fp16, int8, int4, kivi, kivi2, kivi4, adaptive, adaptive_gates (every key stays, in few bits); for
             protocol once also NVIDIA's presses, and gates in them: press:knorm … press:lifespan (see

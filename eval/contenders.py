@@ -119,12 +119,15 @@ class Ruled:
     policy: HybridPolicy
     calibration: Calibration
     kind: str = "ours"
-    bits: int | None = None
+    bits: tuple[int, int] | None = None  # of keys and of values
     at_once: int | None = None
 
     @property
     def name(self) -> str:
-        return self.policy.name + (f"+{self.bits}bit" if self.bits else "")
+        if self.bits is None:
+            return self.policy.name
+        key, value = self.bits
+        return f"{self.policy.name}+{f'{key}bit' if key == value else f'k{key}v{value}'}"
 
     @property
     def needs(self) -> str:

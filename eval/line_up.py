@@ -1,5 +1,6 @@
 """The contenders by their names."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -85,7 +86,7 @@ def line_up(
             name, bits = _packed(name)
             policy = _own(gates) if name == OWN else HybridPolicy.read(name, lm.architecture.layers)
             if bits and protocol == "once":
-                raise SmartKVError(f"contender '{name}+{bits}bit' packs while it reads: it is for --protocol stream")
+                raise SmartKVError(f"contender '{name}' packs while it reads: it is for --protocol stream")
             policy.check(lm.architecture, gates)
             if protocol == "once" and policy.gated:
                 found.append(scored(name, "ours", "keys", _remembered(ByGates(lm, gates))))
@@ -97,12 +98,14 @@ def line_up(
     return found
 
 
-def _packed(name: str) -> tuple[str, int | None]:
-    """A policy's name without `+4bit`, and the bits."""
-    plain, _, bits = name.rpartition("+")
-    if not plain or not bits.endswith("bit") or not bits[:-3].isdigit():
+def _packed(name: str) -> tuple[str, tuple[int, int] | None]:
+    """A policy's name without `+4bit` or `+k6v4`, and the bits of keys and values."""
+    plain, _, ending = name.rpartition("+")
+    found = re.fullmatch(r"(\d)bit|k(\d)v(\d)", ending)
+    if not plain or found is None:
         return name, None
-    return plain, check_bits(int(bits[:-3]))
+    both, key, value = found.groups()
+    return plain, (check_bits(int(both or key)), check_bits(int(both or value)))
 
 
 def _quantised(lm: Backbone, gates: GateBank | None, name: str) -> Quantised:

@@ -259,8 +259,9 @@ class Blocks:
         Returns:
             The same shape and dtype.
         """
-        stored = (tensor.view(-1, self.size, tensor.shape[-1]) for tensor in self.fields[:2])
-        keys, values = (t if self.rows is None else self.rows.read(t, query.dtype) for t in stored)
+        keys, values = (tensor.view(-1, self.size, tensor.shape[-1]) for tensor in self.fields[:2])
+        if self.rows is not None:
+            keys, values = self.rows.read(keys, values, query.dtype)
         if self._each:
             parts = zip(query.unsqueeze(1).split(1), self._each, strict=True)
             each = [F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling) for q, (k, v, bias) in parts]

@@ -21,6 +21,7 @@ from smartkv.errors import SmartKVError
 from smartkv.feeding import EvictionStep
 from smartkv.gates import GateBank
 from smartkv.holdings import Holdings
+from smartkv.packed_rows import Bits
 from smartkv.policies import HybridPolicy
 from smartkv.storage import LifespanLayer
 
@@ -51,7 +52,8 @@ class LifespanCache(Holdings, AttachedCache):
         chunk: tokens of a prompt that go through the model together, each layer freeing what is dead after every 256 of
             them; no logit depends on it beyond rounding.
         count_from: position of the first query that `footprint` counts.
-        bits: of each number of keys and values (2, 3, 4 or 8; see `smartkv.packed_rows`); None: the model's dtype.
+        bits: of each number of keys and values, 2 to 8, or of keys and of values, (6, 4), packed (see
+            `smartkv.packed_rows`); None: the model's dtype.
 
     Raises:
         SmartKVError: model, gates and policy do not fit together, or other bits.
@@ -64,7 +66,7 @@ class LifespanCache(Holdings, AttachedCache):
         policy: HybridPolicy,
         chunk: int = 1024,
         count_from: int = 0,
-        bits: int | None = None,
+        bits: Bits | None = None,
     ) -> None:
         architecture = Architecture.of(model.config)
         if gates is not None:

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -89,7 +90,7 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | None 
             layer.restore(Ragged(fields, mine["counts"]), mine["seen"], model.dtype)
             if layer.packed is not None:
                 layer.packed.centre = mine["centre"]
-                if mine["centre"].shape != (len(mine["counts"]), layer.packed.head_dim(fields.key.shape[-1])):
+                if mine["centre"].shape != (len(mine["counts"]), cache.architecture.head_dim):
                     raise SmartKVError(f"{path} does not hold a whole cache: the centre of layer {number} does not fit")
             layer.visible, layer.held = mine["visible"], mine["held"]
             layer.begin_sliding(header["sliding_window"][number])
@@ -123,7 +124,9 @@ def _check(path: Path, layer: int, fields: Fields, counts: Tensor, seen: Tensor)
     keys = int(counts.sum())
     fits = bool((counts >= 0).all()) and len(seen) > 0 and len(counts) % len(seen) == 0
     fits &= all(tensor is None or tensor.shape[0] == keys for tensor in fields)
-    fits &= fields.key.shape == fields.value.shape
+    fits &= fields.key.dim() == fields.value.dim() == 2
+    if fields.key.dtype != torch.uint8:  # packed ones may have fewer bits in values
+        fits &= fields.key.shape == fields.value.shape
     if not fits:
         raise SmartKVError(f"{path} does not hold a whole cache: the tensors of layer {layer} do not fit together")
 

@@ -113,7 +113,7 @@ def _masked_attention(
         Like `query`; zeros for padding.
     """
     (pairs, group, tokens, head_dim), keys = query.shape, fields.position.shape[1]
-    stored = (tensor if packed is None else packed.read(tensor, query.dtype) for tensor in fields[:2])
+    stored = fields[:2] if packed is None else packed.read(*fields[:2], query.dtype)
     key, value = (tensor[:, None].expand(pairs, group, keys, head_dim) for tensor in stored)
     padded, parts = bool((at == HOLE).any()), []
     step = max(16, MASK_ELEMENTS // (pairs * keys))

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from smartkv.errors import SmartKVError
 from smartkv.quantization import (
-    BITS,
     LARGEST,
     SCALE_BYTES,
     Codes,
@@ -154,7 +153,7 @@ class Adaptive:
 
     budget: float = 0.5
     block: int = 64
-    levels: tuple[int, ...] = BITS
+    levels: tuple[int, ...] = (2, 3, 4, 8)
 
     def __post_init__(self) -> None:
         if not self.levels or list(self.levels) != sorted(set(map(check_bits, self.levels))):

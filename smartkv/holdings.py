@@ -59,7 +59,7 @@ class Holdings:
     @property
     def live_bytes(self) -> int:
         """Bytes of the live keys and values alone: what no cache could do without. Raises as `live_keys`."""
-        width = 2 * self.storage[0].store.fields.key.shape[-1] * self.storage[0].store.fields.key.element_size()
+        width = sum(t.shape[-1] * t.element_size() for t in self.storage[0].store.fields[:2])
         return int(self.live_keys.sum()) * width
 
     @property

@@ -7,6 +7,8 @@ to be undone: a constant on all keys of a head changes no softmax, and queries a
 back once.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,13 +16,15 @@ from smartkv.quantization import SCALE_BYTES, Codes, check_bits, dequantize, had
 
 SINKS = 4  # tokens at the start whose keys are unlike all others
 ENOUGH = 32  # tokens from which a head's mean key is taken
+Bits = int | Sequence[int]
 
 
 class PackedRows:
     """How one layer packs.
 
     Args:
-        bits: of a code, 2, 3, 4 or 8.
+        bits: of a code, 2 to 8; or those of keys and those of values. Keys want more: what is wrong with a key is wrong
+            with the weight of its value, and is multiplied by the query first.
 
     Attributes:
         centre: float32 `[pairs, head_dim]`, taken off each key of a pair; None: nothing was packed yet.
@@ -29,21 +33,22 @@ class PackedRows:
         SmartKVError: other bits.
     """
 
-    def __init__(self, bits: int) -> None:
-        self.bits = check_bits(bits)
+    def __init__(self, bits: Bits) -> None:
+        self.key_bits, self.value_bits = (check_bits(each) for each in key_and_value(bits))
         self.centre: Tensor | None = None
 
-    def row_bytes(self, head_dim: int) -> int:
-        """Bytes of one key, or one value: codes, scale and zero.
+    def row_bytes(self, head_dim: int) -> tuple[int, int]:
+        """Bytes of one key and of one value: codes, scale and zero.
 
         Raises:
             SmartKVError: `head_dim` codes do not fill whole bytes.
         """
-        return packed_bytes(head_dim, self.bits) + SCALE_BYTES
+        key, value = (packed_bytes(head_dim, bits) + SCALE_BYTES for bits in (self.key_bits, self.value_bits))
+        return key, value
 
-    def head_dim(self, row_bytes: int) -> int:
-        """The inverse of `row_bytes`."""
-        return (row_bytes - SCALE_BYTES) * 8 // self.bits
+    def head_dim(self, key_bytes: int) -> int:
+        """Channels of a head whose keys take so many bytes."""
+        return (key_bytes - SCALE_BYTES) * 8 // self.key_bits
 
     def begin(self, key: Tensor, real: Tensor | None) -> None:
         """Take the centre from the first keys, `[pairs, tokens, head_dim]`; `real` bool `[pairs, tokens]` or None.
@@ -76,21 +81,15 @@ class PackedRows:
         if self.centre is None:
             raise RuntimeError("begin with the first keys")
         centre = self.centre.view(len(key), *[1] * (key.dim() - 2), -1)
-        return self._packed(key.float() - centre)
+        return _packed(key.float() - centre, self.key_bits)
 
     def pack_values(self, value: Tensor) -> Tensor:
         """`[…, head_dim]` -> uint8 `[…, row_bytes]`, turned."""
-        return self._packed(value.float())
+        return _packed(value.float(), self.value_bits)
 
-    def _packed(self, tensor: Tensor) -> Tensor:
-        codes = quantize(tensor @ hadamard(tensor.shape[-1], tensor.device), self.bits, tensor.shape[-1])
-        scales = torch.cat([codes.scale, codes.zero], dim=-1).view(torch.uint8)
-        return torch.cat([codes.packed, scales], dim=-1)
-
-    def read(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Keys or values as they were packed, turned (and centred): `[…, head_dim]`."""
-        scale, zero = rows[..., -SCALE_BYTES:].contiguous().view(torch.float16).split(1, dim=-1)
-        return dequantize(Codes(rows[..., :-SCALE_BYTES], scale, zero), self.bits, dtype)
+    def read(self, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys (turned and centred) and values (turned) as they were packed: `[…, row bytes]` -> `[…, head_dim]`."""
+        return _read(key, self.key_bits, dtype), _read(value, self.value_bits, dtype)
 
     @staticmethod
     def turn(query: Tensor) -> Tensor:
@@ -105,3 +104,19 @@ class PackedRows:
     def select(self, pairs: Tensor) -> None:
         """Go on with these pairs, int64 `[pairs]`."""
         self.centre = None if self.centre is None else self.centre.index_select(0, pairs)
+
+
+def key_and_value(bits: Bits) -> tuple[int, int]:
+    """Bits of keys and of values."""
+    return (bits, bits) if isinstance(bits, int) else (bits[0], bits[1])
+
+
+def _packed(tensor: Tensor, bits: int) -> Tensor:
+    codes = quantize(tensor @ hadamard(tensor.shape[-1], tensor.device), bits, tensor.shape[-1])
+    scales = torch.cat([codes.scale, codes.zero], dim=-1).view(torch.uint8)
+    return torch.cat([codes.packed, scales], dim=-1)
+
+
+def _read(rows: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    scale, zero = rows[..., -SCALE_BYTES:].contiguous().view(torch.float16).split(1, dim=-1)
+    return dequantize(Codes(rows[..., :-SCALE_BYTES], scale, zero), bits, dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smartkv.errors import SmartKVError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 SCALE_BYTES = 4  # of a group: scale and zero, float16 each
 LARGEST = 65504.0  # of float16
 
@@ -46,7 +46,7 @@ def packed_bytes(count: int, bits: int) -> int:
     """Bytes of `count` codes.
 
     Raises:
-        SmartKVError: they do not fill whole bytes (3 bits: eight codes, three bytes).
+        SmartKVError: they do not fill whole bytes (3 bits: eight codes, three bytes; 6 bits: four codes, three bytes).
     """
     whole = 8 // math.gcd(8, check_bits(bits))
     if count % whole:
@@ -65,9 +65,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes
     together = 8 // math.gcd(8, bits)  # codes that fill `stored` bytes
     stored = together * bits // 8
-    word = torch.zeros(*codes.shape[:-1], codes.shape[-1] // together, dtype=torch.int32, device=codes.device)
+    whole = torch.int32 if stored < 4 else torch.int64
+    word = torch.zeros(*codes.shape[:-1], codes.shape[-1] // together, dtype=whole, device=codes.device)
     for place in range(together):
-        word |= codes[..., place::together].int() << (place * bits)
+        word |= codes[..., place::together].to(whole) << (place * bits)
     parts = [(word >> (8 * byte)).to(torch.uint8) for byte in range(stored)]  # the lowest 8 bits of each
     return torch.stack(parts, dim=-1).flatten(-2)
 
@@ -81,11 +82,12 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     if stored == 1:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
         return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
-    word = torch.zeros(*packed.shape[:-1], packed.shape[-1] // stored, dtype=torch.int32, device=packed.device)
+    whole = torch.int32 if stored < 4 else torch.int64
+    word = torch.zeros(*packed.shape[:-1], packed.shape[-1] // stored, dtype=whole, device=packed.device)
     for byte in range(stored):
-        word |= packed[..., byte::stored].int() << (8 * byte)
-    shifts32 = torch.arange(0, together * bits, bits, dtype=torch.int32, device=packed.device)
-    return ((word[..., None] >> shifts32) & (2**bits - 1)).to(torch.uint8).flatten(-2)
+        word |= packed[..., byte::stored].to(whole) << (8 * byte)
+    places = torch.arange(0, together * bits, bits, dtype=whole, device=packed.device)
+    return ((word[..., None] >> places) & (2**bits - 1)).to(torch.uint8).flatten(-2)
 
 
 def affine(values: Tensor, bits: int, dim: int = -1) -> tuple[Tensor, Tensor, Tensor]:

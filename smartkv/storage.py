@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from smartkv.blocks import FOREVER, HOLE, MOST_SPARE, Blocks, Fields, Ragged, spare_tokens, storage_bytes
 from smartkv.caps import Cap
 from smartkv.chunks import chunk_attention, queries_that_saw
-from smartkv.packed_rows import PackedRows
+from smartkv.packed_rows import Bits, PackedRows
 
 QUERIES = 256  # of a chunk that attend together: fewer skip more dead keys, and move the living ones more often
 
@@ -27,7 +27,7 @@ class LifespanLayer(CacheLayerMixin):
         shortest_life: tokens that every key is seen for at least.
         cap: of this layer; None: none.
         count_from: position of the first query that is counted in `visible` and `held`.
-        bits: of each number of keys and values; None: they stay in the model's dtype.
+        bits: see `PackedRows`; None: keys and values stay in the model's dtype.
 
     Attributes:
         store: the keys, between two calls.
@@ -48,7 +48,7 @@ class LifespanLayer(CacheLayerMixin):
     held: Tensor
 
     def __init__(
-        self, shortest_life: int = 1, cap: Cap | None = None, count_from: int = 0, bits: int | None = None
+        self, shortest_life: int = 1, cap: Cap | None = None, count_from: int = 0, bits: Bits | None = None
     ) -> None:
         super().__init__()
         self.shortest_life, self.cap, self.count_from = shortest_life, cap, count_from
@@ -72,7 +72,7 @@ class LifespanLayer(CacheLayerMixin):
         score = torch.empty(0, device=key_states.device) if self.cap and self.cap.heads > 1 else None
         keys, values = key_states.new_empty(0, head_dim), value_states.new_empty(0, head_dim)
         if self.packed is not None:
-            keys, values = (t.new_empty(0, self.packed.row_bytes(head_dim), dtype=torch.uint8) for t in (keys, values))
+            keys, values = (keys.new_empty(0, n, dtype=torch.uint8) for n in self.packed.row_bytes(head_dim))
         counts = torch.zeros(batch * self.kv_heads, dtype=torch.int64, device=key_states.device)
         store = Ragged(Fields(keys, values, position, position.clone(), score), counts)
         self.restore(store, counts.new_zeros(batch), key_states.dtype)

@@ -13,7 +13,7 @@ from smartkv.cache import LifespanCache
 from smartkv.cache_files import load_cache, save_cache
 from smartkv.codecs import Kivi
 from smartkv.errors import SmartKVError
-from smartkv.packed_rows import PackedRows
+from smartkv.packed_rows import PackedRows, key_and_value
 from smartkv.policies import HybridPolicy, LayerRule
 from smartkv.quantization import dequantize, quantize
 from tests.models import FAMILIES, llama, token_ids
@@ -37,10 +37,10 @@ def test_rows_come_out_as_they_went_in_but_for_a_code_s_step() -> None:
     turned, packed, _ = rows.enter(query, key, key)
     assert packed.dtype == torch.uint8 and packed.shape == (2, 50, 64 + 4)
     want = (query @ key.mT).softmax(dim=-1)
-    found = (turned @ rows.read(packed, torch.float32).mT).softmax(dim=-1)  # the centre changes no softmax
+    read, values = rows.read(packed, rows.pack_values(key), torch.float32)
+    found = (turned @ read.mT).softmax(dim=-1)  # the centre changes no softmax
     assert torch.allclose(found, want, atol=0.05)
-    value = rows.pack_values(key)
-    assert (rows.turn_back(rows.read(value, torch.float32)) - key).norm() < 0.01 * key.norm()
+    assert (rows.turn_back(values) - key).norm() < 0.01 * key.norm()
 
 
 def test_centred_and_turned_rows_err_little_more_than_kivi_and_half_of_what_plain_ones_do() -> None:
@@ -52,8 +52,8 @@ def test_centred_and_turned_rows_err_little_more_than_kivi_and_half_of_what_plai
         return float((found - key).norm() / key.norm())
 
     rows = PackedRows(4)
-    _, packed, _ = rows.enter(key, key, key)
-    own = error(rows.turn_back(rows.read(packed, torch.float32)) + rows.centre[:, None])
+    _, packed, values = rows.enter(key, key, key)
+    own = error(rows.turn_back(rows.read(packed, values, torch.float32)[0]) + rows.centre[:, None])
     kivi = Kivi(4, 4)
     by_channel = error(kivi.decode(kivi.encode(key[None], key[None], None), torch.float32)[0][0])
     without = error(dequantize(quantize(key, 4, 64), 4, torch.float32))
@@ -61,9 +61,9 @@ def test_centred_and_turned_rows_err_little_more_than_kivi_and_half_of_what_plai
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 4, (5, 3)])
 def test_logits_are_those_of_the_masked_model_whose_keys_and_values_went_through_the_codes(
-    family: str, bits: int, monkeypatch: pytest.MonkeyPatch
+    family: str, bits: Any
 ) -> None:
     model, ids = MODELS[family], ids_of(TOKENS, 2)
     ttl = random_ttl(model, 2, TOKENS, 3)
@@ -77,8 +77,9 @@ def test_logits_are_those_of_the_masked_model_whose_keys_and_values_went_through
 
     def through_codes(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         rows, pairs = cache.storage[module.layer_idx].packed, key.shape[0] * key.shape[1]
-        keys = rows.turn_back(rows.read(rows.pack_keys(key.flatten(0, 1)), key.dtype)) + rows.centre[:, None]
-        values = rows.turn_back(rows.read(rows.pack_values(value), value.dtype))
+        packed = rows.pack_keys(key.flatten(0, 1)), rows.pack_values(value.flatten(0, 1))
+        keys, values = (rows.turn_back(tensor) for tensor in rows.read(*packed, key.dtype))
+        keys, values = keys + rows.centre[:, None], values.view_as(value)
         assert len(keys) == pairs
         kwargs.setdefault("scaling", default_scaling(module, query.shape[-1]))
         return plain(module, query, keys.view_as(key), values, mask, **kwargs)
@@ -121,13 +122,13 @@ def test_generate_takes_it_greedily_and_by_beams(family: str) -> None:
         assert model.generate(ids, past_key_values=beams, num_beams=3, **call).shape == (1, TOKENS + 20)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
-def test_bytes_are_those_of_rows_and_of_what_finds_them(bits: int) -> None:
+@pytest.mark.parametrize("bits", [3, 4, 8, (6, 4)])
+def test_bytes_are_those_of_rows_and_of_what_finds_them(bits: Any) -> None:
     model = llama(head_dim=64, num_hidden_layers=1, max_position_embeddings=1024)
     with torch.inference_mode(), LifespanCache(model, None, FULL, bits=bits) as cache:
         model(ids_of(1000), past_key_values=cache)
         keys = 2 * 1000
-        assert cache.live_bytes == keys * 2 * (64 * bits // 8 + 4)
+        assert cache.live_bytes == keys * (64 * sum(key_and_value(bits)) // 8 + 8)
         small = 2 * 64 * 4 + 2 * 8 * 2 + 3 * 8  # centre, counts, seen
         assert cache.storage_bytes == pytest.approx(cache.live_bytes + keys * 8, abs=2 * small)
         assert cache.peak_bytes >= cache.storage_bytes + 2 * keys * 64 * 4  # what is read is unpacked for it
@@ -136,11 +137,11 @@ def test_bytes_are_those_of_rows_and_of_what_finds_them(bits: int) -> None:
 def test_a_saved_cache_goes_on_bit_for_bit(tmp_path: Path) -> None:
     model, ids = MODELS["qwen2"], ids_of(90)
     gates = random_gates(model)
-    with torch.inference_mode(), LifespanCache(model, gates, GATED, bits=4) as cache:
+    with torch.inference_mode(), LifespanCache(model, gates, GATED, bits=(6, 4)) as cache:
         model(ids[:, :70], past_key_values=cache)
         save_cache(cache, tmp_path / "prompt.safetensors")
         with load_cache(tmp_path / "prompt.safetensors", model, gates) as again:
-            assert again.bits == 4 and again.live_bytes == cache.live_bytes
+            assert list(again.bits) == [6, 4] and again.live_bytes == cache.live_bytes
             found = model(ids[:, 70:], past_key_values=again).logits
         assert torch.equal(found, model(ids[:, 70:], past_key_values=cache).logits)
 
@@ -157,4 +158,4 @@ def test_a_short_prompt_and_single_tokens_from_the_first_on_work() -> None:
 
 def test_other_bits_are_refused() -> None:
     with pytest.raises(SmartKVError, match="bits must be one of"):
-        LifespanCache(MODELS["llama"], None, FULL, bits=5)
+        LifespanCache(MODELS["llama"], None, FULL, bits=9)

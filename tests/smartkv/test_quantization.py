@@ -74,7 +74,7 @@ def test_the_hadamard_matrix_is_orthogonal_and_spreads_an_outlier(size: int, blo
 
 def test_mistakes_are_told() -> None:
     for call in (
-        lambda: quantize(torch.zeros(8), 5, 8),
+        lambda: quantize(torch.zeros(8), 9, 8),
         lambda: quantize(torch.zeros(10), 4, 8),
         lambda: packed_bytes(4, 3),
         lambda: Adaptive(levels=(4, 2)),
