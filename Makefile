@@ -44,7 +44,7 @@ $(RUN)/perplexity/perplexity.json: configs/demo/perplexity.yaml $(RUN)/gates/don
 	rm -f $(RUN)/report.json
 	$(PY) -m eval perplexity --config configs/demo/perplexity.yaml --out $(@D)
 
-# The gates that come with SmartKV, made anew: harvest, lifespans, distillation. Some 50 minutes on 2 cores; a killed run goes
+# The gates that come with SmartKV, made anew: harvest, lifespans, distillation. About an hour on 2 cores; a killed run goes
 # on where it stopped when the command is given again.
 SHIPPED := smartkv/pretrained/smollm2-135m-instruct
 pretrained: install

@@ -72,7 +72,9 @@ def _attention(
     rule: _Rule = getattr(module, _RULE)
     layer: int = module.layer_idx  # type: ignore[assignment]
     group = query.shape[1] // key.shape[1]
-    mask = sparse_mask(rule.stays(layer), rule.recent, rule.real, sliding_window).repeat_interleave(group, dim=1)
+    mask = sparse_mask(rule.stays(layer), rule.recent, rule.real, sliding_window)
+    if mask.shape[1] > 1:  # one line for all heads broadcasts by itself
+        mask = mask.repeat_interleave(group, dim=1)
     scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
     key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
@@ -94,8 +96,8 @@ def sparsely_attended(model: PreTrainedModel, stays: Stays, recent: int, real: T
     The model is as it was on leaving, also after an exception.
 
     Args:
-        stays: called with a layer; returns bool `[batch, kv_heads, tokens]`. Called again where activations are
-            computed anew in the backward pass: it must then return the same.
+        stays: called with a layer; returns bool `[batch, kv_heads, tokens]`, or `[batch, 1, tokens]` for all heads. It
+            is called again where activations are computed anew in the backward pass: it must then return the same.
         recent, real: as `sparse_mask`.
     """
     rule, modules = _Rule(stays, recent, real), attention_modules(model)

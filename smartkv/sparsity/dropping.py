@@ -1,0 +1,122 @@
+"""Who decides which keys are gone while a model is trained: chance, a sliding window, or gates."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smartkv.budgets import policy_of
+from smartkv.distillation import keep_share, stays
+from smartkv.errors import SmartKVError
+from smartkv.gates import GateBank
+from smartkv.soft_eviction import softly_evicted
+from smartkv.sparsity.masking import sparsely_attended
+
+GONE = -1e4  # log of a share that is none
+Share = Literal["head", "layer", "model"]
+
+
+@dataclass(frozen=True)
+class KeyDropout:
+    """Chance: each key that is no anchor stays with probability `keep_ratio`.
+
+    Args:
+        layers, kv_heads: of the model.
+        recent: latest tokens that every query sees.
+        share: who draws alike: `head`: nobody; `layer`: the heads of a layer; `model`: all.
+    """
+
+    layers: int
+    kv_heads: int
+    recent: int
+    share: Share = "head"
+
+    def draw(self, always: Tensor, keep_ratio: float, seed: int) -> Tensor:
+        """Which keys stay, bool `[layers, batch, kv_heads, tokens]`; the same for the same seed.
+
+        Args:
+            always: bool `[batch, tokens]`, anchors.
+        """
+        batch, tokens = always.shape
+        layers = 1 if self.share == "model" else self.layers
+        heads = self.kv_heads if self.share == "head" else 1
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.rand(layers, batch, heads, tokens, generator=generator).to(always.device) < keep_ratio
+        found = drawn | always[None, :, None]
+        return found.expand(self.layers, batch, self.kv_heads, tokens)
+
+    @contextmanager
+    def dropped(
+        self, model: PreTrainedModel, always: Tensor, keep_ratio: float, seed: int, real: Tensor | None = None
+    ) -> Iterator[None]:
+        """Inside, `model` attends without the keys that a draw takes away; arguments as `draw` and `sparse_mask`."""
+        drawn = self.draw(always, keep_ratio, seed)
+        with sparsely_attended(model, lambda layer: drawn[layer], self.recent, real):
+            yield
+
+
+@contextmanager
+def windowed(model: PreTrainedModel, window: int, sinks: int, batch: int, tokens: int) -> Iterator[None]:
+    """Inside, `model` sees sinks and the latest `window` tokens, as under the policy `window`."""
+    always = torch.zeros(batch, 1, tokens, dtype=torch.bool, device=model.device)
+    always[..., :sinks] = True
+    with sparsely_attended(model, lambda _: always, window):
+        yield
+
+
+class GatedDropping:
+    """Gates decide, as they are deployed: each key by itself, for several ages, above one price.
+
+    Args:
+        gates: that judge for ages, and remember prices.
+        footprint: share of the full cache for which their price is taken.
+        temperature: of a soft decision, through which gates learn too; None: keys stay or go.
+
+    Raises:
+        SmartKVError: gates that do not judge for ages, or have no price for that footprint.
+    """
+
+    def __init__(self, gates: GateBank, footprint: float, temperature: float | None = None) -> None:
+        if not gates.ages:
+            raise SmartKVError("gates that drop keys in training judge for ages: distil them first (DistilledGates)")
+        if temperature is not None and temperature <= 0:
+            raise SmartKVError(f"temperature must be above 0, got {temperature}")
+        policy = policy_of(gates, footprint)
+        if policy.price is None:
+            raise SmartKVError(f"these gates have no price for a footprint of {footprint}")
+        self.gates, self.price, self.temperature = gates, policy.price, temperature
+        self.sinks = policy.sinks
+
+    def log_keep(self, layer: int, keys: Tensor) -> Tensor:
+        """Log of the share of each key that is kept from each age on, float32 `[ages, batch, kv_heads, tokens]`, from
+        keys before the rotary embedding."""
+        worth = self.gates.predict(layer, keys)
+        if self.temperature is None:
+            return (~stays(worth, self.price)).float().mul(GONE).movedim(-1, 0)
+        return keep_share(worth, self.price, self.temperature)[1].movedim(-1, 0)
+
+    @contextmanager
+    def dropped(self, model: PreTrainedModel) -> Iterator[None]:
+        """Inside, `model` attends as the gates have it (no padding)."""
+        with softly_evicted(model, self.log_keep, self.gates.ages, self.sinks):
+            yield
+
+
+def expected_footprint(keep_ratio: float, anchors: float, recent: int, tokens: int, first: int) -> float:
+    """Share of a full cache's keys that the queries `first ≤ i < tokens` see under `KeyDropout`.
+
+    Args:
+        anchors: share of the tokens that always stay.
+    """
+    seen = full = 0.0
+    for query in range(first, tokens):
+        near = min(recent, query + 1)
+        far = query + 1 - near
+        seen += near + far * (anchors + (1 - anchors) * keep_ratio)
+        full += query + 1
+    return seen / full if full else math.nan
