@@ -1,0 +1,44 @@
+"""Export of what eviction tuning trained: a folder that plain peft and transformers read."""
+
+import copy
+import json
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_modules.eviction_tuning import EvictionTuning
+from smartkv.shards import write_atomically
+
+
+class AdapterExport(L.Callback):
+    """At the end of the run: the adapter (safetensors), the tokenizer, `schedule.json`, gates that were trained too
+    (`gates`) and, if asked for, the model with the adapter merged in (`merged`).
+
+    Args:
+        out: the folder, such as runs/eit/final.
+        merged: write the merged model as well.
+    """
+
+    def __init__(self, out: str, merged: bool = False) -> None:
+        self.out, self.merged = Path(out), merged
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
+        if trainer.fast_dev_run:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        pl_module.student.save_pretrained(self.out)
+        pl_module.lm.tokenizer.save_pretrained(self.out)
+        schedule = {
+            "schedule": type(pl_module.schedule).__name__,
+            "state": pl_module.schedule.state_dict(),
+            "keep_ratio": pl_module.keep_ratio(),
+            "step": trainer.global_step,
+        }
+        write_atomically(self.out / "schedule.json", json.dumps(schedule, indent=1).encode())
+        if pl_module.gates is not None:
+            copy.deepcopy(pl_module.gates).cpu().requires_grad_(False).save_pretrained(self.out / "gates")
+        if self.merged:
+            copy.deepcopy(pl_module.student).merge_and_unload().save_pretrained(self.out / "merged")
+            pl_module.lm.tokenizer.save_pretrained(self.out / "merged")

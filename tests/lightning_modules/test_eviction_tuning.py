@@ -1,0 +1,204 @@
+"""LoRA while keys are dropped: what is trained, what stands still, how it goes on, and what it leaves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lightning_modules.eviction_tuning import EvictionTuning
+from smartkv import GateBank, HybridPolicy, LayerRule, LifespanCache, load_backbone
+from smartkv.sparsity import Linear
+from smartkv.sparsity.droppings import RandomDropping
+from tests.lightning_fixtures import prose, refused, run_cli, write_config
+from tests.models import token_ids
+
+TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for split in ("train", "validation"):
+        (folder / split).mkdir()
+        (folder / split / f"{split}.txt").write_text(prose(4000, seed=len(split)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gates(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
+    """Gates for two ages, with a price."""
+    torch.manual_seed(0)
+    policy = HybridPolicy((LayerRule("all", "gated", 8),), sinks=2)
+    details = {"ages": [8, 24], "policy": policy.to_dict(), "prices": [[0.1, 0.0], [0.9, 0.0]]}
+    folder = tmp_path_factory.mktemp("gates")
+    GateBank(load_backbone(str(tiny_backbone)).fingerprint, None, 16, 2, details).save_pretrained(folder)
+    return folder
+
+
+def config(out: Path, backbone: Path, texts: Path, **changes: Any) -> dict[str, Any]:
+    model = {
+        "backbone": str(backbone),
+        "dtype": "float32",
+        "rank": 4,
+        "alpha": 8,
+        "threads": 1,
+        "learning_rate": 0.01,
+        "dropping": {"class_path": "smartkv.sparsity.droppings.RandomDropping", "init_args": {"recent": 8}},
+        "schedule": {"class_path": "smartkv.sparsity.Linear"},
+    }
+    data = {
+        "sources": [{"name": "mine", "path": str(texts)}],
+        "windows": {"train": 8, "validation": 2},
+        "backbone": str(backbone),
+        "window": TOKENS,
+        "windows_per_document": 20,
+        "batch_size": 2,
+    }
+    callbacks = [
+        {
+            "class_path": "ModelCheckpoint",
+            "init_args": {
+                "dirpath": str(out / "checkpoints"),
+                "filename": "{step}",
+                "every_n_train_steps": 2,
+                "save_top_k": -1,
+                "save_last": True,
+            },
+        },
+        {"class_path": "AdapterExport", "init_args": {"out": str(out / "final"), "merged": True}},
+    ]
+    trainer = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 2,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": str(out),
+        "callbacks": callbacks,
+        "log_every_n_steps": 1,
+    }
+    return {
+        "trainer": trainer | changes.get("trainer", {}),
+        "model": {"class_path": "EvictionTuning", "init_args": model | changes.get("model", {})},
+        "data": {"class_path": "TokenWindows", "init_args": data | changes.get("data", {})},
+    }
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path, texts: Path) -> Path:
+    """Two epochs of four steps."""
+    out = tmp_path_factory.mktemp("tuned")
+    run_cli("fit", "-c", write_config(out / "run.yaml", config(out, tiny_backbone, texts)))
+    return out
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "final" / "adapter_model.safetensors")
+
+
+def test_what_is_left_loads_with_plain_peft_and_is_what_was_merged(tuned: Path, tiny_backbone: Path) -> None:
+    ids = token_ids(40)[None]
+    base = AutoModelForCausalLM.from_pretrained(tiny_backbone, dtype=torch.float32)
+    with torch.inference_mode():
+        plain = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, tuned / "final").eval()(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tuned / "final" / "merged", dtype=torch.float32)(ids).logits
+    assert torch.allclose(adapted, merged, atol=1e-4) and not torch.allclose(adapted, plain, atol=1e-2)
+    schedule = json.loads((tuned / "final" / "schedule.json").read_text())
+    assert schedule["schedule"] == "Linear" and schedule["keep_ratio"] == pytest.approx(0.3) and schedule["step"] == 8
+    assert (tuned / "final" / "tokenizer.json").is_file()
+
+
+def test_checkpoints_hold_adapters_and_nothing_of_the_base(tuned: Path) -> None:
+    checkpoint = torch.load(tuned / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"] and all("lora_" in name for name in checkpoint["state_dict"])
+
+
+def test_a_run_that_stopped_goes_on_to_the_same_adapters(
+    tuned: Path, tmp_path: Path, tiny_backbone: Path, texts: Path
+) -> None:
+    out = config(tmp_path, tiny_backbone, texts)
+    run_cli("fit", "-c", write_config(tmp_path / "run.yaml", out), "--ckpt_path", tuned / "checkpoints/step=4.ckpt")
+    for name, weight in weights(tuned).items():
+        assert torch.allclose(weights(tmp_path)[name], weight, atol=1e-6), name
+
+
+def test_gradient_checkpointing_sees_the_same_mask(
+    tuned: Path, tmp_path: Path, tiny_backbone: Path, texts: Path
+) -> None:
+    changed = config(tmp_path, tiny_backbone, texts, model={"gradient_checkpointing": True})
+    run_cli("fit", "-c", write_config(tmp_path / "run.yaml", changed))
+    for name, weight in weights(tuned).items():
+        assert torch.allclose(weights(tmp_path)[name], weight, atol=1e-4), name
+
+
+@pytest.mark.parametrize("kind", ["NoDropping", "WindowDropping", "GateDropping", "soft"])
+def test_every_way_of_dropping_trains(kind: str, tmp_path: Path, tiny_backbone: Path, texts: Path, gates: Path) -> None:
+    options: dict[str, dict[str, Any]] = {
+        "NoDropping": {},
+        "WindowDropping": {"window": 12},
+        "GateDropping": {"gates": str(gates), "footprint": 0.5},
+        "soft": {"gates": str(gates), "footprint": 0.5, "temperature": 0.3, "train": True},
+    }
+    name = "GateDropping" if kind == "soft" else kind
+    dropping = {"class_path": f"smartkv.sparsity.droppings.{name}", "init_args": options[kind]}
+    changes = {"model": {"dropping": dropping, "hidden_weight": 0.1}, "trainer": {"max_epochs": 1}}
+    run_cli("fit", "-c", write_config(tmp_path / "run.yaml", config(tmp_path, tiny_backbone, texts, **changes)))
+    assert all(torch.isfinite(weight).all() for weight in weights(tmp_path).values())
+    assert any(weight.abs().max() > 0 for name, weight in weights(tmp_path).items() if "lora_B" in name)
+    if kind == "soft":
+        before, after = GateBank.from_pretrained(gates), GateBank.from_pretrained(tmp_path / "final" / "gates")
+        assert not torch.equal(before.weight2, after.weight2)
+
+
+def test_the_teacher_does_not_move(tiny_backbone: Path) -> None:
+    module = EvictionTuning(RandomDropping(), Linear(), str(tiny_backbone), "float32", rank=4)
+    module._trainer = type("T", (), {"strategy": type("S", (), {"root_device": torch.device("cpu")})})()
+    module.configure_model()
+    ids = token_ids(30)[None]
+    with torch.no_grad(), module.student.disable_adapter():
+        before = module.hidden(ids)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                assert "lora_" in name
+                parameter.add_(0.1)
+        moved = module.hidden(ids)
+    with torch.no_grad(), module.student.disable_adapter():
+        assert torch.equal(module.hidden(ids), before) and not torch.allclose(moved, before)
+
+
+def test_a_tuned_model_works_on_an_evicting_cache(tuned: Path, tiny_backbone: Path) -> None:
+    lm = load_backbone(str(tiny_backbone), "float32")
+    student = PeftModel.from_pretrained(lm.model, tuned / "final")
+    policy = HybridPolicy((LayerRule("all", "window", 8),), sinks=2)
+    with torch.inference_mode(), LifespanCache(lm.model, None, policy) as cache:
+        found = lm.model.generate(token_ids(30)[None], past_key_values=cache, max_new_tokens=5, min_new_tokens=5)
+    assert found.shape == (1, 35) and cache.footprint < 0.8 and student is not None
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ({"rank": 0}, "rank must be above 0"),
+        ({"ce_weight": 0, "kl_weight": 0}, "not all 0"),
+        ({"targets": ["nope"]}, "are no modules of"),
+    ],
+)
+def test_mistakes_are_told(
+    model: dict[str, Any],
+    says: str,
+    tmp_path: Path,
+    tiny_backbone: Path,
+    texts: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changed = config(tmp_path, tiny_backbone, texts, model=model)
+    assert says in refused(capsys, "fit", "-c", write_config(tmp_path / "run.yaml", changed))
