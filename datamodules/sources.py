@@ -37,8 +37,8 @@ class SourceConfig:
     """One text source of a mix.
 
     Args:
-        name: pg19, gsm8k, math500, aime24, c4 or builtin; recall: facts in the text of pg19 (or of `path`) that are
-            asked for later (see `datamodules.recall`); any other name goes with `path`.
+        name: pg19, gsm8k, math500, aime24, c4, fineweb_edu or builtin; recall: facts in the text of pg19 (or of `path`)
+            that are asked for later (see `datamodules.recall`); any other name goes with `path`.
         weight: share of the windows, relative to the other sources.
         origins: where to take it from, in order of preference: local ($SMARTKV_DATA), hub, builtin (the prose that
             Python itself ships). The first that can be had is used, and said; if none can, the run stops.
@@ -141,6 +141,13 @@ KNOWN: dict[str, _Known | None] = {
         ("problem", "solution"),
     ),
     "c4": _Known(("allenai/c4", "en", {"*": "validation"}), {"*": "webtext/c4_sample.jsonl"}, _web),
+    "fineweb_edu": _Known(
+        ("HuggingFaceFW/fineweb-edu", "sample-10BT", {"*": "train"}),
+        {"*": "webtext/fineweb_edu.jsonl"},
+        lambda record: record["text"],
+        "id",
+        ("text",),
+    ),
     "builtin": None,
 }
 

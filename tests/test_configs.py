@@ -20,9 +20,10 @@ CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*OBJECTIVES})
 
 
 def runs(subcommand: str) -> list[Any]:
-    """The configs of one subcommand of main.py (distil: of `fit`, the other way to train gates), as test parameters;
-    told apart by the class of their model."""
-    model = {"predict": "Harvest", "fit": "LifespanGates", "distil": "DistilledGates"}[subcommand]
+    """The configs of one subcommand of main.py (distil: of `fit`, the other way to train gates; tune: of `fit`, a model
+    that learns to live with eviction), as test parameters; told apart by the class of their model."""
+    classes = {"predict": "Harvest", "fit": "LifespanGates", "distil": "DistilledGates", "tune": "EvictionTuning"}
+    model = classes[subcommand]
     found = [path for path in CONFIGS if load(path).get("model", {}).get("class_path") == model]
     return [pytest.param(path, id=str(path.relative_to(ROOT / "configs").with_suffix(""))) for path in found]
 
@@ -58,8 +59,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Pat
 
 
 def test_every_config_of_main_is_tested() -> None:
-    tested = {param.values[0] for subcommand in ("predict", "fit", "distil") for param in runs(subcommand)}
-    folders = [path for path in CONFIGS if path.parent.name in ("harvest", "gates")]
+    tested = {param.values[0] for subcommand in ("predict", "fit", "distil", "tune") for param in runs(subcommand)}
+    folders = [path for path in CONFIGS if path.parent.name in ("harvest", "gates", "eit")]
     demo = [ROOT / "configs" / "demo" / f"{name}.yaml" for name in ("harvest", "gates")]
     assert folders and tested == {*folders, *demo}
 
@@ -80,7 +81,7 @@ def test_a_harvest_config_prints_what_it_sets(path: Path) -> None:
         assert only(printed[part], written[part]) == written[part]
 
 
-@pytest.mark.parametrize("path", runs("fit") + runs("distil"))
+@pytest.mark.parametrize("path", runs("fit") + runs("distil") + runs("tune"))
 def test_a_gates_config_prints_what_it_sets(path: Path) -> None:
     printed, written = printed_config("fit", "-c", path), load(path)
     for part in ("model", "data"):
@@ -167,6 +168,30 @@ def test_a_distillation_config_runs_on_a_tiny_model_of_its_family(
     assert len(gates) == 4 and gates.details["target"] == "log worth"
 
 
+@pytest.mark.parametrize("path", runs("tune"))
+def test_a_tuning_config_runs_on_a_tiny_model_of_its_family(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    family = next((name for name in ("qwen2", "qwen3") if path.name.startswith(name)), "llama")
+    tiny_backbone = save_tiny_backbone(tmp_path / "backbone", family, max_positions=512)
+    monkeypatch.setenv("SMARTKV_DATA", str(tmp_path / "data"))
+    for split in ("train", "validation", "test"):
+        (tmp_path / "data" / "books" / split).mkdir(parents=True)
+        (tmp_path / "data" / "books" / split / f"{split}.txt").write_text(prose(4000, len(split)))
+    (tmp_path / "data" / "webtext").mkdir()
+    pages = [{"id": str(number), "text": prose(600, number)} for number in range(40)]
+    for name in ("c4_sample", "fineweb_edu"):
+        (tmp_path / "data" / "webtext" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, pages)))
+    small = {"data.init_args.window": 128, "data.init_args.windows": '{"train": 4, "validation": 2, "test": 0}',
+             "data.init_args.backbone": tiny_backbone, "model.init_args.backbone": tiny_backbone,
+             "model.init_args.threads": 1, "model.init_args.dtype": "float32", "trainer.accelerator": "cpu",
+             "trainer.max_steps": 2, "trainer.accumulate_grad_batches": 1, "trainer.val_check_interval": 2}  # fmt: skip
+    run_cli("fit", "-c", path, *(part for name, value in small.items() for part in (f"--{name}", str(value))))
+    export = next(c for c in load(path)["trainer"]["callbacks"] if c["class_path"] == "AdapterExport")
+    assert (tmp_path / export["init_args"]["out"] / "adapter_model.safetensors").is_file()
+
+
 @pytest.mark.filterwarnings("ignore:.*no last checkpoint", "ignore:The number of training batches")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_the_demo_s_fit_starts_without_a_checkpoint_and_goes_on_from_its_last(
@@ -209,7 +234,7 @@ def test_a_gates_config_reads_what_a_harvest_config_writes(path: Path) -> None:
     assert data["inputs"] == "keys" or labels["post_rope"]
 
 
-@pytest.mark.parametrize("path", runs("predict") + runs("fit") + runs("distil"))
+@pytest.mark.parametrize("path", runs("predict") + runs("fit") + runs("distil") + runs("tune"))
 def test_a_run_keeps_its_files_below_runs(path: Path) -> None:
     config = load(path)
     names = ("default_root_dir", "save_dir", "dirpath", "out", "shards")
