@@ -12,6 +12,7 @@ from torch import Tensor
 from callbacks.console import make_console
 from datamodules.documents import plan_windows
 from datamodules.sources import SourceConfig
+from eval.adapters import adapted, adapter_digest
 from eval.cells import Cells, digest, digests
 from eval.comparison import Row, report
 from eval.contenders import Contender, Protocol_, Reading
@@ -63,6 +64,7 @@ BOOKS = SourceConfig("pg19")
 def compare(
     out: str,
     gates: str | None = None,
+    adapter: str | None = None,
     contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
     footprints: list[float] = [0.0625, 0.125, 0.25, 0.5],  # noqa: B006
     others: list[float] | None = None,
@@ -88,6 +90,7 @@ def compare(
         out: folder for compare.json and the pictures.
         gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: only contenders
             without.
+        adapter: folder or hub id of a peft adapter that the model gets, such as runs/eit/smollm2/final. Null: none.
         contenders: `gates` (the policy that goes with them), named policies or YAML files, each also with +8bit or, of
             keys and of values, +k6v4 behind it (what stays is packed); random, key_norm, keydiff, snapkv, tova, h2o,
             expected_attention; null:constant, null:position, null:token_table; oracle:lifespan, oracle:attention;
@@ -123,7 +126,7 @@ def compare(
         raise SmartKVError("calibration_windows must be at least 1, and there must be texts or recall trials")
     if protocol == "once" and recall.trials and recall.tokens < prefill:
         raise SmartKVError(f"recall.tokens {recall.tokens} must be at least the prefill of {prefill}")
-    lm = load_backbone(backbone, dtype, device, trust_remote_code)
+    lm = adapted(load_backbone(backbone, dtype, device, trust_remote_code), adapter)
     check_window(lm.model, window)
     bank = GateBank.from_pretrained(gates, lm.model).to(device) if gates else None
 
@@ -144,7 +147,7 @@ def compare(
         "protocol": protocol,
         "prefill": prefill if protocol == "once" else None,
         "score_from": first,
-    }
+    } | ({"adapter": adapter_digest(lm)} if adapter else {})
     weights = digests(bank)
     settings = measured_by | {
         "weights": weights,

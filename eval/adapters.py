@@ -1,0 +1,37 @@
+"""A backbone with an adapter that eviction tuning left."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+
+from eval.cells import digest
+from smartkv.backbones import Backbone
+from smartkv.errors import SmartKVError
+
+
+def adapted(lm: Backbone, adapter: str | None) -> Backbone:
+    """`lm` with the adapter in it, in place; it is not merged: in bfloat16 its small changes would be rounded away.
+
+    Args:
+        adapter: folder, or hub id, of a peft adapter; None: nothing is changed.
+
+    Raises:
+        SmartKVError: there is none, or it is of another model.
+    """
+    if adapter is None:
+        return lm
+    try:
+        PeftModel.from_pretrained(lm.model, adapter).requires_grad_(False).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        where = "folder" if Path(adapter).exists() else "name"
+        raise SmartKVError(f"the adapter in {where} '{adapter}' does not go with '{lm.name}': {reason}") from error
+    return lm
+
+
+def adapter_digest(lm: Backbone) -> str | None:
+    """Of the adapter's weights; None: there is none."""
+    found = [parameter.float().flatten().cpu() for name, parameter in lm.model.named_parameters() if "lora_" in name]
+    return digest(torch.cat(found)) if found else None
