@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from lightning_modules.eviction_tuning import EvictionTuning
 from smartkv import GateBank, HybridPolicy, LayerRule, LifespanCache, load_backbone
@@ -202,3 +202,39 @@ def test_mistakes_are_told(
 ) -> None:
     changed = config(tmp_path, tiny_backbone, texts, model=model)
     assert says in refused(capsys, "fit", "-c", write_config(tmp_path / "run.yaml", changed))
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions", "share"),
+    [
+        (
+            LlamaConfig(  # SmolLM2-135M
+                vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                num_key_value_heads=3, head_dim=64, tie_word_embeddings=True,
+            ), 0.1345, 0.055,
+        ),
+        (
+            Qwen3Config(  # Qwen3-8B
+                vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36,
+                num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+            ), 8.19, 0.0075,
+        ),
+        (
+            LlamaConfig(  # Llama-3.1-8B
+                vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
+                num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+            ), 8.03, 0.0068,
+        ),
+    ],
+    ids=["smollm2-135m", "qwen3-8b", "llama-3.1-8b"],
+)  # fmt: skip
+def test_lora_of_rank_64_has_as_many_parameters_as_the_shapes_say(shape: Any, billions: float, share: float) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    total = sum(p.numel() for p in model.parameters())
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    with torch.device("meta"):
+        student = get_peft_model(model, LoraConfig(r=64, target_modules=targets, task_type="CAUSAL_LM"))
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    assert total / 1e9 == pytest.approx(billions, rel=0.01)
+    assert trained / total == pytest.approx(share, rel=0.05)
