@@ -4,6 +4,7 @@ import sys
 
 from jsonargparse import auto_cli
 
+from eval.anchors import anchors
 from eval.auto import auto
 from eval.calibrate import calibrate
 from eval.compare import compare
@@ -24,6 +25,7 @@ from eval.validation_names import spelled_out
 from smartkv.errors import SmartKVError
 
 COMMANDS = {
+    "anchors": anchors,
     "auto": auto,
     "baselines": baselines,
     "calibrate": calibrate,

@@ -108,10 +108,54 @@ def test_both_ways_of_the_speed_command_give_the_same_lifespans(tiny_backbone: P
     ("script", "says"),
     [("benchmark_kv.py --help", "perplexity"), ("explore_model.py --help", "calibrate"),
      ("generate_dataset.py --help", "--num_samples"), ("train_mlps.py --help", "--batch_size"),
-     ("export_heads.py --help", "{shards,gates}")],
+     ("export_heads.py --help", "{shards,gates}"), ("train_eit.py --help", "--keep_ratio_start")],
 )  # fmt: skip
 def test_the_old_scripts_answer(script: str, says: str) -> None:
     name, *args = script.split()
     command = [sys.executable, str(ROOT / "scripts" / name), *args]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, cwd="/")
     assert says in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("phase", ["0", "1", "2", "3"])
+def test_the_slurm_scripts_say_what_they_would_send_and_skip_what_is_done(phase: str, tmp_path: Path) -> None:
+    submit = ROOT / "scripts/slurm/submit.sh"
+    env = os.environ | {"DRY_RUN": "1", "OUT": str(tmp_path), "MODELS": "Qwen/Qwen3-8B"}
+    said = subprocess.run(["bash", str(submit), phase], capture_output=True, text=True, env=env, check=True).stdout
+    assert "would send: phase" in said and "would run: python" in said
+    command = said.split("would run: python ")[1]
+    assert command.startswith(("-m eval ", "main.py fit"))
+    done = {"0": "anchors/anchors.json", "1": "base/compare.json", "3": "trained/compare.json"}
+    if phase in done:
+        path = tmp_path / "Qwen_Qwen3-8B" / done[phase]
+        path.parent.mkdir(parents=True)
+        path.touch()
+        said = subprocess.run(["bash", str(submit), phase], capture_output=True, text=True, env=env, check=True).stdout
+        assert "done already" in said and "would run" not in said
+
+
+def test_the_slurm_scripts_are_bash_and_refuse_an_unknown_phase() -> None:
+    scripts = sorted((ROOT / "scripts/slurm").glob("*.sh"))
+    assert len(scripts) == 6
+    for script in scripts:
+        subprocess.run(["bash", "-n", str(script)], check=True)
+    env = os.environ | {"DRY_RUN": "1"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts/slurm/submit.sh"), "7"], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 2 and "there is no phase '7'" in done.stderr
+
+
+def test_anchors_are_where_the_attention_goes(tmp_path: Path, tiny_backbone: Path) -> None:
+    texts = write_texts(tmp_path / "texts", splits=["validation"])
+    sources = json.dumps([{"name": "mine", "path": str(texts)}])
+    options = ["--sources", sources, "--windows", "2", "--window", "96", "--recent", "8", "--dtype", "float32"]
+    main(["anchors", "--backbone", str(tiny_backbone), "--out", str(tmp_path / "out"), *options])
+    found = json.loads((tmp_path / "out" / "anchors.json").read_text())
+    assert sum(found["keys"]) == pytest.approx(1.0) and found["classes"][:2] == ["sink", "recent"]
+    for layer in found["attention"]:
+        assert sum(layer) == pytest.approx(1.0)
+    # queries 24 … 95 see 4 sinks and 8 recent tokens each
+    keys = sum(query + 1 for query in range(24, 96))
+    assert found["keys"][:2] == pytest.approx([72 * 4 / keys, 72 * 8 / keys])
+    assert (tmp_path / "out" / "anchors.png").stat().st_size > 10_000

@@ -313,7 +313,7 @@ def test_a_trial_states_a_fact_at_its_depth_and_asks_for_it_at_the_end(split: st
 
 @pytest.mark.parametrize(
     "path",
-    [ROOT / f"configs/eval/{name}.yaml" for name in ("compare", "policies", "bytes")],
+    [ROOT / f"configs/eval/{name}.yaml" for name in ("compare", "policies", "bytes", "eit")],
     ids=lambda path: path.stem,
 )
 def test_the_config_runs(path: Path, tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path) -> None:

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Phase 2: train; a job that was cut off goes on from its last checkpoint.   phase2_train.sh MODEL
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+model="$1"
+config="$(config_of "$model")"
+run="$(basename "$config" .yaml)"
+unless_there "runs/eit/$run/final/adapter_config.json" "$PYTHON" main.py fit -c "$config" --ckpt_path last

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Send one phase for all models, at most 4 jobs at a time.   submit.sh PHASE [options of sbatch]
+# PHASE: 0 analyse, 1 baselines, 2 train, 3 evaluate. What is done already ends at once; DRY_RUN=1 only says what it would do.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+most="${MOST_JOBS:-4}"
+phase="${1:?which phase: 0, 1, 2 or 3}"
+shift
+case "$phase" in
+  0) script=phase0_analyse.sh ;;
+  1) script=phase1_baselines.sh ;;
+  2) script=phase2_train.sh ;;
+  3) script=phase3_evaluate.sh ;;
+  *)
+    echo "there is no phase '$phase': 0 analyse, 1 baselines, 2 train, 3 evaluate" >&2
+    exit 2
+    ;;
+esac
+read -r -a extra <<<"${SBATCH_OPTIONS:-}"
+
+ours() { squeue --noheader --me --name smartkv | wc -l; }
+
+for model in $MODELS; do
+  if [[ "$DRY_RUN" == 1 ]]; then
+    echo "would send: $script $model"
+    DRY_RUN=1 bash "scripts/slurm/$script" "$model"
+    continue
+  fi
+  while (("$(ours)" >= most)); do sleep 60; done
+  sbatch --job-name smartkv --gres gpu:1 --cpus-per-task 8 --mem 96G --time 24:00:00 \
+    --output "$OUT/slurm-%j.log" --export "ALL,SMARTKV_CHECKOUT=$PWD" \
+    "${extra[@]}" "$@" "scripts/slurm/$script" "$model"
+done
