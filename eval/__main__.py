@@ -20,8 +20,8 @@ from eval.reasoning import reasoning
 from eval.report import report
 from eval.ruler import ruler
 from eval.speed import speed
+from eval.spellings import spelled_out
 from eval.validation import baselines
-from eval.validation_names import spelled_out
 from smartkv.errors import SmartKVError
 
 COMMANDS = {

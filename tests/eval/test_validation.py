@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import eval.validation_models as models
 from eval.__main__ import main
-from eval.validation_names import spelled_out
+from eval.spellings import spelled_out
 from eval.validation_probe import Probe
 from smartkv.codecs import Half, Uniform
 from tests.lightning_fixtures import write_texts
@@ -104,6 +104,8 @@ def test_the_old_spelling_is_understood() -> None:
     assert spelled_out(given) == [*want, "--device", "cpu"]
     assert spelled_out(want) == want
     assert spelled_out(["compare", "--memory-only"]) == ["compare", "--memory-only"]
+    presses = spelled_out(["presses", "--seed", "1"])
+    assert presses[:2] == ["compare", "--config"] and Path(presses[2]).is_file() and presses[3:] == ["--seed", "1"]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
-"""The old spelling of `python -m eval baselines`: dashes in names, a flag, and a list of words."""
+"""Other spellings of commands: `baselines` with dashes, a flag and a list of words; `presses` for a comparison."""
 
 import json
+from pathlib import Path
 
+PRESSES = Path(__file__).parents[1] / "configs" / "eval" / "presses.yaml"
 COMMAND = "baselines"
 FLAG = "--memory-only"
 LIST = "--baselines"
 
 
 def spelled_out(args: list[str]) -> list[str]:
-    """`baselines --baselines FP16 INT8 --num-prompts 4 --memory-only` as the other commands have it; what is not of
-    this command, or spelled so already, is left as it is."""
+    """`presses …` as `compare` with its config; `baselines --baselines FP16 INT8 --num-prompts 4 --memory-only` as the
+    other commands have it. What is of no such command, or spelled so already, is left as it is."""
+    if args and args[0] == "presses":
+        return ["compare", "--config", str(PRESSES), *args[1:]]
     if not args or args[0] != COMMAND:
         return args
     found, rest = [COMMAND], list(args[1:])
