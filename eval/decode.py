@@ -219,7 +219,7 @@ class _Bench:
             keys, values = (tensor.reshape(-1, head_dim) for tensor in (full.keys, full.values))  # type: ignore[union-attr]
             fields = Fields(keys, values, position, torch.full_like(position, FOREVER))
             seen = torch.full((rows,), tokens, device=position.device)
-            layer.restore(Ragged(fields, seen.repeat_interleave(kv_heads)), seen)
+            layer.restore(Ragged(fields, seen.repeat_interleave(kv_heads)), seen, keys.dtype)
             layer.columns = tokens
         return cache
 

@@ -139,7 +139,7 @@ class EvictionTuning(L.LightningModule):
                 teacher = self.hidden(ids)[:, :-1].flatten(0, 1)
         ratio = self.keep_ratio()
         # closed after the backward pass, in which checkpointed activations are computed anew under the same rule
-        self.open.enter_context(self.dropping.inside(self.lm, ids, ratio, self._seed(batch)))
+        self.open.enter_context(self.dropping.inside(self.lm, ids, ratio, self._seeds(batch)))
         hidden = self.hidden(ids)[:, :-1].flatten(0, 1)
         head = self.lm.model.get_output_embeddings()
         loss = student_loss(hidden, teacher, ids[:, 1:].flatten(), head, h.ce_weight, h.kl_weight)
@@ -153,9 +153,9 @@ class EvictionTuning(L.LightningModule):
         self.log("train_loss", total.detach(), prog_bar=True, batch_size=1)
         return total * len(ids) * self.trainer.world_size / batch.global_windows
 
-    def _seed(self, batch: WindowBatch) -> int:
-        """What is drawn depends on the step and the windows."""
-        return self.global_step * 1_000_003 + int(batch.number[0])
+    def _seeds(self, batch: WindowBatch) -> list[int]:
+        """What is drawn depends on the step and the window, not on how many processes there are."""
+        return [self.global_step * 1_000_003 + number for number in batch.number.tolist()]
 
     def on_after_backward(self) -> None:
         self.open.close()
@@ -171,7 +171,7 @@ class EvictionTuning(L.LightningModule):
         ids = batch.tokens
         ratio = self.keep_ratio()
         full = self._nll(ids)
-        with self.dropping.inside(self.lm, ids, ratio, seed=1_000_003 + batch_idx):
+        with self.dropping.inside(self.lm, ids, ratio, batch.number.tolist()):
             dropped = self._nll(ids)
         figures = {"val_nll": full, "val_nll_dropped": dropped, "val_cost": dropped - full}
         self.log_dict(figures, prog_bar=True, batch_size=len(ids), sync_dist=True)

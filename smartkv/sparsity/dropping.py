@@ -1,7 +1,7 @@
 """Who decides which keys are gone while a model is trained: chance, a sliding window, or gates."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -36,26 +36,32 @@ class KeyDropout:
     recent: int
     share: Share = "head"
 
-    def draw(self, always: Tensor, keep_ratio: float, seed: int) -> Tensor:
-        """Which keys stay, bool `[layers, batch, kv_heads, tokens]`; the same for the same seed.
+    def draw(self, always: Tensor, keep_ratio: float, seeds: Sequence[int]) -> Tensor:
+        """Which keys stay, bool `[layers, batch, kv_heads, tokens]`.
 
         Args:
             always: bool `[batch, tokens]`, anchors.
+            seeds: one a row: what is drawn does not depend on the rows beside it.
         """
         batch, tokens = always.shape
         layers = 1 if self.share == "model" else self.layers
         heads = self.kv_heads if self.share == "head" else 1
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.rand(layers, batch, heads, tokens, generator=generator).to(always.device) < keep_ratio
+        rows = [torch.rand(layers, heads, tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        drawn = torch.stack(rows, dim=1).to(always.device) < keep_ratio
         found = drawn | always[None, :, None]
         return found.expand(self.layers, batch, self.kv_heads, tokens)
 
     @contextmanager
     def dropped(
-        self, model: PreTrainedModel, always: Tensor, keep_ratio: float, seed: int, real: Tensor | None = None
+        self,
+        model: PreTrainedModel,
+        always: Tensor,
+        keep_ratio: float,
+        seeds: Sequence[int],
+        real: Tensor | None = None,
     ) -> Iterator[None]:
         """Inside, `model` attends without the keys that a draw takes away; arguments as `draw` and `sparse_mask`."""
-        drawn = self.draw(always, keep_ratio, seed)
+        drawn = self.draw(always, keep_ratio, seeds)
         with sparsely_attended(model, lambda layer: drawn[layer], self.recent, real):
             yield
 

@@ -1,6 +1,7 @@
 """What a training config chooses from: each says how keys are dropped from a batch of texts."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
@@ -22,20 +23,24 @@ class Dropping(ABC):
         return
 
     @abstractmethod
-    def inside(self, lm: Backbone, ids: Tensor, keep_ratio: float, seed: int) -> AbstractContextManager[None]:
+    def inside(
+        self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
+    ) -> AbstractContextManager[None]:
         """A context in which the model attends without the keys that went.
 
         Args:
             ids: int64 `[batch, tokens]`, no padding.
             keep_ratio: share of the keys that stay, where chance decides.
-            seed: of what is drawn.
+            seeds: of what is drawn, one a row.
         """
 
 
 class NoDropping(Dropping):
     """A full cache: plain fine-tuning, beside which the others are measured."""
 
-    def inside(self, lm: Backbone, ids: Tensor, keep_ratio: float, seed: int) -> AbstractContextManager[None]:
+    def inside(
+        self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
+    ) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -55,10 +60,12 @@ class RandomDropping(Dropping):
     def prepare(self, lm: Backbone) -> None:
         self.table = self.anchors.table(lm.tokenizer)
 
-    def inside(self, lm: Backbone, ids: Tensor, keep_ratio: float, seed: int) -> AbstractContextManager[None]:
+    def inside(
+        self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
+    ) -> AbstractContextManager[None]:
         arch = lm.architecture
         dropout = KeyDropout(arch.layers, arch.kv_heads, self.anchors.recent, self.share)
-        return dropout.dropped(lm.model, self.anchors.always(ids, self.table), keep_ratio, seed)
+        return dropout.dropped(lm.model, self.anchors.always(ids, self.table), keep_ratio, seeds)
 
 
 class WindowDropping(Dropping):
@@ -74,7 +81,9 @@ class WindowDropping(Dropping):
             raise SmartKVError(f"window must be at least 1 and sinks at least 0, got {window} and {sinks}")
         self.window, self.sinks = window, sinks
 
-    def inside(self, lm: Backbone, ids: Tensor, keep_ratio: float, seed: int) -> AbstractContextManager[None]:
+    def inside(
+        self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
+    ) -> AbstractContextManager[None]:
         return windowed(lm.model, self.window, self.sinks, *ids.shape)
 
 
@@ -105,5 +114,7 @@ class GateDropping(Dropping):
         self.gates = bank if self.train else None
         self.rule = GatedDropping(bank, self.footprint, self.temperature)
 
-    def inside(self, lm: Backbone, ids: Tensor, keep_ratio: float, seed: int) -> AbstractContextManager[None]:
+    def inside(
+        self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
+    ) -> AbstractContextManager[None]:
         return self.rule.dropped(lm.model)

@@ -20,6 +20,7 @@ RECORDS = {
                            for i in range(60)],
     "math/aime24.jsonl": [{"id": i, "problem": f"p{i}", "solution": f"s{i}"} for i in range(60)],
     "webtext/c4_sample.jsonl": [{"prefix": f"page {i} ", "gold_completion": "goes on"} for i in range(60)],
+    "webtext/fineweb_edu.jsonl": [{"id": f"<urn:{i}>", "text": f"lesson {i}"} for i in range(60)],
 }  # fmt: skip
 
 

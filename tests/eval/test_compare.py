@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
 
 import eval.compare as command
 from callbacks.console import make_console
@@ -109,27 +108,6 @@ def test_other_gates_in_the_same_folder_leave_the_rules_as_measured(
     others.save_pretrained(tmp_path / "others")
     run(tmp_path, tiny_backbone, texts, gates=tmp_path / "others", **changes)
     assert read == ["all-gated"] * (3 + 4)
-
-
-def test_an_adapter_changes_the_model_and_is_measured_beside_it(
-    tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path
-) -> None:
-    torch.manual_seed(0)
-    model = get_peft_model(
-        load_backbone(str(tiny_backbone), "float32").model, LoraConfig(r=2, target_modules=["k_proj"])
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    model.save_pretrained(tmp_path / "adapter")
-    changes = {"gates": random_gates, "contenders": '["all-gated", "window"]', "footprints": "[0.8]"}
-    plain = run(tmp_path / "out", tiny_backbone, texts, **changes)
-    tuned = run(tmp_path / "out", tiny_backbone, texts, adapter=tmp_path / "adapter", **changes)
-    assert plain["full"]["recall_trials"] != tuned["full"]["recall_trials"]
-    assert run(tmp_path / "out", tiny_backbone, texts, **changes)["rows"] == plain["rows"]
-    with pytest.raises(SystemExit):
-        run(tmp_path / "out", tiny_backbone, texts, adapter=tmp_path / "none", **changes)
 
 
 def test_others_than_gates_and_window_may_be_asked_for_fewer_footprints(

@@ -14,7 +14,7 @@ from lightning_modules.eviction_tuning import EvictionTuning
 from smartkv import GateBank, HybridPolicy, LayerRule, LifespanCache, load_backbone
 from smartkv.sparsity import Linear
 from smartkv.sparsity.droppings import RandomDropping
-from tests.lightning_fixtures import prose, refused, run_cli, write_config
+from tests.lightning_fixtures import prose, refused, run_cli, run_command, write_config
 from tests.models import token_ids
 
 TOKENS = 64
@@ -128,6 +128,13 @@ def test_a_run_that_stopped_goes_on_to_the_same_adapters(
     run_cli("fit", "-c", write_config(tmp_path / "run.yaml", out), "--ckpt_path", tuned / "checkpoints/step=4.ckpt")
     for name, weight in weights(tuned).items():
         assert torch.allclose(weights(tmp_path)[name], weight, atol=1e-6), name
+
+
+def test_two_processes_train_what_one_does(tuned: Path, tmp_path: Path, tiny_backbone: Path, texts: Path) -> None:
+    both = config(tmp_path, tiny_backbone, texts, trainer={"devices": 2, "strategy": "ddp"})
+    run_command("fit", "-c", write_config(tmp_path / "run.yaml", both))
+    for name, weight in weights(tuned).items():
+        torch.testing.assert_close(weights(tmp_path)[name], weight, atol=1e-4, rtol=1e-3)
 
 
 def test_gradient_checkpointing_sees_the_same_mask(

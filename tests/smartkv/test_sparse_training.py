@@ -22,9 +22,9 @@ from tests.smartkv.cache_fixtures import random_gates, state
 @given(st.floats(0, 1), st.integers(0, 2**31), st.sampled_from(["head", "layer", "model"]))
 def test_a_draw_keeps_anchors_and_is_the_same_for_its_seed(ratio: float, seed: int, share: Any) -> None:
     dropout, always = KeyDropout(3, 2, 4, share), torch.rand(2, 30) < 0.2
-    drawn = dropout.draw(always, ratio, seed)
+    drawn = dropout.draw(always, ratio, [seed, seed + 1])
     assert drawn.shape == (3, 2, 2, 30) and drawn[always[None, :, None].expand_as(drawn)].all()
-    assert torch.equal(drawn, dropout.draw(always, ratio, seed))
+    assert torch.equal(drawn[:, 1:], dropout.draw(always[1:], ratio, [seed + 1]))
     if share != "head":
         assert torch.equal(drawn[:, :, 0], drawn[:, :, 1])
     if share == "model":
@@ -33,7 +33,7 @@ def test_a_draw_keeps_anchors_and_is_the_same_for_its_seed(ratio: float, seed: i
 
 def test_a_draw_keeps_its_share_of_the_rest() -> None:
     always = torch.zeros(2, 4000, dtype=torch.bool)
-    drawn = KeyDropout(4, 3, 1).draw(always, 0.3, 1)
+    drawn = KeyDropout(4, 3, 1).draw(always, 0.3, range(len(always)))
     assert drawn.float().mean() == pytest.approx(0.3, abs=0.01)
     assert (drawn[0] != drawn[1]).any() and (drawn[:, :, 0] != drawn[:, :, 1]).any()
 
@@ -41,7 +41,7 @@ def test_a_draw_keeps_its_share_of_the_rest() -> None:
 def test_the_expected_footprint_is_that_of_a_mask() -> None:
     always, dropout = torch.zeros(1, 200, dtype=torch.bool), KeyDropout(40, 4, 10)
     always[0, ::10] = True
-    drawn = dropout.draw(always, 0.3, 1)
+    drawn = dropout.draw(always, 0.3, range(len(always)))
     seen, full = 0.0, 0.0
     for query in range(50, 200):
         near = torch.arange(200) > query - 10
