@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import yaml
-from rich.table import Table
 
 from callbacks.console import make_console
 from eval.answers import Sample, continuation_ids, cut_in_the_middle, prompt_ids
 from eval.metrics import METRICS
 from eval.results import save_picture, write_result, write_tables
 from eval.task_pictures import panels
-from eval.tasks import DEFAULT, Calibrating, Row, Suite, mean, merged, score_table, shown
+from eval.tasks import DEFAULT, Calibrating, Row, Suite, group_table, mean, merged
 from smartkv import backbones
 from smartkv.errors import SmartKVError
 
@@ -78,7 +77,7 @@ def longbench(
     rows = merged(rows)
     settings = suite.settings | {"tasks": tasks, "data": data, "samples": samples, "longest": longest, "chat": chat}
     result = write_result(folder, "longbench", settings, {"units": UNITS} | suite.figures(rows))
-    table = _table(rows, tasks)
+    table = group_table("LongBench: score by task", rows, tasks, "score", 3)
     console.print(table)
     for path in [result, write_tables(folder / "longbench.md", [table]), _picture(folder, rows, tasks)]:
         console.print(f"  {path}", highlight=False)
@@ -168,15 +167,6 @@ def _scored(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
         text = text.lstrip("\n").split("\n")[0]
     scores = [METRICS[task["metric"]](text, reference, sample.classes) for reference in sample.references]
     return {"score": max(scores)}
-
-
-def _table(rows: list[Row], tasks: list[str]) -> Table:
-    lines = []
-    for row in rows:
-        scores = [mean([sample["score"] for sample in row.of(task)]) for task in tasks]
-        cells = [shown(score, 3) for score in scores]
-        lines.append((row, (*cells, shown(mean([s["nll"] for s in row.samples]), 3))))
-    return score_table("LongBench", (*tasks, "NLL"), lines)
 
 
 def _picture(folder: Path, rows: list[Row], tasks: list[str]) -> Path:

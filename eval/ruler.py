@@ -12,7 +12,7 @@ from eval.answers import Sample, continuation_ids, prompt_ids
 from eval.results import save_picture, write_result, write_tables
 from eval.ruler_tasks import FAMILIES, generate, string_match_all, tokens_to_generate
 from eval.task_pictures import panels
-from eval.tasks import DEFAULT, Calibrating, Row, Suite, full_of, mean, merged, right_where_full_is, score_table, shown
+from eval.tasks import DEFAULT, Calibrating, Row, Suite, full_of, group_table, mean, merged, right_where_full_is, shown
 from smartkv import backbones
 from smartkv.errors import SmartKVError
 
@@ -121,16 +121,12 @@ def _matched(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
 
 
 def _table(rows: list[Row], families: list[str], length: int, generated: bool) -> Table:
-    full, lines = full_of(rows, length), []
-    for row in (row for row in rows if row.length == length):
-        scores = [mean([s["score" if generated else "right"] for s in row.of(family)]) for family in families]
-        cells = [shown(score, percent=True) for score in scores]
-        right, asked = right_where_full_is(row, full, "right")
-        cells += [f"{shown(right, percent=True)} of {asked}", shown(mean([s["nll"] for s in row.samples]), 3)]
-        lines.append((row, cells))
-    names = [family.removeprefix("niah_") for family in families]
-    title = f"RULER at {length:,} tokens: {'score' if generated else 'all tokens right'} by family"
-    return score_table(title, (*names, "right where full is", "NLL"), lines)
+    here = [row for row in rows if row.length == length]
+    what = "share of the answers generated" if generated else "all tokens of the answer the likeliest"
+    table = group_table(f"RULER at {length:,} tokens: {what}", here, families, "score" if generated else "right")
+    shares = [right_where_full_is(row, full_of(rows, length), "right") for row in here]
+    table.add_row("right where full is", *(f"{shown(share, percent=True)} of {asked}" for share, asked in shares))
+    return table
 
 
 def _pictures(folder: Path, rows: list[Row], families: list[str], lengths: list[int], generated: bool) -> list[Path]:

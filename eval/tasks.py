@@ -225,6 +225,22 @@ def score_table(title: str, columns: Sequence[str], lines: Sequence[tuple[Row, S
     return table
 
 
+def group_table(title: str, rows: Sequence[Row], groups: Sequence[str], key: str, digits: int = 2) -> Table:
+    """A line for each first part of a group, a column for each contender at each footprint; below, means over all."""
+    table = Table(title=title)
+    table.add_column("")
+    for row in rows:
+        table.add_column(row.label, justify="right", no_wrap=True)
+    for group in groups:
+        cells = [shown(mean([sample[key] for sample in row.of(group)]), digits) for row in rows]
+        table.add_row(group, *cells)
+    table.add_section()
+    for name in dict.fromkeys((key, "nll", "footprint", "stored")):
+        cells = [shown(mean([sample[name] for sample in row.samples]), 3) for row in rows]
+        table.add_row(f"mean {'NLL' if name == 'nll' else name}", *cells)
+    return table
+
+
 def shown(value: float | None, digits: int = 2, percent: bool = False) -> str:
     """A figure for a table; nothing where there is none."""
     if value is None:
