@@ -246,8 +246,3 @@ def shown(value: float | None, digits: int = 2, percent: bool = False) -> str:
     if value is None:
         return ""
     return f"{value:.0%}" if percent else f"{value:.{digits}f}"
-
-
-def unscored(_: dict[str, Any], __: Sample) -> dict[str, Any]:
-    """No further figures."""
-    return {}

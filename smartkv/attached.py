@@ -1,6 +1,7 @@
 """A cache that does its model's attention itself."""
 
 import weakref
+from abc import ABC, abstractmethod
 from copy import deepcopy
 from types import TracebackType
 from typing import Any, Self
@@ -13,13 +14,16 @@ from smartkv.errors import SmartKVError
 from smartkv.feeding import EvictionStep, follow_cache, works_on
 
 
-class AttachedCache(Cache):
+class AttachedCache(Cache, ABC):
     """The model follows it for as long as it lives, or until `detach`, and is as it was afterwards.
 
     Args:
         model: a causal LM of a supported family.
         layers: of the cache, one a layer of the model.
         chunk: tokens of a prompt that go through the model together.
+
+    Raises:
+        SmartKVError: a chunk that is no number of tokens, or a family that is not supported.
     """
 
     def __init__(self, model: PreTrainedModel, layers: list[Any], chunk: int) -> None:
@@ -66,9 +70,9 @@ class AttachedCache(Cache):
 
     # -- a forward pass -----------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def attend(self, layer: int, step: EvictionStep) -> Tensor:
         """Attention of one layer over the tokens of a forward pass; `[batch, query_heads, tokens, head_dim]`."""
-        raise NotImplementedError
 
     def check_call(self, decoder: nn.Module, tokens: int) -> None:
         """Called before a forward pass of `decoder` over so many tokens.

@@ -1,6 +1,5 @@
 """Who decides which keys are gone while a model is trained: chance, a sliding window, or gates."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,18 +110,3 @@ class GatedDropping:
         """Inside, `model` attends as the gates have it (no padding)."""
         with softly_evicted(model, self.log_keep, self.gates.ages, self.sinks):
             yield
-
-
-def expected_footprint(keep_ratio: float, anchors: float, recent: int, tokens: int, first: int) -> float:
-    """Share of a full cache's keys that the queries `first ≤ i < tokens` see under `KeyDropout`.
-
-    Args:
-        anchors: share of the tokens that always stay.
-    """
-    seen = full = 0.0
-    for query in range(first, tokens):
-        near = min(recent, query + 1)
-        far = query + 1 - near
-        seen += near + far * (anchors + (1 - anchors) * keep_ratio)
-        full += query + 1
-    return seen / full if full else math.nan

@@ -13,7 +13,7 @@ from smartkv.cache import LifespanCache
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
 from smartkv.policies import HybridPolicy, LayerRule
-from smartkv.sparsity.dropping import GatedDropping, KeyDropout, expected_footprint, windowed
+from smartkv.sparsity.dropping import GatedDropping, KeyDropout, windowed
 from smartkv.sparsity.losses import hidden_distance, student_loss
 from tests.models import FAMILIES, llama, token_ids
 from tests.smartkv.cache_fixtures import random_gates, state
@@ -36,18 +36,6 @@ def test_a_draw_keeps_its_share_of_the_rest() -> None:
     drawn = KeyDropout(4, 3, 1).draw(always, 0.3, range(len(always)))
     assert drawn.float().mean() == pytest.approx(0.3, abs=0.01)
     assert (drawn[0] != drawn[1]).any() and (drawn[:, :, 0] != drawn[:, :, 1]).any()
-
-
-def test_the_expected_footprint_is_that_of_a_mask() -> None:
-    always, dropout = torch.zeros(1, 200, dtype=torch.bool), KeyDropout(40, 4, 10)
-    always[0, ::10] = True
-    drawn = dropout.draw(always, 0.3, range(len(always)))
-    seen, full = 0.0, 0.0
-    for query in range(50, 200):
-        near = torch.arange(200) > query - 10
-        seen += float((drawn | near)[..., : query + 1].float().sum()) / 160
-        full += query + 1
-    assert expected_footprint(0.3, 0.1, 10, 200, 50) == pytest.approx(seen / full, abs=0.01)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
