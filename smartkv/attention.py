@@ -116,29 +116,37 @@ AttentionMaskInterface.register(OBSERVED, _no_mask)
 
 
 @contextmanager
+def attending(model: PreTrainedModel, implementation: str, name: str, thing: Any) -> Iterator[None]:
+    """Inside, `model` attends by one of our attention functions, which finds `thing` on its module under `name`.
+
+    The model is as it was on leaving, also after an exception.
+    """
+    modules, before = attention_modules(model), model.config._attn_implementation
+    try:
+        for module in modules:
+            setattr(module, name, thing)
+        model.set_attn_implementation(implementation)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for module in modules:
+            module.__dict__.pop(name, None)
+
+
+@contextmanager
 def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> Iterator[None]:
     """Inside, forward passes of `model` (one unpadded sequence each, no cache) report to `observer`.
 
     The model is as it was on leaving, also after an exception.
     """
-    modules = attention_modules(model)
-    implementation = model.config._attn_implementation
 
     def on_keys(module: nn.Module, keys: Tensor) -> None:
         if keys.shape[0] != 1:
             raise ValueError(f"observe_attention takes one sequence a forward pass, got {keys.shape[0]}")
         observer.on_keys(module.layer_idx, keys[0])  # type: ignore[arg-type]
 
-    try:
-        for module in modules:
-            setattr(module, _OBSERVER, observer)
-        with hook_keys(model, on_keys):
-            model.set_attn_implementation(OBSERVED)
-            yield
-    finally:
-        model.set_attn_implementation(implementation)
-        for module in modules:
-            module.__dict__.pop(_OBSERVER, None)
+    with hook_keys(model, on_keys), attending(model, OBSERVED, _OBSERVER, observer):
+        yield
 
 
 def register_key_hooks(model: PreTrainedModel, on_keys: Callable[[nn.Module, Tensor], None]) -> list[RemovableHandle]:

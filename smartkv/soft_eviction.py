@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from smartkv.attention import default_scaling, hook_keys
-from smartkv.backbones import attention_modules
+from smartkv.attention import attending, default_scaling, hook_keys
 from smartkv.blocks import FOREVER
 
 SOFT = "smartkv_soft"
@@ -191,15 +190,6 @@ def softly_evicted(model: PreTrainedModel, log_keep: LogKeep, ages: tuple[int, .
             returns float32 `[ages, batch, kv_heads, tokens]`.
         ages, sinks: as `soft_attention`.
     """
-    rule, modules = _Rule(log_keep, ages, sinks), attention_modules(model)
-    implementation = model.config._attn_implementation
-    try:
-        for module in modules:
-            setattr(module, _RULE, rule)
-        with hook_keys(model, rule.on_keys):
-            model.set_attn_implementation(SOFT)
-            yield
-    finally:
-        model.set_attn_implementation(implementation)
-        for module in modules:
-            module.__dict__.pop(_RULE, None)
+    rule = _Rule(log_keep, ages, sinks)
+    with hook_keys(model, rule.on_keys), attending(model, SOFT, _RULE, rule):
+        yield

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from smartkv.attention import default_scaling
-from smartkv.backbones import Architecture, attention_modules
+from smartkv.attention import attending, default_scaling
+from smartkv.backbones import Architecture
 from smartkv.baselines.live import Live
 from smartkv.baselines.methods import Method
 from smartkv.baselines.rotation import Rotation
@@ -99,15 +99,6 @@ def compressed(model: PreTrainedModel, method: Method, schedule: Schedule) -> It
     The model is as it was on leaving, also after an exception.
     """
     Architecture.of(model.config)
-    modules, implementation = attention_modules(model), model.config._attn_implementation
     simulation = Simulation(method, schedule, Rotation(model))
-    try:
-        for module in modules:
-            setattr(module, _SIMULATION, simulation)
-        model.set_attn_implementation(COMPRESSED)
-        with torch.inference_mode():
-            yield simulation
-    finally:
-        model.set_attn_implementation(implementation)
-        for module in modules:
-            module.__dict__.pop(_SIMULATION, None)
+    with attending(model, COMPRESSED, _SIMULATION, simulation), torch.inference_mode():
+        yield simulation

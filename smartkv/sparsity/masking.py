@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from smartkv.attention import default_scaling
-from smartkv.backbones import attention_modules
+from smartkv.attention import attending, default_scaling
 
 SPARSE = "smartkv_sparse"
 _RULE = "_smartkv_sparse_rule"
@@ -100,14 +99,5 @@ def sparsely_attended(model: PreTrainedModel, stays: Stays, recent: int, real: T
             is called again where activations are computed anew in the backward pass: it must then return the same.
         recent, real: as `sparse_mask`.
     """
-    rule, modules = _Rule(stays, recent, real), attention_modules(model)
-    implementation = model.config._attn_implementation
-    try:
-        for module in modules:
-            setattr(module, _RULE, rule)
-        model.set_attn_implementation(SPARSE)
+    with attending(model, SPARSE, _RULE, _Rule(stays, recent, real)):
         yield
-    finally:
-        model.set_attn_implementation(implementation)
-        for module in modules:
-            module.__dict__.pop(_RULE, None)
