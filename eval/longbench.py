@@ -12,7 +12,7 @@ import yaml
 from callbacks.console import make_console
 from eval.answers import Sample, continuation_ids, cut_in_the_middle, prompt_ids
 from eval.metrics import METRICS
-from eval.results import save_picture, write_result, write_tables
+from eval.results import save_picture
 from eval.task_pictures import panels
 from eval.tasks import DEFAULT, Calibrating, Row, Suite, group_table, mean, merged
 from smartkv import backbones
@@ -75,12 +75,9 @@ def longbench(
         by_length = {longest: found}
         rows += suite.run(folder, "longbench", by_length, new_tokens or TASKS[task]["tokens"], _scored)
     rows = merged(rows)
-    settings = suite.settings | {"tasks": tasks, "data": data, "samples": samples, "longest": longest, "chat": chat}
-    result = write_result(folder, "longbench", settings, {"units": UNITS} | suite.figures(rows))
+    settings = {"tasks": tasks, "data": data, "samples": samples, "longest": longest, "chat": chat}
     table = group_table("LongBench: score by task", rows, tasks, "score", 3)
-    console.print(table)
-    for path in [result, write_tables(folder / "longbench.md", [table]), _picture(folder, rows, tasks)]:
-        console.print(f"  {path}", highlight=False)
+    suite.leave(folder, "longbench", settings, UNITS, rows, [table], [_picture(folder, rows, tasks)])
 
 
 UNITS = {

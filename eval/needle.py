@@ -13,7 +13,7 @@ from callbacks.pictures import heads_heatmap
 from datamodules.sources import SourceConfig
 from eval.answers import Sample
 from eval.recall import Trial, trial
-from eval.results import save_picture, write_result, write_tables
+from eval.results import save_picture
 from eval.task_pictures import panels
 from eval.tasks import DEFAULT, Calibrating, Row, Suite, full_of, mean, merged, right_where_full_is, score_table, shown
 from smartkv import backbones
@@ -75,13 +75,10 @@ def needle(
     by_length = {length: _samples(suite, haystack, split, length, places, samples) for length in sorted(set(lengths))}
     folder = Path(out)
     rows = suite.run(folder, "needle", by_length, new_tokens, _found)
-    table = _table(rows, new_tokens > 0)
-    settings = suite.settings | {"lengths": sorted(set(lengths)), "depths": places, "samples": samples, "split": split}
+    settings = {"lengths": sorted(set(lengths)), "depths": places, "samples": samples, "split": split}
     settings |= {"new_tokens": new_tokens, "haystack": [source.name for source in haystack]}
-    result = write_result(folder, "needle", settings, {"units": UNITS} | suite.figures(rows))
-    console.print(table)
-    for path in [result, write_tables(folder / "needle.md", [table]), *_pictures(folder, rows, places)]:
-        console.print(f"  {path}", highlight=False)
+    tables, pictures = [_table(rows, new_tokens > 0)], _pictures(folder, rows, places)
+    suite.leave(folder, "needle", settings, UNITS, rows, tables, pictures)
 
 
 UNITS = {

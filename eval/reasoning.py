@@ -10,7 +10,7 @@ from callbacks.console import make_console
 from datamodules.sources import SourceConfig, resolve
 from eval.answers import Sample, continuation_ids, prompt_ids
 from eval.metrics import same_answer
-from eval.results import save_picture, write_result, write_tables
+from eval.results import save_picture
 from eval.task_pictures import panels
 from eval.tasks import DEFAULT, Calibrating, Row, Suite, full_of, mean, merged, right_where_full_is, score_table, shown
 from smartkv import backbones
@@ -76,13 +76,10 @@ def reasoning(
         found = _samples(suite, name, split, samples, shots, chat, origins)
         rows += suite.run(folder, "reasoning", {tokens: found}, new_tokens, _scored)
     rows = merged(rows)
-    settings = suite.settings | {"sets": sets, "samples": samples, "shots": shots, "new_tokens": new_tokens}
+    settings = {"sets": sets, "samples": samples, "shots": shots, "new_tokens": new_tokens}
     settings |= {"chat": chat, "split": split, "tokens": tokens}
-    result = write_result(folder, "reasoning", settings, {"units": UNITS} | suite.figures(rows))
-    table = _table(rows, sets, new_tokens > 0)
-    console.print(table)
-    for path in [result, write_tables(folder / "reasoning.md", [table]), _picture(folder, rows, sets)]:
-        console.print(f"  {path}", highlight=False)
+    tables, pictures = [_table(rows, sets, new_tokens > 0)], [_picture(folder, rows, sets)]
+    suite.leave(folder, "reasoning", settings, UNITS, rows, tables, pictures)
 
 
 UNITS = {

@@ -9,7 +9,7 @@ from rich.table import Table
 from callbacks.console import make_console
 from datamodules.sources import SourceConfig
 from eval.answers import Sample, continuation_ids, prompt_ids
-from eval.results import save_picture, write_result, write_tables
+from eval.results import save_picture
 from eval.ruler_tasks import FAMILIES, generate, string_match_all, tokens_to_generate
 from eval.task_pictures import panels
 from eval.tasks import DEFAULT, Calibrating, Row, Suite, full_of, group_table, mean, merged, right_where_full_is, shown
@@ -75,15 +75,11 @@ def ruler(
         found = suite.run(folder, "ruler", by_length, tokens_to_generate(family) if generated else 0, _matched)
         rows += found
     rows = merged(rows)
-    settings = suite.settings | {"families": families, "lengths": sorted(set(lengths)), "samples": samples}
+    settings = {"families": families, "lengths": sorted(set(lengths)), "samples": samples}
     settings |= {"generated": generated, "chat": chat, "split": split, "haystack": [s.name for s in haystack]}
     tables = [_table(rows, families, length, generated) for length in sorted(set(lengths))]
-    result = write_result(folder, "ruler", settings, {"units": UNITS} | suite.figures(rows))
-    for table in tables:
-        console.print(table)
     pictures = _pictures(folder, rows, families, sorted(set(lengths)), generated)
-    for path in [result, write_tables(folder / "ruler.md", tables), *pictures]:
-        console.print(f"  {path}", highlight=False)
+    suite.leave(folder, "ruler", settings, UNITS, rows, tables, pictures)
 
 
 UNITS = {

@@ -16,7 +16,7 @@ from eval.answers import Sample, answered
 from eval.cells import Cells, digests
 from eval.contenders import Contender
 from eval.line_up import ADAPTIVE_BY_GATES, line_up
-from eval.results import machine
+from eval.results import machine, write_result, write_tables
 from smartkv.backbones import Backbone, load_backbone
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
@@ -178,9 +178,23 @@ class Suite:
         if longest > most or max(by_length) > most:
             raise SmartKVError(f"prompt and answer come to {longest} tokens, the model has {most} positions")
 
-    def figures(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """For JSON."""
-        return {"machine": machine(self.settings["device"]), "rows": [vars(row) for row in rows]}
+    def leave(
+        self,
+        out: Path,
+        name: str,
+        settings: dict[str, Any],
+        units: dict[str, str],
+        rows: Sequence[Row],
+        tables: Sequence[Table],
+        pictures: Sequence[Path],
+    ) -> None:
+        """Write `<name>.json` and `<name>.md` into `out`, and say what was found and where it lies."""
+        figures = {"machine": machine(self.settings["device"]), "rows": [vars(row) for row in rows]}
+        result = write_result(out, name, self.settings | settings, {"units": units} | figures)
+        for table in tables:
+            self.console.print(table)
+        for path in (result, write_tables(out / f"{name}.md", tables), *pictures):
+            self.console.print(f"  {path}", highlight=False)
 
 
 def mean(values: Sequence[Any]) -> float | None:
