@@ -164,12 +164,12 @@ def compare(
         chosen = line_up(contenders, lm, bank, list(learn), first, protocol, prefill)
         progress.remove_task(prepared)
         cells = Cells(Path(out) / "compare.cells", measured_by)
-        runner = _Runner(cells, progress, first, prefill if protocol == "once" else None, weights)
+        runner = Runner(cells, progress, first, prefill if protocol == "once" else None, weights)
         rows = runner.run(chosen, footprints, footprints if others is None else others, read, asked)
     report(console, Path(out), settings, rows, {name: owners for name, (_, owners, _) in read.items()})
 
 
-class _Runner:
+class Runner:
     """Reads every text under every contender at every footprint."""
 
     def __init__(
@@ -195,7 +195,8 @@ class _Runner:
                     solved.append((contender, target, contender.solved(target)))
                 except SmartKVError as error:  # one footprint out of reach is no reason to lose the others
                     self.progress.console.print(f"left out: {error}", highlight=False)
-        work = sum(len(windows) for windows, *_ in texts.values()) + len(asked)
+        texts_read = sum(len(windows) for windows, *_ in texts.values())
+        work = texts_read + len(asked)
         task = self.progress.add_task("Comparing", total=work * len(solved))
         rows = []
         for contender, target, setting in solved:
@@ -209,6 +210,9 @@ class _Runner:
             for trial in asked:
                 row.recall.append(self._trial(contender, setting, trial))
                 self.progress.advance(task)
+            if contender.kind == "full":  # what it cannot recall, nobody else is asked
+                asked = [trial for trial, found in zip(asked, row.recall, strict=True) if found["right"]]
+                self.progress.update(task, total=work + (texts_read + len(asked)) * (len(solved) - 1))
             rows.append(row)
         return rows
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from callbacks.pictures import frontiers
 from eval.frontiers import REFERENCE, equal_loss_ratio, loss_at
 from eval.results import machine, save_picture, write_result, write_tables
+from smartkv.errors import SmartKVError
 from smartkv.scores import bootstrap, mean_over
 
 ORACLE = "oracle:"
@@ -27,7 +28,8 @@ class Row:
         target: footprint that was asked for.
         setting: what it was solved to.
         texts: of each kind of text, the figures of each window: nll, footprint, peak_bytes, stored.
-        recall: the same of each trial, and whether it was right.
+        recall: the same of each trial, and whether it was right; the full cache's are all trials, others' only those
+            that it gets right.
     """
 
     contender: str
@@ -74,12 +76,14 @@ def curve(row: Row, text: str, full: Row, owners: list[int]) -> Curve:
 
 def recall_share(row: Row, full: Row) -> dict[str, Any]:
     """Right answers among the trials that the full cache gets right, with a 95 % interval over trials."""
-    asked = [mine for mine, theirs in zip(row.recall, full.recall, strict=True) if theirs["right"]]
+    asked = row.recall
+    if len(asked) != sum(theirs["right"] for theirs in full.recall):
+        raise SmartKVError(f"{row.contender} was not asked what the full cache recalls, and only that")
     if not asked:
         return {"asked": 0, "right": None, "interval": None, "footprint": None}
     right = torch.tensor([float(trial["right"]) for trial in asked], dtype=torch.float64)
     interval = bootstrap(len(right), lambda weight: mean_over(weight, right))
-    footprint = sum(trial["footprint"] for trial in row.recall) / len(row.recall)
+    footprint = sum(trial["footprint"] for trial in asked) / len(asked)
     nll = sum(trial["nll"] for trial in asked) / len(asked)
     share = {"asked": len(asked), "right": float(right.mean()), "interval": list(interval)}
     return share | {"footprint": footprint, "nll": nll}

@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.progress import Progress
 
 import eval.compare as command
 from callbacks.console import make_console
 from eval.__main__ import main
+from eval.cells import Cells
 from eval.comparison import Row, recall_share, report
 from eval.contenders import Scored, kept_above, times_once
 from eval.line_up import line_up
-from eval.recall import trials
+from eval.recall import Trial, trials
 from smartkv import GateBank, HybridPolicy, LayerRule, load_backbone
 from smartkv.blocks import FOREVER
+from smartkv.errors import SmartKVError
 from smartkv.oracles import foresee
 from smartkv.perplexity import token_losses
 from tests.lightning_fixtures import write_texts
@@ -60,13 +63,19 @@ def compared(
     return out, run(out, tiny_backbone, texts, gates=random_gates)
 
 
+def recalled(found: dict[str, Any]) -> int:
+    """Trials that the full cache gets right: no other cache is asked the rest."""
+    return sum(trial["right"] for trial in found["full"]["recall_trials"])
+
+
 def test_every_contender_is_read_at_every_footprint_on_texts_and_trials(compared: Any) -> None:
     out, found = compared
+    assert len(found["full"]["recall_trials"]) == 4
     names = {(row["contender"], row["target"]) for row in found["rows"]}
     assert {name for name, _ in names} >= {"all-gated", "window", "null:token_table", "oracle:attention"}
     for row in found["rows"]:
         own = row["texts"]["books"]
-        assert len(own["delta_nll_window"]) == 3 and len(row["recall_trials"]) == 4
+        assert len(own["delta_nll_window"]) == 3 and len(row["recall_trials"]) == recalled(found)
         assert own["interval"][0] <= own["delta_nll"] <= own["interval"][1]
         assert 0.3 < own["footprint"] < 1 and own["peak_bytes"] > 0
     assert (out / "frontier_books.png").stat().st_size > 10_000
@@ -88,14 +97,18 @@ def test_a_run_goes_on_where_it_stopped_and_new_contenders_join(
     again = run(out, tiny_backbone, texts, gates=random_gates)
     assert not read and again["rows"] == before["rows"]
     more = run(out, tiny_backbone, texts, gates=random_gates, contenders='["window", "null:position"]')
-    assert len(read) == (3 + 4) * len([row for row in more["rows"] if row["contender"] == "null:position"]) > 0
+    assert (
+        len(read)
+        == (3 + recalled(before)) * len([row for row in more["rows"] if row["contender"] == "null:position"])
+        > 0
+    )
 
 
 def test_other_gates_in_the_same_folder_leave_the_rules_as_measured(
     tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"contenders": '["all-gated", "window"]', "footprints": "[0.8]"}
-    run(tmp_path, tiny_backbone, texts, gates=random_gates, **changes)
+    before = run(tmp_path, tiny_backbone, texts, gates=random_gates, **changes)
     read: list[str] = []
     measured = command.Cells.measured
     monkeypatch.setattr(
@@ -107,7 +120,7 @@ def test_other_gates_in_the_same_folder_leave_the_rules_as_measured(
             weight.mul_(1.5)
     others.save_pretrained(tmp_path / "others")
     run(tmp_path, tiny_backbone, texts, gates=tmp_path / "others", **changes)
-    assert read == ["all-gated"] * (3 + 4)
+    assert read == ["all-gated"] * (3 + recalled(before))
 
 
 def test_others_than_gates_and_window_may_be_asked_for_fewer_footprints(
@@ -200,17 +213,19 @@ FULL = row("full", "full", 1.0, [3.0, 2.0], [True, True, False, True])
 
 
 def test_recall_is_the_share_of_what_the_full_cache_recalls() -> None:
-    found = recall_share(row("mine", "ours", 0.2, [3.1, 2.1], [True, False, True, True]), FULL)
+    found = recall_share(row("mine", "ours", 0.2, [3.1, 2.1], [True, False, True]), FULL)
     assert found["asked"] == 3 and found["right"] == pytest.approx(2 / 3)
+    with pytest.raises(SmartKVError, match="was not asked what the full cache recalls"):
+        recall_share(row("mine", "ours", 0.2, [3.1, 2.1], [True] * 4), FULL)
 
 
 def test_the_gap_to_the_oracle_and_to_the_window_are_plain_ratios(tmp_path: Path) -> None:
     rows = [
         FULL,
-        row("mine", "ours", 0.25, [3.04, 2.06], [True] * 4),
-        *(row("window", "rule", f, [3 + d, 2 + d], [False] * 4) for f, d in ((0.25, 0.1), (0.5, 0.05))),
-        *(row("oracle:attention", "oracle", f, [3 + d, 2 + d], [True] * 4) for f, d in ((0.2, 0.02), (0.3, 0.02))),
-        *(row(f"random:{seed}", "rule", 0.25, [3.2 + seed, 2.2], [seed == 0] * 4) for seed in (0, 1)),
+        row("mine", "ours", 0.25, [3.04, 2.06], [True] * 3),
+        *(row("window", "rule", f, [3 + d, 2 + d], [False] * 3) for f, d in ((0.25, 0.1), (0.5, 0.05))),
+        *(row("oracle:attention", "oracle", f, [3 + d, 2 + d], [True] * 3) for f, d in ((0.2, 0.02), (0.3, 0.02))),
+        *(row(f"random:{seed}", "rule", 0.25, [3.2 + seed, 2.2], [seed == 0] * 3) for seed in (0, 1)),
     ]
     report(make_console(), tmp_path, {"backbone": "b", "window": 64}, rows, {"books": [0, 1]})
     found = {(r["contender"], r["target"]): r for r in json.loads((tmp_path / "compare.json").read_text())["rows"]}
@@ -220,6 +235,19 @@ def test_the_gap_to_the_oracle_and_to_the_window_are_plain_ratios(tmp_path: Path
     assert found["random", 0.25]["texts"]["books"]["delta_nll"] == pytest.approx(0.45)
     assert found["random", 0.25]["recall"]["right"] == 0.5
     assert (tmp_path / "recall.png").exists()
+
+
+def test_nobody_is_asked_what_the_full_cache_cannot_recall(tmp_path: Path, lm: Any) -> None:
+    ids = token_ids(60, 5).tolist()
+    with torch.inference_mode():
+        told = int(lm.model(torch.tensor([ids])).logits[0, -1].argmax())
+    asked = [Trial(tuple(ids[:50]), tuple(ids[50:]), (answer,), 0.5) for answer in (told + 1, told, told + 2)]
+    contenders = line_up(["window"], lm, None, [token_ids(60, 6)], FIRST)
+    with Progress() as progress:
+        runner = command.Runner(Cells(tmp_path / "cells", {}), progress, FIRST, None, {})
+        full, window = runner.run(contenders, [0.8], [0.8], {}, asked)
+    assert [trial["right"] for trial in full.recall] == [False, True, False]
+    assert len(window.recall) == 1 and recall_share(window, full)["asked"] == 1
 
 
 # -- contenders -------------------------------------------------------------------------------------------------------
