@@ -18,10 +18,9 @@ from smartkv.distillation import divergence, footprint, for_ages, keep_share, pl
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank, format_layers
 from smartkv.policies import HybridPolicy, LayerRule
-from smartkv.soft_eviction import softly_evicted
+from smartkv.soft_eviction import HIDDEN, softly_evicted
 
 TARGET = "log worth"  # of a key, in nats a token for the whole cache
-HIDDEN = -1e4  # log of a share that is none
 START = {"low": 0.35, "high": 0.05}  # of what lies beyond windows, kept at first at the lowest and the highest price
 
 

@@ -15,8 +15,8 @@ from smartkv.backbones import Backbone, load_backbone
 from smartkv.errors import SmartKVError
 from smartkv.perplexity import losses_after
 from smartkv.sparsity import Linear, Schedule
-from smartkv.sparsity.droppings import Dropping, RandomDropping
 from smartkv.sparsity.losses import hidden_distance, student_loss
+from smartkv.sparsity.mask_sources import Dropping, RandomDropping
 
 
 class EvictionTuning(L.LightningModule):

@@ -21,6 +21,7 @@ from smartkv.blocks import FOREVER
 
 SOFT = "smartkv_soft"
 BLOCK = 128  # queries at a time: memory grows with tokens × block, never with tokens²
+HIDDEN = -1e4  # log of a share that is none
 _RULE = "_smartkv_soft_rule"
 
 LogKeep = Callable[[int, Tensor], Tensor]

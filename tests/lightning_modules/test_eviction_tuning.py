@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from lightning_modules.eviction_tuning import EvictionTuning
 from smartkv import GateBank, HybridPolicy, LayerRule, LifespanCache, load_backbone
 from smartkv.sparsity import Linear
-from smartkv.sparsity.droppings import RandomDropping
+from smartkv.sparsity.mask_sources import RandomDropping
 from tests.lightning_fixtures import prose, refused, run_cli, run_command, write_config
 from tests.models import token_ids
 
@@ -48,7 +48,7 @@ def config(out: Path, backbone: Path, texts: Path, **changes: Any) -> dict[str, 
         "alpha": 8,
         "threads": 1,
         "learning_rate": 0.01,
-        "dropping": {"class_path": "smartkv.sparsity.droppings.RandomDropping", "init_args": {"recent": 8}},
+        "dropping": {"class_path": "smartkv.sparsity.mask_sources.RandomDropping", "init_args": {"recent": 8}},
         "schedule": {"class_path": "smartkv.sparsity.Linear"},
     }
     data = {
@@ -155,7 +155,7 @@ def test_every_way_of_dropping_trains(kind: str, tmp_path: Path, tiny_backbone: 
         "soft": {"gates": str(gates), "footprint": 0.5, "temperature": 0.3, "train": True},
     }
     name = "GateDropping" if kind == "soft" else kind
-    dropping = {"class_path": f"smartkv.sparsity.droppings.{name}", "init_args": options[kind]}
+    dropping = {"class_path": f"smartkv.sparsity.mask_sources.{name}", "init_args": options[kind]}
     changes = {"model": {"dropping": dropping, "hidden_weight": 0.1}, "trainer": {"max_epochs": 1}}
     run_cli("fit", "-c", write_config(tmp_path / "run.yaml", config(tmp_path, tiny_backbone, texts, **changes)))
     assert all(torch.isfinite(weight).all() for weight in weights(tmp_path).values())

@@ -13,7 +13,7 @@ from smartkv.cache import LifespanCache
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
 from smartkv.policies import HybridPolicy, LayerRule
-from smartkv.sparsity.dropping import GatedDropping, KeyDropout, windowed
+from smartkv.sparsity.key_dropout import GatedDropping, KeyDropout, windowed
 from smartkv.sparsity.losses import hidden_distance, student_loss
 from tests.models import FAMILIES, llama, token_ids
 from tests.smartkv.cache_fixtures import random_gates, state

@@ -10,7 +10,7 @@ from smartkv.backbones import Backbone
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
 from smartkv.sparsity.anchors import Anchors
-from smartkv.sparsity.dropping import GatedDropping, KeyDropout, Share, windowed
+from smartkv.sparsity.key_dropout import GatedDropping, KeyDropout, Share, windowed
 
 
 class Dropping(ABC):

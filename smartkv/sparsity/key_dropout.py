@@ -13,10 +13,9 @@ from smartkv.budgets import policy_of
 from smartkv.distillation import keep_share, stays
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
-from smartkv.soft_eviction import softly_evicted
+from smartkv.soft_eviction import HIDDEN, softly_evicted
 from smartkv.sparsity.masking import sparsely_attended
 
-GONE = -1e4  # log of a share that is none
 Share = Literal["head", "layer", "model"]
 
 
@@ -102,7 +101,7 @@ class GatedDropping:
         keys before the rotary embedding."""
         worth = self.gates.predict(layer, keys)
         if self.temperature is None:
-            return (~stays(worth, self.price)).float().mul(GONE).movedim(-1, 0)
+            return (~stays(worth, self.price)).float().mul(HIDDEN).movedim(-1, 0)
         return keep_share(worth, self.price, self.temperature)[1].movedim(-1, 0)
 
     @contextmanager
