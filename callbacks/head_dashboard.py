@@ -12,6 +12,7 @@ from rich.table import Table
 
 from callbacks.console import make_console
 from callbacks.pictures import heads_heatmap, predicted_against_true
+from datamodules.lifespan_shards import LifespanShards
 from lightning_modules.gates import LifespanGates, head_name
 from smartkv.errors import SmartKVError
 from smartkv.nulls import score_nulls
@@ -43,7 +44,8 @@ class HeadDashboard(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
         if not trainer.is_global_zero:
             return
-        self.nulls = score_nulls(trainer.datamodule.rows)
+        if isinstance(trainer.datamodule, LifespanShards):  # online, keys are gone before nulls could learn from them
+            self.nulls = score_nulls(trainer.datamodule.rows)
         writer = tensorboard_writer(trainer)
         if writer is None:
             return
@@ -65,7 +67,7 @@ class HeadDashboard(L.Callback):
     @torch.no_grad()
     def _histograms(self, trainer: L.Trainer, module: LifespanGates) -> Any:
         rows = trainer.datamodule.rows
-        blocks = rows.blocks("validation")[: self.sample_windows]
+        blocks = trainer.datamodule.at_first("validation")[: self.sample_windows]
         prediction = torch.cat([module(rows.keys(block).to(module.device)).cpu() for block in blocks], dim=1).numpy()
         truth = torch.cat([rows.target(block) for block in blocks], dim=1).numpy()
         order = module.val_r2_head.argsort().tolist()

@@ -1,7 +1,6 @@
 """Perplexity of the LM under eviction by the gates as they stand, while they are trained."""
 
 import time
-from pathlib import Path
 
 import lightning as L
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 
 from callbacks.head_dashboard import tensorboard_writer
 from callbacks.pictures import frontier
-from datamodules.documents import read_plan
 from lightning_modules.gates import LifespanGates
 from smartkv.attention import read_keys
 from smartkv.backbones import Backbone, load_backbone
@@ -82,7 +80,7 @@ class HybridCachePerplexity(L.Callback):
             self.policy.check(fingerprint, GateBank(fingerprint, rows.layers, details={"inputs": rows.inputs}))
         if self.policy.open is None:
             raise SmartKVError(f"policy '{self.policy_name}' leaves nothing open that a footprint could decide")
-        plan = read_plan(Path(rows.manifest.folder))
+        plan = trainer.datamodule.plan
         self.held_out, self.learn = (
             plan.of_split(split)[:count]
             for split, count in (("validation", self.windows), ("train", self.calibration_windows))

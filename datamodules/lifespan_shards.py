@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.documents import WindowPlan, read_plan
 from smartkv.errors import SmartKVError
 from smartkv.objectives import Labels
 from smartkv.rows import LabelledRows
@@ -111,8 +112,12 @@ class BlockLoader:
         for chosen in order.split(self.blocks_per_batch):
             blocks = [self.blocks[i] for i in chosen.tolist()]
             rows = sum(block.stop - block.start for block in blocks)
-            batches.append((blocks[self.rank :: self.world_size], rows))
+            batches.append((self.mine(blocks), rows))
         return batches
+
+    def mine(self, blocks: list[Block]) -> list[Block]:
+        """Those of a batch that this process reads."""
+        return blocks[self.rank :: self.world_size]
 
     def __iter__(self) -> Iterator[KeyBatch]:
         # the body runs at the first `next`, after set_epoch and load_state_dict
@@ -173,8 +178,18 @@ class LifespanShards(L.LightningDataModule):
         for split in ("train", "validation"):
             self.blocks(split)  # both are needed, so say at once if one is missing
 
+    @property
+    def plan(self) -> WindowPlan:
+        """The windows that were harvested."""
+        return read_plan(self.rows.manifest.folder)
+
     def blocks(self, split: str) -> list[Block]:
         return self.rows.blocks(split, min(self.block, self.batch_size))
+
+    def at_first(self, split: str) -> list[Block]:
+        """What this process checks, and averages, before the first step: its part of whole windows."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return self.rows.blocks(split)[rank::world]
 
     def _loader(self, split: str, shuffle: bool, batch_size: int) -> BlockLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import R2Score
 
 from datamodules.lifespan_shards import KeyBatch, LifespanShards
+from datamodules.online_keys import OnlineKeys
 from lightning_modules.metrics import HeadMean
 from lightning_modules.schedules import warmup_then_cosine
 from smartkv.errors import SmartKVError
@@ -59,7 +60,7 @@ class LifespanGates(L.LightningModule):
         for name in ("hidden", "learning_rate"):
             if (value := self.hparams[name]) <= 0:
                 raise SmartKVError(f"{name} must be above 0, got {value}")
-        data: LifespanShards = self.trainer.datamodule
+        data: LifespanShards | OnlineKeys = self.trainer.datamodule
         fingerprint = data.rows.manifest.fingerprint
         self.bank = GateBank(fingerprint, data.rows.layers, self.hparams.hidden, self.objective.outputs)
         gates = len(self.bank)
@@ -71,18 +72,19 @@ class LifespanGates(L.LightningModule):
         self.train_loss_head, self.val_loss_head = HeadMean(gates), HeadMean(gates)
 
     def setup(self, stage: str) -> None:
-        rows = self.trainer.datamodule.rows
-        for block in rows.blocks("validation")[self.global_rank :: self.trainer.world_size]:
-            rows.checked_keys(block)  # those of training are checked while they are averaged
+        data = self.trainer.datamodule
+        for block in data.at_first("validation"):
+            data.rows.checked_keys(block)  # those of training are checked while they are averaged
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        """Mean and std of the training keys; each gate's output starts at its mean target. A resumed run has them."""
+        """Mean and std of the training keys (online: of those held at first); each gate's output starts at its mean
+        target. A resumed run has them."""
         if self.standardised:
             return
-        data: LifespanShards = self.trainer.datamodule
+        data: LifespanShards | OnlineKeys = self.trainer.datamodule
         moments = Moments.zeros(len(self.bank), self.bank.fingerprint.head_dim, self.bank.outputs)
-        for block in data.rows.blocks("train")[self.global_rank :: self.trainer.world_size]:
+        for block in data.at_first("train"):
             moments.update(data.rows.checked_keys(block), self.objective.targets(data.rows.labels(block)))
         for total in moments.tensors():
             total.copy_(self.trainer.strategy.reduce(total.to(self.device), reduce_op="sum"))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from smartkv.errors import SmartKVError
 from smartkv.gates import parse_layers
+from smartkv.held import HeldBlocks
 from smartkv.lifespans import log4_lifespan
 from smartkv.objectives import Labels
 from smartkv.shards import Block, Manifest, ShardReader
@@ -21,6 +22,7 @@ class LabelledRows:
         follow_up: tokens; None: what the harvest had.
         inputs: keys (before the rotary embedding) or keys_post_rope.
         layers: ranges such as "0-2,20-29"; None: all.
+        reader: of the keys and labels; None: of the manifest's folder.
 
     Raises:
         SmartKVError: a threshold, layer or input that the shards do not have, or a follow-up that leaves no key.
@@ -33,6 +35,7 @@ class LabelledRows:
         follow_up: int | None = None,
         inputs: str = "keys",
         layers: str | None = None,
+        reader: HeldBlocks | None = None,
     ) -> None:
         if inputs not in INPUTS:
             raise SmartKVError(f"inputs '{inputs}' is unknown: expected {' or '.join(INPUTS)}")
@@ -47,7 +50,7 @@ class LabelledRows:
         self.gates = len(self.layers) * manifest.fingerprint.kv_heads
         self._threshold_row = manifest.threshold_index(threshold)
         self._layers = None if len(self.layers) == manifest.fingerprint.layers else self.layers
-        self._reader = ShardReader(manifest.folder)
+        self._reader = ShardReader(manifest.folder) if reader is None else reader
 
     def blocks(self, split: str, size: int | None = None) -> list[Block]:
         """Blocks of at most `size` tokens; None: one a window.

@@ -15,16 +15,29 @@ from smartkv import GateBank, Manifest
 from tests.lightning_fixtures import ROOT, harvest, prose, run_cli, write_texts
 from tests.models import save_random_gates, save_tiny_backbone
 
+SUBCOMMANDS = {
+    "Harvest": "predict",
+    "LifespanGates": "fit",
+    "OnlineKeys": "online",
+    "DistilledGates": "distil",
+    "EvictionTuning": "tune",
+}
 OBJECTIVES = sorted((ROOT / "configs/gates/objectives").glob("*.yaml"))  # given after another config
 CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*OBJECTIVES})
 
 
 def runs(subcommand: str) -> list[Any]:
-    """The configs of one subcommand of main.py (distil: of `fit`, the other way to train gates; tune: of `fit`, a model
-    that learns to live with eviction), as test parameters; told apart by the class of their model."""
-    classes = {"predict": "Harvest", "fit": "LifespanGates", "distil": "DistilledGates", "tune": "EvictionTuning"}
-    model = classes[subcommand]
-    found = [path for path in CONFIGS if load(path).get("model", {}).get("class_path") == model]
+    """The configs of one subcommand of main.py (online: of `fit`, without shards; distil: of `fit`, the other way to
+    train gates; tune: of `fit`, a model that learns to live with eviction), as test parameters; told apart by the
+    classes of their model and their data."""
+    found = []
+    for path in CONFIGS:
+        parts = [load(path).get(part) for part in ("model", "data")]
+        if not all(isinstance(part, dict) for part in parts):
+            continue  # of `python -m eval`
+        model, data = (part["class_path"] for part in parts)
+        if SUBCOMMANDS.get("OnlineKeys" if data == "OnlineKeys" else model) == subcommand:
+            found.append(path)
     return [pytest.param(path, id=str(path.relative_to(ROOT / "configs").with_suffix(""))) for path in found]
 
 
@@ -59,7 +72,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Pat
 
 
 def test_every_config_of_main_is_tested() -> None:
-    tested = {param.values[0] for subcommand in ("predict", "fit", "distil", "tune") for param in runs(subcommand)}
+    tested = {param.values[0] for subcommand in SUBCOMMANDS.values() for param in runs(subcommand)}
     folders = [path for path in CONFIGS if path.parent.name in ("harvest", "gates", "eit")]
     demo = [ROOT / "configs" / "demo" / f"{name}.yaml" for name in ("harvest", "gates")]
     assert folders and tested == {*folders, *demo}
@@ -81,7 +94,7 @@ def test_a_harvest_config_prints_what_it_sets(path: Path) -> None:
         assert only(printed[part], written[part]) == written[part]
 
 
-@pytest.mark.parametrize("path", runs("fit") + runs("distil") + runs("tune"))
+@pytest.mark.parametrize("path", runs("fit") + runs("online") + runs("distil") + runs("tune"))
 def test_a_gates_config_prints_what_it_sets(path: Path) -> None:
     printed, written = printed_config("fit", "-c", path), load(path)
     for part in ("model", "data"):
@@ -124,6 +137,20 @@ def test_a_gates_config_runs(path: Path, shards: Path, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     overrides = ["--data.init_args.shards", shards, "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
     run_cli("fit", "-c", path, *overrides)
+    export = next(c for c in load(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
+    assert len(GateBank.from_pretrained(tmp_path / export["init_args"]["out"])) == 4
+
+
+@pytest.mark.parametrize("path", runs("online"))
+def test_an_online_config_runs(
+    path: Path, tiny_backbone: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SMARTKV_DATA", str(tiny_data))
+    small = {"window": 256, "windows": '{"train": 2, "validation": 1, "test": 0}', "follow_up": 32, "threads": 1,
+             "backbone": tiny_backbone}  # fmt: skip
+    overrides = [part for name, value in small.items() for part in (f"--data.init_args.{name}", str(value))]
+    run_cli("fit", "-c", path, *overrides, "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true")
     export = next(c for c in load(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
     assert len(GateBank.from_pretrained(tmp_path / export["init_args"]["out"])) == 4
 
@@ -234,7 +261,7 @@ def test_a_gates_config_reads_what_a_harvest_config_writes(path: Path) -> None:
     assert data["inputs"] == "keys" or labels["post_rope"]
 
 
-@pytest.mark.parametrize("path", runs("predict") + runs("fit") + runs("distil") + runs("tune"))
+@pytest.mark.parametrize("path", [param for name in SUBCOMMANDS.values() for param in runs(name)])
 def test_a_run_keeps_its_files_below_runs(path: Path) -> None:
     config = load(path)
     names = ("default_root_dir", "save_dir", "dirpath", "out", "shards")

@@ -1,0 +1,262 @@
+"""Text -> keys and lifespans -> batches, with no shards between: a frozen LM reads windows while gates are trained.
+
+Labelled windows flow through a buffer from which batches are drawn (`datamodules.replay`). Every process works out the
+same draw, reads every n-th window, and gives to each batch what it holds of it: the rows of step n do not depend on how
+many processes there are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from datamodules.documents import WindowCounts, WindowPlan, plan_windows
+from datamodules.lifespan_shards import BlockLoader, BlockReader, KeyBatch
+from datamodules.replay import Replay
+from datamodules.sources import SourceConfig
+from smartkv import backbones
+from smartkv.backbones import Backbone, load_backbone
+from smartkv.errors import SmartKVError
+from smartkv.held import HeldBlocks
+from smartkv.lifespans import LabelSpec, check_window, label_window
+from smartkv.rows import LabelledRows
+from smartkv.shards import Block, Manifest, ShardEntry
+
+
+class OnlineKeys(L.LightningDataModule):
+    """Keys and log4 lifespans of a frozen LM, labelled while gates are trained, for `fit` and `validate`.
+
+    Args:
+        sources: the mix.
+        windows: windows of each split. Those of validation are read once and held.
+        backbone: hub id, local folder, .gguf file or smollm2-135m.
+        dtype: of the LM: auto, float32, bfloat16 or float16.
+        window: tokens a window, one forward pass each.
+        windows_per_document: most windows from one long document, unless its source runs out.
+        threshold: attention probability that counts as a hit.
+        ages: tokens; future attention is measured from these ages on, for objectives that want it.
+        follow_up: tokens; only keys with at least this horizon are used, lifespans are capped here.
+        sinks: tokens at the start of a window that are left out.
+        inputs: what the gates read: keys (before the rotary embedding) or keys_post_rope.
+        layers: ranges of layers that get gates, such as "3-19"; null: all.
+        buffer: training windows whose keys are held at once, over all processes: batches are drawn from them.
+        passes: how often each key is drawn in an epoch.
+        batch_size: keys a head an optimiser step, over all processes together.
+        block: consecutive keys drawn at once; smaller shuffles better.
+        seed: of the choice of windows and of the draw.
+        threads: CPU threads a process.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        sources: list[SourceConfig],
+        windows: WindowCounts,
+        backbone: str = backbones.PACKAGED,
+        dtype: str = "auto",
+        window: int = 2048,
+        windows_per_document: int = 4,
+        threshold: float = 0.05,
+        ages: tuple[int, ...] = (),
+        follow_up: int = 1024,
+        sinks: int = 4,
+        inputs: Literal["keys", "keys_post_rope"] = "keys",
+        layers: str | None = None,
+        buffer: int = 16,
+        passes: int = 4,
+        batch_size: int = 1024,
+        block: int = 64,
+        seed: int = 0,
+        threads: int = 2,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.sources, self.counts, self.backbone, self.dtype = sources, asdict(windows), backbone, dtype
+        self.window, self.windows_per_document, self.sinks = window, windows_per_document, sinks
+        self.threshold, self.ages, self.follow_up = threshold, tuple(ages), follow_up
+        self.inputs, self.layers, self.buffer, self.passes = inputs, layers, buffer, passes
+        self.batch_size, self.block, self.seed, self.threads = batch_size, block, seed, threads
+        self.trust_remote_code = trust_remote_code
+        self.plan: WindowPlan | None = None
+
+    def setup(self, stage: str) -> None:
+        if self.plan is not None:
+            return
+        if min(self.batch_size, self.block, self.buffer, self.passes, self.threads) < 1 or self.sinks < 0:
+            raise SmartKVError(
+                "batch_size, block, buffer, passes and threads must be at least 1 and sinks at least 0, got "
+                f"{self.batch_size}, {self.block}, {self.buffer}, {self.passes}, {self.threads} and {self.sinks}"
+            )
+        if min(self.counts["train"], self.counts["validation"]) < 1:
+            raise SmartKVError(f"windows of train and validation must be at least 1 each, got {self.counts}")
+        self.spec = LabelSpec((self.threshold,), self.ages, self.follow_up)
+        torch.set_num_threads(self.threads)
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        self.lm: Backbone = load_backbone(self.backbone, self.dtype, device, self.trust_remote_code)
+        check_window(self.lm.model, self.window)
+        say = print if self.trainer is None or self.trainer.is_global_zero else str
+        self.plan = plan_windows(
+            self.sources, self.counts, self.lm.tokenizer, self.window, self.windows_per_document, self.seed, say
+        )
+        self.held = HeldBlocks(self.lm.fingerprint, self.spec)
+        self.rows = LabelledRows(self._manifest(), self.threshold, None, self.inputs, self.layers, self.held)
+        self.dataset = BlockReader(self.rows)
+        for number in range(len(self.plan.of_split("validation"))):
+            if self.owns(number):
+                self._read("validation", number, self.rows.blocks("validation"))
+
+    def _manifest(self) -> Manifest:
+        """What a harvest of the same windows would have written, with a file a window."""
+        shards = [
+            ShardEntry(_name(split, number), split, 1, self.window, 0, "")
+            for split in ("train", "validation")
+            for number in range(len(self.plan.of_split(split)))
+        ]
+        arguments = {"backbone": self.backbone, "dtype": str(self.lm.model.dtype).removeprefix("torch.")}
+        return Manifest(
+            Path("online"),
+            self.lm.fingerprint,
+            self.spec,
+            self.window,
+            self.sinks,
+            self.plan.sources,
+            self.plan.documents,
+            arguments,
+            shards,
+        )
+
+    # -- whose windows ----------------------------------------------------------------------------------------------
+
+    def owns(self, number: int) -> bool:
+        """Whether this process reads a window of that number."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return number % world == rank
+
+    def mine(self, blocks: list[Block]) -> list[Block]:
+        """Those that this process holds."""
+        return [block for block in blocks if self.owns(_number(block))]
+
+    def at_first(self, split: str) -> list[Block]:
+        """What this process checks, and averages, before the first step: validation, and the first windows of the
+        buffer, which stay there for the first epoch."""
+        if split == "train":
+            first = range(min(self.buffer, len(self.plan.of_split(split))))
+            self.read(list(first))
+            return self.mine([block for number in first for block in self._blocks(split)[number]])
+        return self.mine(self.rows.blocks(split))
+
+    def _blocks(self, split: str) -> list[list[Block]]:
+        """The blocks of each window."""
+        found: dict[int, list[Block]] = {}
+        for block in self.rows.blocks(split, min(self.block, self.batch_size)):
+            found.setdefault(_number(block), []).append(block)
+        return [found[number] for number in sorted(found)]
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def read(self, numbers: list[int], live: set[Block] | None = None) -> None:
+        """Label the training windows of these numbers that this process owns, and hold their blocks (of `live` alone,
+        if it is given). What is held already is not read again."""
+        for number in numbers:
+            blocks = [block for block in self._blocks("train")[number] if live is None or block in live]
+            if self.owns(number) and blocks and blocks[0] not in self.held:
+                self._read("train", number, blocks)
+
+    def _read(self, split: str, number: int, blocks: list[Block]) -> None:
+        tokens = self.plan.of_split(split)[number]
+        labels = label_window(self.lm.model, tokens, self.spec, self.inputs == "keys_post_rope")
+        self.held.hold([block for block in blocks if block.file == _name(split, number)], labels, tokens)
+
+    def train_dataloader(self) -> "ReplayLoader":
+        loader = ReplayLoader(self)
+        if self.trainer:
+            loader.set_epoch(self.trainer.current_epoch)  # or a resumed run replays epoch 0 first
+        return loader
+
+    def val_dataloader(self) -> BlockLoader:
+        blocks = self.rows.blocks("validation", min(self.block, self.batch_size))
+        return _Held(self, blocks)
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("seed", "batch_size", "block", "buffer", "passes", "window")
+        return {name: getattr(self, name) for name in names} | {"windows": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state != (now := self.state_dict()):
+            raise SmartKVError(f"the checkpoint was made with {state}, this run has {now}: the same rows cannot follow")
+
+
+class _Held(BlockLoader):
+    """Batches in order, of which each process gives what it holds."""
+
+    def __init__(self, data: OnlineKeys, blocks: list[Block]) -> None:
+        super().__init__(data.dataset, blocks, max(data.batch_size, 1024), None, 0, 1)
+        self.data = data
+
+    def mine(self, blocks: list[Block]) -> list[Block]:
+        return self.data.mine(blocks)
+
+
+class ReplayLoader:
+    """Batches by `Replay`; it can be stopped and taken up inside an epoch: the windows that the buffer then holds are
+    read again.
+
+    Lightning saves `state_dict` with a checkpoint and calls `set_epoch` on `sampler` before each epoch.
+    """
+
+    def __init__(self, data: OnlineKeys) -> None:
+        self.data = data
+        self.sampler, self.batch_sampler = self, None  # where Lightning looks for set_epoch
+        self.epoch = self.consumed = 0
+
+    def replay(self) -> Replay:
+        """The draw of the current epoch."""
+        data = self.data
+        size = min(data.block, data.batch_size)
+        per_step = max(1, data.batch_size // size)
+        return Replay(data._blocks("train"), data.buffer, data.passes, per_step, (data.seed, self.epoch))
+
+    def __len__(self) -> int:
+        return len(self.replay())
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:  # in the same one, a resumed run goes on where it was
+            self.epoch, self.consumed = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "consumed": self.consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.consumed = state["epoch"], state["consumed"]
+
+    def __iter__(self) -> Iterator[KeyBatch]:
+        # the body runs at the first `next`, after set_epoch and load_state_dict
+        replay, data = self.replay(), self.data
+        if self.consumed >= len(replay):
+            self.consumed = 0
+        behind = self.consumed
+        for number, step in enumerate(replay):
+            if number < behind:
+                if number == behind - 1:  # what the buffer holds now
+                    live = {block for block, _ in replay.live}
+                    data.read(sorted({_number(block) for block in live}), live)
+                continue
+            data.read(step.read)
+            mine = data.mine(step.draw)
+            batch = data.dataset[mine, sum(block.stop - block.start for block in step.draw)]
+            for block in data.mine(step.done):
+                data.held.drop(block)
+            self.consumed += 1
+            yield batch
+        self.consumed = 0
+
+
+def _name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}"
+
+
+def _number(block: Block) -> int:
+    return int(block.file.rpartition("-")[2])
