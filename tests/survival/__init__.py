@@ -1,0 +1,1 @@
+"""Runs that are killed, disks that fill up, files that lie."""
