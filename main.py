@@ -8,6 +8,8 @@ import logging
 import os
 import sys
 import warnings
+from pickle import UnpicklingError
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # blocks are memory-mapped: none needed
@@ -17,11 +19,28 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda reco
 
 import lightning as L  # noqa: E402
 from lightning.pytorch.cli import LightningCLI  # noqa: E402
+from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: E402
 
 import callbacks  # noqa: F401, E402 - these three are imported so that configs name classes without their module
 import datamodules  # noqa: F401, E402
 import lightning_modules  # noqa: F401, E402
 from smartkv.errors import SmartKVError  # noqa: E402
+from smartkv.folders import hold  # noqa: E402
+
+
+class CLI(LightningCLI):
+    """Lightning's, with one run at a time in a folder, and nothing in checkpoints that needs unpickling."""
+
+    @rank_zero_only
+    def before_fit(self) -> None:
+        hold(self.trainer.default_root_dir)
+
+    @rank_zero_only
+    def before_predict(self) -> None:
+        hold(self.datamodule.out)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -30,7 +49,7 @@ def main(args: list[str] | None = None) -> None:
     A user's mistake ends with one line on stderr and status 2.
     """
     try:
-        LightningCLI(
+        CLI(
             L.LightningModule,
             L.LightningDataModule,
             subclass_mode_model=True,
@@ -41,6 +60,9 @@ def main(args: list[str] | None = None) -> None:
         )
     except SmartKVError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except UnpicklingError:
+        print("error: the checkpoint holds more than numbers and is not loaded: it could run code", file=sys.stderr)
         sys.exit(2)
 
 

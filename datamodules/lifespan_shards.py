@@ -150,6 +150,7 @@ class LifespanShards(L.LightningDataModule):
         block: consecutive keys read at once; smaller shuffles better, larger reads faster.
         seed: of the order of blocks.
         num_workers: reader processes; 0 reads in the training process.
+        verify: read each shard whole before the first step, and compare it with its SHA-256.
     """
 
     def __init__(
@@ -163,8 +164,10 @@ class LifespanShards(L.LightningDataModule):
         block: int = 64,
         seed: int = 0,
         num_workers: int = 0,
+        verify: bool = True,
     ) -> None:
         super().__init__()
+        self.verify = verify
         self.shards, self.threshold, self.follow_up = shards, threshold, follow_up
         self.inputs, self.layers = inputs, layers
         self.batch_size, self.block, self.seed, self.num_workers = batch_size, block, seed, num_workers
@@ -173,6 +176,9 @@ class LifespanShards(L.LightningDataModule):
         if min(self.batch_size, self.block) < 1:
             raise SmartKVError(f"batch_size and block must be at least 1, got {self.batch_size} and {self.block}")
         manifest = Manifest.read(self.shards)
+        if self.verify and stage == "fit":
+            rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+            manifest.verify(manifest.shards[rank::world])
         self.rows = LabelledRows(manifest, self.threshold, self.follow_up, self.inputs, self.layers)
         self.dataset = BlockReader(self.rows)
         for split in ("train", "validation"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eval.results import read_result
+from smartkv.folders import hold
 from smartkv.gates import GateBank
 from smartkv.shards import write_atomically
 
@@ -23,6 +24,7 @@ class Cells:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        hold(path.parent)  # another run's figures would be lost
         self.path, self.settings = path, settings
         self.done: dict[str, Any] = read_result(path) if path.exists() else {}
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smartkv.backbones import Fingerprint
+from smartkv.checked import details_of_gates, flat, kind, whole
 from smartkv.errors import SmartKVError
 from smartkv.gate_files import CARD, CONFIG, WEIGHTS, card, find
 from smartkv.objectives import reading
@@ -61,7 +62,8 @@ class GateBank(nn.Module, ModelHubMixin):
         super().__init__()
         self.fingerprint = fingerprint
         self.layers = list(range(fingerprint.layers) if layers is None else layers)
-        if not self.layers or self.layers != sorted(set(self.layers) & set(range(fingerprint.layers))):
+        known = all(isinstance(layer, int) and 0 <= layer < fingerprint.layers for layer in self.layers)
+        if not self.layers or not known or self.layers != sorted(set(self.layers)):
             raise SmartKVError(
                 f"gates for layers {self.layers}: expected some of 0-{fingerprint.layers - 1}, ascending, each once"
             )
@@ -182,23 +184,28 @@ class GateBank(nn.Module, ModelHubMixin):
             SmartKVError: not there, damaged, or for another architecture (both are named).
         """
         config_path = find(folder_or_id, CONFIG, revision)
+        weights_path = find(folder_or_id, WEIGHTS, revision)
         try:
             config = json.loads(config_path.read_text())
             if config["format_version"] != FORMAT_VERSION:
                 raise SmartKVError(
                     f"{config_path} has format version {config['format_version']}, this SmartKV reads {FORMAT_VERSION}"
                 )
-            fingerprint = Fingerprint(**config["fingerprint"])
-            bank = cls(fingerprint, config["layers"], config["hidden"], config["outputs"], config["details"])
+            fingerprint = flat(Fingerprint, config["fingerprint"], least=1)
+            hidden, outputs = (whole(name, config[name], 1) for name in ("hidden", "outputs"))
+            details = details_of_gates(config["details"])
+            with torch.device("meta"):  # sizes that a damaged file claims cost nothing until the weights agree
+                bank = cls(fingerprint, kind("layers", config["layers"], list), hidden, outputs, details)
+            reading(details.get("target", ""), details.get("objective", {}))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise SmartKVError(f"{config_path} does not describe gates ({type(error).__name__}: {error})") from error
         if model is not None:
             Fingerprint.of(model).check(fingerprint, f"the gates in {folder_or_id}")
             if Fingerprint.of(model).weight_hash != fingerprint.weight_hash:
                 log.warning("the gates in %s were trained on other weights of the same architecture", folder_or_id)
-        weights_path = find(folder_or_id, WEIGHTS, revision)
         try:
-            bank.load_state_dict(load_file(weights_path))
+            weights = {name: tensor.float() for name, tensor in load_file(weights_path).items()}
+            bank.load_state_dict(weights, assign=True)
         except (SafetensorError, RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise SmartKVError(f"{weights_path} does not hold the gates its config.json describes: {reason}") from error

@@ -24,19 +24,19 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from smartkv.backbones import Fingerprint
+from smartkv.checked import flat, kind, number, whole
 from smartkv.errors import SmartKVError
-from smartkv.lifespans import LabelSpec, log4_lifespan
+from smartkv.lifespans import LabelSpec
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -172,12 +172,20 @@ class Manifest:
             spec = data["spec"]
             manifest = cls(
                 folder=folder,
-                fingerprint=Fingerprint(**data["fingerprint"]),
-                spec=LabelSpec(tuple(spec["thresholds"]), tuple(spec["ages"]), spec["follow_up"]),
-                shards=[ShardEntry(**entry) for entry in data["shards"]],
-                **{key: data[key] for key in ("window", "sinks", "sources", "documents", "arguments")},
+                fingerprint=flat(Fingerprint, data["fingerprint"], least=1),
+                spec=LabelSpec(
+                    tuple(number("thresholds", threshold) for threshold in spec["thresholds"]),
+                    tuple(whole("ages", age, 1) for age in spec["ages"]),
+                    whole("follow_up", spec["follow_up"], 1),
+                ),
+                shards=[flat(ShardEntry, entry) for entry in kind("shards", data["shards"], list)],
+                window=whole("window", data["window"], 1),
+                sinks=whole("sinks", data["sinks"]),
+                sources=kind("sources", data["sources"], list),
+                documents=kind("documents", data["documents"], list),
+                arguments=kind("arguments", data["arguments"], dict),
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SmartKVError(
                 f"{path} is damaged ({type(error).__name__}: {error}): run the same harvest again"
             ) from error
@@ -186,7 +194,7 @@ class Manifest:
         return manifest
 
     def _check(self, entry: ShardEntry) -> None:
-        if not isinstance(entry.file, str) or entry.split not in SPLITS:
+        if entry.split not in SPLITS:
             raise SmartKVError(f"{self.folder / MANIFEST} is damaged: shard {entry.file!r} of split {entry.split!r}")
         path = self.folder / entry.file
         if Path(entry.file).name != entry.file:
@@ -206,6 +214,19 @@ class Manifest:
             raise SmartKVError(
                 f"{path} holds keys of shape {shape}, its manifest says {expected}: run the harvest again"
             )
+
+    def verify(self, entries: Sequence[ShardEntry]) -> None:
+        """Read these shards whole, and compare them with what was written: half a second a gigabyte.
+
+        Raises:
+            SmartKVError: naming the shard that is another.
+        """
+        for entry in entries:
+            path = self.folder / entry.file
+            if entry_of(path, entry.split, entry.windows, entry.tokens).sha256 != entry.sha256:
+                raise SmartKVError(
+                    f"{path} is not what was harvested (its SHA-256 differs): delete it and harvest again"
+                )
 
     def threshold_index(self, threshold: float) -> int:
         """Which row of `lifespan` belongs to `threshold`.
@@ -287,35 +308,6 @@ def entry_of(path: Path, split: str, windows: int, tokens: int) -> ShardEntry:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return ShardEntry(path.name, split, windows, tokens, path.stat().st_size, digest)
-
-
-def export_heads(manifest: Manifest, out: Path, threshold: float, split: str = "train") -> int:
-    """Write the layout of earlier tools: `l{layer}_h{head}/shard_{n}.safetensors`, one folder a head.
-
-    Each file holds `keys` float16 `[rows, head_dim]` and `target` float32 `[rows]` (log4 lifespan, capped at the
-    follow-up), the labelled keys of one shard.
-
-    Returns:
-        The number of files written.
-
-    Raises:
-        SmartKVError: no keys of this split are labelled, or the threshold was not harvested.
-    """
-    reader, row = ShardReader(manifest.folder), manifest.threshold_index(threshold)
-    if not manifest.labelled(split, manifest.window, manifest.spec.follow_up):
-        raise SmartKVError(f"{manifest.folder} has no labelled {split} keys to export")
-    written = 0
-    for number, entry in enumerate(manifest.of_split(split)):
-        labelled = manifest.labelled(split, manifest.window, manifest.spec.follow_up)
-        blocks = [block for block in labelled if block.file == entry.file]
-        keys = torch.cat([reader.read(block, "keys") for block in blocks], dim=2)
-        lifespan = torch.cat([reader.read(block, "lifespan")[row] for block in blocks], dim=2)
-        target = log4_lifespan(lifespan, manifest.spec.follow_up)
-        for layer, head in heads_of(manifest.fingerprint):
-            tensors = {"keys": keys[layer, head].contiguous(), "target": target[layer, head].contiguous()}
-            write_atomically(out / f"l{layer}_h{head}" / f"shard_{number}.safetensors", save(tensors))
-            written += 1
-    return written
 
 
 def heads_of(fingerprint: Fingerprint) -> Iterable[tuple[int, int]]:

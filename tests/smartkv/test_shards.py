@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from smartkv.backbones import Fingerprint
 from smartkv.errors import SmartKVError
+from smartkv.head_files import export_heads
 from smartkv.lifespans import LabelSpec, label_window
 from smartkv.shards import (
     Block,
@@ -26,7 +27,6 @@ from smartkv.shards import (
     ShardEntry,
     ShardReader,
     entry_of,
-    export_heads,
     read_header,
     write_atomically,
     write_shard,

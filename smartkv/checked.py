@@ -1,0 +1,61 @@
+"""What stands in a JSON file, checked where it is read: a ValueError names what is not what it should be."""
+
+import math
+from dataclasses import fields
+from typing import Any, TypeVar
+
+LARGEST = 2**53  # as far as JSON's numbers are whole
+Flat = TypeVar("Flat")
+
+
+def whole(name: str, value: Any, least: int = 0) -> int:
+    """A whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < LARGEST:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return value
+
+
+def kind(name: str, value: Any, expected: type) -> Any:
+    """A text, a list or a mapping."""
+    if not isinstance(value, expected):
+        raise ValueError(f"{name} must be a {expected.__name__}, got {value!r}")
+    return value
+
+
+def flat(cls: type[Flat], content: Any, least: int = 0) -> Flat:
+    """A dataclass whose fields are texts and whole numbers of at least `least`."""
+    content = kind(cls.__name__, content, dict)
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    if missing := sorted({*names} ^ {*content}):
+        raise ValueError(f"{cls.__name__} has {', '.join(names)}, and differs in {', '.join(map(str, missing))}")
+    for field in fields(cls):  # type: ignore[arg-type]
+        value = content[field.name]
+        if field.type in (int, "int"):
+            whole(field.name, value, least)
+        else:
+            kind(field.name, value, str)
+    return cls(**content)
+
+
+def details_of_gates(content: Any) -> dict[str, Any]:
+    """What gates remember beside their shape, as far as anything reads it."""
+    details: dict[str, Any] = kind("details", content, dict)
+    ages = [whole("ages", age, 1) for age in kind("ages", details.get("ages", []), list)]
+    if ages != sorted(set(ages)):
+        raise ValueError(f"ages must rise, got {ages}")
+    for point in kind("prices", details.get("prices", []), list):
+        if len(kind("prices", point, list)) != 2 or not 0 < number("footprint", point[0]) <= 1:
+            raise ValueError(f"prices are pairs of a footprint and a price, got {point!r}")
+        number("price", point[1])
+    whole("sinks", details.get("sinks", 0))
+    for name in ("target", "inputs"):
+        kind(name, details.get(name, ""), str)
+    kind("objective", details.get("objective", {}), dict)
+    return details

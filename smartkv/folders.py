@@ -1,0 +1,33 @@
+"""One run at a time writes into a folder."""
+
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from smartkv.errors import SmartKVError
+
+LOCK = ".lock"
+_held: dict[Path, FileLock] = {}
+
+
+def hold(folder: Path | str) -> None:
+    """Keep other processes from holding this folder until this process ends, however it ends. Holding it again is
+    nothing.
+
+    Raises:
+        SmartKVError: another process holds it, or the folder cannot be written to.
+    """
+    path = Path(folder).resolve()
+    if path in _held:
+        return
+    lock = FileLock(path / LOCK)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise SmartKVError(
+            f"another run is writing into {folder}: let it end, or give this one another folder"
+        ) from error
+    except OSError as error:
+        raise SmartKVError(f"{folder} cannot be written to: {error.strerror or error}") from error
+    _held[path] = lock

@@ -1,0 +1,231 @@
+"""Full disks, folders that cannot be written to, two runs in one folder, files that are not what they were."""
+
+import json
+import multiprocessing
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eval.cells import Cells
+from smartkv.errors import SmartKVError
+from smartkv.folders import LOCK, hold
+from smartkv.shards import MANIFEST, Manifest
+from tests.lightning_fixtures import (
+    ROOT,
+    error_line,
+    gates_config,
+    harvest,
+    harvest_config_at,
+    refused,
+    run_cli,
+    shard_bytes,
+    write_config,
+)
+from tests.models import write_tiny_shards
+
+# -- disks ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def full_disk(at: int) -> Iterator[None]:
+    """Inside, no file of this process can grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (at, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_harvest_on_a_full_disk_stops_in_a_line_and_goes_on_when_there_is_room(
+    tmp_path: Path, tiny_backbone: Path, tiny_texts: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    config = harvest_config_at(out, tiny_backbone, tiny_texts)
+    room = min(len(data) for name, data in shard_bytes(tiny_shards).items() if name.startswith("train")) - 1
+    with full_disk(room):
+        said = error_line(refused(capsys, "predict", "-c", config))
+    assert "could not be written: File too large" in said
+    assert not (out / MANIFEST).exists() and not list(out.glob(".*.tmp"))
+    run_cli("predict", "-c", config)
+    assert shard_bytes(out) == shard_bytes(tiny_shards)
+
+
+def test_cells_on_a_full_disk_keep_what_was_measured(tmp_path: Path) -> None:
+    cells = Cells(tmp_path / "cells", {})
+    cells.measured("first", lambda: 1)
+    with full_disk(100), pytest.raises(SmartKVError, match="could not be written"):
+        cells.measured("second", lambda: "x" * 1000)
+    assert Cells(tmp_path / "cells", {}).measured("first", lambda: 2) == 1
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="/proc is a folder in which nobody can make files")
+def test_a_folder_that_cannot_be_written_to_is_told_in_a_line(
+    tiny_backbone: Path, tiny_texts: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Root may write where the mode forbids it, so the folder is one that the kernel keeps."""
+    config = gates_config(tiny_shards, Path("/proc/smartkv"))
+    config["trainer"]["logger"] = False
+    said = error_line(refused(capsys, "fit", "-c", write_config(tmp_path / "fit.yaml", config)))
+    assert "/proc/smartkv cannot be written to" in said
+    with pytest.raises(SmartKVError, match="cannot be written to"):
+        hold("/proc/smartkv")
+
+
+# -- two runs ---------------------------------------------------------------------------------------------------------
+
+
+def _hold_until_told(folder: str, held: Any, told: Any) -> None:
+    hold(folder)
+    held.set()
+    told.wait(60)
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Path]:
+    """A folder that another process holds; it lets go at the end."""
+    context = multiprocessing.get_context("fork")
+    holding, told = context.Event(), context.Event()
+    process = context.Process(target=_hold_until_told, args=(str(tmp_path / "held"), holding, told))
+    process.start()
+    assert holding.wait(60)
+    yield tmp_path / "held"
+    told.set()
+    process.join()
+
+
+def test_a_second_run_into_a_folder_is_told_of_the_first(
+    held: Path, tiny_shards: Path, tiny_backbone: Path, tiny_texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(held.parent / "fit.yaml", gates_config(tiny_shards, held))
+    assert f"another run is writing into {held}" in error_line(refused(capsys, "fit", "-c", config))
+    config = harvest_config_at(held, tiny_backbone, tiny_texts)
+    assert f"another run is writing into {held}" in error_line(refused(capsys, "predict", "-c", config))
+    with pytest.raises(SmartKVError, match="another run"):
+        Cells(held / "compare.cells", {})
+    assert sorted(path.name for path in held.iterdir()) == [LOCK]
+
+
+def test_a_killed_run_leaves_no_lock_behind(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    holding, told = context.Event(), context.Event()
+    process = context.Process(target=_hold_until_told, args=(str(tmp_path), holding, told))
+    process.start()
+    assert holding.wait(60)
+    process.kill()
+    process.join()
+    hold(tmp_path)
+    hold(tmp_path)  # the same process may ask again
+
+
+# -- files that lie ---------------------------------------------------------------------------------------------------
+
+
+def flipped(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8 % len(data)] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_flipped_bit_in_a_shard_stops_the_fit_and_names_the_shard(
+    share: float, tmp_path: Path, tiny_backbone: Path, tiny_texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = harvest(tmp_path / "shards", tiny_backbone, tiny_texts)
+    path = shards / "train-00001.safetensors"
+    flipped(path, int(share * 8 * path.stat().st_size))
+    config = write_config(tmp_path / "fit.yaml", gates_config(shards, tmp_path / "fit"))
+    said = error_line(refused(capsys, "fit", "-c", config))
+    assert str(path) in said and ("SHA-256" in said or "damaged" in said)
+
+
+def test_a_manifest_that_lists_anothers_shard_is_found_out(tmp_path: Path) -> None:
+    manifest = write_tiny_shards(tmp_path / "shards")
+    folder, (first, second) = manifest.folder, manifest.shards[:2]
+    data = json.loads((folder / MANIFEST).read_text())
+    data["shards"][0]["sha256"], data["shards"][1]["sha256"] = second.sha256, first.sha256
+    (folder / MANIFEST).write_text(json.dumps(data))
+    lying = Manifest.read(folder)
+    with pytest.raises(SmartKVError, match="SHA-256"):
+        lying.verify(lying.shards)
+    manifest.verify(manifest.shards)
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_with_code_in_it_is_not_loaded(
+    tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = tmp_path / "ran"
+    torch.save({"state_dict": {}, "evil": Payload(ran)}, tmp_path / "evil.ckpt")
+    config = write_config(tmp_path / "fit.yaml", gates_config(tiny_shards, tmp_path / "fit"))
+    said = error_line(refused(capsys, "fit", "-c", config, "--ckpt_path", tmp_path / "evil.ckpt"))
+    assert "more than numbers" in said and not ran.exists()
+
+
+# -- a hub that does not answer ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent_hub() -> Iterator[str]:
+    """Takes connections and never says a word."""
+    server = socket.create_server(("127.0.0.1", 0))
+    open_: list[socket.socket] = []
+
+    def take() -> None:
+        while True:
+            try:
+                open_.append(server.accept()[0])
+            except OSError:
+                return
+
+    threading.Thread(target=take, daemon=True).start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}"
+    server.close()
+    for connection in open_:
+        connection.close()
+
+
+@pytest.mark.slow
+def test_a_hub_that_does_not_answer_ends_in_a_line(silent_hub: str, tmp_path: Path, tiny_texts: Path) -> None:
+    config = harvest_config_at(tmp_path / "out", Path("someone/model"), tiny_texts)
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_HOME": str(tmp_path)}
+    quick = {
+        "HF_ENDPOINT": silent_hub,
+        "HF_HUB_ETAG_TIMEOUT": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+        "HF_HOME": str(tmp_path),
+    }
+    command = [sys.executable, "main.py", "predict", "-c", str(config)]
+    start = time.monotonic()
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment | quick | {"HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "someone/model" in error_line(done.stderr)
+    print(f"told after {time.monotonic() - start:.0f} s")
