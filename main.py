@@ -26,6 +26,7 @@ import datamodules  # noqa: F401, E402
 import lightning_modules  # noqa: F401, E402
 from smartkv.errors import SmartKVError  # noqa: E402
 from smartkv.folders import hold  # noqa: E402
+from smartkv.hub import answer_in_time  # noqa: E402
 
 
 class CLI(LightningCLI):
@@ -49,6 +50,7 @@ def main(args: list[str] | None = None) -> None:
     A user's mistake ends with one line on stderr and status 2.
     """
     try:
+        answer_in_time()
         CLI(
             L.LightningModule,
             L.LightningDataModule,

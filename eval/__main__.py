@@ -21,8 +21,10 @@ from eval.report import report
 from eval.ruler import ruler
 from eval.speed import speed
 from eval.spellings import spelled_out
+from eval.training import training
 from eval.validation import baselines
 from smartkv.errors import SmartKVError
+from smartkv.hub import answer_in_time
 
 COMMANDS = {
     "anchors": anchors,
@@ -42,12 +44,14 @@ COMMANDS = {
     "report": report,
     "ruler": ruler,
     "speed": speed,
+    "training": training,
 }
 
 
 def main(args: list[str] | None = None) -> None:
     """Run one command; a user's mistake ends with one line on stderr and status 2."""
     try:
+        answer_in_time()
         given = spelled_out(sys.argv[1:] if args is None else args)
         auto_cli(COMMANDS, args=given, as_positional=False, prog="python -m eval")
     except SmartKVError as error:

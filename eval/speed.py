@@ -3,10 +3,8 @@
 Each figure is measured in a process of its own, so that peak memory is that of one way at one length.
 """
 
-import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from callbacks.console import make_console
 from callbacks.pictures import COLOURS
+from eval.apart import apart
 from eval.results import save_picture, write_result
 from smartkv import backbones
 from smartkv.backbones import Backbone, load_backbone
@@ -53,7 +52,7 @@ def speed(
     figures = []
     for length in lengths:
         for way in ways:
-            figure = {"way": way, "tokens": length, **_measure_apart(way, length, backbone, dtype, repeats, threads)}
+            figure = {"way": way, "tokens": length, **apart(_measure, way, length, backbone, dtype, repeats, threads)}
             figures.append(figure)
             console.print(_line(figure), highlight=False)
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
@@ -67,22 +66,7 @@ def speed(
     console.print(f"  {result}\n  {picture}", highlight=False)
 
 
-def _measure_apart(way: str, *arguments: Any) -> dict[str, Any]:
-    """`_measure` in a fresh process; {"note": …} where it cannot run."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sender, way, *arguments))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        return {"note": "the process ended without a result (out of memory?)"}
-    finally:
-        process.join()
-
-
-def _measure(sender: Any, way: str, length: int, backbone: str, dtype: str, repeats: int, threads: int) -> None:
+def _measure(way: str, length: int, backbone: str, dtype: str, repeats: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     lm = load_backbone(backbone, dtype)
     arch = lm.architecture
@@ -90,8 +74,7 @@ def _measure(sender: Any, way: str, length: int, backbone: str, dtype: str, repe
     # eager attention also holds one layer's float32 scores and softmax, and the mask
     needed = attentions + 3 * arch.query_heads * length**2 * 4
     if way == "output_attentions" and needed > psutil.virtual_memory().available:
-        sender.send({"note": f"needs {needed / 2**30:.0f} GiB"})
-        return
+        return {"note": f"needs {needed / 2**30:.0f} GiB"}
     tokens = torch.randint(lm.model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
     run = {"smartkv": _smartkv, "forward": _forward, "output_attentions": _output_attentions}[way]
     if way == "output_attentions":
@@ -102,8 +85,7 @@ def _measure(sender: Any, way: str, length: int, backbone: str, dtype: str, repe
         with torch.inference_mode():
             run(lm, tokens)
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sender.send({"tokens_per_second": length / statistics.median(seconds[1:]), "peak_memory": peak})
+    return {"tokens_per_second": length / statistics.median(seconds[1:])}
 
 
 def _smartkv(lm: Backbone, tokens: Tensor) -> None:

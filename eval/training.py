@@ -1,0 +1,269 @@
+"""`python -m eval training`: how fast gates train: all together and one by one, as heads grow, and from disk.
+
+The keys are random: speed and memory do not depend on what they say.
+"""
+
+import math
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from callbacks.console import make_console
+from datamodules.lifespan_shards import LifespanShards
+from eval.apart import apart
+from eval.results import machine, write_result, write_tables
+from lightning_modules.gates import LifespanGates
+from smartkv.backbones import Fingerprint
+from smartkv.errors import SmartKVError
+from smartkv.lifespans import LabelSpec
+from smartkv.rows import LabelledRows
+from smartkv.shards import SPLITS, Manifest, entry_of, write_shard
+
+SINKS, HIDDEN = 4, 64
+SIZES = {  # layers, KV heads, head_dim
+    "Qwen2.5-0.5B": (24, 2, 64),
+    "SmolLM2-135M": (30, 3, 64),
+    "Qwen3-8B": (36, 8, 128),
+    "70B class": (80, 8, 128),
+}
+
+
+def training(
+    out: str,
+    batches: list[int] = [1024, 4096],  # noqa: B006 - jsonargparse shows it; never changed
+    models: list[str] = list(SIZES),  # noqa: B006
+    steps: int = 20,
+    rounds: int = 3,
+    window: int = 1024,
+    windows: int = 16,
+    threads: int = 2,
+    device: str = "cpu",
+    markdown_file: str | None = None,
+) -> None:
+    """Measure the training of gates.
+
+    Args:
+        out: folder for training.json and training.md.
+        batches: keys a head an optimiser step, for all gates together against one by one (24 × 2 heads).
+        models: whose numbers of heads are measured: Qwen2.5-0.5B, SmolLM2-135M, Qwen3-8B, 70B class.
+        steps: optimiser steps a round.
+        rounds: of both ways in turn; the median is given.
+        window: tokens of a made window, half of them labelled.
+        windows: made windows; fewer where heads are many (about 0.5 GB).
+        threads: CPU threads.
+        device: cpu or cuda.
+        markdown_file: where the tables go besides. Null: nowhere.
+    """
+    console = make_console()
+    if unknown := sorted(set(models) - set(SIZES)):
+        raise SmartKVError(f"models {', '.join(unknown)} are unknown: expected some of {', '.join(SIZES)}")
+    if min(steps, rounds, windows, threads, *batches) < 1 or window < 4 * SINKS:
+        raise SmartKVError(f"steps, rounds, windows, threads and batches must be at least 1, window {4 * SINKS}")
+    ways, heads = [], []
+    with tempfile.TemporaryDirectory() as scratch, Progress(console=console) as progress:
+        task = progress.add_task("Training", total=len(batches) + len(models))
+        for batch in batches:
+            folder = Path(scratch) / f"{batch}"
+            ways.append(
+                {"batch": batch, **apart(_ways, folder, batch, steps, rounds, window, windows, threads, device)}
+            )
+            progress.advance(task)
+        for name in models:
+            held = windows * 48 * 64 // math.prod(SIZES[name])  # about as many bytes for each
+            measured = apart(
+                _heads, Path(scratch) / name, name, batches[0], steps, window, max(2, held), threads, device
+            )
+            heads.append({"model": name, "heads": SIZES[name][0] * SIZES[name][1], **measured})
+            progress.advance(task)
+    arguments = {"batches": batches, "steps": steps, "rounds": rounds, "window": window, "windows": windows}
+    arguments |= {"threads": threads, "device": device, "machine": machine(device)}
+    tables = [_table_of_ways(ways), _table_of_heads(heads, batches[0])]
+    figures = {"units": UNITS, "ways": ways, "heads": heads}
+    result = write_result(Path(out), "training", arguments, figures)
+    files = [Path(out) / "training.md", *([Path(markdown_file)] if markdown_file else [])]
+    for table in tables:
+        console.print(table)
+    for path in [result, *(write_tables(file, tables) for file in files)]:
+        console.print(f"  {path}", highlight=False)
+
+
+UNITS = {
+    "together, apart": "seconds for the same steps of all 48 heads; one by one: their keys from a file a head",
+    "ratio": "one by one ÷ together",
+    "rows_from_shards, rows_from_torch_load": "keys of all heads a second that can be read",
+    "rows_trained": "keys of all heads a second that training takes",
+    "peak_memory": "bytes, of the whole process",
+}
+
+
+def made_shards(folder: Path, layers: int, kv_heads: int, head_dim: int, window: int, windows: int) -> Path:
+    """Shards of random keys and lifespans, one window each, a quarter of them (at least one) for validation."""
+    generator = torch.Generator().manual_seed(0)
+    entries = []
+    for number in range(windows):
+        split = "train" if number < windows - max(1, windows // 4) else "validation"
+        exponent = 5 * torch.rand(1, layers, kv_heads, window, generator=generator)
+        tensors = {
+            "keys": torch.randn(layers, kv_heads, window, head_dim, generator=generator).half(),
+            "lifespan": (4**exponent).int(),
+            "horizon": torch.arange(window - 1, -1, -1, dtype=torch.int32),
+            "position": torch.arange(window, dtype=torch.int32),
+            "token": torch.randint(1000, (window,), generator=generator).int(),
+            "document": torch.full((window,), number, dtype=torch.int32),
+            "split": torch.full((window,), SPLITS.index(split), dtype=torch.int32),
+        }
+        path = folder / f"{split}-{number:05d}.safetensors"
+        write_shard(path, tensors, {})
+        entries.append(entry_of(path, split, 1, window))
+    fingerprint = Fingerprint("llama", layers, kv_heads, head_dim, "made")
+    spec = LabelSpec((0.05,), (), window // 2)
+    documents = [f"made/{number}" for number in range(windows)]
+    Manifest(folder, fingerprint, spec, window, SINKS, [], documents, {"backbone": "made"}, entries).write()
+    return folder
+
+
+def _fit(shards: Path, batch: int, steps: int, device: str) -> float:
+    """Seconds of `steps` steps of all gates by Lightning, as `fit` runs them, set-up and validation left out."""
+    warnings.filterwarnings("ignore")
+    timed = _Timed()
+    trainer = L.Trainer(
+        accelerator="gpu" if device == "cuda" else device,
+        devices=1,
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[timed],
+    )
+    trainer.fit(LifespanGates(HIDDEN), datamodule=LifespanShards(str(shards), batch_size=batch, verify=False))
+    return timed.seconds
+
+
+class _Timed(L.Callback):
+    seconds = 0.0
+
+    def on_train_start(self, *_: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_end(self, *_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.start
+
+
+def _apart(files: list[Path], batch: int, steps: int, device: str) -> float:
+    """Seconds of the same steps, a head after the other: its keys from a file of its own, an MLP, an optimiser."""
+    start = time.perf_counter()
+    for file in files:
+        content = torch.load(file, weights_only=True)
+        keys, target = content["keys"].to(device), content["target"].to(device)
+        wide = keys.float()
+        mean, std = wide.mean(dim=0), wide.std(dim=0)
+        gate = nn.Sequential(nn.Linear(keys.shape[1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)).to(device)
+        optimizer = torch.optim.AdamW(gate.parameters(), lr=3e-3, weight_decay=0.01)
+        order: list[Tensor] = []
+        for _ in range(steps):
+            order = order or list(torch.randperm(len(keys)).split(min(batch, len(keys))))
+            rows = order.pop()
+            loss = F.huber_loss(gate((keys[rows].float() - mean) / std)[:, 0], target[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _ways(
+    folder: Path, batch: int, steps: int, rounds: int, window: int, windows: int, threads: int, device: str
+) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    shards = made_shards(folder, *SIZES["Qwen2.5-0.5B"], window, windows)
+    rows = LabelledRows(Manifest.read(shards))
+    keys = torch.cat([rows.keys(block) for block in rows.blocks("train")], dim=1)
+    target = torch.cat([rows.target(block) for block in rows.blocks("train")], dim=1)
+    files = [folder / f"head{gate}.pt" for gate in range(len(keys))]
+    for gate, file in enumerate(files):
+        torch.save({"keys": keys[gate].clone(), "target": target[gate].clone()}, file)
+    torch.save({"keys": keys, "target": target}, folder / "all.pt")
+    together, alone = [], []
+    for _ in range(rounds):
+        together.append(_fit(shards, batch, steps, device))
+        alone.append(_apart(files, batch, steps, device))
+    ratios = [theirs / ours for ours, theirs in zip(together, alone, strict=True)]
+    used = steps * min(batch, keys.shape[1])
+    figures = {"together": statistics.median(together), "apart": statistics.median(alone)}
+    figures |= {"ratio": statistics.median(ratios), "rows_trained": used / statistics.median(together)}
+    data = LifespanShards(str(shards), batch_size=batch, verify=False)
+    data.setup("validate")
+    figures["rows_from_shards"] = _rows_a_second(lambda: sum(b.keys.shape[1] for b in data.train_dataloader()))
+    whole = folder / "all.pt"
+    figures["rows_from_torch_load"] = _rows_a_second(lambda: torch.load(whole, weights_only=True)["keys"].shape[1])
+    return figures
+
+
+def _rows_a_second(read: Callable[[], int], rounds: int = 3) -> float:
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        found.append(read() / (time.perf_counter() - start))
+    return statistics.median(found)
+
+
+def _heads(
+    folder: Path, name: str, batch: int, steps: int, window: int, windows: int, threads: int, device: str
+) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    shards = made_shards(folder, *SIZES[name], window, windows)
+    seconds = _fit(shards, batch, steps, device)
+    return {"steps_per_second": steps / seconds, "shard_bytes": sum(s.bytes for s in Manifest.read(shards).shards)}
+
+
+def _table_of_ways(ways: list[dict[str, Any]]) -> Table:
+    table = Table(title="48 gates together and one by one, and keys from disk")
+    for name in (
+        "batch",
+        "together, s",
+        "one by one, s",
+        "× faster",
+        "rows/s trained",
+        "rows/s from shards",
+        "rows/s by torch.load",
+    ):
+        table.add_column(name, justify="right")
+    for w in ways:
+        if "note" in w:
+            table.add_row(f"{w['batch']:,}", w["note"], *[""] * 5)
+            continue
+        speeds = [f"{w[name]:,.0f}" for name in ("rows_trained", "rows_from_shards", "rows_from_torch_load")]
+        table.add_row(f"{w['batch']:,}", f"{w['together']:.2f}", f"{w['apart']:.2f}", f"{w['ratio']:.2f}", *speeds)
+    return table
+
+
+def _table_of_heads(heads: list[dict[str, Any]], batch: int) -> Table:
+    table = Table(title=f"Steps of {batch:,} keys a head as heads grow")
+    for name in ("model", "heads", "steps/s", "head-steps/s", "peak memory, GiB", "shards on disk, GiB"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for h in heads:
+        if "note" in h:
+            table.add_row(h["model"], str(h["heads"]), h["note"], "", "", "")
+            continue
+        speed = h["steps_per_second"]
+        sizes = [f"{h[name] / 2**30:.2f}" for name in ("peak_memory", "shard_bytes")]
+        table.add_row(h["model"], str(h["heads"]), f"{speed:.2f}", f"{speed * h['heads']:,.0f}", *sizes)
+    return table
