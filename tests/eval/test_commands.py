@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +137,7 @@ def test_the_slurm_scripts_say_what_they_would_send_and_skip_what_is_done(phase:
 
 def test_the_slurm_scripts_are_bash_and_refuse_an_unknown_phase() -> None:
     scripts = sorted((ROOT / "scripts/slurm").glob("*.sh"))
-    assert len(scripts) == 6
+    assert len(scripts) == 7
     for script in scripts:
         subprocess.run(["bash", "-n", str(script)], check=True)
     env = os.environ | {"DRY_RUN": "1"}
@@ -144,6 +145,17 @@ def test_the_slurm_scripts_are_bash_and_refuse_an_unknown_phase() -> None:
         ["bash", str(ROOT / "scripts/slurm/submit.sh"), "7"], capture_output=True, text=True, env=env, check=False
     )
     assert done.returncode == 2 and "there is no phase '7'" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["fit.sh", "phase2_train.sh"])
+def test_a_slurm_script_finds_the_checkout_from_where_slurm_copies_it(name: str, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(ROOT / "scripts/slurm" / name, tmp_path / "slurm_script"))
+    args = ["fit", "-c", "configs/gates/smollm2.yaml"] if name == "fit.sh" else ["smollm2-135m"]
+    env = os.environ | {"DRY_RUN": "1", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "2"}
+    done = subprocess.run(["bash", str(copy), *args], capture_output=True, text=True, env=env, check=True, cwd="/")
+    assert "main.py fit -c configs/" in done.stdout and "--ckpt_path last" in done.stdout
+    if name == "fit.sh":
+        assert "--trainer.num_nodes 2 --trainer.devices 8" in done.stdout
 
 
 def test_anchors_are_where_the_attention_goes(tmp_path: Path, tiny_backbone: Path) -> None:

@@ -1,6 +1,9 @@
 """Runs of `fit`: any number of processes, checkpoints that can be gone on from, mistakes told in one line."""
 
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 
 from smartkv.shards import Manifest, entry_of, write_shard
 from tests.lightning_fixtures import (
+    ROOT,
     STEPS_AN_EPOCH,
     Watcher,
     error_line,
@@ -47,6 +51,20 @@ def test_two_processes_reach_the_figures_of_one(
     else:
         run_cli("fit", "-c", path)
     assert last_logged(tmp_path)["val_r2_mean"] == pytest.approx(last_logged(root)["val_r2_mean"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_torchrun_reaches_the_figures_of_one_process(
+    tiny_shards: Path, root: Path, trained: Watcher, tmp_path: Path
+) -> None:
+    config = gates_config(tiny_shards, tmp_path / "out", trainer={"devices": 2, "strategy": "ddp"})
+    path = write_config(tmp_path / "two.yaml", config)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launcher, "main.py", "fit", "-c", str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert last_logged(tmp_path / "out")["val_r2_mean"] == pytest.approx(last_logged(root)["val_r2_mean"], abs=1e-3)
 
 
 def test_the_same_seed_gives_the_same_gates(tiny_shards: Path, trained: Watcher, tmp_path: Path) -> None:
