@@ -68,14 +68,17 @@ test-slow: install
 test-gpu: install
 	$(PY) -m pytest -m gpu
 
-# speed and bytes of the cache beside full caches, into docs/benchmarks.md
+# speed and bytes: the cache beside full caches (docs/benchmarks.md), harvest and training beside the old way
 bench: $(RUN)/gates/done
 	$(PY) -m eval decode --config configs/eval/decode.yaml
+	$(PY) -m eval speed --out runs/speed --markdown_file docs/benchmarks-harvest.md
+	$(PY) -m eval training --out runs/training --markdown_file docs/benchmarks-training.md
 
 # the same where CUDA is; --contexts '[32704]' with a backbone that has so many positions (Qwen2.5-0.5B)
 bench-gpu: $(RUN)/gates/done
 	$(PY) -m eval decode --config configs/eval/decode.yaml --device cuda --out runs/decode-gpu --batches '[1, 8, 32]' \
 	    --markdown_file docs/benchmarks-gpu.md
+	$(PY) -m eval training --out runs/training-gpu --device cuda --markdown_file docs/benchmarks-training-gpu.md
 
 test-matrix: $(MATRIX)
 

@@ -3,8 +3,7 @@
 Each figure is measured in a process of its own, so that peak memory is that of one way at one length.
 """
 
-import os
-import platform
+import math
 import statistics
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from callbacks.console import make_console
 from callbacks.pictures import COLOURS
 from eval.apart import apart
-from eval.results import save_picture, write_result
+from eval.results import machine, save_picture, write_result, write_tables
 from smartkv import backbones
 from smartkv.backbones import Backbone, load_backbone
 from smartkv.lifespans import LabelSpec, label_window
@@ -31,10 +30,12 @@ def speed(
     out: str,
     backbone: str = backbones.PACKAGED,
     dtype: str = "auto",
-    lengths: list[int] = [1024, 2048, 8192],  # noqa: B006 - jsonargparse shows it; it is never changed
+    lengths: list[int] = [512, 1024, 2048, 4096, 8192],  # noqa: B006 - jsonargparse shows it; it is never changed
     ways: list[str] = list(WAYS),  # noqa: B006
+    old_way_up_to: int = 2048,
     repeats: int = 3,
     threads: int = 2,
+    markdown_file: str | None = None,
 ) -> None:
     """Measure the harvest of one window.
 
@@ -45,25 +46,32 @@ def speed(
         lengths: tokens a window.
         ways: smartkv (labels block by block), forward (the model alone with SDPA: the limit), output_attentions
             (eager attention kept for all layers, labels by a vectorised scan).
+        old_way_up_to: tokens; the way output_attentions is left out of longer windows.
         repeats: timed passes, after one that is not counted; the median is given.
         threads: CPU threads.
+        markdown_file: where the table goes besides. Null: nowhere.
     """
     console = make_console()
     figures = []
     for length in lengths:
         for way in ways:
+            if way == "output_attentions" and length > old_way_up_to:
+                continue
             figure = {"way": way, "tokens": length, **apart(_measure, way, length, backbone, dtype, repeats, threads)}
             figures.append(figure)
             console.print(_line(figure), highlight=False)
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    machine["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    arguments = {"backbone": backbone, "dtype": dtype, "repeats": repeats, "threads": threads, "machine": machine}
+    arguments = {"backbone": backbone, "dtype": dtype, "repeats": repeats, "threads": threads, "machine": machine()}
     units = {"tokens_per_second": "tokens/s", "peak_memory": "bytes, of the whole process"}
     folder = Path(out)
-    result = write_result(folder, "speed", arguments, {"units": units, "harvest": figures})
+    growth = {way: _growth(figures, way) for way in ways}
+    result = write_result(folder, "speed", arguments, {"units": units, "harvest": figures, "growth": growth})
     picture = save_picture(_picture(figures), folder / "harvest_speed.png")
-    console.print(_table(figures))
-    console.print(f"  {result}\n  {picture}", highlight=False)
+    tables = [_table(figures), _growth_table(growth)]
+    for table in tables:
+        console.print(table)
+    written = [write_tables(Path(markdown_file), tables)] if markdown_file else []
+    for path in [result, *written, picture]:
+        console.print(f"  {path}", highlight=False)
 
 
 def _measure(way: str, length: int, backbone: str, dtype: str, repeats: int, threads: int) -> dict[str, Any]:
@@ -115,19 +123,64 @@ def _line(figure: dict[str, Any]) -> str:
     return head + f"{figure['tokens_per_second']:.0f} tokens/s, peak {figure['peak_memory'] / 2**30:.2f} GiB"
 
 
+def _beside(figures: list[dict[str, Any]], row: dict[str, Any], way: str, key: str) -> float | None:
+    """How many times as large a figure is as that of another way at the same length; None: one of them is not there."""
+    other = next((f for f in figures if f["way"] == way and f["tokens"] == row["tokens"] and key in f), None)
+    return row[key] / other[key] if other is not None and key in row else None
+
+
 def _table(figures: list[dict[str, Any]]) -> Table:
     table = Table(title="Harvest of one window")
-    for column in ("tokens", "way", "tokens/s", "peak memory, GiB", "note"):
+    columns = (
+        "tokens",
+        "way",
+        "tokens/s",
+        "× output_attentions",
+        "time ÷ forward",
+        "peak memory, GiB",
+        "÷ its peak",
+        "note",
+    )
+    for column in columns:
         table.add_column(column, justify="right")
     for row in figures:
         measured = "note" not in row
+        faster = _beside(figures, row, "output_attentions", "tokens_per_second")
+        limit = _beside(figures, row, "forward", "tokens_per_second")
+        memory = _beside(figures, row, "output_attentions", "peak_memory")
         table.add_row(
-            str(row["tokens"]),
+            f"{row['tokens']:,}",
             row["way"],
             f"{row['tokens_per_second']:.0f}" if measured else "",
+            "" if faster is None else f"{faster:.2f}",
+            "" if limit is None else f"{1 / limit:.2f}",
             f"{row['peak_memory'] / 2**30:.2f}" if measured else "",
+            "" if memory is None else f"{memory:.2f}",
             row.get("note", ""),
         )
+    return table
+
+
+def _growth(figures: list[dict[str, Any]], way: str) -> dict[str, float]:
+    """Between the shortest and the longest window: the exponent of tokens with which time grows, and bytes a token."""
+    rows = sorted((f for f in figures if f["way"] == way and "note" not in f), key=lambda f: f["tokens"])
+    if len(rows) < 2:
+        return {}
+    first, last = rows[0], rows[-1]
+    longer = last["tokens"] / first["tokens"]
+    slower = longer * first["tokens_per_second"] / last["tokens_per_second"]
+    more = (last["peak_memory"] - first["peak_memory"]) / (last["tokens"] - first["tokens"])
+    return {"from": first["tokens"], "to": last["tokens"], "exponent": math.log(slower, longer), "bytes_a_token": more}
+
+
+def _growth_table(growth: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="Growth with the window")
+    for column in ("way", "tokens", "time grows as tokens to the", "memory grows by, KiB a token"):
+        table.add_column(column, justify="right")
+    for way, g in growth.items():
+        if g:
+            span = f"{g['from']:,} to {g['to']:,}"
+            table.add_row(way, span, f"{g['exponent']:.2f}", f"{g['bytes_a_token'] / 2**10:.0f}")
     return table
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartkv.attached import AttachedCache
-from smartkv.backbones import Fingerprint
 from smartkv.codecs import SCHEMES, Adaptive
 from smartkv.errors import SmartKVError
 from smartkv.feeding import EvictionStep
@@ -46,7 +45,7 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
     ) -> None:
         self.codec = codec
         if gates is not None:
-            Fingerprint.of(model).check(gates.fingerprint, "the gates")
+            gates.check(model)
             missing = sorted(set(range(model.config.num_hidden_layers)) - set(gates.layers))
             if missing:
                 raise SmartKVError(f"these gates have none for layers {missing}: importance is asked of every layer")

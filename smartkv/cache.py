@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartkv.attached import AttachedCache
-from smartkv.backbones import Architecture, Fingerprint
+from smartkv.backbones import Architecture
 from smartkv.blocks import FOREVER, HOLE, Fields
 from smartkv.errors import SmartKVError
 from smartkv.feeding import EvictionStep
@@ -70,11 +70,7 @@ class LifespanCache(Holdings, AttachedCache):
     ) -> None:
         architecture = Architecture.of(model.config)
         if gates is not None:
-            Fingerprint.of(model).check(gates.fingerprint, "the gates")
-            if gates.device != model.device:
-                raise SmartKVError(
-                    f"the gates are on {gates.device}, the model is on {model.device}: call gates.to('{model.device}')"
-                )
+            gates.check(model)
         rules = policy.check(architecture, gates)
         if policy.open:
             raise SmartKVError(

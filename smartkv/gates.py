@@ -99,6 +99,18 @@ class GateBank(nn.Module, ModelHubMixin):
         """(layer, head) of each gate."""
         return [(layer, head) for layer in self.layers for head in range(self.fingerprint.kv_heads)]
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse to serve a model of another architecture, or on another device.
+
+        Raises:
+            SmartKVError: naming both.
+        """
+        Fingerprint.of(model).check(self.fingerprint, "the gates")
+        if self.device != model.device:
+            raise SmartKVError(
+                f"the gates are on {self.device}, the model is on {model.device}: call gates.to('{model.device}')"
+            )
+
     def forward(self, keys: Tensor) -> Tensor:
         """`keys` `[gates, rows, head_dim]` -> predictions `[gates, rows, outputs]`."""
         return torch.baddbmm(self.bias2, torch.baddbmm(self.bias1, keys, self.weight1).relu(), self.weight2)

@@ -248,6 +248,7 @@ def test_mistakes_are_told() -> None:
         lambda: QuantizedCache(model, "int8", residual=-1),
         lambda: QuantizedCache(model, Kivi(), residual=0),
         lambda: AdaptiveCache(model, random_gates(MODELS["gpt2"])),
+        lambda: AdaptiveCache(model, random_gates(model).to("meta")),
         lambda: AdaptiveCache(model, lacking),
         lambda: QuantizedCache(model, "int8").ratio_stored,
     ):
