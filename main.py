@@ -8,8 +8,10 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pickle import UnpicklingError
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, get_args, get_type_hints
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # blocks are memory-mapped: none needed
@@ -18,6 +20,7 @@ warnings.filterwarnings("ignore", message=".*infer the batch indices.*")  # a sh
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
 import lightning as L  # noqa: E402
+from jsonargparse import Namespace  # noqa: E402
 from lightning.pytorch.cli import LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: E402
 
@@ -32,6 +35,9 @@ from smartkv.hub import answer_in_time  # noqa: E402
 class CLI(LightningCLI):
     """Lightning's, with one run at a time in a folder, and nothing in checkpoints that needs unpickling."""
 
+    def before_instantiate_classes(self) -> None:
+        _refuse_nulls("", self.config[self.subcommand])
+
     @rank_zero_only
     def before_fit(self) -> None:
         hold(self.trainer.default_root_dir)
@@ -42,6 +48,24 @@ class CLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
+
+def _refuse_nulls(name: str, content: Any) -> None:
+    """jsonargparse takes null for a class's setting of any type, and the class would trip over it."""
+    if isinstance(content, list):
+        for part in content:
+            _refuse_nulls(name, part)
+    if not isinstance(content, Namespace):
+        return
+    if "class_path" in content and content.get("init_args"):
+        hints: dict[str, Any] = {}
+        with suppress(NameError):  # of a class that names types which only type checkers see
+            hints = get_type_hints(resolve_name(content.class_path).__init__)
+        for key, value in vars(content.init_args).items():
+            if value is None and key in hints and type(None) not in get_args(hints[key]):
+                raise SmartKVError(f"{name}.{key} must not be null".lstrip("."))
+    for key, value in vars(content).items():
+        _refuse_nulls(name if key == "init_args" else f"{name}.{key}".lstrip("."), value)
 
 
 def main(args: list[str] | None = None) -> None:
