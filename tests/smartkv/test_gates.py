@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smartkv.backbones import Fingerprint
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank, format_layers, parse_layers
+from tests.harm import Payload
 from tests.models import FAMILIES, llama, qwen2
 
 SHAPE = Fingerprint("llama", 4, 2, 8, "feedfacecafebeef")
@@ -200,16 +201,6 @@ def test_gates_of_other_weights_of_the_architecture_load_with_a_warning(
         back = GateBank.from_pretrained(saved(bank, tmp_path), model=llama(seed=1))
     assert "other weights" in caplog.text
     assert torch.equal(back.weight1, bank.weight1)
-
-
-class Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return Path.touch, (self.path,)
 
 
 def test_pickled_weights_are_refused_and_never_unpickled(tmp_path: Path) -> None:

@@ -4,10 +4,7 @@ import hashlib
 import json
 import os
 import pickle
-import resource
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from smartkv.shards import (
     write_atomically,
     write_shard,
 )
+from tests.harm import full_disk
 from tests.models import llama, shard_tensors, token_ids, write_tiny_shards
 
 METADATA = {"b": 1, "a": [2, "é"], "c": {"y": 0, "x": None}}
@@ -115,20 +113,9 @@ def test_a_failed_rename_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["shard"]
 
 
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """Inside, no file of this process can grow beyond 4 kB."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_disk_that_fills_up_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
     write_atomically(tmp_path / "shard", b"old")
-    with full_disk(), pytest.raises(SmartKVError, match="could not be written"):
+    with full_disk(4096), pytest.raises(SmartKVError, match="could not be written"):
         write_atomically(tmp_path / "shard", b"n" * 10_000)
     assert (tmp_path / "shard").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["shard"]

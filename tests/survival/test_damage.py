@@ -3,14 +3,12 @@
 import json
 import multiprocessing
 import os
-import resource
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from eval.cells import Cells
 from smartkv.errors import SmartKVError
 from smartkv.folders import LOCK, hold
 from smartkv.shards import MANIFEST, Manifest
+from tests.harm import Payload, full_disk
 from tests.lightning_fixtures import (
     ROOT,
     error_line,
@@ -35,17 +34,6 @@ from tests.lightning_fixtures import (
 from tests.models import write_tiny_shards
 
 # -- disks ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def full_disk(at: int) -> Iterator[None]:
-    """Inside, no file of this process can grow beyond so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (at, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_harvest_on_a_full_disk_stops_in_a_line_and_goes_on_when_there_is_room(
@@ -160,16 +148,6 @@ def test_a_manifest_that_lists_anothers_shard_is_found_out(tmp_path: Path) -> No
     with pytest.raises(SmartKVError, match="SHA-256"):
         lying.verify(lying.shards)
     manifest.verify(manifest.shards)
-
-
-class Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return Path.touch, (self.path,)
 
 
 def test_a_checkpoint_with_code_in_it_is_not_loaded(
