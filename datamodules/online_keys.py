@@ -5,13 +5,14 @@ same draw, reads every n-th window, and gives to each batch what it holds of it:
 many processes there are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from rich.progress import track
 
 from datamodules.documents import WindowCounts, WindowPlan, plan_windows
 from datamodules.lifespan_shards import BlockLoader, BlockReader, KeyBatch
@@ -104,9 +105,10 @@ class OnlineKeys(L.LightningDataModule):
         self.held = HeldBlocks(self.lm.fingerprint, self.spec)
         self.rows = LabelledRows(self._manifest(), self.threshold, None, self.inputs, self.layers, self.held)
         self.dataset = BlockReader(self.rows)
-        for number in range(len(self.plan.of_split("validation"))):
-            if self.owns(number):
-                self._read("validation", number, self.rows.blocks("validation"))
+        validation = self.rows.blocks("validation")  # one a window
+        self.blocks = self._by_window("train")
+        for block in self._tracked(self.mine(validation), "Validation keys"):
+            self._read("validation", _number(block), [block])
 
     def _manifest(self) -> Manifest:
         """What a harvest of the same windows would have written, with a file a window."""
@@ -143,12 +145,18 @@ class OnlineKeys(L.LightningDataModule):
         """What this process checks, and averages, before the first step: validation, and the first windows of the
         buffer, which stay there for the first epoch."""
         if split == "train":
-            first = range(min(self.buffer, len(self.plan.of_split(split))))
-            self.read(list(first))
-            return self.mine([block for number in first for block in self._blocks(split)[number]])
+            first = range(min(self.buffer, len(self.blocks)))
+            for number in self._tracked([number for number in first if self.owns(number)], "First keys"):
+                self.read([number])
+            return self.mine([block for number in first for block in self.blocks[number]])
         return self.mine(self.rows.blocks(split))
 
-    def _blocks(self, split: str) -> list[list[Block]]:
+    def _tracked(self, work: list[Any], description: str) -> Iterable[Any]:
+        """With a progress bar, of one process."""
+        quiet = self.trainer is not None and not self.trainer.is_global_zero
+        return track(work, description, disable=quiet, transient=True)
+
+    def _by_window(self, split: str) -> list[list[Block]]:
         """The blocks of each window."""
         found: dict[int, list[Block]] = {}
         for block in self.rows.blocks(split, min(self.block, self.batch_size)):
@@ -161,14 +169,14 @@ class OnlineKeys(L.LightningDataModule):
         """Label the training windows of these numbers that this process owns, and hold their blocks (of `live` alone,
         if it is given). What is held already is not read again."""
         for number in numbers:
-            blocks = [block for block in self._blocks("train")[number] if live is None or block in live]
+            blocks = [block for block in self.blocks[number] if live is None or block in live]
             if self.owns(number) and blocks and blocks[0] not in self.held:
                 self._read("train", number, blocks)
 
     def _read(self, split: str, number: int, blocks: list[Block]) -> None:
         tokens = self.plan.of_split(split)[number]
         labels = label_window(self.lm.model, tokens, self.spec, self.inputs == "keys_post_rope")
-        self.held.hold([block for block in blocks if block.file == _name(split, number)], labels, tokens)
+        self.held.hold(blocks, labels, tokens)
 
     def train_dataloader(self) -> "ReplayLoader":
         loader = ReplayLoader(self)
@@ -217,7 +225,7 @@ class ReplayLoader:
         data = self.data
         size = min(data.block, data.batch_size)
         per_step = max(1, data.batch_size // size)
-        return Replay(data._blocks("train"), data.buffer, data.passes, per_step, (data.seed, self.epoch))
+        return Replay(data.blocks, data.buffer, data.passes, per_step, (data.seed, self.epoch))
 
     def __len__(self) -> int:
         return len(self.replay())

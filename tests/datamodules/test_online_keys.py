@@ -83,7 +83,7 @@ def test_each_row_of_the_shards_comes_as_often_as_asked_and_no_other(
 def test_no_more_keys_are_held_than_the_buffer_has_room_for(tiny_backbone: Path, tiny_texts: Path) -> None:
     data = online(tiny_backbone, tiny_texts)
     validation = len(data.held)
-    blocks = len(data._blocks("train")[0])
+    blocks = len(data.blocks[0])
     most = max(len(data.held) - validation for _ in data.train_dataloader())
     assert 2 * blocks < most <= data.buffer * blocks and len(data.held) == validation
 
@@ -168,4 +168,4 @@ def test_mistakes_are_told_in_a_line(
 def test_what_is_no_longer_held_is_told(tiny_backbone: Path, tiny_texts: Path) -> None:
     data = online(tiny_backbone, tiny_texts)
     with pytest.raises(SmartKVError, match="has no 'keys' in memory"):
-        data.rows.keys(data._blocks("train")[0][0])
+        data.rows.keys(data.blocks[0][0])
