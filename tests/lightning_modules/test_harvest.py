@@ -14,6 +14,7 @@ from torch import Tensor
 
 from datamodules.documents import PLAN
 from smartkv import LabelSpec, label_window, load_backbone
+from smartkv.folders import LOCK
 from smartkv.shards import MANIFEST, SPLITS, Manifest
 from tests.lightning_fixtures import (
     FOLLOW_UP,
@@ -39,8 +40,9 @@ def shards_of(folder: Path) -> dict[str, dict[str, Tensor]]:
 # -- what a harvest leaves --------------------------------------------------------------------------------------------
 
 
-def test_the_folder_holds_the_plan_the_shards_and_the_manifest_and_nothing_else(tiny_shards: Path) -> None:
-    assert {path.name for path in tiny_shards.iterdir()} == {PLAN, MANIFEST} | {f"{n}.safetensors" for n in WINDOWS}
+def test_the_folder_holds_the_plan_the_shards_the_manifest_and_its_lock_and_nothing_else(tiny_shards: Path) -> None:
+    shards = {f"{name}.safetensors" for name in WINDOWS}
+    assert {path.name for path in tiny_shards.iterdir()} == {PLAN, MANIFEST, LOCK} | shards
 
 
 def test_shards_keep_their_contract_of_names_dtypes_and_shapes(tiny_shards: Path) -> None:
