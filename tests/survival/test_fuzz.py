@@ -136,7 +136,7 @@ POLICY = {
     "sinks": 4,
     "price": 0.5,
     "multiple": 2.0,
-    "window_share": None,
+    "window_share": 0.6,
     "max_tokens": 512,
     "max_tokens_per": "head",
     "rules": [
@@ -146,12 +146,17 @@ POLICY = {
 }
 
 
+def test_what_is_changed_can_be_read_unchanged() -> None:
+    """Or every case below would be refused for the same reason."""
+    HybridPolicy.from_dict(POLICY).check(Architecture.of(MODEL.config), GateBank(Fingerprint.of(MODEL)))
+
+
 @many
 @given(data=st.data())
 def test_a_policy(data: st.DataObject) -> None:
     try:
         policy = HybridPolicy.from_dict(mutated(data, POLICY))
-        policy.check(Architecture.of(MODEL.config), None)
+        policy.check(Architecture.of(MODEL.config), GateBank(Fingerprint.of(MODEL)))
     except SmartKVError as error:
         assert str(error)
 
