@@ -66,11 +66,29 @@ class BlockReader(Dataset):
         )
 
 
-class BlockLoader:
-    """Batches of blocks, in an order that seed and epoch decide; it can be stopped and taken up inside an epoch.
+class Resumable:
+    """A loader that can be stopped and taken up inside an epoch.
 
     Lightning saves `state_dict` with a checkpoint and calls `set_epoch` on `sampler` before each epoch.
     """
+
+    def __init__(self) -> None:
+        self.sampler, self.batch_sampler = self, None  # where Lightning looks for set_epoch
+        self.epoch = self.consumed = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:  # in the same one, a resumed run goes on where it was
+            self.epoch, self.consumed = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "consumed": self.consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.consumed = state["epoch"], state["consumed"]
+
+
+class BlockLoader(Resumable):
+    """Batches of blocks, in an order that seed and epoch decide."""
 
     def __init__(
         self,
@@ -82,25 +100,14 @@ class BlockLoader:
         world_size: int,
         num_workers: int = 0,
     ) -> None:
+        super().__init__()
         self.dataset, self.blocks, self.batch_size, self.shuffle_seed = dataset, blocks, batch_size, shuffle_seed
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
-        self.sampler, self.batch_sampler = self, None  # where Lightning looks for set_epoch
-        self.epoch = self.consumed = 0
         size = max(block.stop - block.start for block in blocks)
         self.blocks_per_batch = max(1, batch_size // size)
 
     def __len__(self) -> int:
         return -(-len(self.blocks) // self.blocks_per_batch)
-
-    def set_epoch(self, epoch: int) -> None:
-        if epoch != self.epoch:  # in the same one, a resumed run goes on where it was
-            self.epoch, self.consumed = epoch, 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "consumed": self.consumed}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.consumed = state["epoch"], state["consumed"]
 
     def batches(self) -> list[tuple[list[Block], int]]:
         """This process's blocks of every batch of the current epoch, and the rows of all processes."""

@@ -15,7 +15,7 @@ import torch
 from rich.progress import track
 
 from datamodules.documents import WindowCounts, WindowPlan, plan_windows
-from datamodules.lifespan_shards import BlockLoader, BlockReader, KeyBatch
+from datamodules.lifespan_shards import BlockLoader, BlockReader, KeyBatch, Resumable
 from datamodules.replay import Replay
 from datamodules.sources import SourceConfig
 from smartkv import backbones
@@ -105,6 +105,7 @@ class OnlineKeys(L.LightningDataModule):
         self.held = HeldBlocks(self.lm.fingerprint, self.spec)
         self.rows = LabelledRows(self._manifest(), self.threshold, None, self.inputs, self.layers, self.held)
         self.dataset = BlockReader(self.rows)
+        self.tokens = {split: self.plan.of_split(split) for split in ("train", "validation")}
         validation = self.rows.blocks("validation")  # one a window
         self.blocks = self._by_window("train")
         for block in self._tracked(self.mine(validation), "Validation keys"):
@@ -143,7 +144,7 @@ class OnlineKeys(L.LightningDataModule):
 
     def at_first(self, split: str) -> list[Block]:
         """What this process checks, and averages, before the first step: validation, and the first windows of the
-        buffer, which stay there for the first epoch."""
+        buffer, which are then there already when the first step asks for them."""
         if split == "train":
             first = range(min(self.buffer, len(self.blocks)))
             for number in self._tracked([number for number in first if self.owns(number)], "First keys"):
@@ -174,7 +175,7 @@ class OnlineKeys(L.LightningDataModule):
                 self._read("train", number, blocks)
 
     def _read(self, split: str, number: int, blocks: list[Block]) -> None:
-        tokens = self.plan.of_split(split)[number]
+        tokens = self.tokens[split][number]
         labels = label_window(self.lm.model, tokens, self.spec, self.inputs == "keys_post_rope")
         self.held.hold(blocks, labels, tokens)
 
@@ -208,17 +209,12 @@ class _Held(BlockLoader):
         return self.data.mine(blocks)
 
 
-class ReplayLoader:
-    """Batches by `Replay`; it can be stopped and taken up inside an epoch: the windows that the buffer then holds are
-    read again.
-
-    Lightning saves `state_dict` with a checkpoint and calls `set_epoch` on `sampler` before each epoch.
-    """
+class ReplayLoader(Resumable):
+    """Batches by `Replay`. Taken up inside an epoch, it reads the windows again that the buffer then holds."""
 
     def __init__(self, data: OnlineKeys) -> None:
+        super().__init__()
         self.data = data
-        self.sampler, self.batch_sampler = self, None  # where Lightning looks for set_epoch
-        self.epoch = self.consumed = 0
 
     def replay(self) -> Replay:
         """The draw of the current epoch."""
@@ -229,16 +225,6 @@ class ReplayLoader:
 
     def __len__(self) -> int:
         return len(self.replay())
-
-    def set_epoch(self, epoch: int) -> None:
-        if epoch != self.epoch:  # in the same one, a resumed run goes on where it was
-            self.epoch, self.consumed = epoch, 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "consumed": self.consumed}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.consumed = state["epoch"], state["consumed"]
 
     def __iter__(self) -> Iterator[KeyBatch]:
         # the body runs at the first `next`, after set_epoch and load_state_dict

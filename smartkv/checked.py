@@ -42,20 +42,3 @@ def flat(cls: type[Flat], content: Any, least: int = 0) -> Flat:
         else:
             kind(field.name, value, str)
     return cls(**content)
-
-
-def details_of_gates(content: Any) -> dict[str, Any]:
-    """What gates remember beside their shape, as far as anything reads it."""
-    details: dict[str, Any] = kind("details", content, dict)
-    ages = [whole("ages", age, 1) for age in kind("ages", details.get("ages", []), list)]
-    if ages != sorted(set(ages)):
-        raise ValueError(f"ages must rise, got {ages}")
-    for point in kind("prices", details.get("prices", []), list):
-        if len(kind("prices", point, list)) != 2 or not 0 < number("footprint", point[0]) <= 1:
-            raise ValueError(f"prices are pairs of a footprint and a price, got {point!r}")
-        number("price", point[1])
-    whole("sinks", details.get("sinks", 0))
-    for name in ("target", "inputs"):
-        kind(name, details.get(name, ""), str)
-    kind("objective", details.get("objective", {}), dict)
-    return details

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from smartkv.checked import kind, number, whole
 from smartkv.errors import SmartKVError
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -44,6 +45,23 @@ def find(folder_or_id: str | Path, name: str, revision: str | None) -> Path:
             f"gates '{folder_or_id}' are neither a local folder nor to be had from the hub; "
             f"with SmartKV come: {', '.join(pretrained_gates())}"
         ) from error
+
+
+def checked_details(content: Any) -> dict[str, Any]:
+    """What gates remember beside their shape, a ValueError where anything that is read is not what it should be."""
+    details: dict[str, Any] = kind("details", content, dict)
+    ages = [whole("ages", age, 1) for age in kind("ages", details.get("ages", []), list)]
+    if ages != sorted(set(ages)):
+        raise ValueError(f"ages must rise, got {ages}")
+    for point in kind("prices", details.get("prices", []), list):
+        if len(kind("prices", point, list)) != 2 or not 0 < number("footprint", point[0]) <= 1:
+            raise ValueError(f"prices are pairs of a footprint and a price, got {point!r}")
+        number("price", point[1])
+    whole("sinks", details.get("sinks", 0))
+    for name in ("target", "inputs"):
+        kind(name, details.get(name, ""), str)
+    kind("objective", details.get("objective", {}), dict)
+    return details
 
 
 def card(gates: int, model: str, layers: str, details: dict[str, Any]) -> str:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smartkv.backbones import Fingerprint
-from smartkv.checked import details_of_gates, flat, kind, whole
+from smartkv.checked import flat, kind, whole
 from smartkv.errors import SmartKVError
-from smartkv.gate_files import CARD, CONFIG, WEIGHTS, card, find
+from smartkv.gate_files import CARD, CONFIG, WEIGHTS, card, checked_details, find
 from smartkv.objectives import reading
 from smartkv.shards import write_atomically
 
@@ -205,7 +205,7 @@ class GateBank(nn.Module, ModelHubMixin):
                 )
             fingerprint = flat(Fingerprint, config["fingerprint"], least=1)
             hidden, outputs = (whole(name, config[name], 1) for name in ("hidden", "outputs"))
-            details = details_of_gates(config["details"])
+            details = checked_details(config["details"])
             with torch.device("meta"):  # sizes that a damaged file claims cost nothing until the weights agree
                 bank = cls(fingerprint, kind("layers", config["layers"], list), hidden, outputs, details)
             reading(details.get("target", ""), details.get("objective", {}))

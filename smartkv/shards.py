@@ -216,7 +216,7 @@ class Manifest:
             )
 
     def verify(self, entries: Sequence[ShardEntry]) -> None:
-        """Read these shards whole, and compare them with what was written: half a second a gigabyte.
+        """Read these shards whole, and compare them with what was written.
 
         Raises:
             SmartKVError: naming the shard that is another.
