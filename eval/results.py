@@ -60,10 +60,18 @@ def save_picture(figure: Figure, path: Path) -> Path:
     return path
 
 
-def write_tables(path: Path, tables: Sequence[Table]) -> Path:
-    """What the console shows, as Markdown, for documents: a heading and a table each."""
-    write_atomically(path, "\n".join(markdown(table) for table in tables).encode())
+def write_tables(path: Path, tables: Sequence[Table], introduction: str = "") -> Path:
+    """What the console shows, as Markdown, for documents: a heading and a table each, after an introduction."""
+    parts = [f"{introduction}\n"] if introduction else []
+    write_atomically(path, "\n".join([*parts, *(markdown(table) for table in tables)]).encode())
     return path
+
+
+def measured_by(command: str, arguments: dict[str, Any]) -> str:
+    """A line for a page of tables: the command, its arguments, the machine among them."""
+    said = ", ".join(f"{name} {value}" for name, value in arguments.items() if name != "machine")
+    where = ", ".join(f"{name} {value}" for name, value in arguments["machine"].items())
+    return f"`python -m eval {command}`: {said}. Machine: {where}."
 
 
 def markdown(table: Table) -> str:

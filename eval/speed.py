@@ -18,7 +18,7 @@ from torch import Tensor
 from callbacks.console import make_console
 from callbacks.pictures import COLOURS
 from eval.apart import apart
-from eval.results import machine, save_picture, write_result, write_tables
+from eval.results import machine, measured_by, save_picture, write_result, write_tables
 from smartkv import backbones
 from smartkv.backbones import Backbone, load_backbone
 from smartkv.lifespans import LabelSpec, label_window
@@ -69,7 +69,7 @@ def speed(
     tables = [_table(figures), _growth_table(growth)]
     for table in tables:
         console.print(table)
-    written = [write_tables(Path(markdown_file), tables)] if markdown_file else []
+    written = [write_tables(Path(markdown_file), tables, measured_by("speed", arguments))] if markdown_file else []
     for path in [result, *written, picture]:
         console.print(f"  {path}", highlight=False)
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from callbacks.console import make_console
 from datamodules.lifespan_shards import LifespanShards
 from eval.apart import apart
-from eval.results import machine, write_result, write_tables
+from eval.results import machine, measured_by, write_result, write_tables
 from lightning_modules.gates import LifespanGates
 from smartkv.backbones import Fingerprint
 from smartkv.errors import SmartKVError
@@ -70,6 +70,8 @@ def training(
         raise SmartKVError(f"models {', '.join(unknown)} are unknown: expected some of {', '.join(SIZES)}")
     if min(steps, rounds, windows, threads, *batches) < 1 or window < 4 * SINKS:
         raise SmartKVError(f"steps, rounds, windows, threads and batches must be at least 1, window {4 * SINKS}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SmartKVError("device 'cuda' cannot be used here: torch finds none")
     ways, heads = [], []
     with tempfile.TemporaryDirectory() as scratch, Progress(console=console) as progress:
         task = progress.add_task("Training", total=len(batches) + len(models))
@@ -92,9 +94,10 @@ def training(
     figures = {"units": UNITS, "ways": ways, "heads": heads}
     result = write_result(Path(out), "training", arguments, figures)
     files = [Path(out) / "training.md", *([Path(markdown_file)] if markdown_file else [])]
+    said = measured_by("training", arguments)
     for table in tables:
         console.print(table)
-    for path in [result, *(write_tables(file, tables) for file in files)]:
+    for path in [result, *(write_tables(file, tables, said) for file in files)]:
         console.print(f"  {path}", highlight=False)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Send one phase for all models, at most 4 jobs at a time.   submit.sh PHASE [options of sbatch]
 # PHASE: 0 analyse, 1 baselines, 2 train, 3 evaluate. What is done already ends at once; DRY_RUN=1 only says what it would do.
-source "${SMARTKV_CHECKOUT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}}/scripts/slurm/common.sh"  # SLURM runs a copy elsewhere
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 most="${MOST_JOBS:-4}"
 phase="${1:?which phase: 0, 1, 2 or 3}"
 shift
