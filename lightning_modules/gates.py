@@ -10,11 +10,14 @@ from torchmetrics import R2Score
 from datamodules.lifespan_shards import KeyBatch, LifespanShards
 from datamodules.online_keys import OnlineKeys
 from lightning_modules.metrics import HeadMean
+from lightning_modules.parts import Predict, in_parts
 from lightning_modules.schedules import warmup_then_cosine
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank, format_layers
 from smartkv.moments import Moments
 from smartkv.objectives import Log4Lifespan, Objective
+
+AT_ONCE = 2**20  # float32 of a layer's activations on a CPU: what its caches hold
 
 
 def head_name(layer: int, head: int) -> str:
@@ -100,7 +103,17 @@ class LifespanGates(L.LightningModule):
 
     def predict(self, keys: Tensor) -> Tensor:
         """The same -> all outputs, float32 `[gates, rows, outputs]`."""
-        return self.bank((keys.float() - self.key_mean[:, None]) / self.key_std[:, None])
+        return self.bank(self._standardise(keys, slice(None)))
+
+    def _standardise(self, keys: Tensor, gates: slice) -> Tensor:
+        # in place: a new float32 tensor of all keys costs more than what is done to it
+        return (keys.float() - self.key_mean[gates, None]).div_(self.key_std[gates, None])
+
+    def _gates_at_once(self, keys: Tensor) -> int:
+        gates, rows, head_dim = keys.shape
+        if self.device.type != "cpu":
+            return gates
+        return max(1, AT_ONCE // max(1, rows * max(head_dim, self.hparams.hidden)))
 
     def gates(self) -> GateBank:
         """The gates as they stand now, for raw keys."""
@@ -133,10 +146,15 @@ class LifespanGates(L.LightningModule):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: KeyBatch, batch_idx: int) -> Tensor:
-        losses = self.objective.row_loss(self.predict(batch.keys), self.objective.targets(batch.labels))
-        self.train_loss_head.update(losses.detach())
+        target = self.objective.targets(batch.labels)
+
+        def row_losses(predict: Predict, gates: slice) -> Tensor:
+            return self.objective.row_loss(predict(self._standardise(batch.keys[gates], gates)), target[gates])
+
+        losses, total = in_parts(self.bank, row_losses, self._gates_at_once(batch.keys))
+        self.train_loss_head.update(losses)
         # DDP averages gradients over processes; dividing by all rows makes that the mean over the whole batch
-        loss = losses.sum() * self.trainer.world_size / batch.global_rows
+        loss = total * self.trainer.world_size / batch.global_rows
         self.log("train_loss", loss.detach() / len(self.bank), prog_bar=True)
         return loss
 

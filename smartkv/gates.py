@@ -113,7 +113,7 @@ class GateBank(nn.Module, ModelHubMixin):
 
     def forward(self, keys: Tensor) -> Tensor:
         """`keys` `[gates, rows, head_dim]` -> predictions `[gates, rows, outputs]`."""
-        return torch.baddbmm(self.bias2, torch.baddbmm(self.bias1, keys, self.weight1).relu(), self.weight2)
+        return torch.baddbmm(self.bias2, torch.baddbmm(self.bias1, keys, self.weight1).relu_(), self.weight2)
 
     def predict(self, layer: int, keys: Tensor) -> Tensor:
         """One layer's predictions.

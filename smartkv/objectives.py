@@ -202,7 +202,7 @@ class Ranking(Objective):
         return torch.zeros_like(mean)
 
     def row_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        rows, total = prediction.shape[1], torch.zeros_like(prediction[..., 0])
+        rows, total = prediction.shape[1], 0 * prediction[..., 0]  # of one row too it has a gradient
         for pair in range(min(self.pairs, rows - 1)):
             shift = 1 + pair * (rows - 1) // self.pairs  # rows are in random order
             longer = target - target.roll(shift, dims=1)
