@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from eval.cells import digest
 from smartkv.backbones import Backbone
 from smartkv.errors import SmartKVError
 
@@ -29,9 +27,3 @@ def adapted(lm: Backbone, adapter: str | None) -> Backbone:
         where = "folder" if Path(adapter).exists() else "name"
         raise SmartKVError(f"the adapter in {where} '{adapter}' does not go with '{lm.name}': {reason}") from error
     return lm
-
-
-def adapter_digest(lm: Backbone) -> str | None:
-    """Of the adapter's weights; None: there is none."""
-    found = [parameter.float().flatten().cpu() for name, parameter in lm.model.named_parameters() if "lora_" in name]
-    return digest(torch.cat(found)) if found else None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 
 from eval.contenders import Contender, stored_share
 from smartkv.attached import AttachedCache
@@ -29,6 +29,7 @@ class Sample:
         group: what it is counted with, such as (task, length) or (length, depth).
         classes: all answers there are, for classification.
         marked: first and last + 1 of the tokens that must not be forgotten; None: not known.
+        ordered: there is one right order of the reference's parts; else `right` means nothing.
     """
 
     prompt: tuple[int, ...]
@@ -37,6 +38,7 @@ class Sample:
     group: tuple[Any, ...]
     classes: tuple[str, ...] = ()
     marked: tuple[int, int] | None = None
+    ordered: bool = True
 
 
 def counted_from(sample: Sample) -> int:
@@ -53,7 +55,8 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
 
     Returns:
         For JSON. `nll`: mean over the reference's tokens, nats; `rank`: the worst of its tokens, 0 where greedy
-        decoding would have said it; `right`: all of them are 0. `generated`: text, or None. `footprint` and `stored`:
+        decoding would have said it; `right`: all of them are 0. `generated`: text, or None; `ended`: it came to its end
+        by itself. `footprint` and `stored`:
         see `Reading`, `stored` after the prompt. `kept`: `[layers, kv_heads]`, share of the marked tokens' keys that
         are held then; None where nothing is marked or freed.
     """
@@ -65,6 +68,7 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
         found = contender.read(setting, tokens, len(sample.prompt), counted_from(sample), None)
         return _scored(found.nll, found.rank) | {
             "generated": None,
+            "ended": None,
             "footprint": found.footprint,
             "stored": found.stored,
             "kept": None,
@@ -77,30 +81,35 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
             model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
         figures = _held(lm, cache, before.shape[1], sample)
         if sample.answer:
-            figures |= _likelihood(lm, deepcopy(cache), sample)
+            figures |= _likelihood(lm, deepcopy(cache), sample, contender.at_once)  # type: ignore[attr-defined]
         if not new_tokens:
-            return figures | {"generated": None, "footprint": _footprint(cache)}
+            return figures | {"generated": None, "ended": None, "footprint": _footprint(cache)}
         output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             past_key_values=cache,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=lm.tokenizer.eos_token_id,
+            generation_config=_greedy(lm, new_tokens),
         )
-        text = lm.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
-        return figures | {"generated": text, "footprint": _footprint(cache)}
+        said = output[0, prompt.shape[1] :]
+        text = lm.tokenizer.decode(said, skip_special_tokens=True)
+        return figures | {"generated": text, "ended": len(said) < new_tokens, "footprint": _footprint(cache)}
 
 
-def _likelihood(lm: Backbone, cache: Cache, sample: Sample) -> dict[str, Any]:
-    ids = torch.tensor([[sample.prompt[-1], *sample.answer]], device=lm.model.device)
-    output = lm.model.base_model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+def _greedy(lm: Backbone, new_tokens: int) -> GenerationConfig:
+    """The likeliest token each time: what models bring along may punish words that stand in the prompt."""
+    own = lm.model.generation_config
+    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else lm.tokenizer.eos_token_id
+    pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
+    return GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad)
+
+
+def _likelihood(lm: Backbone, cache: Cache, sample: Sample, at_once: int | None) -> dict[str, Any]:
+    ids, hidden = torch.tensor([[sample.prompt[-1], *sample.answer]], device=lm.model.device), []
+    for part in ids[:, :-1].split(at_once or ids.shape[1], dim=1):
+        hidden.append(lm.model.base_model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state[0])
     if isinstance(cache, AttachedCache):
         cache.detach()
-    return _scored(*losses_after(lm.model, output.last_hidden_state[0], ids[0, 1:]))
+    return _scored(*losses_after(lm.model, torch.cat(hidden), ids[0, 1:]))
 
 
 def _scored(nll: Tensor, rank: Tensor) -> dict[str, Any]:

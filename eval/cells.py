@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eval.results import read_result
 from smartkv.folders import hold
 from smartkv.gates import GateBank
 from smartkv.shards import write_atomically
+
+SAMPLED = 256  # figures of a weight that its model's digest is made of
 
 
 class Cells:
@@ -40,6 +42,16 @@ class Cells:
 def digest(tensor: Tensor) -> str:
     """Of a tensor's content, for a cell's key."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()[:16]
+
+
+def digest_of_model(model: nn.Module) -> str:
+    """Of some figures of every weight: another training changes them, and a large model is not read whole."""
+    found = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, len(flat) // SAMPLED)].float().cpu()
+        found.update(f"{name} {tuple(weight.shape)} {digest(some)}".encode())
+    return found.hexdigest()[:16]
 
 
 def digests(gates: GateBank | None) -> dict[str, str]:

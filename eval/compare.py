@@ -12,8 +12,8 @@ from torch import Tensor
 from callbacks.console import make_console
 from datamodules.documents import plan_windows
 from datamodules.sources import SourceConfig
-from eval.adapters import adapted, adapter_digest
-from eval.cells import Cells, digest, digests
+from eval.adapters import adapted
+from eval.cells import Cells, digest, digest_of_model, digests
 from eval.comparison import Row, report
 from eval.contenders import Contender, Protocol_, Reading
 from eval.frontiers import REFERENCE
@@ -143,18 +143,19 @@ def compare(
         asked = trials(recall.split, recall.trials, recall.tokens, lm.tokenizer, list(around), seed)
     measured_by = {
         "backbone": backbone,
+        "model": digest_of_model(lm.model),  # with its adapter
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "protocol": protocol,
         "prefill": prefill if protocol == "once" else None,
         "score_from": first,
-    } | ({"adapter": adapter_digest(lm)} if adapter else {})
+    }
     weights = digests(bank)
     settings = measured_by | {
+        "adapter": adapter,
         "weights": weights,
         "gates": gates,
         "window": window,
-        "texts": {text.name: {"split": text.split, "windows": len(read[text.name][0])} for text in texts},
-        "sources": {name: sources for name, (_, _, sources) in read.items()},
+        "texts": {text.name: _described(text, *read[text.name]) for text in texts},
         "recall": {"trials": len(asked), "tokens": recall.tokens, "split": recall.split},
         "calibration": {"windows": len(learn), "sources": learnt_from},
         "seed": seed,
@@ -167,6 +168,17 @@ def compare(
         runner = Runner(cells, progress, first, prefill if protocol == "once" else None, weights)
         rows = runner.run(chosen, footprints, footprints if others is None else others, read, asked)
     report(console, Path(out), settings, rows, {name: owners for name, (_, owners, _) in read.items()})
+
+
+def _described(text: Any, windows: Tensor, owners: list[int], sources: Any) -> dict[str, Any]:
+    """Which windows were read: results of the same ones can be paired."""
+    return {
+        "split": text.split,
+        "windows": len(windows),
+        "sources": sources,
+        "digest": digest(windows),
+        "documents": owners,
+    }
 
 
 class Runner:

@@ -124,7 +124,14 @@ def report(
     full = next(row for row in rows if row.kind == "full")
     rest = sorted((row for row in rows if row is not full), key=lambda row: KINDS.index(row.kind))
     shares = {id(row): recall_share(row, full) for row in rest} if full.recall else {}
-    figures: dict[str, Any] = {"units": UNITS, "machine": machine(), "full": _plain(full), "rows": []}
+    alone = {text: [w["nll"] for w in windows] for text, windows in full.texts.items()}
+    whole = {text: {"nll": sum(nll) / len(nll), "nll_window": nll} for text, nll in alone.items()}
+    figures: dict[str, Any] = {
+        "units": UNITS,
+        "machine": machine(),
+        "full": _plain(full) | {"texts": whole},
+        "rows": [],
+    }
     pictures, tables = [], []
     curves: dict[str, list[Curve]] = {}
     for text in full.texts:
@@ -136,7 +143,8 @@ def report(
         if any(c.row.kind == "quantised" for c in curves[text]):
             series = _series((c.row, c.stored or c.footprint, c.delta_nll, *c.interval) for c in curves[text])
             pictures.append(save_picture(frontiers(series, title, label, axis=BYTES), out / f"bytes_{text}.png"))
-        tables.append(_table(text, curves[text], shares, owners[text]))
+        title = f"{text}; full cache: {whole[text]['nll']:.4f} nats a token"
+        tables.append(_table(title, curves[text], shares, owners[text]))
     asked = max((share["asked"] for share in shares.values()), default=0)
     if asked:
         points = ((r, s["footprint"], s["right"], *s["interval"]) for r in rest if (s := shares[id(r)]))
@@ -155,6 +163,7 @@ def report(
 
 
 UNITS = {
+    "nll": "nats a token of the full cache",
     "footprint": "keys seen ÷ keys of a full cache, over the queries whose next token is scored",
     "delta_nll": "nats a token above the full cache",
     "interval": "95 %, bootstrap over documents (recall: over trials)",
@@ -212,8 +221,8 @@ def _series(points: Any) -> dict[str, tuple[str, list[tuple[float, float, float,
     return found
 
 
-def _table(text: str, curves: list[Curve], shares: dict[int, dict[str, Any]], owners: list[int]) -> Table:
-    table = Table(title=text)
+def _table(title: str, curves: list[Curve], shares: dict[int, dict[str, Any]], owners: list[int]) -> Table:
+    table = Table(title=title)
     for name in (
         "",
         "needs",

@@ -37,7 +37,8 @@ class Reading(NamedTuple):
         rank: int64 `[scored tokens]`, how many tokens are likelier; 0: greedy decoding would have said it.
         footprint: share of a full cache's keys that the counted queries see, mean over KV heads.
         peak_bytes: largest storage; None: simulated by a mask, nothing is freed.
-        stored: bytes held when the text was read, over those of its keys and values in float16; None: a mask.
+        stored: bytes held when the text was read, over those of its keys and values in float16, see `stored_share`;
+            None: a mask.
     """
 
     nll: Tensor
@@ -150,8 +151,10 @@ class Ruled:
 
 
 def stored_share(lm: Backbone, cache: LifespanCache | QuantizedCache, tokens: int) -> float:
-    """Bytes of a cache over those of one sequence of so many tokens in float16."""
-    return cache.storage_bytes / (2 * lm.architecture.gates * lm.architecture.head_dim * 2 * tokens)
+    """Bytes of a cache over those of one sequence of so many tokens in float16; what is not packed counts as two bytes
+    an element, whatever the model computes in here."""
+    wider = cache.exact_bytes * (1 - 2 / lm.model.dtype.itemsize)
+    return (cache.storage_bytes - wider) / (2 * lm.architecture.gates * lm.architecture.head_dim * 2 * tokens)
 
 
 @dataclass
@@ -174,7 +177,7 @@ class Quantised:
         with self.open(setting, count_from) as cache:
             for part in ids[None, :-1].split(self.at_once or len(ids), dim=1):
                 hidden.append(self.lm.model.base_model(input_ids=part, past_key_values=cache).last_hidden_state[0])
-                peak = max(peak, cache.storage_bytes)
+                peak = max(peak, cache.storage_bytes + cache.read_bytes)
             found = losses_after(self.lm.model, torch.cat(hidden)[first - 1 :], ids[first:])
             return Reading(*found, 1.0, peak, stored_share(self.lm, cache, len(tokens) - 1))
 

@@ -14,7 +14,7 @@ from eval.answers import Sample, continuation_ids, cut_in_the_middle, prompt_ids
 from eval.metrics import METRICS
 from eval.results import save_picture
 from eval.task_pictures import panels
-from eval.tasks import DEFAULT, Calibrating, Row, Suite, group_table, mean, merged
+from eval.tasks import DEFAULT, Calibrating, Row, Suite, all_lengths, group_table, mean, merged
 from smartkv import backbones
 from smartkv.errors import SmartKVError
 
@@ -47,7 +47,7 @@ def longbench(
         out: folder for longbench.json and the picture.
         gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: contenders without.
         contenders: as for `compare`, but only what decodes: policies and quantised caches.
-        footprints: shares of the full cache to be kept, for which prices are solved at the length `longest`.
+        footprints: shares of the full cache to be kept, for which prices are solved at about each prompt's length.
         tasks: which of them; the Chinese ones are not there.
         data: hub id, or a folder with <task>.jsonl in it (fields input, context, answers, all_classes).
         samples: of each task, the first so many. Null: all.
@@ -68,16 +68,17 @@ def longbench(
     if longest < 16 or (samples is not None and samples < 1) or (new_tokens is not None and new_tokens < 1):
         raise SmartKVError("longest must be at least 16 tokens, samples and new_tokens at least 1")
     suite = Suite(console, backbone, dtype, device, gates, contenders, footprints, calibration, seed, trust_remote_code)
-    folder, rows = Path(out), []
+    folder, rows, asked = Path(out), [], {}
+    for task in tasks:  # all of them before the first is measured
+        records = read_records(data, task, samples)
+        asked[task] = suite.by_length([_sample(suite, task, record, longest, chat) for record in records])
+        suite.check_lengths(asked[task], new_tokens or TASKS[task]["tokens"])
     for task in tasks:
-        records = list(read_records(data, task, samples))
-        found = [_sample(suite, task, record, longest, chat) for record in records]
-        by_length = {longest: found}
-        rows += suite.run(folder, "longbench", by_length, new_tokens or TASKS[task]["tokens"], _scored)
-    rows = merged(rows)
+        rows += suite.run(folder, "longbench", asked[task], new_tokens or TASKS[task]["tokens"], _scored)
     settings = {"tasks": tasks, "data": data, "samples": samples, "longest": longest, "chat": chat}
-    table = group_table("LongBench: score by task", rows, tasks, "score", 3)
-    suite.leave(folder, "longbench", settings, UNITS, rows, [table], [_picture(folder, rows, tasks)])
+    together = all_lengths(rows)
+    table = group_table("LongBench: score by task", together, tasks, "score", 3)
+    suite.leave(folder, "longbench", settings, UNITS, merged(rows), [table], [_picture(folder, together, tasks)])
 
 
 UNITS = {
@@ -103,14 +104,16 @@ def read_records(data: str, task: str, samples: int | None) -> Iterator[dict[str
         if samples is not None and number >= samples:
             return
         missing = [name for name in FIELDS if name not in record]
-        if missing:
-            raise SmartKVError(f"record {number} of '{task}' lacks {', '.join(missing)}")
+        if missing or not _listed(record["answers"]):
+            raise SmartKVError(f"record {number} of '{task}' lacks {', '.join(missing) or 'any answer'}")
         yield record | {"answers": _listed(record["answers"]), "all_classes": _listed(record.get("all_classes"))}
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
@@ -149,9 +152,9 @@ def _listed(value: Any) -> list[str]:
 
 def _sample(suite: Suite, task: str, record: dict[str, Any], longest: int, chat: bool) -> Sample:
     tokenizer, text = suite.lm.tokenizer, TASKS[task]["prompt"].format(**record)
-    ids = cut_in_the_middle(continuation_ids(tokenizer, text), longest)
+    ids = cut_in_the_middle(prompt_ids(tokenizer, text, False), longest)
     chat = chat and not TASKS[task].get("bare")
-    prompt = prompt_ids(tokenizer, tokenizer.decode(ids), chat) if chat else ids
+    prompt = prompt_ids(tokenizer, tokenizer.decode(ids, skip_special_tokens=True), chat) if chat else ids
     answer = continuation_ids(tokenizer, f" {record['answers'][0]}")
     return Sample(prompt, answer, tuple(record["answers"]), (task,), tuple(record["all_classes"]))
 

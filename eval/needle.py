@@ -65,7 +65,7 @@ def needle(
         trust_remote_code: run code that comes with the model.
     """
     console = make_console()
-    if min(*lengths, 10**9) < 4 * SPARE or min(depths, samples) < 1 or new_tokens < 0:
+    if not lengths or min(lengths) < 4 * SPARE or min(depths, samples) < 1 or new_tokens < 0:
         raise SmartKVError(
             f"lengths must be at least {4 * SPARE} tokens, depths and samples at least 1, new_tokens at least 0, "
             f"got {lengths}, {depths}, {samples}, {new_tokens}"

@@ -1,5 +1,6 @@
 """`python -m eval reasoning`: maths problems, solved while keys are evicted."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,24 @@ from eval.answers import Sample, continuation_ids, prompt_ids
 from eval.metrics import same_answer
 from eval.results import save_picture
 from eval.task_pictures import panels
-from eval.tasks import DEFAULT, Calibrating, Row, Suite, full_of, mean, merged, right_where_full_is, score_table, shown
+from eval.tasks import (
+    DEFAULT,
+    Calibrating,
+    Row,
+    Suite,
+    all_lengths,
+    full_of,
+    mean,
+    merged,
+    right_where_full_is,
+    score_table,
+    shown,
+)
 from smartkv import backbones
 from smartkv.errors import SmartKVError
 
+SHOTS = {"gsm8k": 8, "math500": 4, "aime24": 0}  # as is usual
+NEW_TOKENS = {"gsm8k": 256, "math500": 512, "aime24": 1024}
 SETS = {"gsm8k": "\nAnswer: ", "math500": "\nSolution: ", "aime24": "\nSolution: "}  # what stands before a solution
 
 
@@ -26,12 +41,11 @@ def reasoning(
     footprints: list[float] = [0.25],  # noqa: B006
     sets: list[str] = list(SETS),  # noqa: B006
     samples: int | None = 20,
-    shots: int = 8,
-    new_tokens: int = 256,
+    shots: int | dict[str, int] = SHOTS,
+    new_tokens: int | dict[str, int] = NEW_TOKENS,
     chat: bool = False,
     split: str = "test",
     origins: list[str] = ["local", "hub"],  # noqa: B006
-    tokens: int = 2048,
     calibration: Calibrating = Calibrating(),  # noqa: B008
     backbone: str = backbones.PACKAGED,
     dtype: str = "auto",
@@ -49,15 +63,14 @@ def reasoning(
         out: folder for reasoning.json and the picture.
         gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: contenders without.
         contenders: as for `compare`; those that are simulated by a mask generate nothing.
-        footprints: shares of the full cache to be kept, for which prices are solved on windows of `tokens`.
+        footprints: shares of the full cache to be kept, for which prices are solved at about each problem's length.
         sets: gsm8k, math500, aime24.
         samples: of each set, the first so many. Null: all.
-        shots: solved problems before each, of the same set's train split.
-        new_tokens: to generate; 0: none.
+        shots: solved problems before each, of the same set's train split; of each set, or one figure for all.
+        new_tokens: to generate; 0: none. Of each set, or one figure for all.
         chat: in the model's chat template.
         split: train, validation or test.
         origins: where the sets are taken from: local ($SMARTKV_DATA), hub.
-        tokens: of a window on which prices are solved; about as long as prompt and solution.
         calibration: texts on which prices are solved.
         backbone: hub id, local folder, .gguf file or smollm2-135m.
         dtype: auto, float32, bfloat16 or float16.
@@ -68,27 +81,40 @@ def reasoning(
     console = make_console()
     if not sets or any(name not in SETS for name in sets):
         raise SmartKVError(f"sets must be some of {', '.join(SETS)}, got {sets}")
-    if (samples is not None and samples < 1) or shots < 0 or new_tokens < 0 or tokens < 16:
-        raise SmartKVError("samples must be at least 1, shots and new_tokens at least 0, tokens at least 16")
+    shown_first, said = _of_sets("shots", shots, sets), _of_sets("new_tokens", new_tokens, sets)
+    if samples is not None and samples < 1:
+        raise SmartKVError(f"samples must be at least 1, got {samples}")
     suite = Suite(console, backbone, dtype, device, gates, contenders, footprints, calibration, seed, trust_remote_code)
     folder, rows = Path(out), []
+    asked = {
+        name: suite.by_length(_samples(suite, name, split, samples, shown_first[name], chat, origins)) for name in sets
+    }
+    for name in sets:  # all of them before the first is measured
+        suite.check_lengths(asked[name], said[name])
     for name in sets:
-        found = _samples(suite, name, split, samples, shots, chat, origins)
-        rows += suite.run(folder, "reasoning", {tokens: found}, new_tokens, _scored)
-    rows = merged(rows)
-    settings = {"sets": sets, "samples": samples, "shots": shots, "new_tokens": new_tokens}
-    settings |= {"chat": chat, "split": split, "tokens": tokens}
-    tables, pictures = [_table(rows, sets, new_tokens > 0)], [_picture(folder, rows, sets)]
-    suite.leave(folder, "reasoning", settings, UNITS, rows, tables, pictures)
+        rows += suite.run(folder, "reasoning", asked[name], said[name], _scored)
+    settings = {"sets": sets, "samples": samples, "shots": shown_first, "new_tokens": said}
+    settings |= {"chat": chat, "split": split}
+    together = all_lengths(rows)
+    tables, pictures = [_table(together, sets, max(said.values()) > 0)], [_picture(folder, together, sets)]
+    suite.leave(folder, "reasoning", settings, UNITS, merged(rows), tables, pictures)
 
 
 UNITS = {
     "score": "1 where the generated solution comes to the reference's answer (math-verify), else 0",
+    "ended": "the solution came to its end within `new_tokens`",
     "nll": "nats a token of the reference solution",
     "footprint": "keys seen ÷ keys of a full cache, over the queries of the prompt's last three quarters and later",
     "stored": "bytes held after the prompt ÷ those of its keys and values in float16; null: simulated by a mask",
     "group": "set",
 }
+
+
+def _of_sets(name: str, given: int | dict[str, int], sets: list[str]) -> dict[str, int]:
+    found = dict.fromkeys(sets, given) if isinstance(given, int) else {each: given.get(each, -1) for each in sets}
+    if min(found.values()) < 0:
+        raise SmartKVError(f"{name} must be at least 0, one figure, or one for each of {', '.join(sets)}; got {given}")
+    return found
 
 
 def _problems(name: str, split: str, origins: list[str], most: int | None) -> list[tuple[str, str]]:
@@ -122,8 +148,18 @@ def _scored(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
     text = figures["generated"]
     if text is None:
         return {"score": None}
-    solution = text.split("\n\nQuestion:")[0].split("\n\nProblem:")[0]  # the model goes on with a next one
-    return {"score": same_answer(solution, sample.references[0])}
+    solution = first_solution(text)
+    return {
+        "score": same_answer(solution, sample.references[0]),
+        "ended": figures["ended"] or len(solution) < len(text),
+    }
+
+
+def first_solution(text: str) -> str:
+    """Without the next problems that a model goes on with; GSM8K's solutions end with `#### answer`."""
+    solution = re.split(r"\n+(?:Question|Problem):", text)[0]
+    end = re.search(r"####[ \t]*[^\s#]+", solution)
+    return solution[: end.end()] if end else solution
 
 
 def _table(rows: list[Row], sets: list[str], generated: bool) -> Table:
@@ -133,18 +169,19 @@ def _table(rows: list[Row], sets: list[str], generated: bool) -> Table:
         for name in sets:
             if generated:
                 share, asked = right_where_full_is(row, full, "score", name)
-                score = mean([sample["score"] for sample in row.of(name)])
-                cells += [shown(score, percent=True), f"{shown(share, percent=True)} of {asked}"]
+                score, ended = (mean([sample[key] for sample in row.of(name)]) for key in ("score", "ended"))
+                said = shown(score, percent=True), shown(ended, percent=True)
+                cells += [*said, f"{shown(share, percent=True)} of {asked}"]
             here, there = ([sample["nll"] for sample in r.of(name)] for r in (row, full))
             gap = mean([mine - theirs for mine, theirs in zip(here, there, strict=True)])
             cells += [shown(mean(here), 3), "" if row is full else f"{gap:+.4f}"]
         lines.append((row, cells))
-    names = [part for name in sets for part in _columns(name, generated)]
+    names = [part for name in sets for part in _columns(f"{name} ({len(full.of(name))})", generated)]
     return score_table("Reasoning", names, lines)
 
 
 def _columns(name: str, generated: bool) -> list[str]:
-    return [*([name, "where full is"] if generated else []), f"NLL {name}", "ΔNLL"]
+    return [*([name, "ended", "where full is"] if generated else []), f"NLL {name}", "ΔNLL"]
 
 
 def _picture(folder: Path, rows: list[Row], sets: list[str]) -> Path:

@@ -85,7 +85,7 @@ def ruler(
 UNITS = {
     "score": "share of the answers that are in the generated text (string_match_all)",
     "nll": "nats a token of a right answer",
-    "right": "every token of a right answer is the likeliest, given those before it",
+    "right": "every token of a right answer is the likeliest, given those before it; null for cwe, which has no order",
     "footprint": "keys seen ÷ keys of a full cache, over the queries of the last three quarters of the prompt",
     "stored": "bytes held after the prompt ÷ those of its keys and values in float16; null: simulated by a mask",
     "group": "family, length in tokens",
@@ -107,13 +107,14 @@ def _samples(
         task = generate(family, length, prose, count_tokens, seed)
         prompt = prompt_ids(tokenizer, task.text, chat, task.prefix)
         answer = continuation_ids(tokenizer, task.reference)
-        found.append(Sample(prompt, answer, task.answers, (family, length)))
+        found.append(Sample(prompt, answer, task.answers, (family, length), ordered=task.ordered))
     return found
 
 
 def _matched(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
     text = figures["generated"]
-    return {"score": None if text is None else string_match_all(text, sample.references)}
+    found: dict[str, Any] = {"score": None if text is None else string_match_all(text, sample.references)}
+    return found if sample.ordered else found | {"right": None}
 
 
 def _table(rows: list[Row], families: list[str], length: int, generated: bool) -> Table:

@@ -1,7 +1,7 @@
 """RULER's task families (Hsieh et al. 2024, arXiv 2404.06654), generated: text of any length with a question to it.
 
 Needles in noise, in prose or among other needles; variables to be tracked; words to be counted. Its questions about
-passages (SQuAD, HotpotQA) are left out. Keys are pairs of words from our own lists, prose is that of the texts given.
+passages (SQuAD, HotpotQA) are left out. Keys are pairs of words from the texts given, which are the prose too.
 """
 
 import re
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from datamodules.recall import TEXTS
 from smartkv.errors import SmartKVError
 
 RULER: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("ruler.yaml").read_text(encoding="utf-8"))
@@ -35,12 +34,14 @@ class Task:
         prefix: what the answer begins with, given.
         answers: texts that must all be in the answer.
         reference: an answer that is right, as it would go on after `prefix`.
+        ordered: there is one order in which the answers are given; else the reference has any.
     """
 
     text: str
     prefix: str
     answers: tuple[str, ...]
     reference: str
+    ordered: bool = True
 
 
 class Exhausted(SmartKVError):
@@ -113,19 +114,24 @@ def _listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}, and {parts[-1]}"
 
 
-def _drawn(kind: str, random: np.random.Generator) -> str:
+def _drawn(kind: str, words: np.ndarray, random: np.random.Generator) -> str:
     if kind == "words":
-        words = TEXTS["words"]["word"]
-        return "-".join(str(random.choice(words)) for _ in range(2))
+        return "-".join(str(word) for word in random.choice(words, 2))
     if kind == "numbers":
         return str(random.integers(10**6, 10**7))
     return str(uuid.UUID(bytes=random.bytes(16), version=4))
 
 
-def _distinct(kind: str, count: int, random: np.random.Generator) -> list[str]:
+def _words(prose: str) -> np.ndarray:
+    return np.array(sorted(set(re.findall(r"\b[a-z]{4,12}\b", prose))))
+
+
+def _distinct(kind: str, count: int, words: np.ndarray, random: np.random.Generator) -> list[str]:
+    if kind == "words" and len(words) ** 2 < 2 * count:  # or drawing new ones would take for ever
+        raise Exhausted(f"the haystack has {len(words)} different words, too few for {count} keys: give longer texts")
     found: dict[str, None] = {}
     while len(found) < count:
-        found[_drawn(kind, random)] = None
+        found[_drawn(kind, words, random)] = None
     return list(found)
 
 
@@ -139,8 +145,11 @@ def _sentences(prose: str, words: int) -> list[str]:
 
 def _needles(options: dict[str, Any], size: int, length: int, prose: str, random: np.random.Generator) -> Task:
     kind, value_count, asked = options["values"], options.get("value_count", 1), options.get("asked", 1)
-    keys = _distinct(options["keys"], options.get("key_count", 1), random)
-    values = {key: _distinct(kind, value_count, random) for key in keys}
+    words, count = _words(prose), options.get("key_count", 1)
+    others = size if options["haystack"] == "needle" else 0
+    drawn = _distinct(options["keys"], count + others, words, random)  # at once: no other key is one that is asked for
+    keys = drawn[:count]
+    values = {key: _distinct(kind, value_count, words, random) for key in keys}
     needle = RULER["niah"]["needle"]
     needles = [needle.format(kind=kind, key=key, value=value) for key in keys for value in values[key]]
     random.shuffle(needles)
@@ -149,15 +158,15 @@ def _needles(options: dict[str, Any], size: int, length: int, prose: str, random
     elif options["haystack"] == "noise":
         sentences, between = [RULER["noise"]] * size, "\n"
     else:
-        others = _distinct(options["keys"], size, random)
-        sentences = [needle.format(kind=kind, key=key, value=_drawn(kind, random)) for key in others]
+        sentences = [needle.format(kind=kind, key=key, value=_drawn(kind, words, random)) for key in drawn[count:]]
         between = "\n"
     places = sorted(random.uniform(0, 1, len(needles)), reverse=True)
     for place, statement in zip(places, needles, strict=True):
         sentences.insert(int(place * (len(sentences) + 1)), statement)
     queries = [str(key) for key in random.choice(keys, asked, replace=False)]
-    answers = [value for key in queries for value in values[key]]
-    filled = {"kind": kind, "query": _listed(queries), "context": between.join(sentences)}
+    context = between.join(sentences)
+    answers = [value for key in queries for value in sorted(values[key], key=context.index)]  # as they are read
+    filled = {"kind": kind, "query": _listed(queries), "context": context}
     template, prefix = RULER["niah"]["template"], RULER["niah"]["prefix"]
     if len(answers) == 1:  # as published
         filled["kind"] = kind[:-1]
@@ -175,7 +184,7 @@ def _variables(options: dict[str, Any], size: int, length: int, prose: str, rand
 
 def _after(example: Task, task: Task) -> Task:
     text = f"{example.text}{example.prefix}{example.reference}\n{task.text}"
-    return Task(text, task.prefix, task.answers, task.reference)
+    return Task(text, task.prefix, task.answers, task.reference, task.ordered)
 
 
 def _chain(options: dict[str, Any], size: int, letters: int, random: np.random.Generator) -> Task:
@@ -200,8 +209,7 @@ def _chain(options: dict[str, Any], size: int, letters: int, random: np.random.G
 
 def _common_words(options: dict[str, Any], size: int, length: int, prose: str, random: np.random.Generator) -> Task:
     """With one solved example before it, as published."""
-    words = np.array(sorted(set(re.findall(r"\b[a-z]{4,12}\b", prose))))
-    count = options["count"]
+    words, count = _words(prose), options["count"]
     few = length < SHORT
     example = _list(words, (20, 3, 1) if few else (40, 10, 3), count, random)
     task = _list(words, (size, 6, 1) if few else (size, options["common"], options["uncommon"]), count, random)
@@ -218,7 +226,7 @@ def _list(words: np.ndarray, sizes: tuple[int, int, int], count: int, random: np
     context = " ".join(f"{number}. {word}" for number, word in enumerate(entries, 1))
     reference = " " + " ".join(f"{number}. {word}" for number, word in enumerate(drawn[:count], 1))
     text = RULER["cwe"]["template"].format(context=context)
-    return Task(text, RULER["cwe"]["prefix"], tuple(drawn[:count]), reference)
+    return Task(text, RULER["cwe"]["prefix"], tuple(drawn[:count]), reference, ordered=False)
 
 
 def _frequent_words(options: dict[str, Any], size: int, length: int, prose: str, random: np.random.Generator) -> Task:

@@ -13,7 +13,7 @@ from torch import Tensor
 from datamodules.documents import plan_windows
 from datamodules.sources import SourceConfig
 from eval.answers import Sample, answered
-from eval.cells import Cells, digests
+from eval.cells import Cells, digest_of_model, digests
 from eval.contenders import Contender
 from eval.line_up import ADAPTIVE_BY_GATES, line_up
 from eval.results import machine, write_result, write_tables
@@ -22,6 +22,7 @@ from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
 
 DEFAULT = ("gates", "window")
+ROUNDED = 256  # tokens
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,13 @@ class Suite:
         if calibration.windows < 1:
             raise SmartKVError(f"calibration.windows must be at least 1, got {calibration.windows}")
         self.console, self.names, self.footprints, self.seed = console, names, sorted(set(footprints)), seed
-        self.calibration = calibration
+        self.calibration, self.said = calibration, set[str]()
         self.solved: dict[int, list[tuple[Contender, float, Any]]] = {}  # by length
         self.lm: Backbone = load_backbone(backbone, dtype, device, trust_remote_code)
         self.bank = GateBank.from_pretrained(gates, self.lm.model).to(device) if gates else None
         self.settings = {
             "backbone": backbone,
+            "weights": digest_of_model(self.lm.model),
             "gates": gates,
             "dtype": str(self.lm.model.dtype).removeprefix("torch."),
             "device": device,
@@ -115,8 +117,13 @@ class Suite:
 
     def texts(self, sources: list[SourceConfig], split: str, count: int, tokens: int) -> list[Tensor]:
         """Windows of text, ids `[tokens]` each."""
-        plan = plan_windows(sources, {split: count}, self.lm.tokenizer, tokens, 4, self.seed, lambda _: None)
+        plan = plan_windows(sources, {split: count}, self.lm.tokenizer, tokens, 4, self.seed, self._say_once)
         return list(plan.of_split(split))
+
+    def _say_once(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            self.console.print(line, highlight=False)
 
     def run(
         self, out: Path, name: str, by_length: dict[int, list[Sample]], new_tokens: int, score: Scorer
@@ -132,9 +139,9 @@ class Suite:
         Raises:
             SmartKVError: text and answer are longer than the model's positions.
         """
-        self._check_lengths(by_length, new_tokens)
+        self.check_lengths(by_length, new_tokens)
         weights = digests(self.bank)
-        settings = {key: self.settings[key] for key in ("backbone", "dtype")} | {"new_tokens": new_tokens}
+        settings = {key: self.settings[key] for key in ("backbone", "weights", "dtype")} | {"new_tokens": new_tokens}
         cells = Cells(out / f"{name}.cells", settings)
         rows: list[Row] = []
         with Progress(console=self.console) as progress:
@@ -172,10 +179,25 @@ class Suite:
                     progress.console.print(f"left out: {error}", highlight=False)
         return found
 
-    def _check_lengths(self, by_length: dict[int, list[Sample]], new_tokens: int) -> None:
+    def by_length(self, samples: Sequence[Sample]) -> dict[int, list[Sample]]:
+        """Samples by the tokens for which prices are solved: their own, rounded up, so that a share of the cache is
+        the same share for short and for long ones."""
+        found: dict[int, list[Sample]] = {}
+        most = self.lm.architecture.max_positions
+        for sample in samples:
+            tokens = len(sample.prompt) + len(sample.answer)
+            found.setdefault(min(-(-tokens // ROUNDED) * ROUNDED, max(most, tokens)), []).append(sample)
+        return dict(sorted(found.items()))
+
+    def check_lengths(self, by_length: dict[int, list[Sample]], new_tokens: int) -> None:
+        """Before anything is measured. Raises SmartKVError where there are no samples, or too long ones."""
+        if not any(by_length.values()):
+            raise SmartKVError("there are no samples to measure: give other texts, lengths or sets")
         longest = max(len(s.prompt) + max(len(s.answer), new_tokens) for samples in by_length.values() for s in samples)
         most = self.lm.architecture.max_positions
-        if longest > most or max(by_length) > most:
+        if max(by_length) > most:
+            raise SmartKVError(f"texts of {max(by_length)} tokens are asked for, the model has {most} positions")
+        if longest > most:
             raise SmartKVError(f"prompt and answer come to {longest} tokens, the model has {most} positions")
 
     def leave(
@@ -219,6 +241,11 @@ def right_where_full_is(row: Row, full: Row, key: str, *group: Any) -> tuple[flo
     pairs = zip(row.of(*group), full.of(*group), strict=True)
     asked = [mine[key] for mine, theirs in pairs if (theirs[key] or 0) > 0.5]
     return (sum((value or 0) > 0.5 for value in asked) / len(asked) if asked else None), len(asked)
+
+
+def all_lengths(rows: Sequence[Row]) -> list[Row]:
+    """One row a contender and footprint, with the samples of all lengths."""
+    return merged([replace(row, length=0) for row in rows])
 
 
 def full_of(rows: Sequence[Row], length: int) -> Row:

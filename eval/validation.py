@@ -83,6 +83,7 @@ def baselines(
     codecs = {each: (codec, _residual(codec, usual, residual)) for each, (codec, usual) in codecs.items()}
     figures: dict[str, dict[str, Any]] = {each: {} for each in baselines}
     loaded: Loaded | None = None
+    used: list[Any] = []
     if memory_only:
         shape = shape_of(model, trust_remote_code)
     else:
@@ -94,7 +95,7 @@ def baselines(
     for each, (codec, kept) in codecs.items():
         figures[each] |= _memory(codec, kept, shape, tokens, seed)
     if loaded is not None:
-        _measure(console, loaded, codecs, figures, gates, sources, num_prompts, tokens, seed)
+        used = _measure(console, loaded, codecs, figures, gates, sources, num_prompts, tokens, seed)
     table = _table(figures, model, tokens, loaded)
     console.print(table)
     plain = Console(width=140, file=StringIO())
@@ -106,7 +107,7 @@ def baselines(
     settings = {"model": model, "device": device, "tokens": tokens, "num_prompts": num_prompts, "seed": seed}
     settings |= {"memory_only": memory_only, "dtype": dtype, "shape": vars(shape), "gates": gates}
     settings |= {"residual": {each: kept for each, (_, kept) in codecs.items()}}
-    extra = {"stand_in": loaded.stand_in if loaded else None, "machine": machine(device)}
+    extra = {"stand_in": loaded.stand_in if loaded else None, "sources": used, "machine": machine(device)}
     result = write_result(folder, name, settings, {"units": UNITS} | extra | {"baselines": figures})
     log.info("written: %s", result)
     console.print(f"  {result}\n  {folder / 'validation.log'}", highlight=False)
@@ -115,7 +116,8 @@ def baselines(
 UNITS = {
     "ratio_payload": "bits of the codes ÷ those of float16",
     "ratio_stored": "bytes held, scales, zeros and residual included, ÷ those of the same tokens in float16",
-    "error_key, error_value, error_output": "‖found − exact‖ ÷ ‖exact‖ (Frobenius), mean over layers, all encoded",
+    "error_key, error_value, error_output": "‖found − exact‖ ÷ ‖exact‖ (Frobenius), mean over layers and texts, all "
+    "encoded; SmartKV's bits by the attention that keys have got when they are encoded, or by gates",
     "encode_ms, decode_ms": "of all layers' keys and values of the text, median",
     "step_ms": "a forward pass of one token after the text, median",
     "perplexity": "of the texts' last three quarters, read as decoding would; the exact cache's beside it",
@@ -167,23 +169,28 @@ def _measure(
     num_prompts: int,
     tokens: int,
     seed: int,
-) -> None:
-    """Errors, times and perplexity, into `figures`."""
+) -> list[Any]:
+    """Errors, times and perplexity, into `figures`; where the texts came from."""
     lm = loaded.lm
     bank = GateBank.from_pretrained(gates, lm.model).to(lm.model.device) if gates else None
-    plan = plan_windows(sources, {"validation": num_prompts}, lm.tokenizer, tokens, 4, seed, lambda _: None)
+    plan = plan_windows(sources, {"validation": num_prompts}, lm.tokenizer, tokens, 4, seed, console.print)
     texts = [text.long() for text in plan.of_split("validation")]
     first = tokens // 4
     with Progress(console=console) as progress, torch.inference_mode():
-        task = progress.add_task("Errors", total=2 + len(codecs) * (len(texts) + 1))
-        with Probe(lm.model, {name: codec for name, (codec, _) in codecs.items()}, bank) as probe:
-            length = tokens // probe.block * probe.block
-            lm.model.base_model(input_ids=texts[0][None, :length].to(lm.model.device), past_key_values=probe)
-        for name, errors in probe.errors().items():
-            figures[name] |= errors
+        task = progress.add_task("Errors", total=1 + len(texts) + len(codecs) * (len(texts) + 1))
+        plain = {name: codec for name, (codec, _) in codecs.items()}
+        kept = max((residual for codec, residual in codecs.values() if isinstance(codec, Adaptive)), default=0)
+        found: list[dict[str, dict[str, float]]] = []
+        for text in texts:
+            with Probe(lm.model, plain, bank, kept) as probe:
+                length = tokens // probe.block * probe.block
+                lm.model.base_model(input_ids=text[None, :length].to(lm.model.device), past_key_values=probe)
+            found.append(probe.errors())
+            progress.advance(task)
+        for name in codecs:
+            figures[name] |= {key: statistics.mean(each[name][key] for each in found) for key in found[0][name]}
         for name, times in probe.times(REPEATS).items():
             figures[name] |= times
-        progress.advance(task)
         exact = [window_nll(lm.model, text, first) for text in texts]
         progress.advance(task)
         for name, (codec, residual) in codecs.items():
@@ -200,6 +207,7 @@ def _measure(
                 progress.advance(task)
             mean = torch.tensor([nll, exact], dtype=torch.float64).mean(dim=1).exp().tolist()
             figures[name]["perplexity"], figures[name]["perplexity_exact"] = mean
+    return plan.sources
 
 
 def _maker(loaded: Loaded, codec: Codec, residual: int, bank: GateBank | None) -> Callable[[], QuantizedCache]:

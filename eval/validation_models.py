@@ -8,7 +8,15 @@ from tokenizers.models import BPE
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from smartkv import backbones
-from smartkv.backbones import Architecture, Backbone, freeze, load_backbone, read_architecture
+from smartkv.backbones import (
+    Architecture,
+    Backbone,
+    check_device,
+    freeze,
+    load_backbone,
+    read_architecture,
+    resolve_dtype,
+)
 from smartkv.errors import SmartKVError
 
 
@@ -61,6 +69,8 @@ def load_or_stand_in(model: str, dtype: str, device: str, seed: int, trust_remot
     Raises:
         SmartKVError: another model that cannot be had.
     """
+    check_device(device)
+    computed = resolve_dtype(dtype, device)  # a mistake here is no reason for a stand-in
     try:
         return Loaded(load_backbone(model, dtype, device, trust_remote_code))
     except SmartKVError as error:
@@ -76,7 +86,7 @@ def load_or_stand_in(model: str, dtype: str, device: str, seed: int, trust_remot
         n_head=shape.kv_heads,
         n_embd=shape.kv_heads * shape.head_dim,
     )
-    weights = GPT2LMHeadModel(config).to(device=device, dtype=getattr(torch, dtype if dtype != "auto" else "float32"))
+    weights = GPT2LMHeadModel(config).to(device=device, dtype=computed)
     lm = freeze(weights, _byte_tokenizer(), model)
     why = f"{model} cannot be had ({reason}): random weights of its shape stand in; their perplexity means nothing"
     return Loaded(lm, why)

@@ -21,6 +21,21 @@ from smartkv.quantized_cache import QuantizedCache, QuantizedLayer
 ELEMENTS = 2**22  # of probabilities held at once
 
 
+def importance_by(gates: GateBank, layer: int, keys: Tensor) -> Tensor:
+    """Of tokens, as gates see it: what they predict, no longer as a logarithm.
+
+    Args:
+        keys: before the rotary embedding, `[batch, kv_heads, tokens, head_dim]`.
+
+    Returns:
+        float32 `[batch, kv_heads, tokens]`, above 0.
+    """
+    score = gates.score(layer, keys)
+    score = score[..., -1] if gates.ages else score
+    in_log4 = gates.details.get("target") in (Log4Lifespan.target, OrdinalAges.target)
+    return torch.exp(score * (math.log(4) if in_log4 else 1.0))
+
+
 class AdaptiveCache(QuantizedCache, AttachedCache):
     """A cache for `model(...)` and `model.generate(...)`.
 
@@ -88,6 +103,8 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
             weights = scores.masked_fill_(~seen, -math.inf).softmax(dim=-1)
             output[..., here, :] = weights.to(value.dtype) @ value[:, :, None]
             if self.gates is None and storage.importance is not None:
+                if self.real is not None:  # what padding looks at does not matter
+                    weights = weights * self.real[:, None, None, before:][..., here, None]
                 storage.importance += weights[..., total - exact :].sum(dim=(2, 3))
         return output.flatten(1, 2)
 
@@ -104,10 +121,7 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
         """Of new tokens, float32 `[batch, kv_heads, tokens]`."""
         if self.gates is None:
             return torch.zeros(keys.shape[:3], device=keys.device)
-        score = self.gates.score(layer, keys)
-        score = score[..., -1] if self.gates.ages else score
-        in_log4 = self.gates.details.get("target") in (Log4Lifespan.target, OrdinalAges.target)
-        return torch.exp(score * (math.log(4) if in_log4 else 1.0))
+        return importance_by(self.gates, layer, keys)
 
     # -- rows of the batch --------------------------------------------------------------------------------------------
 

@@ -178,6 +178,14 @@ def resolve_dtype(dtype: str, device: str | torch.device = "cpu") -> torch.dtype
     return known[dtype]
 
 
+def check_device(device: str | torch.device) -> None:
+    """Raises SmartKVError where a device is not to be had."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's word for "not a device" and for "not compiled in"
+        raise SmartKVError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 def load_backbone(
     model: str, dtype: str = "auto", device: str | torch.device = "cpu", trust_remote_code: bool = False
 ) -> Backbone:
@@ -192,10 +200,7 @@ def load_backbone(
     Raises:
         SmartKVError: the model cannot be found, or its family is not supported.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's word for "not a device" and for "not compiled in"
-        raise SmartKVError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
+    check_device(device)
     read_architecture(model, trust_remote_code)  # refuse a family before its weights are loaded
     tokenizer = load_tokenizer(model, trust_remote_code)
     options = {"dtype": resolve_dtype(dtype, device), "trust_remote_code": trust_remote_code}

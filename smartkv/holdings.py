@@ -26,6 +26,11 @@ class Holdings:
         return sum(layer.storage_bytes for layer in self.storage)
 
     @property
+    def exact_bytes(self) -> int:
+        """Those of keys and values that are held in the model's dtype."""
+        return sum(layer.exact_bytes for layer in self.storage)
+
+    @property
     def bytes_by_layer(self) -> Tensor:
         """The same by layer, int64 `[layers]`."""
         return torch.tensor([layer.storage_bytes for layer in self.storage])

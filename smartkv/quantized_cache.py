@@ -103,6 +103,19 @@ class QuantizedLayer(CacheLayerMixin):
         exact = [self.keys, self.values, self.importance] if self.is_initialized else []
         return storage_bytes([*self.parts.values(), *exact])
 
+    @property
+    def exact_bytes(self) -> int:
+        """Those of keys and values in the model's dtype."""
+        return storage_bytes([self.keys, self.values]) if self.is_initialized else 0
+
+    @property
+    def read_bytes(self) -> int:
+        """Of the copy of all keys and values that `read` makes."""
+        if not self.encoded:
+            return 0
+        rows, kv_heads, _, head_dim = self.keys.shape
+        return 2 * rows * kv_heads * self.get_seq_length() * head_dim * self.dtype.itemsize
+
     def select(self, rows: Tensor) -> None:
         """Go on with these rows of the batch, int64 `[rows]`."""
         if not self.is_initialized:
@@ -177,6 +190,16 @@ class QuantizedCache(Cache):
     def storage_bytes(self) -> int:
         """Bytes that all layers hold now, scales, zeros and residual included."""
         return sum(layer.storage_bytes for layer in self.storage)
+
+    @property
+    def exact_bytes(self) -> int:
+        """Those of keys and values that are held in the model's dtype."""
+        return sum(layer.exact_bytes for layer in self.storage)
+
+    @property
+    def read_bytes(self) -> int:
+        """Of the decoded copy that a layer attends to, one at a time."""
+        return max(layer.read_bytes for layer in self.storage)
 
     @property
     def ratio_payload(self) -> float:

@@ -101,6 +101,14 @@ class LifespanLayer(CacheLayerMixin):
         return self.store.nbytes + storage_bytes(rest)
 
     @property
+    def exact_bytes(self) -> int:
+        """Those of keys and values in the model's dtype, waiting ones included; packed ones are not."""
+        if not self.is_initialized:
+            return 0
+        held = [] if self.packed is not None else self.store.fields[:2]
+        return storage_bytes([*held, *self.unjudged])
+
+    @property
     def bytes_since_moved(self) -> int:
         """The same, from what was counted when keys were last moved and the size of a new token: asked often."""
         return self.resting + (len(self.unjudged) * storage_bytes(self.unjudged[:1]) if self.unjudged else 0)

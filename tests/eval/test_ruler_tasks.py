@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from eval.ruler_tasks import FAMILIES, generate, string_match_all
+from smartkv.errors import SmartKVError
 from tests.lightning_fixtures import prose
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "longctx"
@@ -26,6 +27,23 @@ def test_a_ruler_task_fills_its_length_and_has_its_answer_in_it(family: str) -> 
     assert all(answer in task.text for answer in task.answers)
     assert string_match_all(task.reference, task.answers) == 1.0
     assert task == generate(family, length, text, len, [0, 1], words) != generate(family, length, text, len, [2], words)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_asked_for_is_stated_once_a_value(seed: int) -> None:
+    for family in (family for family in FAMILIES if family.startswith("niah")):
+        task = generate(family, 6000, prose(9000, 1), len, [seed])
+        keys = task.prefix.split(" for ")[1].split(" mentioned")[0].replace(", and ", ", ").split(", ")
+        stated = {key: [line.split(":")[0] for line in task.text.split("is: ")].count(key) for key in keys}
+        found = sum(task.text.count(f" for {key} is: ") for key in keys)
+        assert found == len(task.answers), stated
+        if "value" in family:  # in the order in which they are read
+            assert [task.text.index(answer) for answer in task.answers] == sorted(map(task.text.index, task.answers))
+
+
+def test_more_keys_than_there_are_words_for_are_refused() -> None:
+    with pytest.raises(SmartKVError, match="different words"):
+        generate("niah_multikey_2", 20_000, "only some words " * 3000, len, [0])
 
 
 def test_ruler_s_variables_lead_back_to_the_value() -> None:

@@ -20,6 +20,7 @@ from eval.line_up import line_up
 from eval.longbench import TASKS, read_records
 from eval.metrics import METRICS, same_answer
 from eval.needle import _sample as needle_sample
+from eval.reasoning import first_solution
 from eval.recall import trial
 from eval.ruler_tasks import FAMILIES
 from smartkv import GateBank, HybridPolicy, LayerRule, LifespanCache, load_backbone
@@ -165,9 +166,10 @@ def longbench_data(tmp_path: Path) -> Path:
 def test_longbench_runs_every_task_with_its_metric(run: Any, tmp_path: Path, longbench_data: Path) -> None:
     changes = {"data": longbench_data, "samples": 1, "longest": 500, "contenders": '["window", "quant:int8"]'}
     found = run("longbench", tmp_path / "out", new_tokens=3, **changes)
-    for row in found["rows"]:
-        assert [sample["group"] for sample in row["samples"]] == [[task] for task in TASKS]
-        assert all(0 <= sample["score"] <= 1 for sample in row["samples"])
+    for name in {row["contender"] for row in found["rows"]}:
+        samples = [sample for row in found["rows"] if row["contender"] == name for sample in row["samples"]]
+        assert sorted(sample["group"] for sample in samples) == sorted([task] for task in TASKS)
+        assert all(0 <= sample["score"] <= 1 for sample in samples)
     assert (tmp_path / "out" / "longbench.png").is_file()
 
 
@@ -225,13 +227,42 @@ def test_reasoning_reads_problems_that_were_never_harvested(
         record = {"question": f"What is 2 + 2 in {split}?", "answer": "2 + 2 = 4\n#### 4"}
         (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("\n".join([json.dumps(record)] * 3))
     monkeypatch.setenv("SMARTKV_DATA", str(tmp_path))
-    changes = {"sets": '["gsm8k"]', "samples": 2, "shots": 1, "new_tokens": 4, "tokens": 200}
+    changes = {"sets": '["gsm8k"]', "samples": 2, "shots": 1, "new_tokens": 4}
     found = run("reasoning", tmp_path / "out", **changes)
     assert contenders(found) == ALL
     for row in found["rows"]:
         assert len(row["samples"]) == 2 and all(sample["nll"] > 0 for sample in row["samples"])
         scores = {sample["score"] for sample in row["samples"]}
         assert scores == {None} if row["contender"] == "key_norm" else scores <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "18\nQuestion: How many?\nAnswer: 7\n#### 7",
+        "9 * 2\n#### 18 #### 7",
+        "= 18\n#### 18\n\nAnd 3 more.",
+        "is 18.\n\nProblem: 4",
+    ],
+)
+def test_what_a_model_goes_on_with_does_not_count(said: str) -> None:
+    assert same_answer(first_solution(said), "#### 18") == 1.0
+
+
+def test_sets_are_checked_before_any_is_measured(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text(json.dumps({"question": "How many?", "answer": "4"}))
+    (tmp_path / "math").mkdir()
+    records = ({"id": n, "problem": f"p{n}", "solution": "so " * 2000} for n in range(30))
+    (tmp_path / "math" / "aime24.jsonl").write_text("\n".join(map(json.dumps, records)))
+    monkeypatch.setenv("SMARTKV_DATA", str(tmp_path))
+    with pytest.raises(SystemExit):
+        run("reasoning", tmp_path / "out", sets='["gsm8k", "aime24"]', shots=0, new_tokens=2)
+    assert "positions" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "reasoning.cells").exists()
 
 
 @pytest.mark.parametrize(
@@ -309,7 +340,7 @@ def test_a_chat_is_asked_in_the_model_s_template(chatty: Path) -> None:
         ("needle", {"lengths": "[400]", "depths": 1, "samples": 1, "new_tokens": 2}),
         ("ruler", {"lengths": "[2400]", "samples": 1, "families": '["niah_single_2"]'}),
         ("longbench", {"tasks": '["trec"]', "samples": 1, "longest": 300, "new_tokens": 2}),
-        ("reasoning", {"sets": '["math500"]', "samples": 1, "shots": 1, "new_tokens": 2, "tokens": 200}),
+        ("reasoning", {"sets": '["math500"]', "samples": 1, "shots": 1, "new_tokens": 2}),
     ],
 )
 def test_the_config_runs(

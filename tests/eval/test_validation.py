@@ -14,7 +14,7 @@ import eval.validation_models as models
 from eval.__main__ import main
 from eval.spellings import spelled_out
 from eval.validation_probe import Probe
-from smartkv.codecs import Half, Uniform
+from smartkv.codecs import Adaptive, Half, Uniform
 from tests.lightning_fixtures import write_texts
 from tests.models import FAMILIES, token_ids
 
@@ -86,7 +86,9 @@ def test_the_probe_attends_exactly_and_measures_the_error_of_the_output(family: 
     model, ids = FAMILIES[family](), token_ids(40)[None]
     with torch.inference_mode():
         want = model(ids, past_key_values=DynamicCache(config=model.config)).logits
-        with Probe(model, {"half": Half(), "int4": Uniform(4)}) as probe:
+        with Probe(
+            model, {"half": Half(), "int4": Uniform(4), "bits": Adaptive(0.9, block=8, levels=(2, 4, 8))}
+        ) as probe:
             found = model(ids, past_key_values=probe).logits
     assert torch.allclose(found, want, atol=1e-4)
     errors = probe.errors()
@@ -95,7 +97,10 @@ def test_the_probe_attends_exactly_and_measures_the_error_of_the_output(family: 
     mine, _ = Uniform(4).decode(Uniform(4).encode(key, value, None), torch.float32)
     first = float((mine - key).norm() / key.norm())
     assert probe.found["int4"]["error_key"][0] == pytest.approx(first, rel=1e-5)
-    assert importance.sum() == pytest.approx(40 * model.config.num_attention_heads, rel=1e-4)
+    # a block's bits are chosen when it is full: by then its queries, and earlier ones, have looked at it
+    assert importance["half"] is None and importance["bits"][..., :8].sum() == pytest.approx(
+        8 * model.config.num_attention_heads, rel=1e-4
+    )
 
 
 def test_the_old_spelling_is_understood() -> None:
