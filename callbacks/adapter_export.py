@@ -12,8 +12,9 @@ from smartkv.shards import write_atomically
 
 
 class AdapterExport(L.Callback):
-    """At the end of the run: the adapter (safetensors), the tokenizer, `schedule.json`, gates that were trained too
-    (`gates`) and, if asked for, the model with the adapter merged in (`merged`).
+    """At the end of the run: the adapter (safetensors), the tokenizer, `schedule.json`, what it was trained with
+    (`training.json`), gates that were trained too (`gates`) and, if asked for, the model with the adapter merged in
+    (`merged`, float32).
 
     Args:
         out: the folder, such as runs/eit/final.
@@ -37,8 +38,9 @@ class AdapterExport(L.Callback):
             "step": trainer.global_step,
         }
         write_atomically(self.out / "schedule.json", json.dumps(schedule, indent=1).encode())
-        if pl_module.gates is not None:
-            copy.deepcopy(pl_module.gates).cpu().requires_grad_(False).save_pretrained(self.out / "gates")
-        if self.merged:
-            copy.deepcopy(pl_module.student).merge_and_unload().save_pretrained(self.out / "merged")
+        write_atomically(self.out / "training.json", json.dumps(pl_module.described(), indent=1).encode())
+        if (gates := pl_module.tuned_gates()) is not None:
+            gates.save_pretrained(self.out / "gates")
+        if self.merged:  # in float32: bfloat16 would round the adapter's small changes away
+            copy.deepcopy(pl_module.student).cpu().float().merge_and_unload().save_pretrained(self.out / "merged")
             pl_module.lm.tokenizer.save_pretrained(self.out / "merged")

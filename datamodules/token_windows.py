@@ -1,5 +1,6 @@
 """Token windows of a weighted mix of texts, for `fit`: what gates are distilled on."""
 
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,8 +81,9 @@ class TokenWindows(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if self.plan is not None:
             return
-        if self.batch_size < 1:
-            raise SmartKVError(f"batch_size must be at least 1 window, got {self.batch_size}")
+        processes = self.trainer.world_size if self.trainer else 1
+        if self.batch_size < processes:
+            raise SmartKVError(f"batch_size must be at least a window a process, {processes}, got {self.batch_size}")
         if min(self.counts["train"], self.counts["validation"]) < 1:
             raise SmartKVError(f"windows of train and validation must be at least 1 each, got {self.counts}")
         limit = backbones.read_architecture(self.backbone, self.trust_remote_code).max_positions
@@ -92,6 +94,7 @@ class TokenWindows(L.LightningDataModule):
         self.plan = plan_windows(
             self.sources, self.counts, tokenizer, self.window, self.windows_per_document, self.seed, say
         )
+        self.digest = hashlib.sha256(self.plan.tokens.numpy().tobytes()).hexdigest()[:16]
 
     def _loader(self, split: str, shuffle: bool) -> BlockLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -111,7 +114,9 @@ class TokenWindows(L.LightningDataModule):
         return self._loader("validation", shuffle=False)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed, "batch_size": self.batch_size, "window": self.window, "windows": self.counts}
+        """Which windows come, and in which order."""
+        known = {"seed": self.seed, "batch_size": self.batch_size, "window": self.window, "windows": self.counts}
+        return known | {"tokens": self.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state != (now := self.state_dict()):

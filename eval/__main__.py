@@ -9,6 +9,7 @@ from eval.auto import auto
 from eval.calibrate import calibrate
 from eval.compare import compare
 from eval.decode import decode
+from eval.gains import gains
 from eval.gates import gates
 from eval.generate import generate
 from eval.layers import layers
@@ -33,6 +34,7 @@ COMMANDS = {
     "calibrate": calibrate,
     "compare": compare,
     "decode": decode,
+    "gains": gains,
     "gates": gates,
     "generate": generate,
     "layers": layers,

@@ -1,5 +1,9 @@
 """A model learns to live with a sparse cache: LoRA while keys are dropped. For `fit` and `validate`."""
 
+import copy
+import itertools
+import json
+import math
 from contextlib import ExitStack
 from typing import Any
 
@@ -7,23 +11,41 @@ import lightning as L
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from datamodules.token_windows import TokenWindows, WindowBatch
 from lightning_modules.schedules import total_steps, warmup_then_cosine
 from smartkv import backbones
+from smartkv.attention import read_keys
 from smartkv.backbones import Backbone, load_backbone
+from smartkv.budgets import Calibration, price_curve
 from smartkv.errors import SmartKVError
+from smartkv.gates import GateBank
 from smartkv.perplexity import losses_after
+from smartkv.policies import HybridPolicy
 from smartkv.sparsity import Linear, Schedule
+from smartkv.sparsity.key_dropout import windowed
 from smartkv.sparsity.losses import hidden_distance, student_loss
 from smartkv.sparsity.mask_sources import Dropping, RandomDropping
+
+UNLIKE = ("threads", "trust_remote_code", "gradient_checkpointing")  # settings that a resumed run may have otherwise
+SINKS = 4  # of the sliding window that every run is validated under
+CALIBRATION_WINDOWS = 4  # training windows on which prices of gates are solved that learned
+
+
+class _Restore(L.Callback):
+    """A run that fails leaves the model as it was."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: "EvictionTuning", exception: BaseException) -> None:
+        pl_module.open.close()
 
 
 class EvictionTuning(L.LightningModule):
     """Cross entropy of a student under eviction, and its divergence from the frozen base with a full cache.
 
     The student is the base with LoRA adapters; the teacher is the same model with the adapters switched off, so it does
-    not move. (A hook-based dropout of keys would do the same as the mask; there is none.)
+    not move. (A hook-based dropout of keys would do the same as the mask; there is none.) Gates that learn too pay
+    their price for the footprint, as in distillation.
 
     Args:
         dropping: how keys go.
@@ -39,6 +61,7 @@ class EvictionTuning(L.LightningModule):
         learning_rate: of AdamW, after warm-up.
         weight_decay: of AdamW.
         warmup_steps: optimiser steps of linear warm-up; cosine decay to 0 follows.
+        seed: of the adapters' start and of what is drawn.
         gradient_checkpointing: activations are computed anew in the backward pass: slower, and little memory.
         threads: CPU threads a process.
         trust_remote_code: run code that comes with the model.
@@ -59,6 +82,7 @@ class EvictionTuning(L.LightningModule):
         learning_rate: float = 2e-4,
         weight_decay: float = 0.0,
         warmup_steps: int = 10,
+        seed: int = 0,
         gradient_checkpointing: bool = False,
         threads: int = 2,
         trust_remote_code: bool = False,
@@ -69,6 +93,9 @@ class EvictionTuning(L.LightningModule):
         self.strict_loading = False  # checkpoints hold what is trained, and nothing of the base
         self.student: PeftModel | None = None
         self.open = ExitStack()
+        self.steps = math.inf  # of the run
+        self.validated_at = -1  # step of the last validation
+        self.owes_validation = False  # the checkpoint was saved just before one
 
     @property
     def lm(self) -> Backbone:
@@ -89,20 +116,26 @@ class EvictionTuning(L.LightningModule):
             raise SmartKVError(f"ce_weight, kl_weight and hidden_weight must be 0 or more and not all 0, got {weights}")
         torch.set_num_threads(h.threads)
         lm = load_backbone(h.backbone, h.dtype, self.trainer.strategy.root_device, h.trust_remote_code)
+        if lm.model.dtype == torch.float16:
+            raise SmartKVError("float16 has too little range for gradients: give dtype bfloat16 or float32")
         self.dropping.prepare(lm)
         config = LoraConfig(
             r=h.rank, lora_alpha=h.alpha, target_modules=list(h.targets), lora_dropout=0.0, task_type="CAUSAL_LM"
         )
         generator = torch.random.get_rng_state()
-        torch.manual_seed(0)  # adapters start alike in every process
+        torch.manual_seed(h.seed)  # adapters start alike in every process
         try:
             self.student = get_peft_model(lm.model, config)
         except ValueError as error:
             raise SmartKVError(f"targets {list(h.targets)} are no modules of '{h.backbone}': {error}") from error
         torch.random.set_rng_state(generator)
+        self.student.peft_config["default"].base_model_name_or_path = h.backbone  # not the place where its files lie
         if h.gradient_checkpointing:
             lm.model.gradient_checkpointing_enable({"use_reentrant": False})
             lm.model.enable_input_require_grads()
+            for module in lm.model.modules():  # they ask for training mode; dropouts inside stay off
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True
         self.backbone_ = lm
         self.gates = self.dropping.gates  # a submodule where gates are trained too
 
@@ -112,6 +145,13 @@ class EvictionTuning(L.LightningModule):
             raise SmartKVError(
                 f"model.backbone is '{self.hparams.backbone}', data.backbone '{data.backbone}': they must be the same"
             )
+        if stage == "fit":
+            self.steps = total_steps(self.trainer)
+            if self.schedule.needs_end and not math.isfinite(self.steps):
+                raise SmartKVError(f"{type(self.schedule).__name__} needs an end: give trainer.max_steps or max_epochs")
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [_Restore()]
 
     def configure_optimizers(self) -> dict[str, Any]:
         h, trained = self.hparams, [p for p in self.parameters() if p.requires_grad]
@@ -122,8 +162,7 @@ class EvictionTuning(L.LightningModule):
 
     def keep_ratio(self) -> float:
         """Of this step."""
-        steps = total_steps(self.trainer)
-        return self.schedule.keep_ratio(self.global_step, int(steps) if steps < 1e12 else 1)
+        return self.schedule.keep_ratio(self.global_step, int(self.steps) if math.isfinite(self.steps) else 1)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Last hidden states `[batch, tokens, hidden]`."""
@@ -131,6 +170,7 @@ class EvictionTuning(L.LightningModule):
 
     def training_step(self, batch: WindowBatch, batch_idx: int) -> Tensor:
         h, ids = self.hparams, batch.tokens
+        self.open.close()
         if not len(ids):  # a process without a window still takes part in every step
             return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0
         teacher = None
@@ -139,42 +179,54 @@ class EvictionTuning(L.LightningModule):
                 teacher = self.hidden(ids)[:, :-1].flatten(0, 1)
         ratio = self.keep_ratio()
         # closed after the backward pass, in which checkpointed activations are computed anew under the same rule
-        self.open.enter_context(self.dropping.inside(self.lm, ids, ratio, self._seeds(batch)))
-        hidden = self.hidden(ids)[:, :-1].flatten(0, 1)
+        seen = self.open.enter_context(self.dropping.inside(self.lm, ids, ratio, self._seeds(batch)))
+        try:
+            hidden = self.hidden(ids)[:, :-1].flatten(0, 1)
+        except BaseException:
+            self.open.close()
+            raise
         head = self.lm.model.get_output_embeddings()
         loss = student_loss(hidden, teacher, ids[:, 1:].flatten(), head, h.ce_weight, h.kl_weight)
-        total = loss.total
+        total, footprint = loss.total, seen(ids.shape[1] // 4)
         if h.hidden_weight:
             distance = hidden_distance(hidden, teacher)
             self.log("train_hidden", distance.detach(), batch_size=1)
             total = total + h.hidden_weight * distance
-        figures = {"train_ce": loss.ce, "train_kl": loss.kl, "keep_ratio": ratio}
-        self.log_dict(figures, batch_size=1)
+        if (price := self.dropping.price()) is not None:
+            total = total + price * footprint
+        figures = {"train_ce": loss.ce, "train_kl": loss.kl, "keep_ratio": ratio, "train_footprint": footprint.detach()}
+        self.log_dict({name: float(figure) for name, figure in figures.items()}, batch_size=1)
         self.log("train_loss", total.detach(), prog_bar=True, batch_size=1)
         return total * len(ids) * self.trainer.world_size / batch.global_windows
 
     def _seeds(self, batch: WindowBatch) -> list[int]:
         """What is drawn depends on the step and the window, not on how many processes there are."""
-        return [self.global_step * 1_000_003 + number for number in batch.number.tolist()]
+        first = (self.hparams.seed * 1_000_003 + self.global_step) * 1_000_003
+        return [(first + number) % 2**63 for number in batch.number.tolist()]
 
     def on_after_backward(self) -> None:
-        self.open.close()
-
-    def on_exception(self, exception: BaseException) -> None:
         self.open.close()
 
     def teardown(self, stage: str) -> None:
         self.open.close()
 
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
-        """NLL of the student with a full cache and under eviction (`val_nll`, `val_nll_dropped`), nats a token."""
+        """NLL of the student, nats a token: with a full cache (`val_nll`), under eviction as it is trained at this step
+        (`val_nll_dropped`; `val_cost`: how much more), and under a sliding window of an eighth of the text
+        (`val_nll_window`), the same for every run."""
+        self.log_dict(self._validated(batch), prog_bar=True, batch_size=len(batch.tokens), sync_dist=True)
+
+    @torch.no_grad()
+    def _validated(self, batch: WindowBatch) -> dict[str, float]:
         ids = batch.tokens
-        ratio = self.keep_ratio()
+        if not len(ids):  # windows that do not divide by the processes: of no weight
+            return dict.fromkeys(("val_nll", "val_nll_dropped", "val_cost", "val_nll_window"), 0.0)
         full = self._nll(ids)
-        with self.dropping.inside(self.lm, ids, ratio, batch.number.tolist()):
+        with self.dropping.inside(self.lm, ids, self.keep_ratio(), batch.number.tolist()):
             dropped = self._nll(ids)
-        figures = {"val_nll": full, "val_nll_dropped": dropped, "val_cost": dropped - full}
-        self.log_dict(figures, prog_bar=True, batch_size=len(ids), sync_dist=True)
+        with windowed(self.lm.model, max(1, ids.shape[1] // 8), SINKS, *ids.shape):
+            narrow = self._nll(ids)
+        return {"val_nll": full, "val_nll_dropped": dropped, "val_cost": dropped - full, "val_nll_window": narrow}
 
     def _nll(self, ids: Tensor) -> float:
         hidden = self.hidden(ids)[:, :-1].flatten(0, 1)
@@ -182,7 +234,32 @@ class EvictionTuning(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self.schedule.validated(float(self.trainer.callback_metrics["val_nll_dropped"]))
+            self.schedule.validated(float(self.trainer.callback_metrics["val_cost"]))
+            self.validated_at = self.global_step
+
+    def on_train_start(self) -> None:
+        """A checkpoint is saved before the validation that is due at its step, and Lightning takes that for done."""
+        if not self.owes_validation:
+            return
+        limit, total = self.trainer.limit_val_batches, torch.zeros(2, dtype=torch.float64, device=self.device)
+        batches = self.trainer.datamodule.val_dataloader()
+        for batch in itertools.islice(batches, limit if isinstance(limit, int) else None):
+            count = len(batch.tokens)
+            cost = self._validated(batch.to(self.device))["val_cost"]
+            total += torch.tensor([cost * count, count], dtype=torch.float64, device=self.device)
+        summed, count = self.trainer.strategy.reduce(total, reduce_op="sum").tolist()
+        self.schedule.validated(summed / max(1, count))
+        self.validated_at, self.owes_validation = self.global_step, False
+
+    def _validates_now(self) -> bool:
+        """Whether the batch that is done is followed by a validation, which has not been yet."""
+        trainer = self.trainer
+        every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+        if not isinstance(every, int) or self.validated_at == self.global_step or not trainer.enable_validation:
+            return False
+        if epochs is None:
+            return (trainer.fit_loop.total_batch_idx + 1) % every == 0
+        return (trainer.fit_loop.batch_idx + 1) % every == 0 and (self.current_epoch + 1) % epochs == 0
 
     # -- what is kept ---------------------------------------------------------------------------------------------
 
@@ -191,8 +268,36 @@ class EvictionTuning(L.LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
 
+    def described(self) -> dict[str, Any]:
+        """Which run this is, for JSON: what a checkpoint of it was made with, and the export says."""
+        settings = {k: v for k, v in self.hparams.items() if not k.startswith("_") and k not in UNLIKE}
+        parts = {"dropping": self.dropping.to_dict(), "schedule": self.schedule.to_dict(), "settings": settings}
+        plain: dict[str, Any] = json.loads(json.dumps(parts))
+        return plain | {
+            "data": self.trainer.datamodule.state_dict(),
+            "steps": self.steps if math.isfinite(self.steps) else None,
+        }
+
+    def tuned_gates(self) -> GateBank | None:
+        """Gates that learned, with prices solved for the tuned model; None: none did."""
+        if self.gates is None:
+            return None
+        gates = copy.deepcopy(self.gates).requires_grad_(False)
+        texts = self.trainer.datamodule.plan.of_split("train")[:CALIBRATION_WINDOWS]
+        keys = [read_keys(self.lm.model, ids) for ids in texts]
+        calibration = Calibration.of(gates, keys, len(texts[0]) // 4)
+        gates.details |= {"prices": price_curve(HybridPolicy.from_dict(gates.details["policy"]), calibration)}
+        return gates.cpu()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["schedule"] = self.schedule.state_dict()
+        checkpoint["run"] = self.described()
+        checkpoint["owes_validation"] = self._validates_now()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        then, now = checkpoint["run"], self.described()
+        if unlike := [name for name in now if name not in ("data", "steps") and then.get(name) != now[name]]:
+            different = "; ".join(f"{name} {then.get(name)}, now {now[name]}" for name in unlike)
+            raise SmartKVError(f"the checkpoint is of another run: {different}. Give this run folders of its own")
         self.schedule.load_state_dict(checkpoint["schedule"])
+        self.owes_validation = checkpoint["owes_validation"]

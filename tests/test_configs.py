@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from smartkv import GateBank, Manifest
+from smartkv import GateBank, HybridPolicy, LayerRule, Manifest, load_backbone
 from tests.lightning_fixtures import ROOT, harvest, prose, run_cli, write_texts
 from tests.models import save_random_gates, save_tiny_backbone
 
@@ -214,6 +214,12 @@ def test_a_tuning_config_runs_on_a_tiny_model_of_its_family(
              "data.init_args.backbone": tiny_backbone, "model.init_args.backbone": tiny_backbone,
              "model.init_args.threads": 1, "model.init_args.dtype": "float32", "trainer.accelerator": "cpu",
              "trainer.max_steps": 2, "trainer.accumulate_grad_batches": 1, "trainer.val_check_interval": 2}  # fmt: skip
+    if load(path)["model"]["init_args"]["dropping"]["class_path"] == "GateDropping":
+        policy = HybridPolicy((LayerRule("all", "gated", 8),))
+        details = {"ages": [8, 24], "policy": policy.to_dict(), "prices": [[0.1, 0.0], [0.9, 0.0]]}
+        fingerprint = load_backbone(str(tiny_backbone)).fingerprint
+        GateBank(fingerprint, None, 16, 2, details).save_pretrained(tmp_path / "gates")
+        small["model.init_args.dropping.init_args.gates"] = tmp_path / "gates"
     run_cli("fit", "-c", path, *(part for name, value in small.items() for part in (f"--{name}", str(value))))
     export = next(c for c in load(path)["trainer"]["callbacks"] if c["class_path"] == "AdapterExport")
     assert (tmp_path / export["init_args"]["out"] / "adapter_model.safetensors").is_file()

@@ -3,4 +3,4 @@
 source "${SMARTKV_CHECKOUT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}}/scripts/slurm/common.sh"  # SLURM runs a copy elsewhere
 model="$1"
 out="$OUT/$(name_of "$model")/anchors"
-unless_there "$out/anchors.json" "$PYTHON" -m eval anchors --backbone "$model" --device cuda --dtype bfloat16 --out "$out"
+unless_there "$out/anchors.json" "" "$PYTHON" -m eval anchors --backbone "$model" --device cuda --dtype bfloat16 --out "$out"

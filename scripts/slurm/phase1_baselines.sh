@@ -3,4 +3,8 @@
 source "${SMARTKV_CHECKOUT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}}/scripts/slurm/common.sh"  # SLURM runs a copy elsewhere
 model="$1"
 out="$OUT/$(name_of "$model")/base"
-unless_there "$out/compare.json" "$PYTHON" -m eval compare --config configs/eval/eit.yaml --backbone "$model" --device cuda --out "$out"
+unless_there "$out/compare.json" "" "$PYTHON" -m eval compare --config configs/eval/eit.yaml --backbone "$model" --device cuda --out "$out"
+if [[ -n "$PRESSES_PYTHON" ]]; then
+  unless_there "$out-presses/compare.json" "" "$PRESSES_PYTHON" -m eval presses --gates null --contenders "$PRESSES" \
+    --backbone "$model" --device cuda --out "$out-presses"
+fi

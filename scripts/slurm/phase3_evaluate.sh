@@ -3,6 +3,13 @@
 source "${SMARTKV_CHECKOUT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}}/scripts/slurm/common.sh"  # SLURM runs a copy elsewhere
 model="$1"
 run="$(basename "$(config_of "$model")" .yaml)"
+adapter="runs/eit/$run/final"
 out="$OUT/$(name_of "$model")/trained"
-unless_there "$out/compare.json" "$PYTHON" -m eval compare --config configs/eval/eit.yaml --backbone "$model" --device cuda \
-  --adapter "runs/eit/$run/final" --out "$out"
+base="$OUT/$(name_of "$model")/base"
+unless_there "$out/compare.json" "$adapter/adapter_model.safetensors" "$PYTHON" -m eval compare --config configs/eval/eit.yaml \
+  --backbone "$model" --device cuda --adapter "$adapter" --out "$out"
+unless_there "$out/gains.json" "$out/compare.json" "$PYTHON" -m eval gains --base "$base" --trained "[\"$out\"]" --out "$out"
+if [[ -n "$PRESSES_PYTHON" ]]; then
+  unless_there "$out-presses/compare.json" "$adapter/adapter_model.safetensors" "$PRESSES_PYTHON" -m eval presses --gates null \
+    --contenders "$PRESSES" --backbone "$model" --device cuda --adapter "$adapter" --out "$out-presses"
+fi

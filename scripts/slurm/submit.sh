@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Send one phase for all models, at most 4 jobs at a time.   submit.sh PHASE [options of sbatch]
-# PHASE: 0 analyse, 1 baselines, 2 train, 3 evaluate. What is done already ends at once; DRY_RUN=1 only says what it would do.
+# PHASE: 0 analyse, 1 baselines, 2 train, 3 evaluate. What is done is not sent; DRY_RUN=1 only says what it would do.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 most="${MOST_JOBS:-4}"
 phase="${1:?which phase: 0, 1, 2 or 3}"
@@ -17,7 +17,22 @@ case "$phase" in
 esac
 read -r -a extra <<<"${SBATCH_OPTIONS:-}"
 
-ours() { squeue --noheader --me --name smartkv | wc -l; }
+ours() {
+  local queue
+  queue="$(squeue --noheader --me --name smartkv)" || return 1
+  if [[ -z "$queue" ]]; then echo 0; else wc -l <<<"$queue"; fi
+}
+
+wait_for_room() {
+  local sent
+  while true; do
+    sent="$(ours)" || { echo "squeue does not answer: nothing is sent" >&2; exit 1; }
+    ((sent < most)) && return
+    sleep 60
+  done
+}
+
+mkdir -p "$OUT"
 
 for model in $MODELS; do
   if [[ "$DRY_RUN" == 1 ]]; then
@@ -25,7 +40,11 @@ for model in $MODELS; do
     DRY_RUN=1 bash "scripts/slurm/$script" "$model"
     continue
   fi
-  while (("$(ours)" >= most)); do sleep 60; done
+  if ! DRY_RUN=1 bash "scripts/slurm/$script" "$model" | grep --quiet "would run"; then
+    echo "done already: $script $model"
+    continue
+  fi
+  wait_for_room
   sbatch --job-name smartkv --gres gpu:1 --cpus-per-task 8 --mem 96G --time 24:00:00 \
     --output "$OUT/slurm-%j.log" --export "ALL,SMARTKV_CHECKOUT=$PWD" \
     "${extra[@]}" "$@" "scripts/slurm/$script" "$model"

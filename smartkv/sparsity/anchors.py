@@ -45,12 +45,19 @@ class Anchors:
             stays |= (kinds == CLASSES.index("punctuation")) | (kinds == CLASSES.index("newline"))
         return stays
 
-    def always(self, ids: Tensor, table: Tensor) -> Tensor:
-        """Whether the key of each token stays for good, bool like `ids` (int64 `[batch, tokens]`); the latest tokens
-        are no matter of it."""
+    def always(self, ids: Tensor, table: Tensor, real: Tensor | None = None) -> Tensor:
+        """Whether the key of each token stays for good, bool like `ids`; the latest tokens are no matter of it.
+
+        Args:
+            ids: int64 `[batch, tokens]`.
+            table: of `table`.
+            real: bool like `ids`, False for padding, which is no sink; None: there is none.
+        """
         stays = table.to(ids.device)[ids]
-        stays[:, : self.sinks] = True
-        return stays
+        if real is None:
+            stays[:, : self.sinks] = True
+            return stays
+        return (stays | (real.cumsum(dim=1) <= self.sinks)) & real
 
 
 def token_classes(tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -71,6 +78,8 @@ def token_classes(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 def _kind(text: str, token: str) -> str:
     bare = text.strip()
+    if "\ufffd" in bare:  # part of a letter
+        return "word_rest"
     if not bare:
         return "newline" if "\n" in text else "punctuation"
     if all(unicodedata.category(letter)[0] in "PS" for letter in bare):

@@ -1,22 +1,39 @@
 """Who decides which keys are gone while a model is trained: chance, a sliding window, or gates."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from smartkv.budgets import policy_of
-from smartkv.distillation import keep_share, stays
+from smartkv.distillation import footprint, keep_share, stays
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
 from smartkv.soft_eviction import HIDDEN, softly_evicted
 from smartkv.sparsity.masking import sparsely_attended
 
 Share = Literal["head", "layer", "model"]
+Seen = Callable[[int], Tensor]
+"""(first) -> footprint: share of a full cache's keys that the queries from `first` on saw in the last forward pass."""
+
+
+def share_seen(stays: Tensor, recent: int, first: int) -> Tensor:
+    """The same, where keys stay for good or go after a window.
+
+    Args:
+        stays: bool `[…, tokens]`, keys that stay for good; the figure is the mean over all else.
+        recent: latest tokens that every query sees.
+    """
+    query = torch.arange(first, stays.shape[-1], device=stays.device)
+    before = F.pad(stays.cumsum(dim=-1), (1, 0))  # keys that stay among the first so many
+    seen = before[..., (query + 1 - recent).clamp(min=0)] + (query + 1).clamp(max=recent)
+    return seen.sum(dim=-1).double().mean() / (query + 1).sum()
 
 
 @dataclass(frozen=True)
@@ -57,20 +74,20 @@ class KeyDropout:
         keep_ratio: float,
         seeds: Sequence[int],
         real: Tensor | None = None,
-    ) -> Iterator[None]:
+    ) -> Iterator[Seen]:
         """Inside, `model` attends without the keys that a draw takes away; arguments as `draw` and `sparse_mask`."""
         drawn = self.draw(always, keep_ratio, seeds)
         with sparsely_attended(model, lambda layer: drawn[layer], self.recent, real):
-            yield
+            yield partial(share_seen, drawn, self.recent)
 
 
 @contextmanager
-def windowed(model: PreTrainedModel, window: int, sinks: int, batch: int, tokens: int) -> Iterator[None]:
+def windowed(model: PreTrainedModel, window: int, sinks: int, batch: int, tokens: int) -> Iterator[Seen]:
     """Inside, `model` sees sinks and the latest `window` tokens, as under the policy `window`."""
     always = torch.zeros(batch, 1, tokens, dtype=torch.bool, device=model.device)
     always[..., :sinks] = True
     with sparsely_attended(model, lambda _: always, window):
-        yield
+        yield partial(share_seen, always, window)
 
 
 class GatedDropping:
@@ -105,7 +122,17 @@ class GatedDropping:
         return keep_share(worth, self.price, self.temperature)[1].movedim(-1, 0)
 
     @contextmanager
-    def dropped(self, model: PreTrainedModel) -> Iterator[None]:
-        """Inside, `model` attends as the gates have it (no padding)."""
-        with softly_evicted(model, self.log_keep, self.gates.ages, self.sinks):
-            yield
+    def dropped(self, model: PreTrainedModel) -> Iterator[Seen]:
+        """Inside, `model` attends as the gates have it (no padding). Through the footprint, too, gates learn."""
+        kept: dict[int, Tensor] = {}
+
+        def log_keep(layer: int, keys: Tensor) -> Tensor:
+            kept[layer] = self.log_keep(layer, keys)
+            return kept[layer]
+
+        def seen(first: int) -> Tensor:
+            keep = torch.cat([log.exp().movedim(0, -1).flatten(0, 1) for log in kept.values()])
+            return footprint(keep, self.gates.ages, self.sinks, first)
+
+        with softly_evicted(model, log_keep, self.gates.ages, self.sinks):
+            yield seen

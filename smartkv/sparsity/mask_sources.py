@@ -1,22 +1,39 @@
 """What a training config chooses from: each says how keys are dropped from a batch of texts."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from smartkv.backbones import Backbone
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
 from smartkv.sparsity.anchors import Anchors
-from smartkv.sparsity.key_dropout import GatedDropping, KeyDropout, Share, windowed
+from smartkv.sparsity.key_dropout import GatedDropping, KeyDropout, Seen, Share, windowed
 
 
 class Dropping(ABC):
-    """How keys go while a model is trained."""
+    """How keys go while a model is trained.
 
-    gates: GateBank | None = None  # that are trained with the model; None: there are none
+    Attributes:
+        gates: that are trained with the model; None: there are none.
+        arguments: that it was made with.
+    """
+
+    gates: GateBank | None = None
+    arguments: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a config has for it."""
+        return {"class_path": f"{type(self).__module__}.{type(self).__name__}", "init_args": self.arguments}
+
+    def price(self) -> float | None:
+        """What a key costs gates that learn, in nats a token for the whole cache; None: none do."""
+        return None
 
     def prepare(self, lm: Backbone) -> None:
         """Called once, with the model that will be trained."""
@@ -25,8 +42,8 @@ class Dropping(ABC):
     @abstractmethod
     def inside(
         self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
-    ) -> AbstractContextManager[None]:
-        """A context in which the model attends without the keys that went.
+    ) -> AbstractContextManager[Seen]:
+        """A context in which the model attends without the keys that went; it gives the footprint (see `Seen`).
 
         Args:
             ids: int64 `[batch, tokens]`, no padding.
@@ -38,10 +55,13 @@ class Dropping(ABC):
 class NoDropping(Dropping):
     """A full cache: plain fine-tuning, beside which the others are measured."""
 
+    def __init__(self) -> None:
+        self.arguments = {}
+
     def inside(
         self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
-    ) -> AbstractContextManager[None]:
-        return nullcontext()
+    ) -> AbstractContextManager[Seen]:
+        return nullcontext(lambda _: torch.ones(()))
 
 
 class RandomDropping(Dropping):
@@ -56,13 +76,15 @@ class RandomDropping(Dropping):
         self, sinks: int = 4, recent: int = 64, special: bool = True, punctuation: bool = True, share: Share = "head"
     ) -> None:
         self.anchors, self.share = Anchors(sinks, recent, special, punctuation), share
+        self.arguments = {"sinks": sinks, "recent": recent, "special": special, "punctuation": punctuation}
+        self.arguments |= {"share": share}
 
     def prepare(self, lm: Backbone) -> None:
         self.table = self.anchors.table(lm.tokenizer)
 
     def inside(
         self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
-    ) -> AbstractContextManager[None]:
+    ) -> AbstractContextManager[Seen]:
         arch = lm.architecture
         dropout = KeyDropout(arch.layers, arch.kv_heads, self.anchors.recent, self.share)
         return dropout.dropped(lm.model, self.anchors.always(ids, self.table), keep_ratio, seeds)
@@ -80,10 +102,11 @@ class WindowDropping(Dropping):
         if window < 1 or sinks < 0:
             raise SmartKVError(f"window must be at least 1 and sinks at least 0, got {window} and {sinks}")
         self.window, self.sinks = window, sinks
+        self.arguments = {"window": window, "sinks": sinks}
 
     def inside(
         self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
-    ) -> AbstractContextManager[None]:
+    ) -> AbstractContextManager[Seen]:
         return windowed(lm.model, self.window, self.sinks, *ids.shape)
 
 
@@ -107,6 +130,7 @@ class GateDropping(Dropping):
         if train and temperature is None:
             raise SmartKVError("gates learn through a soft decision: give a temperature, such as 0.2")
         self.name, self.footprint, self.temperature, self.train = gates, footprint, temperature, train
+        self.arguments = {"gates": gates, "footprint": footprint, "temperature": temperature, "train": train}
 
     def prepare(self, lm: Backbone) -> None:
         bank = GateBank.from_pretrained(self.name, lm.model).to(lm.model.device).float()
@@ -114,7 +138,10 @@ class GateDropping(Dropping):
         self.gates = bank if self.train else None
         self.rule = GatedDropping(bank, self.footprint, self.temperature)
 
+    def price(self) -> float | None:
+        return math.exp(self.rule.price) if self.train else None
+
     def inside(
         self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
-    ) -> AbstractContextManager[None]:
+    ) -> AbstractContextManager[Seen]:
         return self.rule.dropped(lm.model)

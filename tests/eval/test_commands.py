@@ -126,13 +126,33 @@ def test_the_slurm_scripts_say_what_they_would_send_and_skip_what_is_done(phase:
     assert "would send: phase" in said and "would run: python" in said
     command = said.split("would run: python ")[1]
     assert command.startswith(("-m eval ", "main.py fit"))
-    done = {"0": "anchors/anchors.json", "1": "base/compare.json", "3": "trained/compare.json"}
+    done = {"0": ["anchors/anchors.json"], "1": ["base/compare.json"]}
+    done["3"] = ["trained/compare.json", "trained/gains.json"]
     if phase in done:
-        path = tmp_path / "Qwen_Qwen3-8B" / done[phase]
-        path.parent.mkdir(parents=True)
-        path.touch()
+        for number, name in enumerate(done[phase]):
+            path = tmp_path / "Qwen_Qwen3-8B" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            os.utime(path, (1e9 + number, 1e9 + number))
         said = subprocess.run(["bash", str(submit), phase], capture_output=True, text=True, env=env, check=True).stdout
         assert "done already" in said and "would run" not in said
+
+
+def test_no_more_jobs_than_allowed_are_sent_and_none_where_the_queue_is_not_known(tmp_path: Path) -> None:
+    for name, body in {"squeue": "exit 1", "sbatch": f"echo sent >> {tmp_path}/sent"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {
+        "OUT": str(tmp_path / "out"),
+        "MODELS": "Qwen/Qwen3-8B",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    command = ["bash", str(ROOT / "scripts/slurm/submit.sh"), "1"]
+    failed = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert failed.returncode and "squeue does not answer" in failed.stderr and not (tmp_path / "sent").exists()
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho one job\n")
+    subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert (tmp_path / "sent").read_text() == "sent\n" and (tmp_path / "out").is_dir()
 
 
 def test_the_slurm_scripts_are_bash_and_refuse_an_unknown_phase() -> None:

@@ -2,16 +2,21 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, modeling_utils
 
+from datamodules.documents import WindowCounts
+from datamodules.sources import SourceConfig
+from datamodules.token_windows import TokenWindows
 from lightning_modules.eviction_tuning import EvictionTuning
 from smartkv import GateBank, HybridPolicy, LayerRule, LifespanCache, load_backbone
+from smartkv.errors import SmartKVError
 from smartkv.sparsity import Linear
 from smartkv.sparsity.mask_sources import RandomDropping
 from tests.lightning_fixtures import prose, refused, run_cli, run_command, write_config
@@ -131,19 +136,94 @@ def test_a_run_that_stopped_goes_on_to_the_same_adapters(
 
 
 def test_two_processes_train_what_one_does(tuned: Path, tmp_path: Path, tiny_backbone: Path, texts: Path) -> None:
-    both = config(tmp_path, tiny_backbone, texts, trainer={"devices": 2, "strategy": "ddp"})
+    trainer, data = {"devices": 2, "strategy": "ddp"}, {"windows": {"train": 8, "validation": 3}}
+    both = config(tmp_path, tiny_backbone, texts, trainer=trainer, data=data)  # of three one process validates one
     run_command("fit", "-c", write_config(tmp_path / "run.yaml", both))
     for name, weight in weights(tuned).items():
         torch.testing.assert_close(weights(tmp_path)[name], weight, atol=1e-4, rtol=1e-3)
 
 
-def test_gradient_checkpointing_sees_the_same_mask(
+def test_an_adaptive_run_that_stopped_before_a_validation_goes_on_as_if_it_had_not(
+    tmp_path: Path, tiny_backbone: Path, texts: Path
+) -> None:
+    schedule = {"class_path": "smartkv.sparsity.Adaptive", "init_args": {"change": 0.2, "tolerance": 10.0}}
+    changes = {"model": {"schedule": schedule}, "trainer": {"val_check_interval": 2}}
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    run_cli("fit", "-c", write_config(whole / "run.yaml", config(whole, tiny_backbone, texts, **changes)))
+    resumed = write_config(again / "run.yaml", config(again, tiny_backbone, texts, **changes))
+    run_cli("fit", "-c", resumed, "--ckpt_path", whole / "checkpoints/step=2.ckpt")
+    ratios = [json.loads((out / "final" / "schedule.json").read_text())["keep_ratio"] for out in (whole, again)]
+    assert ratios[0] == ratios[1] == pytest.approx(0.3)
+    for name, weight in weights(whole).items():
+        assert torch.allclose(weights(again)[name], weight, atol=1e-6), name
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+    tuned: Path, tmp_path: Path, tiny_backbone: Path, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dropping = {"class_path": "smartkv.sparsity.mask_sources.WindowDropping", "init_args": {"window": 12}}
+    other = {"class_path": "smartkv.sparsity.Adaptive"}
+    for change in ({"dropping": dropping}, {"schedule": other}):
+        run = write_config(tmp_path / "run.yaml", config(tmp_path, tiny_backbone, texts, model=change))
+        said = refused(capsys, "fit", "-c", run, "--ckpt_path", tuned / "checkpoints/step=4.ckpt")
+        assert "is of another run" in said
+
+
+def test_what_is_left_says_what_it_was_trained_with(tuned: Path, tiny_backbone: Path) -> None:
+    said = json.loads((tuned / "final" / "training.json").read_text())
+    assert said["dropping"]["init_args"]["recent"] == 8 and said["schedule"]["init_args"] == {"start": 0.9, "end": 0.3}
+    assert said["settings"]["rank"] == 4 and said["data"]["tokens"] and said["steps"] == 8
+    assert json.loads((tuned / "final" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tiny_backbone
+    )
+
+
+def test_another_seed_is_another_run_on_the_same_texts(
     tuned: Path, tmp_path: Path, tiny_backbone: Path, texts: Path
 ) -> None:
+    run_cli("fit", "-c", write_config(tmp_path / "run.yaml", config(tmp_path, tiny_backbone, texts, model={"seed": 1})))
+    assert not any(torch.allclose(weights(tmp_path)[name], weight) for name, weight in weights(tuned).items())
+    digests = {json.loads((out / "final" / "training.json").read_text())["data"]["tokens"] for out in (tuned, tmp_path)}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_run_that_fails_leaves_the_model_as_it_was(
+    where: str, tmp_path: Path, tiny_backbone: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = []
+
+    def fail(self: EvictionTuning, *_: Any) -> Any:
+        models.append(self.lm.model)
+        raise ZeroDivisionError
+
+    inner = EvictionTuning.hidden
+
+    def hidden(self: EvictionTuning, ids: torch.Tensor) -> torch.Tensor:
+        return inner(self, ids) if not torch.is_grad_enabled() else fail(self)
+
+    name = {"forward": "hidden", "backward": "backward"}[where]
+    monkeypatch.setattr(EvictionTuning, name, hidden if where == "forward" else fail)
+    with pytest.raises(ZeroDivisionError):
+        run_cli("fit", "-c", write_config(tmp_path / "run.yaml", config(tmp_path, tiny_backbone, texts)))
+    assert models and all(model.config._attn_implementation == "sdpa" for model in models)
+
+
+def test_gradient_checkpointing_sees_the_same_mask(
+    tuned: Path, tmp_path: Path, tiny_backbone: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, inner = [], modeling_utils.checkpoint
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_utils, "checkpoint", counted)
     changed = config(tmp_path, tiny_backbone, texts, model={"gradient_checkpointing": True})
     run_cli("fit", "-c", write_config(tmp_path / "run.yaml", changed))
     for name, weight in weights(tuned).items():
         assert torch.allclose(weights(tmp_path)[name], weight, atol=1e-4), name
+    assert len(calls) >= 8 * 2  # steps, layers
 
 
 @pytest.mark.parametrize("kind", ["NoDropping", "WindowDropping", "GateDropping", "soft"])
@@ -162,7 +242,7 @@ def test_every_way_of_dropping_trains(kind: str, tmp_path: Path, tiny_backbone: 
     assert any(weight.abs().max() > 0 for name, weight in weights(tmp_path).items() if "lora_B" in name)
     if kind == "soft":
         before, after = GateBank.from_pretrained(gates), GateBank.from_pretrained(tmp_path / "final" / "gates")
-        assert not torch.equal(before.weight2, after.weight2)
+        assert not torch.equal(before.weight2, after.weight2) and before.details["prices"] != after.details["prices"]
 
 
 def test_the_teacher_does_not_move(tiny_backbone: Path) -> None:
@@ -197,6 +277,7 @@ def test_a_tuned_model_works_on_an_evicting_cache(tuned: Path, tiny_backbone: Pa
         ({"rank": 0}, "rank must be above 0"),
         ({"ce_weight": 0, "kl_weight": 0}, "not all 0"),
         ({"targets": ["nope"]}, "are no modules of"),
+        ({"dtype": "float16"}, "float16 has too little range"),
     ],
 )
 def test_mistakes_are_told(
@@ -209,6 +290,21 @@ def test_mistakes_are_told(
 ) -> None:
     changed = config(tmp_path, tiny_backbone, texts, model=model)
     assert says in refused(capsys, "fit", "-c", write_config(tmp_path / "run.yaml", changed))
+
+
+def test_a_curriculum_without_an_end_is_refused(
+    tmp_path: Path, tiny_backbone: Path, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endless = config(tmp_path, tiny_backbone, texts, trainer={"max_epochs": -1})
+    assert "needs an end" in refused(capsys, "fit", "-c", write_config(tmp_path / "run.yaml", endless))
+
+
+def test_processes_without_windows_are_refused(tiny_backbone: Path, texts: Path) -> None:
+    sources, counts = [SourceConfig("mine", path=str(texts))], WindowCounts(4, 2, 0)
+    data = TokenWindows(sources, counts, str(tiny_backbone), TOKENS, batch_size=1)
+    data.trainer = SimpleNamespace(world_size=2, is_global_zero=True)
+    with pytest.raises(SmartKVError, match="at least a window a process, 2, got 1"):
+        data.setup("fit")
 
 
 @pytest.mark.parametrize(

@@ -63,12 +63,13 @@ def test_gates_in_training_are_the_gates_that_are_deployed() -> None:
     model, ids = llama(), token_ids(40)[None]
     gates = gates_for_ages(model)
     with torch.inference_mode():
-        with GatedDropping(gates, 0.5).dropped(model):
+        with GatedDropping(gates, 0.5).dropped(model) as seen:
             found = model(ids, use_cache=False).logits
+            share = float(seen(10))
         policy = HybridPolicy((LayerRule("all", "gated", 4),), sinks=2, price=0.0)
-        with LifespanCache(model, gates, policy) as cache:
+        with LifespanCache(model, gates, policy, count_from=10) as cache:
             want = model(ids, past_key_values=cache).logits
-        assert 0.2 < cache.footprint < 0.95
+        assert 0.2 < cache.footprint < 0.95 and share == pytest.approx(cache.footprint, abs=1e-6)
     assert torch.allclose(found, want, atol=1e-4)
 
 
@@ -79,6 +80,20 @@ def test_soft_gates_learn_with_the_model() -> None:
         model(ids, labels=ids, use_cache=False).loss.backward()
     assert gates.weight1.grad.abs().max() > 0
     assert model.base_model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
+
+
+def test_soft_gates_learn_what_keeping_costs() -> None:
+    model, ids = llama(), token_ids(40)[None]
+    gates = gates_for_ages(model).requires_grad_(True)
+    with GatedDropping(gates, 0.5, temperature=0.5).dropped(model) as seen:
+        model(ids, use_cache=False)
+        before = seen(10)
+        before.backward()
+    with torch.no_grad():
+        gates.bias2 -= gates.bias2.grad.sign()
+    with torch.no_grad(), GatedDropping(gates, 0.5, temperature=0.5).dropped(model) as seen:
+        model(ids, use_cache=False)
+        assert seen(10) < before - 0.05
 
 
 def test_gates_that_cannot_drop_are_refused() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from smartkv.errors import SmartKVError
 from smartkv.sparsity import Adaptive, Anchors, Fixed, Linear, sparse_mask, sparsely_attended
-from smartkv.sparsity.anchors import CLASSES, token_classes
+from smartkv.sparsity.anchors import CLASSES, _kind, token_classes
+from smartkv.sparsity.key_dropout import share_seen
 from tests.models import FAMILIES, tiny_tokenizer, token_ids
 from tests.smartkv.cache_fixtures import kv_heads, padding, sliding, state
 from tests.smartkv.masked_reference import masked_logits, positions
@@ -53,6 +54,26 @@ def test_each_anchor_stays_when_it_is_asked_for_and_nothing_else_does(
         assert bool(stays[place]) == want
 
 
+def test_sinks_are_counted_from_the_first_real_token() -> None:
+    tokenizer = tiny_tokenizer()
+    ids, real = torch.full((1, 10), 65), torch.tensor([[False] * 4 + [True] * 6])
+    anchors = Anchors(sinks=3, recent=1, special=False, punctuation=False)
+    stays = anchors.always(ids, anchors.table(tokenizer), real)[0]
+    assert stays.tolist() == [False] * 4 + [True] * 3 + [False] * 3
+
+
+def test_parts_of_a_letter_are_no_punctuation() -> None:
+    assert _kind("\ufffd", "\ufffd") == "word_rest" and _kind(" \ufffd\ufffd", "Ġ") == "word_rest"
+
+
+@given(st.integers(1, 12), st.integers(0, 19), st.lists(st.booleans(), min_size=20, max_size=20))
+def test_the_share_that_is_seen_is_that_of_the_mask(recent: int, first: int, kept: list[bool]) -> None:
+    stays = torch.tensor(kept).view(1, 1, 20)
+    mask = sparse_mask(stays, recent)[0, 0, first:].double()
+    want = mask.sum() / torch.ones(20, 20).tril()[first:].sum()
+    assert float(share_seen(stays, recent, first)) == pytest.approx(float(want))
+
+
 def test_anchors_that_are_none_are_refused() -> None:
     for wrong in ({"sinks": -1}, {"recent": 0}):
         with pytest.raises(SmartKVError):
@@ -71,14 +92,14 @@ def test_the_curriculum_goes_in_a_straight_line() -> None:
 def test_the_adaptive_schedule_falls_while_the_model_keeps_up_and_goes_on_as_it_was() -> None:
     schedule = Adaptive(0.9, 0.3, 0.1, 0.05)
     ratios = []
-    for loss in (3.0, 3.04, 3.2, 2.9, 2.8):
-        schedule.validated(loss)
+    for cost in (0.0, 0.04, 0.2, 0.05, -0.1):
+        schedule.validated(cost)
         ratios.append(schedule.keep_ratio(0, 1))
     assert ratios == pytest.approx([0.8, 0.7, 0.8, 0.7, 0.6])
     again = Adaptive(0.9, 0.3, 0.1, 0.05)
     again.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
     for one in (schedule, again):
-        one.validated(2.84)
+        one.validated(0.01)
     assert again.state_dict() == schedule.state_dict() and again.ratio == pytest.approx(0.5)
 
 

@@ -1,0 +1,191 @@
+"""`python -m eval gains`: what training changed: `eval compare` of a model before and after, window by window."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor
+
+from callbacks.console import make_console
+from callbacks.pictures import COLOURS
+from eval.results import read_result, save_picture, write_result, write_tables
+from smartkv.errors import SmartKVError
+from smartkv.scores import bootstrap
+
+SAME = ("window", "score_from", "protocol", "prefill")  # settings of two results that are compared
+
+
+@dataclass
+class Gain:
+    """One policy at one footprint, on one kind of text, before and after a training.
+
+    Attributes:
+        footprint, footprint_before: measured; a price is solved on each model's own keys.
+        cost, cost_before: NLL under eviction less NLL with a full cache, of the same model, nats a token.
+        fall: share of the cost before that is gone; interval: 95 %, bootstrap over documents.
+    """
+
+    run: str
+    text: str
+    contender: str
+    target: float
+    footprint: float
+    footprint_before: float
+    cost: float
+    cost_before: float
+    fall: float
+    interval: tuple[float, float]
+
+
+def gains(out: str, base: str, trained: list[str], against: str | None = None) -> None:
+    """The cost of eviction before and after a training, and what the training did to the model with a full cache.
+
+    Args:
+        out: folder for gains.json, gains.md and the picture.
+        base: folder with the `compare.json` of the model before.
+        trained: folders with those of trained models, on the same windows.
+        against: one of `trained`, such as plain LoRA on the same tokens: costs are compared with its instead of the
+            base's. Null: with the base's.
+    """
+    console = make_console()
+    if against is not None and against not in trained:
+        raise SmartKVError(f"against '{against}' is none of the folders in trained")
+    before = read_result(Path(base) / "compare.json")
+    found, changes = [], []
+    for folder in trained:
+        after = read_result(Path(folder) / "compare.json")
+        _check_same(before, after, base, folder)
+        changes += [_full(folder, text, before, after) for text in before["full"]["texts"]]
+    reference = read_result(Path(against) / "compare.json") if against else before
+    for folder in trained:
+        if folder != against:
+            found += _gains(folder, reference, read_result(Path(folder) / "compare.json"))
+    tables = [_full_table(changes), _table(found, against or base)]
+    arguments = {"base": base, "trained": trained, "against": against}
+    result = write_result(Path(out), "gains", arguments, {"units": UNITS, "full": changes, "gains": _plain(found)})
+    for table in tables:
+        console.print(table)
+    picture = save_picture(_picture(found), Path(out) / "gains.png")
+    for path in (result, write_tables(Path(out) / "gains.md", tables), picture):
+        console.print(f"  {path}", highlight=False)
+
+
+UNITS = {
+    "cost, cost_before": "NLL under eviction − NLL with a full cache, of the same model, nats a token",
+    "fall": "1 − cost ÷ cost_before; interval: 95 %, bootstrap over documents",
+    "nll, nll_before": "nats a token with a full cache",
+}
+
+
+def _check_same(before: dict[str, Any], after: dict[str, Any], base: str, folder: str) -> None:
+    for where, result in ((base, before), (folder, after)):
+        if "texts" not in result.get("full", {}):
+            raise SmartKVError(f"{where} has no compare.json with the full cache's NLL: run eval compare there again")
+    there, here = before["arguments"], after["arguments"]
+    unlike = [name for name in SAME if there[name] != here[name]]
+    unlike += [text for text in there["texts"] if here["texts"].get(text) != there["texts"][text]]
+    if unlike:
+        raise SmartKVError(
+            f"{folder} and {base} were not measured alike ({', '.join(unlike)}): give both the same config"
+        )
+
+
+def _over(windows: list[float]) -> Tensor:
+    return torch.tensor(windows, dtype=torch.float64)
+
+
+def _full(folder: str, text: str, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    mine, theirs = (_over(each["full"]["texts"][text]["nll_window"]) for each in (after, before))
+    owners, gap = before["arguments"]["texts"][text]["documents"], mine - theirs
+    interval = bootstrap(len(gap), lambda weight: (weight @ gap) / weight.sum(dim=1), groups=owners)
+    figures = {"nll": float(mine.mean()), "nll_before": float(theirs.mean()), "change": float(gap.mean())}
+    return {"run": folder, "text": text} | figures | {"interval": list(interval)}
+
+
+def _gains(folder: str, before: dict[str, Any], after: dict[str, Any]) -> list[Gain]:
+    """Of every policy and footprint that both have."""
+    there = {(row["contender"], row["target"]): row["texts"] for row in before["rows"]}
+    found = []
+    for row in after["rows"]:
+        for text, figures in row["texts"].items():
+            other = there.get((row["contender"], row["target"]), {}).get(text)
+            if other is None:
+                continue
+            mine, theirs = (_over(each["delta_nll_window"]) for each in (figures, other))
+            owners = before["arguments"]["texts"][text]["documents"]
+
+            def fall(weight: Tensor, mine: Tensor = mine, theirs: Tensor = theirs) -> Tensor:
+                return 1 - (weight @ mine) / (weight @ theirs)
+
+            known = fall(torch.ones(1, len(mine), dtype=torch.float64))
+            found.append(
+                Gain(
+                    run=folder,
+                    text=text,
+                    contender=row["contender"],
+                    target=row["target"],
+                    footprint=figures["footprint"],
+                    footprint_before=other["footprint"],
+                    cost=float(mine.mean()),
+                    cost_before=float(theirs.mean()),
+                    fall=float(known),
+                    interval=bootstrap(len(mine), fall, groups=owners),
+                )
+            )
+    if not found:
+        raise SmartKVError(f"{folder} has no policy at a footprint that it is to be compared with")
+    return found
+
+
+def _plain(found: list[Gain]) -> list[dict[str, Any]]:
+    return [asdict(gain) for gain in found]
+
+
+def _full_table(changes: list[dict[str, Any]]) -> Table:
+    table = Table(title="with a full cache, nats a token")
+    for name in ("run", "text", "before", "after", "change (95 %)"):
+        table.add_column(name, justify="left" if name in ("run", "text") else "right")
+    for each in changes:
+        low, high = each["interval"]
+        change = f"{each['change']:+.4f} ({low:+.4f} to {high:+.4f})"
+        table.add_row(each["run"], each["text"], f"{each['nll_before']:.4f}", f"{each['nll']:.4f}", change)
+    return table
+
+
+def _table(found: list[Gain], reference: str) -> Table:
+    table = Table(title=f"what eviction costs, nats a token; before: {reference}")
+    for name in ("run", "text", "policy", "footprint", "cost before", "cost", "fall (95 %)"):
+        table.add_column(name, justify="left" if name in ("run", "text", "policy") else "right")
+    for number, gain in enumerate(found):
+        if number and found[number - 1].run != gain.run:
+            table.add_section()
+        footprints = f"{gain.footprint_before:.3f}, {gain.footprint:.3f}"
+        fall = f"{gain.fall:.0%} ({gain.interval[0]:.0%} to {gain.interval[1]:.0%})"
+        costs = f"{gain.cost_before:.4f}", f"{gain.cost:.4f}"
+        table.add_row(gain.run, gain.text, f"{gain.contender} {gain.target:g}", footprints, *costs, fall)
+    return table
+
+
+def _picture(found: list[Gain]) -> Figure:
+    """A group of bars for each policy: the cost before, and after each training."""
+    groups = list(dict.fromkeys((g.text, g.contender, g.target) for g in found))
+    runs = list(dict.fromkeys(g.run for g in found))
+    figure = Figure(figsize=(max(6.0, 1.4 * len(groups) + 2), 4.2), layout="constrained")
+    axes, width = figure.add_subplot(), 0.8 / (len(runs) + 1)
+    for place, group in enumerate(groups):
+        here = [g for g in found if (g.text, g.contender, g.target) == group]
+        axes.bar(place, here[0].cost_before, width, color="#999999", label=None if place else "before")
+        for gain in here:
+            number = runs.index(gain.run) + 1
+            colour = COLOURS[(number - 1) % len(COLOURS)]
+            axes.bar(place + number * width, gain.cost, width, color=colour, label=None if place else gain.run)
+    middle = 0.4 - width / 2
+    names = [f"{contender} {target:g}\n{text}" for text, contender, target in groups]
+    axes.set_xticks([place + middle for place in range(len(groups))], names, fontsize=8)
+    axes.set_ylabel("cost of eviction, nats a token")
+    axes.set_xlabel("policy and footprint")
+    axes.legend(fontsize=8)
+    return figure
