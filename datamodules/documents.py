@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.packing import Packer, Window, shares
+from datamodules.processes import process_of
 from datamodules.recall import RecallPacker
 from datamodules.sources import Source, SourceConfig, resolve
 from smartkv import backbones
@@ -285,7 +286,7 @@ class DocumentWindows(L.LightningDataModule):
 
     def predict_dataloader(self) -> WindowRuns:
         """This process's shards. Dealt here and not by the Trainer's sampler, which wants one for every process."""
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world_size = process_of(self.trainer)
         return WindowRuns(self.plan, self.todo[rank::world_size])
 
 

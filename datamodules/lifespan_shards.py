@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.documents import WindowPlan, read_plan
+from datamodules.processes import check_resumed, process_of
 from smartkv.errors import SmartKVError
 from smartkv.objectives import Labels
 from smartkv.rows import LabelledRows
@@ -184,7 +185,7 @@ class LifespanShards(L.LightningDataModule):
             raise SmartKVError(f"batch_size and block must be at least 1, got {self.batch_size} and {self.block}")
         manifest = Manifest.read(self.shards)
         if self.verify and stage == "fit":
-            rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+            rank, world = process_of(self.trainer)
             manifest.verify(manifest.shards[rank::world])
         self.rows = LabelledRows(manifest, self.threshold, self.follow_up, self.inputs, self.layers)
         self.dataset = BlockReader(self.rows)
@@ -201,11 +202,11 @@ class LifespanShards(L.LightningDataModule):
 
     def at_first(self, split: str) -> list[Block]:
         """What this process checks, and averages, before the first step: its part of whole windows."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = process_of(self.trainer)
         return self.rows.blocks(split)[rank::world]
 
     def _loader(self, split: str, shuffle: bool, batch_size: int) -> BlockLoader:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = process_of(self.trainer)
         blocks = self.blocks(split)
         return BlockLoader(
             self.dataset, blocks, batch_size, self.seed if shuffle else None, rank, world, self.num_workers
@@ -224,5 +225,4 @@ class LifespanShards(L.LightningDataModule):
         return {"seed": self.seed, "batch_size": self.batch_size, "block": self.block}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state != (now := self.state_dict()):
-            raise SmartKVError(f"the checkpoint was made with {state}, this run has {now}: the same rows cannot follow")
+        check_resumed(state, self.state_dict())

@@ -16,6 +16,7 @@ from rich.progress import track
 
 from datamodules.documents import WindowCounts, WindowPlan, plan_windows
 from datamodules.lifespan_shards import BlockLoader, BlockReader, KeyBatch, Resumable
+from datamodules.processes import check_resumed, process_of
 from datamodules.replay import Replay
 from datamodules.sources import SourceConfig
 from smartkv import backbones
@@ -135,7 +136,7 @@ class OnlineKeys(L.LightningDataModule):
 
     def owns(self, number: int) -> bool:
         """Whether this process reads a window of that number."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = process_of(self.trainer)
         return number % world == rank
 
     def mine(self, blocks: list[Block]) -> list[Block]:
@@ -194,8 +195,7 @@ class OnlineKeys(L.LightningDataModule):
         return {name: getattr(self, name) for name in names} | {"windows": self.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state != (now := self.state_dict()):
-            raise SmartKVError(f"the checkpoint was made with {state}, this run has {now}: the same rows cannot follow")
+        check_resumed(state, self.state_dict())
 
 
 class _Held(BlockLoader):

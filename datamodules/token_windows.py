@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from datamodules.documents import WindowCounts, WindowPlan, plan_windows
 from datamodules.lifespan_shards import BlockLoader
+from datamodules.processes import check_resumed, process_of
 from datamodules.sources import SourceConfig
 from smartkv import backbones
 from smartkv.errors import SmartKVError
@@ -97,7 +98,7 @@ class TokenWindows(L.LightningDataModule):
         self.digest = hashlib.sha256(self.plan.tokens.numpy().tobytes()).hexdigest()[:16]
 
     def _loader(self, split: str, shuffle: bool) -> BlockLoader:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = process_of(self.trainer)
         tokens = self.plan.of_split(split)
         blocks = [Block("", number, 0, 1) for number in range(len(tokens))]
         size, seed = (self.batch_size, self.seed) if shuffle else (world, None)
@@ -119,7 +120,4 @@ class TokenWindows(L.LightningDataModule):
         return known | {"tokens": self.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state != (now := self.state_dict()):
-            raise SmartKVError(
-                f"the checkpoint was made with {state}, this run has {now}: the same steps cannot follow"
-            )
+        check_resumed(state, self.state_dict())
