@@ -22,6 +22,8 @@ from smartkv.lifespans import check_window
 from smartkv.policies import HybridPolicy, LayerRule
 from smartkv.shards import write_atomically
 
+NEARBY = 0.15  # footprints this much below and above the target, between which the worth of the cache is measured
+
 
 def auto(
     out: str,
@@ -76,10 +78,12 @@ def auto(
         options += [LayerRule("all", "window", size) for size in sizes]
     base = HybridPolicy((LayerRule("all", "gated", start),), name="all-gated")
     policy = solve(base, footprint, calibration)
+    nearby = [solve(base, footprint * factor, calibration) for factor in (1 - NEARBY, 1 + NEARBY)]
     trade = measure_trade(
         lm.model,
         bank,
         policy,
+        nearby,
         options,
         learn,
         score_from,
@@ -90,10 +94,15 @@ def auto(
     settings = {"gates": gates, "backbone": backbone, "footprint": footprint, "texts": plan.sources, "window": window}
     settings |= {"windows": sizes, "start": start, "score_from": score_from, "seed": seed}
     figures = {
-        "units": {"divergence": "nats a token from the full cache, one layer changed", "footprint": "of the layer"},
+        "units": {
+            "divergence": "nats a token from the full cache, one layer changed",
+            "footprint": "of the layer",
+            "rate": "nats a token for the whole cache",
+        },
         "options": [f"{option.rule} {option.window}" for option in trade.options],
         "divergence": trade.divergence.tolist(),
         "footprint": trade.footprint.tolist(),
+        "rate": trade.rate,
         "policy": found.to_dict(),
     }
     result = write_result(folder, "auto", settings, figures)

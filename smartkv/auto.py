@@ -2,9 +2,10 @@
 
 Each layer in turn is given each option while the others stay as they are, and two things are measured on calibration
 texts: how far the model's predictions move from the full cache's (KL divergence, nats a token), and what the layer
-keeps. Then all layers choose at one rate of exchange, nats for the whole cache, which is set by the target footprint:
-the sum over layers of divergence + rate · footprint is least. (What two layers' changes do together is taken for the
-sum of what each does alone.)
+keeps. What a share of the cache is worth is measured too: how much the divergence falls when the price of all layers
+falls a little, over how much more they keep then. Each layer takes the option for which divergence + rate · footprint
+is least, and the price is solved anew. (What two layers' changes do together is taken for the sum of what each does
+alone.)
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,8 +22,6 @@ from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank, format_layers
 from smartkv.policies import HybridPolicy, LayerRule
 
-STEPS = 60  # of bisection
-
 
 @dataclass(frozen=True)
 class Trade:
@@ -33,31 +32,18 @@ class Trade:
         base: index of the option that all layers have while another is tried.
         divergence: float64 `[layers, options]`, nats a token, with that one layer changed.
         footprint: float64 `[layers, options]`, what the layer keeps of its full cache.
+        rate: nats a token that a whole cache is worth, where the price stands.
     """
 
     options: tuple[LayerRule, ...]
     base: int
     divergence: Tensor
     footprint: Tensor
+    rate: float
 
-    def choose(self, footprint: float) -> Tensor:
-        """Each layer's option, int64 `[layers]`, such that they keep that footprint at most.
-
-        Raises:
-            SmartKVError: no choice keeps so little.
-        """
-        if float(self.footprint.amin(dim=1).mean()) > footprint:
-            raise SmartKVError(f"no choice of windows keeps as little as {footprint:.3g} of the cache")
-        low, high = 0.0, 1e6  # nats for the whole cache; a dearer cache is a smaller one
-        for _ in range(STEPS):
-            middle = (low * high) ** 0.5 if low else high / 1e3
-            chosen = self._at(middle)
-            kept = float(self.footprint.gather(1, chosen[:, None]).mean())
-            low, high = (middle, high) if kept > footprint else (low, middle)
-        return self._at(high)
-
-    def _at(self, rate: float) -> Tensor:
-        return (self.divergence + rate * self.footprint / len(self.footprint)).argmin(dim=1)
+    def choose(self) -> Tensor:
+        """Each layer's option, int64 `[layers]`."""
+        return (self.divergence + self.rate * self.footprint / len(self.footprint)).argmin(dim=1)
 
 
 @torch.inference_mode()
@@ -65,6 +51,7 @@ def measure_trade(
     model: PreTrainedModel,
     gates: GateBank | None,
     policy: HybridPolicy,
+    nearby: Sequence[HybridPolicy],
     options: Sequence[LayerRule],
     windows: Sequence[Tensor],
     first: int,
@@ -74,6 +61,7 @@ def measure_trade(
 
     Args:
         policy: with one rule for all layers, nothing open; that rule is one of the options.
+        nearby: the same with a higher and with a lower price.
         options: their `layers` is not read; those that ask gates share the policy's price.
         windows: calibration texts, ids `[tokens]` each.
         first: queries from this one on count.
@@ -91,27 +79,30 @@ def measure_trade(
     moved, kept = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     teachers = [_hidden(model, ids, None)[first:] for ids in windows]
     head = model.get_output_embeddings()
+
+    def read(tried: HybridPolicy) -> tuple[float, Tensor]:
+        lost, by_layer = 0.0, torch.zeros(layers, dtype=torch.float64)
+        for ids, teacher in zip(windows, teachers, strict=True):
+            with LifespanCache(model, gates, tried, count_from=first) as cache:
+                hidden = _hidden(model, ids, cache)[first:]
+                by_layer += cache.footprint_by_head.mean(dim=1).cpu() / len(windows)
+            lost += float(divergence(hidden, teacher, head)) / len(windows)
+        return lost, by_layer
+
+    moved[:, base], kept[:, base] = read(policy)
+    dear, cheap = sorted((read(each) for each in nearby), key=lambda found: float(found[1].mean()))
+    room = float((cheap[1] - dear[1]).mean())
+    rate = max(0.0, (dear[0] - cheap[0]) / room) if room > 0 else 0.0
     for layer in tracked(range(layers)):
         others = format_layers([other for other in range(layers) if other != layer])
         for number, option in enumerate(everywhere):
-            if number == base and layer:
-                moved[layer, base] = moved[0, base]  # the same policy
-            rules = (
-                replace(option, layers=str(layer)),
-                *((replace(policy.rules[0], layers=others),) if others else ()),
-            )
-            tried = replace(policy, rules=rules)
-            for ids, teacher in zip(windows, teachers, strict=True):
-                if number == base and layer:
-                    continue
-                with LifespanCache(model, gates, tried, count_from=first) as cache:
-                    hidden = _hidden(model, ids, cache)[first:]
-                    kept_by_layer = cache.footprint_by_head.mean(dim=1)
-                moved[layer, number] += float(divergence(hidden, teacher, head)) / len(windows)
-                kept[layer, number] += float(kept_by_layer[layer]) / len(windows)
-                if number == base:
-                    kept[1:, base] += kept_by_layer[1:] / len(windows)
-    return Trade(everywhere, base, moved, kept)
+            if number == base:
+                continue
+            own = replace(option, layers=str(layer))
+            rest = (replace(policy.rules[0], layers=others),) if others else ()
+            moved[layer, number], by_layer = read(replace(policy, rules=(own, *rest)))
+            kept[layer, number] = by_layer[layer]
+    return Trade(everywhere, base, moved, kept, rate)
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor, cache: LifespanCache | None) -> Tensor:
@@ -127,7 +118,7 @@ def auto_policy(trade: Trade, policy: HybridPolicy, footprint: float, calibratio
     Raises:
         SmartKVError: the footprint is out of reach.
     """
-    chosen = trade.choose(footprint).tolist()
+    chosen = trade.choose().tolist()
     rules = []
     for number in sorted(set(chosen)):
         own = [layer for layer, option in enumerate(chosen) if option == number]
