@@ -84,7 +84,9 @@ class TokenWindows(L.LightningDataModule):
             return
         processes = self.trainer.world_size if self.trainer else 1
         if self.batch_size < processes:
-            raise SmartKVError(f"batch_size must be at least a window a process, {processes}, got {self.batch_size}")
+            raise SmartKVError(
+                f"batch_size must be at least 1 window a process, of which there are {processes}, got {self.batch_size}"
+            )
         if min(self.counts["train"], self.counts["validation"]) < 1:
             raise SmartKVError(f"windows of train and validation must be at least 1 each, got {self.counts}")
         limit = backbones.read_architecture(self.backbone, self.trust_remote_code).max_positions

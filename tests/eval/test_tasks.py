@@ -18,9 +18,8 @@ from eval.answers import Sample, answered, cut_in_the_middle, kept_of, prompt_id
 from eval.contenders import Full
 from eval.line_up import line_up
 from eval.longbench import TASKS, read_records
-from eval.metrics import METRICS, same_answer
+from eval.metrics import METRICS
 from eval.needle import _sample as needle_sample
-from eval.reasoning import first_solution
 from eval.recall import trial
 from eval.ruler_tasks import FAMILIES
 from smartkv import GateBank, HybridPolicy, LayerRule, LifespanCache, load_backbone
@@ -199,23 +198,6 @@ def test_longbench_reads_the_published_multi_news(tmp_path: Path) -> None:
     assert METRICS["rouge"](found[0]["answers"][0], found[0]["answers"][0], ()) > 0.99
 
 
-@pytest.mark.parametrize(
-    ("metric", "said", "reference", "score"),
-    [
-        ("f1", "the Cat, sat", "a cat", 2 / 3),
-        ("f1", "dog", "cat", 0.0),
-        ("rouge", "", "cat", 0.0),
-        ("rouge", "the cat sat", "the cat", 0.8),
-        ("count", "3 or 4", "Paragraph 4", 0.5),
-        ("count", "none", "4", 0.0),
-        ("code", "# no\nx = f(1)", "x = f(1)", 1.0),
-        ("classes", "Human body and Animal", "Animal", 0.5),
-    ],
-)
-def test_metrics_are_those_of_longbench(metric: str, said: str, reference: str, score: float) -> None:
-    assert METRICS[metric](said, reference, ["Animal", "Human body"]) == pytest.approx(score, abs=1e-6)
-
-
 # -- reasoning ---------------------------------------------------------------------------------------------------------
 
 
@@ -236,19 +218,6 @@ def test_reasoning_reads_problems_that_were_never_harvested(
         assert scores == {None} if row["contender"] == "key_norm" else scores <= {0.0, 1.0}
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        "18\nQuestion: How many?\nAnswer: 7\n#### 7",
-        "9 * 2\n#### 18 #### 7",
-        "= 18\n#### 18\n\nAnd 3 more.",
-        "is 18.\n\nProblem: 4",
-    ],
-)
-def test_what_a_model_goes_on_with_does_not_count(said: str) -> None:
-    assert same_answer(first_solution(said), "#### 18") == 1.0
-
-
 def test_sets_are_checked_before_any_is_measured(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,19 +232,6 @@ def test_sets_are_checked_before_any_is_measured(
         run("reasoning", tmp_path / "out", sets='["gsm8k", "aime24"]', shots=0, new_tokens=2)
     assert "positions" in capsys.readouterr().err
     assert not (tmp_path / "out" / "reasoning.cells").exists()
-
-
-@pytest.mark.parametrize(
-    ("said", "reference", "same"),
-    [
-        ("so 9 * 2 = 18", "9*2=18\n#### 18", 1.0),
-        ("the answer is 17", "#### 18", 0.0),
-        (r"$\boxed{0.5}$", r"hence $\boxed{\frac{1}{2}}$", 1.0),
-        ("nothing", "#### 18", 0.0),
-    ],
-)
-def test_two_solutions_come_to_the_same_answer(said: str, reference: str, same: float) -> None:
-    assert same_answer(said, reference) == same
 
 
 # -- what all share ---------------------------------------------------------------------------------------------------

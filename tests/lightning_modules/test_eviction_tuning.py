@@ -303,7 +303,7 @@ def test_processes_without_windows_are_refused(tiny_backbone: Path, texts: Path)
     sources, counts = [SourceConfig("mine", path=str(texts))], WindowCounts(4, 2, 0)
     data = TokenWindows(sources, counts, str(tiny_backbone), TOKENS, batch_size=1)
     data.trainer = SimpleNamespace(world_size=2, is_global_zero=True)
-    with pytest.raises(SmartKVError, match="at least a window a process, 2, got 1"):
+    with pytest.raises(SmartKVError, match="at least 1 window a process, of which there are 2, got 1"):
         data.setup("fit")
 
 
