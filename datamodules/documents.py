@@ -64,6 +64,12 @@ class WindowPlan:
         return self.document[self.split == SPLITS.index(split), 0].tolist()
 
 
+def check_counts(counts: dict[str, Any]) -> None:
+    """Raises SmartKVError where the windows of a split are no whole number."""
+    if any(type(count) is not int for count in counts.values()):
+        raise SmartKVError(f"windows must be a whole number of each split, got {counts}")
+
+
 def plan_windows(
     sources: list[SourceConfig],
     counts: dict[str, int],
@@ -84,6 +90,7 @@ def plan_windows(
     Raises:
         SmartKVError: a source that cannot be had, or texts that give no window at all.
     """
+    check_counts(counts)
     if min(counts.values()) < 0 or not any(counts.values()):
         raise SmartKVError(f"windows must be 0 or more of each split and not all 0, got {counts}")
     if min(window, windows_per_document) < 1:

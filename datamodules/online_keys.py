@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from rich.progress import track
 
-from datamodules.documents import WindowCounts, WindowPlan, plan_windows
+from datamodules.documents import WindowCounts, WindowPlan, check_counts, plan_windows
 from datamodules.lifespan_shards import BlockLoader, BlockReader, KeyBatch, Resumable
 from datamodules.processes import check_resumed, process_of
 from datamodules.replay import Replay
@@ -92,6 +92,7 @@ class OnlineKeys(L.LightningDataModule):
                 "batch_size, block, buffer, passes and threads must be at least 1 and sinks at least 0, got "
                 f"{self.batch_size}, {self.block}, {self.buffer}, {self.passes}, {self.threads} and {self.sinks}"
             )
+        check_counts(self.counts)
         if min(self.counts["train"], self.counts["validation"]) < 1:
             raise SmartKVError(f"windows of train and validation must be at least 1 each, got {self.counts}")
         self.spec = LabelSpec((self.threshold,), self.ages, self.follow_up)

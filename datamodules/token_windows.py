@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.documents import WindowCounts, WindowPlan, plan_windows
+from datamodules.documents import WindowCounts, WindowPlan, check_counts, plan_windows
 from datamodules.lifespan_shards import BlockLoader
 from datamodules.processes import check_resumed, process_of
 from datamodules.sources import SourceConfig
@@ -87,6 +87,7 @@ class TokenWindows(L.LightningDataModule):
             raise SmartKVError(
                 f"batch_size must be at least 1 window a process, of which there are {processes}, got {self.batch_size}"
             )
+        check_counts(self.counts)
         if min(self.counts["train"], self.counts["validation"]) < 1:
             raise SmartKVError(f"windows of train and validation must be at least 1 each, got {self.counts}")
         limit = backbones.read_architecture(self.backbone, self.trust_remote_code).max_positions

@@ -4,11 +4,11 @@ import copy
 import math
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 
 from datamodules.token_windows import TokenWindows, WindowBatch
+from lightning_modules.resuming import Resuming
 from lightning_modules.schedules import total_steps, warmup_then_cosine
 from smartkv import backbones
 from smartkv.attention import read_keys
@@ -24,7 +24,7 @@ TARGET = "log worth"  # of a key, in nats a token for the whole cache
 START = {"low": 0.35, "high": 0.05}  # of what lies beyond windows, kept at first at the lowest and the highest price
 
 
-class DistilledGates(L.LightningModule):
+class DistilledGates(Resuming):
     """KL divergence from the full cache, plus price × footprint, through a soft visibility mask.
 
     A window draws its price at random, log-uniformly: what the gates learn is the log of each key's worth, and one

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from datamodules.token_windows import TokenWindows, WindowBatch
+from lightning_modules.resuming import Resuming
 from lightning_modules.schedules import total_steps, warmup_then_cosine
 from smartkv import backbones
 from smartkv.attention import read_keys
@@ -40,7 +41,7 @@ class _Restore(L.Callback):
         pl_module.open.close()
 
 
-class EvictionTuning(L.LightningModule):
+class EvictionTuning(Resuming):
     """Cross entropy of a student under eviction, and its divergence from the frozen base with a full cache.
 
     The student is the base with LoRA adapters; the teacher is the same model with the adapters switched off, so it does

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from torchmetrics import R2Score
@@ -11,6 +10,7 @@ from datamodules.lifespan_shards import KeyBatch, LifespanShards
 from datamodules.online_keys import OnlineKeys
 from lightning_modules.metrics import HeadMean
 from lightning_modules.parts import Predict, in_parts
+from lightning_modules.resuming import Resuming
 from lightning_modules.schedules import warmup_then_cosine
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank, format_layers
@@ -25,7 +25,7 @@ def head_name(layer: int, head: int) -> str:
     return f"L{layer:02d}H{head}"
 
 
-class LifespanGates(L.LightningModule):
+class LifespanGates(Resuming):
     """Gates trained on labels of keys, one small MLP a KV head.
 
     The loss is the sum over heads of each head's mean over rows: a head learns as if it were trained alone, however
