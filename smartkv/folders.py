@@ -1,10 +1,13 @@
 """One run at a time writes into a folder."""
 
+import logging
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from smartkv.errors import SmartKVError
+
+log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 _held: dict[Path, FileLock] = {}
@@ -28,7 +31,8 @@ def hold(folder: Path | str) -> None:
         raise SmartKVError(
             f"another run is writing into {folder}: let it end, or give this one another folder"
         ) from error
-    except NotImplementedError:  # filelock's word for a file system without locks: nothing to hold there
+    except NotImplementedError:  # filelock's word for a file system without locks
+        log.warning("%s is on a file system without locks: see to it that no other run writes into it", folder)
         return
     except OSError as error:
         raise SmartKVError(f"{folder} cannot be written to: {error.strerror or error}") from error
