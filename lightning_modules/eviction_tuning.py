@@ -181,11 +181,7 @@ class EvictionTuning(Resuming):
         ratio = self.keep_ratio()
         # closed after the backward pass, in which checkpointed activations are computed anew under the same rule
         seen = self.open.enter_context(self.dropping.inside(self.lm, ids, ratio, self._seeds(batch)))
-        try:
-            hidden = self.hidden(ids)[:, :-1].flatten(0, 1)
-        except BaseException:
-            self.open.close()
-            raise
+        hidden = self.hidden(ids)[:, :-1].flatten(0, 1)
         head = self.lm.model.get_output_embeddings()
         loss = student_loss(hidden, teacher, ids[:, 1:].flatten(), head, h.ce_weight, h.kl_weight)
         total, footprint = loss.total, seen(ids.shape[1] // 4)
