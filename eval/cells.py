@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eval.contenders import Contender, Ruled
 from eval.results import read_result
 from smartkv.folders import hold
 from smartkv.gates import GateBank
@@ -37,6 +38,19 @@ class Cells:
             self.done[name] = measure()
             write_atomically(self.path, json.dumps(self.done).encode())
         return self.done[name]
+
+    def solved(self, contender: Contender, footprint: float, weights: dict[str, str], learnt_on: Any) -> Any:
+        """What it is to be set to, see `Contender.solved`: a policy's price takes a calibration, and is a figure too.
+
+        Args:
+            weights: digests of the gates, if there are some.
+            learnt_on: the texts of the calibration, for JSON.
+        """
+        if not isinstance(contender, Ruled):
+            return contender.solved(footprint)
+        learned = weights if contender.policy.gated else {}
+        key = ["solved", contender.policy.to_dict(), footprint, learned, learnt_on]
+        return self.measured(key, lambda: contender.solved(footprint))
 
 
 def digest(tensor: Tensor) -> str:

@@ -159,13 +159,14 @@ def compare(
         "recall": {"trials": len(asked), "tokens": recall.tokens, "split": recall.split},
         "calibration": {"windows": len(learn), "sources": learnt_from},
         "seed": seed,
+        "device": device,
     }
     with Progress(console=console) as progress:
         prepared = progress.add_task("Calibration", total=None)
         chosen = line_up(contenders, lm, bank, list(learn), first, protocol, prefill)
         progress.remove_task(prepared)
         cells = Cells(Path(out) / "compare.cells", measured_by)
-        runner = Runner(cells, progress, first, prefill if protocol == "once" else None, weights)
+        runner = Runner(cells, progress, first, prefill if protocol == "once" else None, weights, digest(learn))
         rows = runner.run(chosen, footprints, footprints if others is None else others, read, asked)
     report(console, Path(out), settings, rows, {name: owners for name, (_, owners, _) in read.items()})
 
@@ -185,9 +186,16 @@ class Runner:
     """Reads every text under every contender at every footprint."""
 
     def __init__(
-        self, cells: Cells, progress: Progress, first: int, prefill: int | None, weights: dict[str, str]
+        self,
+        cells: Cells,
+        progress: Progress,
+        first: int,
+        prefill: int | None,
+        weights: dict[str, str],
+        learnt_on: str,
     ) -> None:
         self.cells, self.progress, self.first, self.prefill, self.weights = cells, progress, first, prefill, weights
+        self.learnt_on = learnt_on
 
     def run(
         self,
@@ -204,7 +212,8 @@ class Runner:
             whole = contender.kind in ("full", "quantised")
             for target in [1.0] if whole else sorted(set(footprints if foremost else others)):
                 try:
-                    solved.append((contender, target, contender.solved(target)))
+                    setting = self.cells.solved(contender, target, self.weights, self.learnt_on)
+                    solved.append((contender, target, setting))
                 except SmartKVError as error:  # one footprint out of reach is no reason to lose the others
                     self.progress.console.print(f"left out: {error}", highlight=False)
         texts_read = sum(len(windows) for windows, *_ in texts.values())

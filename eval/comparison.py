@@ -128,7 +128,7 @@ def report(
     whole = {text: {"nll": sum(nll) / len(nll), "nll_window": nll} for text, nll in alone.items()}
     figures: dict[str, Any] = {
         "units": UNITS,
-        "machine": machine(),
+        "machine": machine(settings["device"]),
         "full": _plain(full) | {"texts": whole},
         "rows": [],
     }

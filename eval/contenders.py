@@ -118,7 +118,7 @@ class Ruled:
     lm: Backbone
     gates: GateBank | None
     policy: HybridPolicy
-    calibration: Calibration
+    calibrate: Callable[[], Calibration]  # called when a price is to be solved
     kind: str = "ours"
     bits: tuple[int, int] | None = None  # of keys and of values
     at_once: int | None = None
@@ -135,7 +135,7 @@ class Ruled:
         return "keys" if self.policy.gated else "nothing"
 
     def solved(self, footprint: float) -> Any:
-        found = solve(self.policy, footprint, self.calibration) if self.policy.open else self.policy
+        found = solve(self.policy, footprint, self.calibrate()) if self.policy.open else self.policy
         return found.to_dict()
 
     def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:

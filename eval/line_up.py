@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ def line_up(
                 found.append(scored(name, "rule", "nothing", _recency(lm)))
             else:
                 kind = "ours" if policy.gated else "rule"
-                found.append(Ruled(lm, gates, policy, calibrate(policy.gated), kind, bits))
+                found.append(Ruled(lm, gates, policy, partial(calibrate, policy.gated), kind, bits))
     return found
 
 

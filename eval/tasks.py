@@ -13,7 +13,7 @@ from torch import Tensor
 from datamodules.documents import plan_windows
 from datamodules.sources import SourceConfig
 from eval.answers import Sample, answered
-from eval.cells import Cells, digest_of_model, digests
+from eval.cells import Cells, digest, digest_of_model, digests
 from eval.contenders import Contender
 from eval.line_up import ADAPTIVE_BY_GATES, line_up
 from eval.results import machine, write_result, write_tables
@@ -141,14 +141,14 @@ class Suite:
         """
         self.check_lengths(by_length, new_tokens)
         weights = digests(self.bank)
-        settings = {key: self.settings[key] for key in ("backbone", "weights", "dtype")} | {"new_tokens": new_tokens}
+        settings = {key: self.settings[key] for key in ("backbone", "weights", "dtype")}
         cells = Cells(out / f"{name}.cells", settings)
         rows: list[Row] = []
         with Progress(console=self.console) as progress:
             for length, samples in by_length.items():
                 task = progress.add_task(f"{length:,} tokens: calibration", total=None)
                 if length not in self.solved:
-                    self.solved[length] = self._solve(length, progress)
+                    self.solved[length] = self._solve(length, cells, weights, progress)
                 solved = self.solved[length]
                 progress.update(task, total=len(solved) * len(samples))
                 for contender, target, setting in solved:
@@ -157,6 +157,7 @@ class Suite:
                     row = Row(contender.name, contender.kind, contender.needs, target, length, setting, [])
                     for sample in samples:
                         key = [contender.name, setting, sample.prompt, sample.answer, weights if learned else {}]
+                        key.append(new_tokens)
 
                         def measure(contender: Any = contender, setting: Any = setting, sample: Any = sample) -> Any:
                             return answered(self.lm, contender, setting, sample, new_tokens)
@@ -167,14 +168,16 @@ class Suite:
                     rows.append(row)
         return rows
 
-    def _solve(self, length: int, progress: Progress) -> list[tuple[Contender, float, Any]]:
+    def _solve(
+        self, length: int, cells: Cells, weights: dict[str, str], progress: Progress
+    ) -> list[tuple[Contender, float, Any]]:
         windows = self.texts(self.calibration.sources, "train", self.calibration.windows, length)
-        found = []
+        learnt_on, found = [digest(window) for window in windows], []
         for contender in line_up(self.names, self.lm, self.bank, windows, length // 4):
             whole = contender.kind in ("full", "quantised")
             for target in [1.0] if whole else self.footprints:
                 try:
-                    found.append((contender, target, contender.solved(target)))
+                    found.append((contender, target, cells.solved(contender, target, weights, learnt_on)))
                 except SmartKVError as error:  # one footprint out of reach is no reason to lose the others
                     progress.console.print(f"left out: {error}", highlight=False)
         return found

@@ -123,13 +123,12 @@ class EvictionTuning(Resuming):
         config = LoraConfig(
             r=h.rank, lora_alpha=h.alpha, target_modules=list(h.targets), lora_dropout=0.0, task_type="CAUSAL_LM"
         )
-        generator = torch.random.get_rng_state()
-        torch.manual_seed(h.seed)  # adapters start alike in every process
-        try:
-            self.student = get_peft_model(lm.model, config)
-        except ValueError as error:
-            raise SmartKVError(f"targets {list(h.targets)} are no modules of '{h.backbone}': {error}") from error
-        torch.random.set_rng_state(generator)
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(h.seed)  # adapters start alike in every process, on every device
+            try:
+                self.student = get_peft_model(lm.model, config)
+            except ValueError as error:
+                raise SmartKVError(f"targets {list(h.targets)} are no modules of '{h.backbone}': {error}") from error
         self.student.peft_config["default"].base_model_name_or_path = h.backbone  # not the place where its files lie
         if h.gradient_checkpointing:
             lm.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -191,7 +190,12 @@ class EvictionTuning(Resuming):
             total = total + h.hidden_weight * distance
         if (price := self.dropping.price()) is not None:
             total = total + price * footprint
-        figures = {"train_ce": loss.ce, "train_kl": loss.kl, "keep_ratio": ratio, "train_footprint": footprint.detach()}
+        figures = {
+            "train_ce": loss.ce.detach(),
+            "train_kl": loss.kl.detach(),
+            "keep_ratio": ratio,
+            "train_footprint": footprint.detach(),
+        }
         self.log_dict({name: float(figure) for name, figure in figures.items()}, batch_size=1)
         self.log("train_loss", total.detach(), prog_bar=True, batch_size=1)
         return total * len(ids) * self.trainer.world_size / batch.global_windows

@@ -94,7 +94,8 @@ def chunk_attention(
         kept_bytes += left.nbytes
     survivors = kept[0] if pairs == 1 else Fields.cat([kept[pair] for pair in range(pairs)])
     most = max(most, kept_bytes + survivors.nbytes)
-    return ChunkResult(output.view(batch, query_heads, tokens, head_dim), Ragged(survivors, counts), visible, most)
+    output = output.reshape(batch, query_heads, tokens, head_dim)  # attention on GPUs may leave it in another order
+    return ChunkResult(output, Ragged(survivors, counts), visible, most)
 
 
 def _masked_attention(

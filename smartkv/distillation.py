@@ -121,7 +121,9 @@ def for_ages(gates: GateBank, ages: Sequence[int], hidden: int) -> GateBank:
     bank.weight1.copy_(gates.weight1.repeat(1, 1, times))
     bank.bias1.copy_(gates.bias1.repeat(1, 1, times))
     if times > 1:
-        noise = torch.randn(bank.weight1.shape, generator=torch.Generator().manual_seed(0)).to(gates.device)
+        # on the CPU whatever the default device is: Lightning builds models with another
+        noise = torch.randn(bank.weight1.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        noise = noise.to(gates.device)
         bank.weight1.add_(noise * bank.weight1.std(dim=(1, 2), keepdim=True) / 100)
     bank.weight2.copy_(gates.weight2.repeat(1, times, 1) / times)
     bank.bias2.copy_(gates.bias2)

@@ -195,7 +195,7 @@ class LifespanLayer(CacheLayerMixin):
             output = self.packed.turn_back(output)
         self.pending += 1
         self.columns += 1
-        return output.view(query.shape)
+        return output.reshape(query.shape)
 
     def settle(self, expiry: Tensor | None, score: Tensor | None, pack: bool) -> None:
         """Free what died since keys were packed.

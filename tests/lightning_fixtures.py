@@ -239,7 +239,7 @@ class Watcher(L.Callback):
 
     @torch.no_grad()
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.predictions.append(pl_module(validation_keys(trainer.datamodule)))
+        self.predictions.append(pl_module(validation_keys(trainer.datamodule).to(pl_module.device)).cpu())
         self.steps.append(trainer.global_step)
 
 

@@ -10,6 +10,7 @@ import yaml
 
 import eval.compare as command
 from eval.__main__ import main
+from eval.line_up import DEFAULT
 from smartkv import GateBank
 from tests.lightning_fixtures import write_texts
 
@@ -108,7 +109,7 @@ def test_other_gates_in_the_same_folder_leave_the_rules_as_measured(
             weight.mul_(1.5)
     others.save_pretrained(tmp_path / "others")
     run(tmp_path, tiny_backbone, texts, gates=tmp_path / "others", **changes)
-    assert read == ["all-gated"] * (3 + recalled(before))
+    assert read == ["solved"] + ["all-gated"] * (3 + recalled(before))
 
 
 def test_others_than_gates_and_window_may_be_asked_for_fewer_footprints(
@@ -227,3 +228,18 @@ def test_the_config_runs(path: Path, tmp_path: Path, tiny_backbone: Path, texts:
         for name in sources["contenders"]
     }
     assert {text for row in rows for text in row["texts"]} == {text["name"] for text in written["texts"]}
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_everybody_loses_what_he_loses_on_the_cpu(
+    tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path
+) -> None:
+    names = [*DEFAULT[:2], "all-gated", *DEFAULT[2:]]
+    names.remove("gates")  # these have no policy of their own
+    changes = {"gates": random_gates, "contenders": json.dumps(names)}
+    cpu, gpu = (run(tmp_path / name, tiny_backbone, texts, device=name, **changes) for name in ("cpu", "cuda"))
+    assert [row["contender"] for row in gpu["rows"]] == [row["contender"] for row in cpu["rows"]]
+    for mine, theirs in zip(gpu["rows"], cpu["rows"], strict=True):
+        one, other = mine["texts"]["books"], theirs["texts"]["books"]
+        assert one["delta_nll"] == pytest.approx(other["delta_nll"], abs=0.01), mine["contender"]
+        assert one["footprint"] == pytest.approx(other["footprint"], abs=0.01), mine["contender"]

@@ -52,7 +52,7 @@ def test_the_gap_to_the_oracle_and_to_the_window_are_plain_ratios(tmp_path: Path
         *(row("oracle:attention", "oracle", f, [3 + d, 2 + d], [True] * 3) for f, d in ((0.2, 0.02), (0.3, 0.02))),
         *(row(f"random:{seed}", "rule", 0.25, [3.2 + seed, 2.2], [seed == 0] * 3) for seed in (0, 1)),
     ]
-    report(make_console(), tmp_path, {"backbone": "b", "window": 64}, rows, {"books": [0, 1]})
+    report(make_console(), tmp_path, {"backbone": "b", "window": 64, "device": "cpu"}, rows, {"books": [0, 1]})
     found = {(r["contender"], r["target"]): r for r in json.loads((tmp_path / "compare.json").read_text())["rows"]}
     mine = found["mine", 0.25]["texts"]["books"]
     assert mine["delta_nll"] == pytest.approx(0.05) and mine["ratio"] == pytest.approx(0.5)
@@ -69,7 +69,7 @@ def test_nobody_is_asked_what_the_full_cache_cannot_recall(tmp_path: Path, lm: A
     asked = [Trial(tuple(ids[:50]), tuple(ids[50:]), (answer,), 0.5) for answer in (told + 1, told, told + 2)]
     contenders = line_up(["window"], lm, None, [token_ids(60, 6)], FIRST)
     with Progress() as progress:
-        runner = Runner(Cells(tmp_path / "cells", {}), progress, FIRST, None, {})
+        runner = Runner(Cells(tmp_path / "cells", {}), progress, FIRST, None, {}, "")
         full, window = runner.run(contenders, [0.8], [0.8], {}, asked)
     assert [trial["right"] for trial in full.recall] == [False, True, False]
     assert len(window.recall) == 1 and recall_share(window, full)["asked"] == 1

@@ -23,6 +23,7 @@ from eval.needle import _sample as needle_sample
 from eval.recall import trial
 from eval.ruler_tasks import FAMILIES
 from smartkv import GateBank, HybridPolicy, LayerRule, LifespanCache, load_backbone
+from smartkv.budgets import Calibration
 from smartkv.errors import SmartKVError
 from tests.eval.test_ruler_tasks import many_words
 from tests.lightning_fixtures import prose
@@ -126,6 +127,7 @@ def test_a_killed_run_goes_on_where_it_stopped(run: Any, tmp_path: Path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         run("needle", tmp_path, **changes)
     monkeypatch.setattr(tasks, "answered", lambda *args: calls.append(1) or plain(*args))
+    monkeypatch.setattr(Calibration, "measure", None)  # prices are known
     found = run("needle", tmp_path, **changes)
     assert len(calls) == 4 == sum(len(row["samples"]) for row in found["rows"])
 
@@ -318,3 +320,19 @@ def test_the_config_runs(
     found = run(command, tmp_path / "out", config=config, contenders=json.dumps(names), **changes, **more)
     assert contenders(found) == {"full", *names}
     assert set(written) >= set(found["arguments"]) & {"gates", "contenders", "footprints", "backbone", "seed", "split"}
+
+
+# -- on the GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_tasks_on_the_gpu_find_what_they_find_on_the_cpu(run: Any, tmp_path: Path) -> None:
+    named = [*ALL - {"full"}, "quant:kivi", "quant:adaptive_gates", "h2o"]
+    changes = {"lengths": "[400]", "depths": 2, "samples": 1, "new_tokens": 4, "contenders": json.dumps(named)}
+    cpu, gpu = (run("needle", tmp_path / name, device=name, **changes) for name in ("cpu", "cuda"))
+    assert contenders(gpu) == contenders(cpu) == {"full", *named}
+    for mine, theirs in zip(gpu["rows"], cpu["rows"], strict=True):
+        packed = mine["kind"] == "quantised" or "bit" in mine["contender"]  # a rounding that falls the other way
+        for one, other in zip(mine["samples"], theirs["samples"], strict=True):
+            assert one["nll"] == pytest.approx(other["nll"], abs=0.05 if packed else 5e-3), mine["contender"]
+            assert one["footprint"] == pytest.approx(other["footprint"], abs=0.01)

@@ -217,3 +217,14 @@ def test_the_config_says_what_the_gates_were_distilled_on(distilled: Path) -> No
     details = json.loads((distilled / "export" / "config.json").read_text())["details"]
     assert details["training"]["window"] == TOKENS and details["training"]["settings"]["price_high"] == 1.6
     assert details["metrics"]["val_loss"] > 0
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_the_same_gates_come_out(
+    distilled: Path, tmp_path: Path, tiny_backbone: Path, texts: Path, start: Path
+) -> None:
+    asked = config(tmp_path, tiny_backbone, texts, start, trainer={"accelerator": "gpu"})
+    run_cli("fit", "-c", write_config(tmp_path / "run.yaml", asked))
+    mine, theirs = (load_file(next((out / "export").glob("*.safetensors"))) for out in (tmp_path, distilled))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(mine[name].float(), weight.float(), atol=0.02, rtol=0.05)

@@ -77,18 +77,9 @@ def config(out: Path, backbone: Path, texts: Path, **changes: Any) -> dict[str, 
         },
         {"class_path": "AdapterExport", "init_args": {"out": str(out / "final"), "merged": True}},
     ]
-    trainer = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 2,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": str(out),
-        "callbacks": callbacks,
-        "log_every_n_steps": 1,
-    }
+    trainer = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "logger": False, "enable_progress_bar": False,
+               "enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": str(out),
+               "callbacks": callbacks, "log_every_n_steps": 1}  # fmt: skip
     return {
         "trainer": trainer | changes.get("trainer", {}),
         "model": {"class_path": "EvictionTuning", "init_args": model | changes.get("model", {})},
@@ -341,3 +332,11 @@ def test_lora_of_rank_64_has_as_many_parameters_as_the_shapes_say(shape: Any, bi
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     assert total / 1e9 == pytest.approx(billions, rel=0.01)
     assert trained / total == pytest.approx(share, rel=0.05)
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_the_same_adapters_come_out(tuned: Path, tmp_path: Path, tiny_backbone: Path, texts: Path) -> None:
+    asked = config(tmp_path, tiny_backbone, texts, trainer={"accelerator": "gpu"})
+    run_cli("fit", "-c", write_config(tmp_path / "run.yaml", asked))
+    pairs = zip(weights(tmp_path).values(), weights(tuned).values(), strict=True)
+    assert all(float((mine - theirs).norm() / theirs.norm()) < 0.1 for mine, theirs in pairs)

@@ -173,3 +173,11 @@ def test_a_callback_that_needs_r2_says_that_an_objective_has_none(
     callbacks = [{"class_path": callback, "init_args": arguments}]
     config = gates_config(tiny_shards, tmp_path / "fit", model={"objective": objective}, callbacks=callbacks)
     assert said in error_line(refused(capsys, "fit", "-c", write_config(tmp_path / "fit.yaml", config)))
+
+
+@pytest.mark.gpu
+def test_a_fit_on_the_gpu_is_a_fit_on_the_cpu(tiny_shards: Path, trained: Watcher, root: Path, tmp_path: Path) -> None:
+    fit(tiny_shards, tmp_path, trainer={"accelerator": "gpu"})
+    mine, theirs = last_logged(tmp_path), last_logged(root)
+    assert mine["val_r2_mean"] == pytest.approx(theirs["val_r2_mean"], abs=0.02)
+    assert mine["val_loss"] == pytest.approx(theirs["val_loss"], abs=0.02)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -246,3 +247,14 @@ def test_a_limited_run_leaves_no_manifest_and_can_be_gone_on_with(
     assert len(list(out.glob("*-*.safetensors"))) == 2 and not (out / MANIFEST).exists()
     harvest_by_trainer(out, tiny_backbone, tiny_texts)
     assert (out / MANIFEST).read_bytes() == (tiny_shards / MANIFEST).read_bytes()
+
+
+@pytest.mark.gpu
+def test_a_harvest_on_the_gpu_is_one_on_the_cpu(
+    tmp_path: Path, tiny_shards: Path, tiny_backbone: Path, tiny_texts: Path
+) -> None:
+    found = shards_of(harvest(tmp_path / "shards", tiny_backbone, tiny_texts, trainer={"accelerator": "gpu"}))
+    for name, theirs in shards_of(tiny_shards).items():
+        assert torch.equal(found[name]["token"], theirs["token"])
+        torch.testing.assert_close(found[name]["keys"], theirs["keys"], atol=2e-3, rtol=2e-3)
+        assert (found[name]["lifespan"] == theirs["lifespan"]).float().mean() > 0.995
