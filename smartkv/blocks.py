@@ -10,6 +10,7 @@ A *pair* is one row of the batch and one KV head. Pairs hold unlike numbers of k
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,11 @@ class Ragged:
     fields: Fields
     counts: Tensor
 
+    @cached_property
+    def sizes(self) -> list[int]:
+        """`counts`, which are never changed: a GPU is waited for once."""
+        return self.counts.tolist()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, as allocated."""
@@ -113,7 +119,7 @@ class Ragged:
 
     def by_pair(self) -> list[Fields]:
         """The keys of each pair: no copy."""
-        return self.fields.split(self.counts.tolist())
+        return self.fields.split(self.sizes)
 
     def pair(self) -> Tensor:
         """The pair of each key, int64 `[keys]`."""
@@ -122,7 +128,7 @@ class Ragged:
     def side_by_side(self) -> tuple[Tensor, Tensor]:
         """Where the keys of pairs lie, one pair a line: int64 `[pairs, longest]`, and bool of what is a key there."""
         first = self.counts.cumsum(0) - self.counts
-        place = torch.arange(int(self.counts.max()), device=self.counts.device)
+        place = torch.arange(max(self.sizes), device=self.counts.device)
         filled = place < self.counts[:, None]
         return torch.where(filled, first[:, None] + place, 0), filled
 

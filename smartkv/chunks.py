@@ -47,6 +47,7 @@ def chunk_attention(
     scaling: float,
     count_from: int,
     packed: PackedRows | None = None,
+    padded: bool = True,
 ) -> ChunkResult:
     """Query `i` of a pair sees key `j` iff `j ≤ i < end of j`.
 
@@ -59,6 +60,7 @@ def chunk_attention(
         scaling: of the scores.
         count_from: position of the first query that is counted.
         packed: how keys and values are packed, and queries turned; None: they are not.
+        padded: some tokens may be padding.
     """
     batch, query_heads, tokens, head_dim = query.shape
     pairs, device = len(start), query.device
@@ -66,7 +68,7 @@ def chunk_attention(
     output = torch.empty_like(grouped)
     visible, counts = torch.zeros_like(start), torch.zeros_like(start)
     drops = None if cap is None else _dropped(store, new, cap, start, tokens)
-    held = store.counts.tolist()
+    held = store.sizes
     kept: dict[int, Fields] = {}  # of each pair
     most = kept_bytes = 0
     for group in like_lengths(held, tokens):
@@ -78,28 +80,31 @@ def chunk_attention(
             ends = torch.cat([drops[rows, :longest], drops[rows, -tokens:]], dim=1)
         ends = ends.masked_fill(fields.position == HOLE, 0)
         if len(group) == pairs:
-            output = _masked_attention(grouped, fields, ends, new.position, scaling, packed)
+            output = _masked_attention(grouped, fields, ends, new.position, scaling, packed, padded)
         else:
-            found = _masked_attention(grouped.index_select(0, rows), fields, ends, new.position[rows], scaling, packed)
+            queries, at = grouped.index_select(0, rows), new.position[rows]
+            found = _masked_attention(queries, fields, ends, at, scaling, packed, padded)
             output.index_copy_(0, rows, found)
         alive = ends > end[rows, None]
         saw = queries_that_saw(fields.position, ends, start[rows, None], end[rows, None], count_from)
         visible[rows], counts[rows] = saw.sum(dim=1), alive.sum(dim=1)
         flat, index = fields.map(lambda tensor: tensor.flatten(0, 1)), alive.flatten().nonzero().flatten()
         all_alive = len(index) == alive.numel()  # then they lie as they shall: no copy
-        left = flat if all_alive else flat.at(index)
-        kept |= zip(group, left.split(counts[rows].tolist()), strict=True)
+        lasting = flat if all_alive else flat.at(index)
+        kept |= zip(group, lasting.split(counts[rows].tolist()), strict=True)
         read = 0 if packed is None else 2 * fields.position.numel() * head_dim * query.element_size()
-        most = max(most, kept_bytes + fields.nbytes + max(read, 0 if all_alive else left.nbytes))
-        kept_bytes += left.nbytes
+        most = max(most, kept_bytes + fields.nbytes + max(read, 0 if all_alive else lasting.nbytes))
+        kept_bytes += lasting.nbytes
     survivors = kept[0] if pairs == 1 else Fields.cat([kept[pair] for pair in range(pairs)])
     most = max(most, kept_bytes + survivors.nbytes)
     output = output.reshape(batch, query_heads, tokens, head_dim)  # attention on GPUs may leave it in another order
-    return ChunkResult(output, Ragged(survivors, counts), visible, most)
+    left = Ragged(survivors, counts)
+    left.sizes = [len(kept[pair].position) for pair in range(pairs)]
+    return ChunkResult(output, left, visible, most)
 
 
 def _masked_attention(
-    query: Tensor, fields: Fields, ends: Tensor, at: Tensor, scaling: float, packed: PackedRows | None
+    query: Tensor, fields: Fields, ends: Tensor, at: Tensor, scaling: float, packed: PackedRows | None, padded: bool
 ) -> Tensor:
     """Attention under the rule, for so many queries at once that the mask stays small beside the keys.
 
@@ -108,7 +113,7 @@ def _masked_attention(
         fields: `[pairs, keys]`, the last `tokens` of them the queries' own.
         ends: int `[pairs, keys]`, first position whose query does not see the key; 0 where there is none.
         at: int `[pairs, tokens]`, positions of the queries, `HOLE` for padding.
-        packed: see `chunk_attention`.
+        packed, padded: see `chunk_attention`.
 
     Returns:
         Like `query`; zeros for padding.
@@ -116,7 +121,7 @@ def _masked_attention(
     (pairs, group, tokens, head_dim), keys = query.shape, fields.position.shape[1]
     stored = fields[:2] if packed is None else packed.read(*fields[:2], query.dtype)
     key, value = (tensor[:, None].expand(pairs, group, keys, head_dim) for tensor in stored)
-    padded, parts = bool((at == HOLE).any()), []
+    parts = []
     step = max(16, MASK_ELEMENTS // (pairs * keys))
     for first in range(0, tokens, step):
         here = at[:, first : first + step, None]
