@@ -46,8 +46,8 @@ def chunk_attention(
     end: Tensor,
     scaling: float,
     count_from: int,
-    packed: PackedRows | None = None,
-    padded: bool = True,
+    packed: PackedRows | None,
+    padded: bool,
 ) -> ChunkResult:
     """Query `i` of a pair sees key `j` iff `j ≤ i < end of j`.
 

@@ -262,8 +262,18 @@ class LifespanLayer(CacheLayerMixin):
         tokens = query.shape[2]
         after = self.seen + (tokens if real is None else real.sum(dim=1))
         start, end = self._of_pairs(self.seen), self._of_pairs(after)
-        settings = (scaling, self.count_from, self.packed, real is not None)
-        done = chunk_attention(query, self.store, new, self.cap, start, end, *settings)  # type: ignore[arg-type]
+        done = chunk_attention(
+            query,
+            self.store,  # type: ignore[arg-type]
+            new,
+            self.cap,
+            start,
+            end,
+            scaling,
+            self.count_from,
+            self.packed,
+            padded=real is not None,
+        )
         self.at_work = self.storage_bytes + done.bytes_at_work
         self.visible = self.visible + done.visible.view(self.visible.shape)
         self.held = self.held + self._held(self.seen, after)

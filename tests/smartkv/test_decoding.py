@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from smartkv.blocks import MOST_SPARE
@@ -115,3 +116,13 @@ def test_bfloat16_costs_no_more_than_it_costs_a_masked_full_cache(family: str) -
 
     ours, theirs = error(one_by_one(half, ttl, 8, 2, ids, real)), error(masked_logits(half, ids, masks, real))
     assert 0 < ours < 1.1 * theirs < 0.1
+
+
+def test_attention_may_leave_its_output_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As kernels on GPUs do: tokens before heads in memory."""
+    model, ids, real = MODELS["llama"], token_ids(TOKENS, 4)[None], torch.ones(1, TOKENS).bool()
+    ttl, plain = random_ttl(model, 1, TOKENS, 3), F.scaled_dot_product_attention
+    expected = one_by_one(model, ttl, 8, 2, ids, real)
+    turned = lambda *a, **k: plain(*a, **k).transpose(1, 2).contiguous().transpose(1, 2)  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", turned)
+    assert torch.equal(one_by_one(model, ttl, 8, 2, ids, real), expected)
