@@ -207,6 +207,7 @@ class Runner:
     ) -> list[Row]:
         """A row for each contender and footprint that is in its reach; `others`: see `compare`."""
         solved: list[tuple[Contender, float, Any]] = []
+        task = self.progress.add_task("Prices", total=None)
         for contender in contenders:
             foremost = contender.kind == "ours" or contender.name == REFERENCE
             whole = contender.kind in ("full", "quantised")
@@ -216,6 +217,7 @@ class Runner:
                     solved.append((contender, target, setting))
                 except SmartKVError as error:  # one footprint out of reach is no reason to lose the others
                     self.progress.console.print(f"left out: {error}", highlight=False)
+        self.progress.remove_task(task)
         texts_read = sum(len(windows) for windows, *_ in texts.values())
         work = texts_read + len(asked)
         task = self.progress.add_task("Comparing", total=work * len(solved))

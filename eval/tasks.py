@@ -156,8 +156,8 @@ class Suite:
                     learned = contender.kind == "ours" or contender.name == ADAPTIVE_BY_GATES
                     row = Row(contender.name, contender.kind, contender.needs, target, length, setting, [])
                     for sample in samples:
-                        key = [contender.name, setting, sample.prompt, sample.answer, weights if learned else {}]
-                        key.append(new_tokens)
+                        given = [sample.prompt, sample.answer, new_tokens]
+                        key = [contender.name, setting, *given, weights if learned else {}]
 
                         def measure(contender: Any = contender, setting: Any = setting, sample: Any = sample) -> Any:
                             return answered(self.lm, contender, setting, sample, new_tokens)
