@@ -1,5 +1,6 @@
 """One run at a time writes into a folder."""
 
+import errno
 import logging
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from smartkv.errors import SmartKVError
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP)  # what file systems without locks say
 _held: dict[Path, FileLock] = {}
 
 
@@ -31,9 +33,9 @@ def hold(folder: Path | str) -> None:
         raise SmartKVError(
             f"another run is writing into {folder}: let it end, or give this one another folder"
         ) from error
-    except NotImplementedError:  # filelock's word for a file system without locks
+    except (NotImplementedError, OSError) as error:  # the first: what filelock 3 makes of ENOSYS
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise SmartKVError(f"{folder} cannot be written to: {error.strerror or error}") from error
         log.warning("%s is on a file system without locks: see to it that no other run writes into it", folder)
         return
-    except OSError as error:
-        raise SmartKVError(f"{folder} cannot be written to: {error.strerror or error}") from error
     _held[path] = lock
