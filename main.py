@@ -4,12 +4,13 @@ python main.py predict -c configs/harvest/smollm2.yaml   # text -> shards of key
 python main.py fit     -c configs/gates/smollm2.yaml     # shards -> gates
 """
 
+import errno
 import logging
 import os
 import sys
 import warnings
 from contextlib import suppress
-from pickle import UnpicklingError
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, get_args, get_type_hints
 
@@ -22,21 +23,37 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda reco
 import lightning as L  # noqa: E402
 from jsonargparse import Namespace  # noqa: E402
 from lightning.pytorch.cli import LightningCLI  # noqa: E402
+from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: E402
 
 import callbacks  # noqa: F401, E402 - these three are imported so that configs name classes without their module
 import datamodules  # noqa: F401, E402
 import lightning_modules  # noqa: F401, E402
+from lightning_modules.checkpoint_files import CheckpointFiles, read_checkpoint  # noqa: E402
 from smartkv.errors import SmartKVError  # noqa: E402
 from smartkv.folders import hold  # noqa: E402
 from smartkv.hub import answer_in_time  # noqa: E402
 
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # of disks and folders
+
 
 class CLI(LightningCLI):
-    """Lightning's, with one run at a time in a folder, and nothing in checkpoints that needs unpickling."""
+    """Lightning's, with one run at a time in a folder, and checkpoints that are whole and hold nothing but numbers."""
+
+    def _parse_ckpt_path(self) -> None:
+        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        if path and Path(path).is_file():
+            read_checkpoint(path)  # or the CLI, which looks into it, would trip over it
+        super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
         _refuse_nulls("", self.config[self.subcommand])
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no other was asked for
+            trainer.strategy.checkpoint_io = CheckpointFiles()
+        return trainer
 
     @rank_zero_only
     def before_fit(self) -> None:
@@ -87,8 +104,10 @@ def main(args: list[str] | None = None) -> None:
     except SmartKVError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except UnpicklingError:
-        print("error: the checkpoint holds more than numbers and is not loaded: it could run code", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        print(f"error: {error.filename or 'a file'} could not be written: {error.strerror}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.eviction_tuning import EvictionTuning
-from smartkv.shards import write_atomically
+from smartkv.files import write_atomically
 
 
 class AdapterExport(L.Callback):

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_modules.distillation import DistilledGates
 from lightning_modules.gates import LifespanGates
 from smartkv.errors import SmartKVError
+from smartkv.files import sweep
 
 
 class GateExport(L.Callback):
@@ -47,6 +48,10 @@ class GateExport(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
+        sweep(self.out)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":

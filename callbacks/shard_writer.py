@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datamodules.documents import DocumentWindows, WindowRun
 from lightning_modules.harvest import Harvest
-from smartkv.shards import Manifest, entry_of, write_shard
+from smartkv.shards import Manifest, ShardEntry, entry_of, write_shard
 
 
 class ShardWriter(BasePredictionWriter):
@@ -39,7 +39,12 @@ class ShardWriter(BasePredictionWriter):
     def teardown(self, trainer: L.Trainer, pl_module: Harvest, stage: str) -> None:
         # not in on_predict_end, which a process without shards to make never sees
         trainer.strategy.barrier("all shards are written")
-        if trainer.is_global_zero and not _cut_short(trainer):
+        if trainer.is_global_zero and (left := _left(trainer.datamodule)):
+            print(
+                f"{left} shards are not in {trainer.datamodule.out}, so there is no manifest yet: run the same command "
+                "again; all processes have to write into one folder"
+            )
+        elif trainer.is_global_zero:
             manifest = _manifest(pl_module, trainer.datamodule)
             manifest.write()
             print(
@@ -49,10 +54,16 @@ class ShardWriter(BasePredictionWriter):
         trainer.strategy.barrier("the manifest is written")
 
 
-def _cut_short(trainer: L.Trainer) -> bool:
-    """A run limited to a few batches leaves shards to be made, and so no manifest."""
-    data: DocumentWindows = trainer.datamodule
-    return any(not (data.out / run.file).exists() for run in data.runs)
+def _left(data: DocumentWindows) -> int:
+    """Shards that are not there: of a run limited to a few batches, or of processes that wrote somewhere else."""
+    return sum(not (data.out / run.file).exists() for run in data.runs)
+
+
+def _entry(data: DocumentWindows, run: WindowRun) -> ShardEntry:
+    """Of a shard that was not made now, what the manifest said: `data` have held it beside the file."""
+    if run not in data.todo and (entry := data.recorded.get(run.file)) is not None:
+        return entry
+    return entry_of(data.out / run.file, run.split, run.windows, run.windows * data.window)
 
 
 def _manifest(module: Harvest, data: DocumentWindows) -> Manifest:
@@ -66,5 +77,5 @@ def _manifest(module: Harvest, data: DocumentWindows) -> Manifest:
         sources=data.plan.sources,
         documents=data.plan.documents,
         arguments={**data.arguments, **module.arguments, "versions": versions},
-        shards=[entry_of(data.out / run.file, run.split, run.windows, run.windows * data.window) for run in data.runs],
+        shards=[_entry(data, run) for run in data.runs],
     )

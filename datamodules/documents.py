@@ -4,6 +4,7 @@
 process and every later run works on the same ones.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +24,8 @@ from datamodules.recall import RecallPacker
 from datamodules.sources import Source, SourceConfig, resolve
 from smartkv import backbones
 from smartkv.errors import SmartKVError
-from smartkv.shards import SPLITS, open_tensors, read_header, write_atomically
+from smartkv.files import write_atomically
+from smartkv.shards import SPLITS, DamagedFile, ShardEntry, entry_of, open_tensors, read_header, recorded_shards
 
 PLAN = "windows.safetensors"
 
@@ -54,6 +56,11 @@ class WindowPlan:
     split: Tensor
     documents: list[str]
     sources: list[dict[str, Any]]
+
+    @property
+    def digest(self) -> str:
+        """Of all tokens."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:16]
 
     def of_split(self, split: str) -> Tensor:
         """The tokens of one split's windows, `[windows, window]`."""
@@ -93,8 +100,11 @@ def plan_windows(
     check_counts(counts)
     if min(counts.values()) < 0 or not any(counts.values()):
         raise SmartKVError(f"windows must be 0 or more of each split and not all 0, got {counts}")
-    if min(window, windows_per_document) < 1:
-        raise SmartKVError(f"window and windows_per_document must be at least 1, got {window}, {windows_per_document}")
+    if min(window, windows_per_document) < 1 or seed < 0:
+        raise SmartKVError(
+            "window and windows_per_document must be at least 1 and seed at least 0, "
+            f"got {window}, {windows_per_document} and {seed}"
+        )
     found = _merge([resolve(config, say) for config in sources])
     tokens, owners, splits, documents = [], [], [], []
     used: list[dict[str, Any]] = [{"name": s.name, "origin": s.origin, "windows": {}} for s in found]
@@ -223,6 +233,7 @@ class DocumentWindows(L.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards to do than processes
         self.plan: WindowPlan | None = None
         self.runs: list[WindowRun] = []
+        self.recorded: dict[str, ShardEntry] = {}
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -257,21 +268,28 @@ class DocumentWindows(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         self.plan = read_plan(self.out)
         self.runs = shard_runs(self.plan, self.windows_per_shard)
+        self.recorded = recorded_shards(self.out)
         # one process decides what is still to do: others may already be writing when the last one looks
         first = self.trainer is None or self.trainer.is_global_zero
         missing = [run for run in self.runs if not self._is_whole(run)] if first else []
         self.todo = missing if self.trainer is None else self.trainer.strategy.broadcast(missing)
 
     def _is_whole(self, run: WindowRun) -> bool:
+        """Whether a shard is there as it was made: one that is truncated, or another than a finished harvest's manifest
+        says, is made again.
+
+        Raises:
+            SmartKVError: a file of that name that is none of ours, or that cannot be read.
+        """
         path = self.out / run.file
         if not path.exists():
             return False
         try:
             read_header(path)
-            return True
-        except SmartKVError:
-            path.unlink()  # truncated by something other than us; it is made again
+        except DamagedFile:
             return False
+        entry = self.recorded.get(run.file)
+        return entry is None or entry_of(path, entry.split, entry.windows, entry.tokens) == entry
 
     def check_shards(self, header: dict[str, Any]) -> None:
         """Refuse to add to shards that were made with other settings or another model.

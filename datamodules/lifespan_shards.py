@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.documents import WindowPlan, read_plan
 from datamodules.processes import check_resumed, process_of
 from smartkv.errors import SmartKVError
+from smartkv.gates import format_layers
 from smartkv.objectives import Labels
 from smartkv.rows import LabelledRows
 from smartkv.shards import Block, Manifest
@@ -158,7 +159,7 @@ class LifespanShards(L.LightningDataModule):
         block: consecutive keys read at once; smaller shuffles better, larger reads faster.
         seed: of the order of blocks.
         num_workers: reader processes; 0 reads in the training process.
-        verify: read each shard whole before the first step, and compare it with its SHA-256.
+        verify: read each shard that is used whole before the first step, and compare it with its SHA-256.
     """
 
     def __init__(
@@ -184,9 +185,10 @@ class LifespanShards(L.LightningDataModule):
         if min(self.batch_size, self.block) < 1:
             raise SmartKVError(f"batch_size and block must be at least 1, got {self.batch_size} and {self.block}")
         manifest = Manifest.read(self.shards)
-        if self.verify and stage == "fit":
+        if self.verify:
             rank, world = process_of(self.trainer)
-            manifest.verify(manifest.shards[rank::world])
+            read = manifest.shards if stage == "fit" else manifest.of_split("validation")
+            manifest.verify(read[rank::world])
         self.rows = LabelledRows(manifest, self.threshold, self.follow_up, self.inputs, self.layers)
         self.dataset = BlockReader(self.rows)
         for split in ("train", "validation"):
@@ -222,7 +224,11 @@ class LifespanShards(L.LightningDataModule):
         return self._loader("validation", False, max(self.batch_size, 1024))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed, "batch_size": self.batch_size, "block": self.block}
+        """Which keys come, with which labels, and in which order."""
+        rows = self.rows
+        settings = {"threshold": rows.threshold, "follow_up": rows.follow_up, "inputs": rows.inputs}
+        order = {"seed": self.seed, "batch_size": self.batch_size, "block": self.block}
+        return order | settings | {"layers": format_layers(rows.layers), "shards": rows.manifest.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_resumed(state, self.state_dict())

@@ -22,6 +22,7 @@ from datamodules.sources import SourceConfig
 from smartkv import backbones
 from smartkv.backbones import Backbone, load_backbone
 from smartkv.errors import SmartKVError
+from smartkv.gates import format_layers
 from smartkv.held import HeldBlocks
 from smartkv.lifespans import LabelSpec, check_window, label_window
 from smartkv.rows import LabelledRows
@@ -173,13 +174,21 @@ class OnlineKeys(L.LightningDataModule):
         if it is given). What is held already is not read again."""
         for number in numbers:
             blocks = [block for block in self.blocks[number] if live is None or block in live]
-            if self.owns(number) and blocks and blocks[0] not in self.held:
+            if self.owns(number) and any(block not in self.held for block in blocks):
                 self._read("train", number, blocks)
 
     def _read(self, split: str, number: int, blocks: list[Block]) -> None:
         tokens = self.tokens[split][number]
         labels = label_window(self.lm.model, tokens, self.spec, self.inputs == "keys_post_rope")
         self.held.hold(blocks, labels, tokens)
+
+    def let_go(self) -> None:
+        """What an epoch that was cut short has left, but for the windows with which an epoch begins."""
+        for number, blocks in enumerate(self.blocks):
+            held = [block for block in blocks if block in self.held]
+            if number >= self.buffer or len(held) < len(blocks):
+                for block in held:
+                    self.held.drop(block)
 
     def train_dataloader(self) -> "ReplayLoader":
         loader = ReplayLoader(self)
@@ -192,8 +201,22 @@ class OnlineKeys(L.LightningDataModule):
         return _Held(self, blocks)
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("seed", "batch_size", "block", "buffer", "passes", "window")
-        return {name: getattr(self, name) for name in names} | {"windows": self.counts}
+        """Which keys come, with which labels, and in which order."""
+        names = (
+            "seed",
+            "batch_size",
+            "block",
+            "buffer",
+            "passes",
+            "window",
+            "threshold",
+            "follow_up",
+            "sinks",
+            "inputs",
+        )
+        model = {"fingerprint": asdict(self.lm.fingerprint), "dtype": str(self.lm.model.dtype).removeprefix("torch.")}
+        drawn = {"windows": self.counts, "ages": list(self.ages), "layers": format_layers(self.rows.layers)}
+        return {name: getattr(self, name) for name in names} | drawn | model | {"tokens": self.plan.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_resumed(state, self.state_dict())
@@ -233,6 +256,8 @@ class ReplayLoader(Resumable):
         if self.consumed >= len(replay):
             self.consumed = 0
         behind = self.consumed
+        if not behind:
+            data.let_go()
         for number, step in enumerate(replay):
             if number < behind:
                 if number == behind - 1:  # what the buffer holds now

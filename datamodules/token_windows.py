@@ -1,6 +1,5 @@
 """Token windows of a weighted mix of texts, for `fit`: what gates are distilled on."""
 
-import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -98,7 +97,6 @@ class TokenWindows(L.LightningDataModule):
         self.plan = plan_windows(
             self.sources, self.counts, tokenizer, self.window, self.windows_per_document, self.seed, say
         )
-        self.digest = hashlib.sha256(self.plan.tokens.numpy().tobytes()).hexdigest()[:16]
 
     def _loader(self, split: str, shuffle: bool) -> BlockLoader:
         rank, world = process_of(self.trainer)
@@ -120,7 +118,7 @@ class TokenWindows(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Which windows come, and in which order."""
         known = {"seed": self.seed, "batch_size": self.batch_size, "window": self.window, "windows": self.counts}
-        return known | {"tokens": self.digest}
+        return known | {"tokens": self.plan.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_resumed(state, self.state_dict())

@@ -17,10 +17,10 @@ from smartkv.auto import Trade, auto_policy, measure_trade
 from smartkv.backbones import load_backbone
 from smartkv.budgets import Calibration, solve
 from smartkv.errors import SmartKVError
+from smartkv.files import write_atomically
 from smartkv.gates import GateBank
 from smartkv.lifespans import check_window
 from smartkv.policies import HybridPolicy, LayerRule
-from smartkv.shards import write_atomically
 
 NEARBY = 0.15  # footprints this much below and above the target, between which the worth of the cache is measured
 

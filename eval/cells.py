@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from eval.contenders import Contender, Ruled
 from eval.results import read_result
+from smartkv.files import write_atomically
 from smartkv.folders import hold
 from smartkv.gates import GateBank
-from smartkv.shards import write_atomically
 
 SAMPLED = 256  # figures of a weight that its model's digest is made of
 

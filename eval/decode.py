@@ -24,10 +24,10 @@ from smartkv.blocks import FOREVER, Fields, Ragged
 from smartkv.budgets import Calibration, solve
 from smartkv.cache import LifespanCache
 from smartkv.errors import SmartKVError
+from smartkv.files import write_atomically
 from smartkv.gates import GateBank
 from smartkv.perplexity import full_cache_bytes
 from smartkv.policies import HybridPolicy
-from smartkv.shards import write_atomically
 
 ONCE = 8192  # tokens of all rows: longer prompts are fed once, shorter ones as often as there are rounds
 WAYS = ("smartkv", "dynamic", "static", "smartkv_full")

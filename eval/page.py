@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from smartkv.errors import SmartKVError
+from smartkv.files import write_atomically
 from smartkv.policies import FOREVER, HybridPolicy, LayerRule
-from smartkv.shards import write_atomically
 
 PARTS = Path(__file__).parent
 UNDECIDED = -1  # expiry of a key that is still in its window

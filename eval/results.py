@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from smartkv.errors import SmartKVError
-from smartkv.shards import write_atomically
+from smartkv.files import write_atomically
 
 
 def versions() -> dict[str, str]:

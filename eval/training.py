@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from callbacks.console import make_console
-from datamodules.lifespan_shards import LifespanShards
+from datamodules.lifespan_shards import KeyBatch, LifespanShards
 from eval.apart import apart
 from eval.results import machine, measured_by, write_result, write_tables
 from lightning_modules.gates import LifespanGates
@@ -28,7 +28,7 @@ from smartkv.backbones import Fingerprint
 from smartkv.errors import SmartKVError
 from smartkv.lifespans import LabelSpec
 from smartkv.rows import LabelledRows
-from smartkv.shards import SPLITS, Manifest, entry_of, write_shard
+from smartkv.shards import SPLITS, Manifest, entry_of, shard_header, write_shard
 
 SINKS, HIDDEN = 4, 64
 SIZES = {  # layers, KV heads, head_dim
@@ -43,7 +43,7 @@ def training(
     out: str,
     batches: list[int] = [1024, 4096],  # noqa: B006 - jsonargparse shows it; never changed
     models: list[str] = list(SIZES),  # noqa: B006
-    steps: int = 20,
+    steps: int = 100,
     rounds: int = 3,
     window: int = 1024,
     windows: int = 16,
@@ -60,7 +60,7 @@ def training(
         steps: optimiser steps a round.
         rounds: of both ways in turn; the median is given.
         window: tokens of a made window, half of them labelled.
-        windows: made windows; fewer where heads are many (about 0.5 GB).
+        windows: made windows to train on; fewer where heads are many, and two batches at least.
         threads: CPU threads.
         device: cpu or cuda.
         markdown_file: where the tables go besides. Null: nowhere.
@@ -82,10 +82,11 @@ def training(
             )
             progress.advance(task)
         for name in models:
-            held = windows * 48 * 64 // math.prod(SIZES[name])  # about as many bytes for each
-            measured = apart(
-                _heads, Path(scratch) / name, name, batches[0], steps, window, max(2, held), threads, device
-            )
+            least = -(-2 * batches[0] // (window // 2 - SINKS))
+            held = max(least, windows * 48 * 64 // math.prod(SIZES[name]))  # about as many bytes for each, if they do
+            shards = Path(scratch) / name
+            apart(_made, shards, *SIZES[name], window, held)
+            measured = apart(_heads, shards, batches[0], steps, threads, device)
             heads.append({"model": name, "heads": SIZES[name][0] * SIZES[name][1], **measured})
             progress.advance(task)
     arguments = {"batches": batches, "steps": steps, "rounds": rounds, "window": window, "windows": windows}
@@ -102,20 +103,23 @@ def training(
 
 
 UNITS = {
-    "together, apart": "seconds for the same steps of all 48 heads; one by one: their keys from a file a head",
+    "together, apart": "seconds for the same steps of all 48 heads, from files to trained gates, their keys' mean and "
+    "deviation included; one by one: their keys from a file a head",
     "ratio": "one by one ÷ together",
     "rows_from_shards, rows_from_torch_load": "keys of all heads a second that can be read",
     "rows_trained": "keys of all heads a second that training takes",
-    "peak_memory": "bytes, of the whole process",
+    "rows_a_step": "keys a head of an optimiser step, mean: a batch is made of whole blocks",
+    "peak_memory": "bytes, of the whole process that trains; on a GPU what is allocated there",
 }
 
 
 def made_shards(folder: Path, layers: int, kv_heads: int, head_dim: int, window: int, windows: int) -> Path:
-    """Shards of random keys and lifespans, one window each, a quarter of them (at least one) for validation."""
+    """Shards of random keys and lifespans, one window each, and one more for validation."""
     generator = torch.Generator().manual_seed(0)
+    fingerprint, spec = Fingerprint("llama", layers, kv_heads, head_dim, "made"), LabelSpec((0.05,), (), window // 2)
     entries = []
-    for number in range(windows):
-        split = "train" if number < windows - max(1, windows // 4) else "validation"
+    for number in range(windows + 1):
+        split = "train" if number < windows else "validation"
         exponent = 5 * torch.rand(1, layers, kv_heads, window, generator=generator)
         tensors = {
             "keys": torch.randn(layers, kv_heads, window, head_dim, generator=generator).half(),
@@ -127,19 +131,25 @@ def made_shards(folder: Path, layers: int, kv_heads: int, head_dim: int, window:
             "split": torch.full((window,), SPLITS.index(split), dtype=torch.int32),
         }
         path = folder / f"{split}-{number:05d}.safetensors"
-        write_shard(path, tensors, {})
+        write_shard(path, tensors, shard_header(fingerprint, spec, window))
         entries.append(entry_of(path, split, 1, window))
-    fingerprint = Fingerprint("llama", layers, kv_heads, head_dim, "made")
-    spec = LabelSpec((0.05,), (), window // 2)
-    documents = [f"made/{number}" for number in range(windows)]
+    documents = [f"made/{number}" for number in range(windows + 1)]
     Manifest(folder, fingerprint, spec, window, SINKS, [], documents, {"backbone": "made"}, entries).write()
     return folder
 
 
-def _fit(shards: Path, batch: int, steps: int, device: str) -> float:
-    """Seconds of `steps` steps of all gates by Lightning, as `fit` runs them, set-up and validation left out."""
+def _made(folder: Path, *sizes: int) -> dict[str, Any]:
+    """The same, in a process whose memory is not measured."""
+    made_shards(folder, *sizes)
+    return {}
+
+
+def _fit(shards: Path, batch: int, steps: int, device: str) -> tuple[float, int]:
+    """Seconds of `steps` steps of all gates by Lightning, as `fit` runs them but without validation; and how many keys
+    a head they took."""
     warnings.filterwarnings("ignore")
-    timed = _Timed()
+    counted = _Counted()
+    start = time.perf_counter()
     trainer = L.Trainer(
         accelerator="gpu" if device == "cuda" else device,
         devices=1,
@@ -151,22 +161,19 @@ def _fit(shards: Path, batch: int, steps: int, device: str) -> float:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[timed],
+        callbacks=[counted],
     )
     trainer.fit(LifespanGates(HIDDEN), datamodule=LifespanShards(str(shards), batch_size=batch, verify=False))
-    return timed.seconds
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, counted.rows
 
 
-class _Timed(L.Callback):
-    seconds = 0.0
+class _Counted(L.Callback):
+    rows = 0
 
-    def on_train_start(self, *_: Any) -> None:
-        self.start = time.perf_counter()
-
-    def on_train_end(self, *_: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - self.start
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: KeyBatch, *_: Any) -> None:
+        self.rows += batch.global_rows
 
 
 def _apart(files: list[Path], batch: int, steps: int, device: str) -> float:
@@ -181,7 +188,7 @@ def _apart(files: list[Path], batch: int, steps: int, device: str) -> float:
         optimizer = torch.optim.AdamW(gate.parameters(), lr=3e-3, weight_decay=0.01)
         order: list[Tensor] = []
         for _ in range(steps):
-            order = order or list(torch.randperm(len(keys)).split(min(batch, len(keys))))
+            order = order or list(torch.randperm(len(keys), device=device).split(min(batch, len(keys))))
             rows = order.pop()
             loss = F.huber_loss(gate((keys[rows].float() - mean) / std)[:, 0], target[rows])
             optimizer.zero_grad()
@@ -197,7 +204,7 @@ def _ways(
 ) -> dict[str, Any]:
     torch.set_num_threads(threads)
     shards = made_shards(folder, *SIZES["Qwen2.5-0.5B"], window, windows)
-    rows = LabelledRows(Manifest.read(shards))
+    rows, used = LabelledRows(Manifest.read(shards)), 0
     keys = torch.cat([rows.keys(block) for block in rows.blocks("train")], dim=1)
     target = torch.cat([rows.target(block) for block in rows.blocks("train")], dim=1)
     files = [folder / f"head{gate}.pt" for gate in range(len(keys))]
@@ -206,11 +213,11 @@ def _ways(
     torch.save({"keys": keys, "target": target}, folder / "all.pt")
     together, alone = [], []
     for _ in range(rounds):
-        together.append(_fit(shards, batch, steps, device))
+        seconds, used = _fit(shards, batch, steps, device)
+        together.append(seconds)
         alone.append(_apart(files, batch, steps, device))
     ratios = [theirs / ours for ours, theirs in zip(together, alone, strict=True)]
-    used = steps * min(batch, keys.shape[1])
-    figures = {"together": statistics.median(together), "apart": statistics.median(alone)}
+    figures = {"together": statistics.median(together), "apart": statistics.median(alone), "rows_a_step": used / steps}
     figures |= {"ratio": statistics.median(ratios), "rows_trained": used / statistics.median(together)}
     data = LifespanShards(str(shards), batch_size=batch, verify=False)
     data.setup("validate")
@@ -228,19 +235,19 @@ def _rows_a_second(read: Callable[[], int], rounds: int = 3) -> float:
     return statistics.median(found)
 
 
-def _heads(
-    folder: Path, name: str, batch: int, steps: int, window: int, windows: int, threads: int, device: str
-) -> dict[str, Any]:
+def _heads(shards: Path, batch: int, steps: int, threads: int, device: str) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    shards = made_shards(folder, *SIZES[name], window, windows)
-    seconds = _fit(shards, batch, steps, device)
-    return {"steps_per_second": steps / seconds, "shard_bytes": sum(s.bytes for s in Manifest.read(shards).shards)}
+    seconds, rows = _fit(shards, batch, steps, device)
+    figures = {"steps_per_second": steps / seconds, "rows_a_step": rows / steps}
+    figures["shard_bytes"] = sum(s.bytes for s in Manifest.read(shards).shards)
+    return figures | ({"peak_memory": torch.cuda.max_memory_allocated()} if device == "cuda" else {})
 
 
 def _table_of_ways(ways: list[dict[str, Any]]) -> Table:
     table = Table(title="48 gates together and one by one, and keys from disk")
     for name in (
         "batch",
+        "keys a step",
         "together, s",
         "one by one, s",
         "× faster",
@@ -251,22 +258,36 @@ def _table_of_ways(ways: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="right")
     for w in ways:
         if "note" in w:
-            table.add_row(f"{w['batch']:,}", w["note"], *[""] * 5)
+            table.add_row(f"{w['batch']:,}", w["note"], *[""] * 6)
             continue
         speeds = [f"{w[name]:,.0f}" for name in ("rows_trained", "rows_from_shards", "rows_from_torch_load")]
-        table.add_row(f"{w['batch']:,}", f"{w['together']:.2f}", f"{w['apart']:.2f}", f"{w['ratio']:.2f}", *speeds)
+        table.add_row(
+            f"{w['batch']:,}",
+            f"{w['rows_a_step']:,.0f}",
+            f"{w['together']:.2f}",
+            f"{w['apart']:.2f}",
+            f"{w['ratio']:.2f}",
+            *speeds,
+        )
     return table
 
 
 def _table_of_heads(heads: list[dict[str, Any]], batch: int) -> Table:
     table = Table(title=f"Steps of {batch:,} keys a head as heads grow")
-    for name in ("model", "heads", "steps/s", "head-steps/s", "peak memory, GiB", "shards on disk, GiB"):
+    for name in ("model", "heads", "keys a step", "steps/s", "head-steps/s", "peak memory, GiB", "shards on disk, GiB"):
         table.add_column(name, justify="left" if name == "model" else "right")
     for h in heads:
         if "note" in h:
-            table.add_row(h["model"], str(h["heads"]), h["note"], "", "", "")
+            table.add_row(h["model"], str(h["heads"]), h["note"], "", "", "", "")
             continue
         speed = h["steps_per_second"]
         sizes = [f"{h[name] / 2**30:.2f}" for name in ("peak_memory", "shard_bytes")]
-        table.add_row(h["model"], str(h["heads"]), f"{speed:.2f}", f"{speed * h['heads']:,.0f}", *sizes)
+        table.add_row(
+            h["model"],
+            str(h["heads"]),
+            f"{h['rows_a_step']:,.0f}",
+            f"{speed:.2f}",
+            f"{speed * h['heads']:,.0f}",
+            *sizes,
+        )
     return table

@@ -155,7 +155,7 @@ class LifespanGates(Resuming):
         self.train_loss_head.update(losses)
         # DDP averages gradients over processes; dividing by all rows makes that the mean over the whole batch
         loss = total * self.trainer.world_size / batch.global_rows
-        self.log("train_loss", loss.detach() / len(self.bank), prog_bar=True)
+        self.log("train_loss", loss.detach() / len(self.bank), prog_bar=True, sync_dist=True)  # the mean over processes
         return loss
 
     def validation_step(self, batch: KeyBatch, batch_idx: int) -> None:

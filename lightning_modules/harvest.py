@@ -1,7 +1,6 @@
 """Harvest: a frozen LM over windows; keys and labels out of its own attention step. For `predict`."""
 
 import os
-from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -13,7 +12,7 @@ from smartkv import backbones
 from smartkv.backbones import Backbone, load_backbone
 from smartkv.errors import SmartKVError
 from smartkv.lifespans import LabelSpec, check_window, label_window
-from smartkv.shards import FORMAT_VERSION, SPLITS
+from smartkv.shards import SPLITS, shard_header
 
 
 class Harvest(L.LightningModule):
@@ -66,15 +65,8 @@ class Harvest(L.LightningModule):
     @property
     def header(self) -> dict[str, Any]:
         """The metadata of every shard of this run, as JSON gives it back."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": asdict(self.lm.fingerprint),
-            "thresholds": list(self.spec.thresholds),
-            "ages": list(self.spec.ages),
-            "follow_up": self.spec.follow_up,
-            "window": self.trainer.datamodule.window,
-            "arguments": self.arguments,
-        }
+        own = shard_header(self.lm.fingerprint, self.spec, self.trainer.datamodule.window)
+        return own | {"arguments": self.arguments}
 
     def setup(self, stage: str) -> None:
         if self.sinks < 0 or self.threads < 1:

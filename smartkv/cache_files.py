@@ -23,9 +23,9 @@ from smartkv.backbones import Fingerprint
 from smartkv.blocks import Fields, Ragged
 from smartkv.cache import LifespanCache
 from smartkv.errors import SmartKVError
+from smartkv.files import write_atomically
 from smartkv.gates import GateBank
 from smartkv.policies import HybridPolicy
-from smartkv.shards import write_atomically
 
 FORMAT_VERSION = 2
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from smartkv.errors import SmartKVError
+from smartkv.files import sweep
 
 log = logging.getLogger(__name__)
 
@@ -16,8 +17,8 @@ _held: dict[Path, FileLock] = {}
 
 
 def hold(folder: Path | str) -> None:
-    """Keep other processes from holding this folder until this process ends, however it ends. Holding it again is
-    nothing.
+    """Keep other processes from holding this folder until this process ends, however it ends, and delete what killed
+    ones left half written in it. Holding it again is nothing.
 
     Raises:
         SmartKVError: another process holds it, or the folder cannot be written to.
@@ -39,3 +40,4 @@ def hold(folder: Path | str) -> None:
         log.warning("%s is on a file system without locks: see to it that no other run writes into it", folder)
         return
     _held[path] = lock
+    sweep(path)

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from smartkv.backbones import Fingerprint
 from smartkv.checked import flat, kind, whole
 from smartkv.errors import SmartKVError
+from smartkv.files import write_atomically
 from smartkv.gate_files import CARD, CONFIG, WEIGHTS, card, checked_details, find
 from smartkv.objectives import reading
-from smartkv.shards import write_atomically
 
 log = logging.getLogger(__name__)
 

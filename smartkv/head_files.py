@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import save
 
 from smartkv.errors import SmartKVError
+from smartkv.files import write_atomically
 from smartkv.lifespans import log4_lifespan
-from smartkv.shards import Manifest, ShardReader, heads_of, write_atomically
+from smartkv.shards import Manifest, ShardReader, heads_of
 
 
 def export_heads(manifest: Manifest, out: Path, threshold: float, split: str = "train") -> int:

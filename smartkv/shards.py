@@ -23,7 +23,6 @@ last. Nothing here is ever unpickled.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,37 +35,12 @@ from torch import Tensor
 from smartkv.backbones import Fingerprint
 from smartkv.checked import flat, kind, number, whole
 from smartkv.errors import SmartKVError
+from smartkv.files import write_atomically
 from smartkv.lifespans import LabelSpec
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write under a temporary name beside `path`, sync, rename: readers see the old file, the new one, or none.
-
-    Raises:
-        SmartKVError: the folder cannot be written to, or the disk is full.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private, results are not
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise SmartKVError(f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -78,31 +52,49 @@ def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]
     write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=header))
 
 
+def shard_header(fingerprint: Fingerprint, spec: LabelSpec, window: int) -> dict[str, Any]:
+    """What every shard says of itself, as JSON gives it back."""
+    labels = {"thresholds": list(spec.thresholds), "ages": list(spec.ages), "follow_up": spec.follow_up}
+    return {"format_version": FORMAT_VERSION, "fingerprint": asdict(fingerprint), **labels, "window": window}
+
+
+class DamagedFile(SmartKVError):
+    """A file that is there and is not whole."""
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """A shard's metadata.
 
     Raises:
-        SmartKVError: not there, not whole, or not one of ours.
+        DamagedFile: not whole.
+        SmartKVError: not there, not to be read, or not one of ours.
     """
     with open_tensors(path) as file:
         try:
             return json.loads((file.metadata() or {})["smartkv"])
         except (KeyError, json.JSONDecodeError) as error:
-            raise SmartKVError(f"{path} is a safetensors file, but not one that SmartKV wrote") from error
+            raise SmartKVError(
+                f"{path} is a safetensors file, but not one that SmartKV wrote: move it away, or take another folder"
+            ) from error
 
 
 def open_tensors(path: Path) -> Any:
     """An open safetensors file (a context manager).
 
     Raises:
-        SmartKVError: not there or not whole.
+        DamagedFile: not whole.
+        SmartKVError: not there, or not to be read.
     """
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
         raise SmartKVError(f"{path} is missing: run the same harvest again, it makes what is not there") from error
-    except (SafetensorError, OSError) as error:
-        raise SmartKVError(f"{path} is damaged ({error}): delete it and run the same harvest again") from error
+    except SafetensorError as error:
+        raise DamagedFile(
+            f"{path} is damaged ({error}): run the same harvest again, it makes that file anew"
+        ) from error
+    except OSError as error:  # of the disk, not of the file: it may pass
+        raise SmartKVError(f"{path} could not be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -189,6 +181,8 @@ class Manifest:
             raise SmartKVError(
                 f"{path} is damaged ({type(error).__name__}: {error}): run the same harvest again"
             ) from error
+        if not manifest.shards:
+            raise SmartKVError(f"{path} lists no shards: run the same harvest again")
         for entry in manifest.shards:
             manifest._check(entry)
         return manifest
@@ -204,16 +198,23 @@ class Manifest:
         if (size := path.stat().st_size) != entry.bytes:
             raise SmartKVError(
                 f"{path} is damaged: {size} bytes, the manifest says {entry.bytes}; "
-                "delete it and run the same harvest again"
+                "run the same harvest again, it makes that file anew"
             )
         fingerprint, tokens = self.fingerprint, self.window * entry.windows
+        there, header = read_header(path), shard_header(fingerprint, self.spec, self.window)
+        said: dict[str, tuple[Any, Any]] = {name: (there.get(name), value) for name, value in header.items()}
         with open_tensors(path) as file:
-            shape = list(file.get_slice("keys").get_shape()) if "keys" in file.keys() else None  # noqa: SIM118
-        expected = [fingerprint.layers, fingerprint.kv_heads, tokens, fingerprint.head_dim]
-        if shape != expected or entry.tokens != tokens:
-            raise SmartKVError(
-                f"{path} holds keys of shape {shape}, its manifest says {expected}: run the harvest again"
-            )
+            held = set(file.keys())
+            shape = list(file.get_slice("keys").get_shape()) if "keys" in held else None
+            split = SPLITS[int(file.get_slice("split")[0])] if "split" in held else None
+        said["keys of shape"] = (shape, [fingerprint.layers, fingerprint.kv_heads, tokens, fingerprint.head_dim])
+        said["tokens"], said["split"] = (tokens, entry.tokens), (split, entry.split)
+        for name, (ours, listed) in said.items():
+            if ours != listed:
+                raise SmartKVError(
+                    f"{path} has {name} {ours}, its manifest says {listed}: the manifest was changed, or the shard is "
+                    "another's; run the same harvest again"
+                )
 
     def verify(self, entries: Sequence[ShardEntry]) -> None:
         """Read these shards whole, and compare them with what was written.
@@ -225,8 +226,14 @@ class Manifest:
             path = self.folder / entry.file
             if entry_of(path, entry.split, entry.windows, entry.tokens).sha256 != entry.sha256:
                 raise SmartKVError(
-                    f"{path} is not what was harvested (its SHA-256 differs): delete it and harvest again"
+                    f"{path} is not what was harvested (its SHA-256 differs): run the same harvest again, it makes "
+                    "that file anew"
                 )
+
+    @property
+    def digest(self) -> str:
+        """Of what all shards hold."""
+        return hashlib.sha256("".join(entry.sha256 for entry in self.shards).encode()).hexdigest()[:16]
 
     def threshold_index(self, threshold: float) -> int:
         """Which row of `lifespan` belongs to `threshold`.
@@ -308,6 +315,15 @@ def entry_of(path: Path, split: str, windows: int, tokens: int) -> ShardEntry:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return ShardEntry(path.name, split, windows, tokens, path.stat().st_size, digest)
+
+
+def recorded_shards(folder: Path) -> dict[str, ShardEntry]:
+    """What a manifest in `folder` says of each shard, by file name; nothing if there is none that can be read."""
+    try:
+        lines = json.loads((folder / MANIFEST).read_text())["shards"]
+        return {entry.file: entry for entry in (flat(ShardEntry, line) for line in lines)}
+    except (OSError, ValueError, KeyError, TypeError, SmartKVError):
+        return {}
 
 
 def heads_of(fingerprint: Fingerprint) -> Iterable[tuple[int, int]]:

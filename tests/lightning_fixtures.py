@@ -25,7 +25,7 @@ from datamodules.sources import SourceConfig
 from lightning_modules import Harvest, LifespanGates
 from smartkv.backbones import Fingerprint
 from smartkv.lifespans import LabelSpec
-from smartkv.shards import SPLITS, Manifest, ShardEntry, entry_of, write_shard
+from smartkv.shards import SPLITS, Manifest, ShardEntry, entry_of, shard_header, write_shard
 
 ROOT = Path(__file__).parents[1]
 WINDOW, FOLLOW_UP, SINKS = 64, 32, 4
@@ -307,6 +307,9 @@ def write_made_shards(
     """
     entries: list[ShardEntry] = []
     generator = torch.Generator().manual_seed(7)
+    layers, kv_heads, window, head_dim = keys["train"][0].shape
+    fingerprint = fingerprint or Fingerprint("llama", layers, kv_heads, head_dim, "0123456789abcdef")
+    spec = LabelSpec((0.05,), (), FOLLOW_UP)
     for split, windows in targets.items():
         for number, lifespan in enumerate(windows):
             tokens = lifespan.shape[-1]
@@ -322,13 +325,10 @@ def write_made_shards(
             if rotated:
                 tensors["keys_post_rope"] = rotated[split][number].half()
             path = folder / f"{split}-{number:05d}.safetensors"
-            write_shard(path, tensors, {})
+            write_shard(path, tensors, shard_header(fingerprint, spec, window))
             entries.append(entry_of(path, split, 1, tokens))
-    layers, kv_heads, tokens, head_dim = keys["train"][0].shape
-    fingerprint = fingerprint or Fingerprint("llama", layers, kv_heads, head_dim, "0123456789abcdef")
-    spec = LabelSpec((0.05,), (), FOLLOW_UP)
     documents = [f"made/{number}" for number in range(len(entries))]
-    Manifest(folder, fingerprint, spec, tokens, sinks, [], documents, {"backbone": "made"}, entries).write()
+    Manifest(folder, fingerprint, spec, window, sinks, [], documents, {"backbone": "made"}, entries).write()
     return folder
 
 

@@ -22,7 +22,7 @@ from transformers import (
 from smartkv.backbones import Fingerprint, load_backbone
 from smartkv.gates import GateBank
 from smartkv.lifespans import LabelSpec
-from smartkv.shards import Manifest, ShardEntry, entry_of, write_shard
+from smartkv.shards import Manifest, ShardEntry, entry_of, shard_header, write_shard
 
 SHAPE = {
     "vocab_size": 64,
@@ -165,6 +165,7 @@ def write_tiny_shards(
 ) -> Manifest:
     """A folder of shards with its manifest, read back. `splits`: (split, windows) of each shard."""
     entries: list[ShardEntry] = []
+    spec = LabelSpec(thresholds, ages, follow_up)
     for number, (split, windows) in enumerate(splits):
         tensors = shard_tensors(
             windows=windows,
@@ -176,11 +177,10 @@ def write_tiny_shards(
             **sizes,
         )
         path = folder / f"{split}-{number:03d}.safetensors"
-        write_shard(path, tensors, {"number": number})
+        layers, kv_heads, _, head_dim = tensors["keys"].shape
+        fingerprint = Fingerprint("llama", layers, kv_heads, head_dim, "0123456789abcdef")
+        write_shard(path, tensors, shard_header(fingerprint, spec, window) | {"number": number})
         entries.append(entry_of(path, split, windows, windows * window))
-    layers, kv_heads, _, head_dim = tensors["keys"].shape
-    spec = LabelSpec(thresholds, ages, follow_up)
-    fingerprint = Fingerprint("llama", layers, kv_heads, head_dim, "0123456789abcdef")
     Manifest(folder, fingerprint, spec, window, sinks, [], ["a", "b"], {"model": "tiny"}, entries).write()
     return Manifest.read(folder)
 

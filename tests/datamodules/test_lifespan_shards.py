@@ -164,10 +164,33 @@ def test_resuming_at_the_end_of_an_epoch_starts_the_next_one(rows: LabelledRows)
     assert all(equal(a, b) for a, b in zip(loader(rows, epoch=1), resumed, strict=True))
 
 
-def test_a_checkpoint_of_another_batch_size_is_refused(tiny_shards: Path) -> None:
-    state = LifespanShards(str(tiny_shards), batch_size=BATCH).state_dict()
+def ready(shards: Path, **settings: Any) -> LifespanShards:
+    data = LifespanShards(str(shards), **{"batch_size": BATCH} | settings)
+    data.trainer = None
+    data.setup("fit")
+    return data
+
+
+@pytest.mark.parametrize(
+    "other", [{"batch_size": BATCH + 1}, {"threshold": 0.02}, {"follow_up": 9}, {"layers": "0"}, {"seed": 1}]
+)
+def test_a_checkpoint_of_other_data_is_refused(tiny_shards: Path, other: dict[str, Any]) -> None:
+    state = ready(tiny_shards).state_dict()
+    ready(tiny_shards).load_state_dict(state)
     with pytest.raises(SmartKVError, match="the same rows cannot follow"):
-        LifespanShards(str(tiny_shards), batch_size=BATCH + 1).load_state_dict(state)
+        ready(tiny_shards, **other).load_state_dict(state)
+
+
+def test_a_checkpoint_of_another_harvest_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
+    thresholds = tuple(Manifest.read(tiny_shards).spec.thresholds)
+    others = [
+        write_tiny_shards(tmp_path / name, thresholds=thresholds, window=window)
+        for name, window in (("a", 16), ("b", 17))
+    ]
+    states = [ready(manifest.folder).state_dict() for manifest in others]
+    assert {**states[0], "shards": ""} == {**states[1], "shards": ""}
+    with pytest.raises(SmartKVError, match="the same rows cannot follow"):
+        ready(others[1].folder).load_state_dict(states[0])
 
 
 # -- one batch --------------------------------------------------------------------------------------------------------

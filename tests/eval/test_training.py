@@ -19,14 +19,16 @@ def test_it_measures_both_ways_and_the_growth_of_heads(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "training.json").read_text())
     (way,), (heads,) = found["ways"], found["heads"]
     assert way["ratio"] == pytest.approx(way["apart"] / way["together"])
-    assert way["rows_trained"] == pytest.approx(2 * 32 / way["together"]) and way["rows_from_shards"] > 0
+    # 28 keys of a window are labelled, a block of 28; a batch of 32 takes one
+    assert way["rows_a_step"] == 28 and heads["rows_a_step"] == 28
+    assert way["rows_trained"] == pytest.approx(2 * 28 / way["together"]) and way["rows_from_shards"] > 0
     assert heads["heads"] == 48 and heads["steps_per_second"] > 0 and heads["peak_memory"] > 2**20
     assert "one by one" in (tmp_path / "page.md").read_text()
 
 
 def test_made_shards_are_read_as_harvested_ones_are(tmp_path: Path) -> None:
     manifest = Manifest.read(made_shards(tmp_path, *SIZES["Qwen2.5-0.5B"], 64, 4))
-    assert [entry.split for entry in manifest.shards] == ["train"] * 3 + ["validation"]
+    assert [entry.split for entry in manifest.shards] == ["train"] * 4 + ["validation"]
     manifest.verify(manifest.shards)
     shard = load_file(tmp_path / manifest.shards[0].file)
     assert shard["keys"].shape == (24, 2, 64, 64) and 1 <= int(shard["lifespan"].min()) <= int(shard["lifespan"].max())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smartkv.shards import Manifest, entry_of, write_shard
+from smartkv.shards import Manifest, entry_of, read_header, write_shard
 from tests.lightning_fixtures import (
     ROOT,
     STEPS_AN_EPOCH,
@@ -21,6 +21,7 @@ from tests.lightning_fixtures import (
     fit,
     gates_config,
     last_logged,
+    logged,
     refused,
     run_cli,
     run_command,
@@ -50,7 +51,11 @@ def test_two_processes_reach_the_figures_of_one(
         run_command("fit", "-c", path)  # a real command line, which starts both processes anew
     else:
         run_cli("fit", "-c", path)
-    assert last_logged(tmp_path)["val_r2_mean"] == pytest.approx(last_logged(root)["val_r2_mean"], abs=1e-3)
+    ours, theirs = logged(tmp_path), logged(root)
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    assert {"train_loss", "val_r2_head/L01H0"} <= {name for row in theirs for name in row}
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(expected, abs=1e-3)  # every head's figures, and every step's loss
 
 
 @pytest.mark.slow
@@ -118,7 +123,7 @@ def test_keys_that_are_nan_stop_with_one_line_naming_the_file(
     path = shards / f"{split}-00001.safetensors"
     tensors = load_file(path)
     tensors["keys"][1, 1, 10, 3] = float("nan")
-    write_shard(path, tensors, {})
+    write_shard(path, tensors, read_header(path))
     manifest = Manifest.read(tiny_shards)  # and the manifest as a harvest would have left it
     entries = [entry_of(shards / entry.file, entry.split, entry.windows, entry.tokens) for entry in manifest.shards]
     replace(manifest, folder=shards, shards=entries).write()

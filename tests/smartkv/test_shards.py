@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from smartkv.backbones import Fingerprint
 from smartkv.errors import SmartKVError
+from smartkv.files import write_atomically
 from smartkv.head_files import export_heads
 from smartkv.lifespans import LabelSpec, label_window
 from smartkv.shards import (
@@ -25,7 +26,6 @@ from smartkv.shards import (
     ShardReader,
     entry_of,
     read_header,
-    write_atomically,
     write_shard,
 )
 from tests.harm import full_disk

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from eval.__main__ import main as evaluate
+from smartkv.files import PART
 from smartkv.shards import MANIFEST
 from tests.datamodules.test_online_keys import online_config
 from tests.lightning_fixtures import gates_config, harvest_config_at, shard_bytes, write_config, write_texts
@@ -31,16 +32,19 @@ def told() -> Iterator[list[str]]:
     lines: list[str] = []
     yield lines
     print("\n" + "\n".join(lines))
+    kills = sum(int(line.split(": ")[1].split()[0]) for line in lines)
+    assert len(lines) < 5 or kills >= 20, f"all five kinds of run were killed {kills} times only"
 
 
-def rounds(name: str, make: Any, same: Any, told: list[str]) -> None:
-    """`make(folder)` gives the run that works in a folder; `same(folder, whole)` compares two finished ones."""
+def rounds(name: str, make: Any, same: Any, told: list[str], root: Path) -> None:
+    """`make(name)` gives the run that works in that folder of `root`; `same(name, whole)` compares two that have ended."""
     log, random_ = Log(), random.Random(name)
     whole = make("whole")
     taken = seconds(whole)
     for number in range(ROUNDS):
         killed_until_done(make(f"killed{number}"), taken, KILLS, random_, log)
         same(f"killed{number}", "whole")
+        assert not list((root / f"killed{number}").rglob(f".*{PART}")), "half a file was left"
     told.append(log.line(name))
     assert len(log.kills) >= 3, "the runs ended before they were killed: this tells nothing"
 
@@ -62,7 +66,7 @@ def test_a_harvest(tmp_path: Path, tiny_backbone: Path, tiny_texts: Path, told: 
         assert shard_bytes(tmp_path / killed) == shard_bytes(tmp_path / whole)
         assert (tmp_path / killed / MANIFEST).read_bytes() == (tmp_path / whole / MANIFEST).read_bytes()
 
-    rounds("harvest", make, same, told)
+    rounds("harvest", make, same, told, tmp_path)
 
 
 def saving(root: Path, every: int = 1) -> dict[str, Any]:
@@ -100,7 +104,7 @@ def test_a_fit(
             torch.testing.assert_close(ours["state_dict"][name], tensor, rtol=0, atol=1e-6)
         equal_weights(tmp_path / killed / "export/model.safetensors", tmp_path / whole / "export/model.safetensors")
 
-    rounds(f"fit ({kind})", make, same, told)
+    rounds(f"fit ({kind})", make, same, told, tmp_path)
 
 
 def test_eviction_tuning(tmp_path: Path, tiny_backbone: Path, tiny_texts: Path, told: list[str]) -> None:
@@ -113,7 +117,7 @@ def test_eviction_tuning(tmp_path: Path, tiny_backbone: Path, tiny_texts: Path, 
     def same(killed: str, whole: str) -> None:
         equal_weights(*(tmp_path / name / "final/adapter_model.safetensors" for name in (killed, whole)))
 
-    rounds("eviction tuning", make, same, told)
+    rounds("eviction tuning", make, same, told, tmp_path)
 
 
 def test_a_comparison(tmp_path: Path, tiny_backbone: Path, told: list[str]) -> None:
@@ -145,4 +149,4 @@ def test_a_comparison(tmp_path: Path, tiny_backbone: Path, told: list[str]) -> N
         ours, theirs = (json.loads((tmp_path / name / "compare.json").read_text()) for name in (killed, whole))
         assert ours["rows"] == theirs["rows"] and ours["full"] == theirs["full"]
 
-    rounds("compare", make, same, told)
+    rounds("compare", make, same, told, tmp_path)

@@ -1,0 +1,175 @@
+"""What was damaged is made again or refused, and told in a line."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_modules.checkpoint_files import CheckpointFiles, read_checkpoint
+from smartkv.errors import SmartKVError
+from smartkv.files import PART, write_atomically
+from smartkv.folders import LOCK, hold
+from smartkv.shards import MANIFEST, Manifest, write_shard
+from tests.harm import full_disk
+from tests.lightning_fixtures import (
+    error_line,
+    gates_config,
+    harvest_by_trainer,
+    refused,
+    run_cli,
+    shard_bytes,
+    write_config,
+)
+from tests.models import shard_tensors
+from tests.survival.test_damage import flipped
+
+# -- shards -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(tiny_shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_shards, tmp_path / "shards", ignore=shutil.ignore_patterns(LOCK)))
+
+
+def test_a_shard_with_a_flipped_bit_is_made_again_by_the_same_harvest(
+    copied: Path, tiny_backbone: Path, tiny_texts: Path, tiny_shards: Path
+) -> None:
+    path = copied / "train-00001.safetensors"
+    flipped(path, 4 * path.stat().st_size)
+    harvest_by_trainer(copied, tiny_backbone, tiny_texts)
+    assert shard_bytes(copied) == shard_bytes(tiny_shards)
+    assert (copied / MANIFEST).read_bytes() == (tiny_shards / MANIFEST).read_bytes()
+
+
+def test_a_file_of_another_kind_under_a_shard_s_name_is_left_alone(
+    copied: Path, tiny_backbone: Path, tiny_texts: Path
+) -> None:
+    path = copied / "train-00001.safetensors"
+    write_atomically(path, (copied / "validation-00000.safetensors").read_bytes().replace(b'"smartkv"', b'"another"'))
+    before = path.read_bytes()
+    with pytest.raises(SmartKVError, match="not one that SmartKV wrote"):
+        harvest_by_trainer(copied, tiny_backbone, tiny_texts)
+    assert path.read_bytes() == before
+
+
+LIES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "thresholds": lambda manifest: manifest["spec"].update(thresholds=manifest["spec"]["thresholds"][::-1]),
+    "one threshold more": lambda manifest: manifest["spec"]["thresholds"].append(0.5),
+    "ages": lambda manifest: manifest["spec"].update(ages=[3, 5]),
+    "follow-up": lambda manifest: manifest["spec"].update(follow_up=7),
+    "model": lambda manifest: manifest["fingerprint"].update(weights="another"),
+    "split": lambda manifest: manifest["shards"][0].update(split="validation"),
+    "no shards": lambda manifest: manifest.update(shards=[]),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_manifest_that_says_something_else_than_its_shards_is_refused(
+    lie: str, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((copied / MANIFEST).read_text())
+    LIES[lie](manifest)
+    (copied / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(SmartKVError, match="manifest"):
+        Manifest.read(copied)
+    config = write_config(tmp_path / "fit.yaml", gates_config(copied, tmp_path / "fit"))
+    assert "run the same harvest again" in error_line(refused(capsys, "fit", "-c", config))
+
+
+def test_a_validation_reads_no_damaged_shard(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copied / "validation-00000.safetensors"
+    flipped(path, 4 * path.stat().st_size)
+    config = write_config(tmp_path / "validate.yaml", gates_config(copied, tmp_path / "validate"))
+    assert "SHA-256" in error_line(refused(capsys, "validate", "-c", config))
+
+
+# -- what killed writers leave ----------------------------------------------------------------------------------------
+
+
+def test_the_next_run_in_a_folder_sweeps_what_a_killed_one_left_half_written(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train-00000.safetensors", shard_tensors(), {})
+    (tmp_path / f".train-00001.safetensors.k3jd82hs{PART}").write_bytes(b"half")
+    (tmp_path / ".hidden").write_text("a user's own")
+    hold(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", LOCK, "train-00000.safetensors"]
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+class Dies:
+    """Cannot be saved, as if the run had been stopped in the middle."""
+
+    def __reduce__(self) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    files, path = CheckpointFiles(), tmp_path / "last.ckpt"
+    whole = {"state_dict": {"weight": torch.ones(1000)}, "pytorch-lightning_version": "2"}
+    files.save_checkpoint(whole, path)
+    (tmp_path / f".last.ckpt.k3jd82hs{PART}").write_bytes(b"half")
+    with pytest.raises(KeyboardInterrupt):
+        files.save_checkpoint({"state_dict": {"weight": torch.zeros(1000)}, "end": Dies()}, path)
+    assert torch.equal(read_checkpoint(path)["state_dict"]["weight"], torch.ones(1000))
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def saving(shards: Path, root: Path) -> dict[str, Any]:
+    last = {"dirpath": str(root / "checkpoints"), "every_n_train_steps": 2, "save_last": True, "save_top_k": 0}
+    config = gates_config(shards, root, callbacks=[{"class_path": "ModelCheckpoint", "init_args": last}])
+    config["trainer"]["enable_checkpointing"] = True
+    return config
+
+
+def test_a_fit_s_checkpoints_do_not_go_through_the_folder_of_temporary_files(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be on another disk, where renaming is copying."""
+    config = write_config(tmp_path / "fit.yaml", saving(tiny_shards, tmp_path / "fit"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
+    run_cli("fit", "-c", config)
+    assert read_checkpoint(tmp_path / "fit/checkpoints/last.ckpt")["global_step"] > 0
+
+
+def test_a_fit_on_a_full_disk_stops_in_a_line(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path / "fit.yaml", saving(tiny_shards, tmp_path / "fit"))
+    with full_disk(6000):
+        assert "could not be written: File too large" in error_line(refused(capsys, "fit", "-c", config))
+    assert not list(tmp_path.rglob("*.ckpt")) and not list(tmp_path.rglob(f"*{PART}"))
+
+
+DAMAGE: dict[str, tuple[Callable[[bytes], bytes] | None, str]] = {
+    "truncated": (lambda data: data[: len(data) // 2], "is damaged"),
+    "empty": (lambda data: b"", "is damaged"),
+    "text": (lambda data: b"a text", "is damaged"),
+    "missing": (None, "there is no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_checkpoint_that_is_none_is_told_in_a_line(
+    damage: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, (harm, said) = tmp_path / "some.ckpt", DAMAGE[damage]
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2"}, path)
+    if harm is None:
+        path.unlink()
+    else:
+        path.write_bytes(harm(path.read_bytes()))
+    config = write_config(tmp_path / "fit.yaml", gates_config(tiny_shards, tmp_path / "fit"))
+    told = error_line(refused(capsys, "fit", "-c", config, "--ckpt_path", path))
+    assert said in told and str(path) in told
+
+
+def test_weights_without_a_training_are_no_checkpoint(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
+    with pytest.raises(SmartKVError, match=r"no checkpoint of a training: it lacks state_dict"):
+        read_checkpoint(tmp_path / "weights.pt")
