@@ -54,6 +54,7 @@ def gates(
         inputs or bank.details.get("inputs", "keys"),
         format_layers(bank.layers),
     )
+    manifest.verify(manifest.of_split("validation"))
     blocks = rows.blocks("validation")
     sums, orders = RegressionSums.zeros(len(blocks), len(bank)), Orders(rows)
     reliability = Reliability.zeros(bank.outputs) if isinstance(objective, OrdinalAges) else None

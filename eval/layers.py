@@ -46,6 +46,7 @@ def layers(
         if bank.details.get("target", "log4 lifespan") != "log4 lifespan":
             raise SmartKVError(f"the gates in {gates} predict {bank.details['target']}: lifespans are wanted here")
     rows = LabelledRows(manifest, threshold)
+    manifest.verify(manifest.of_split(split))
     if not windows or min(windows) < 1 or max(windows) >= rows.follow_up:
         raise SmartKVError(f"windows must lie between 1 and the follow-up of {rows.follow_up} tokens, got {windows}")
     lives: dict[bool, list[Tensor]] = {True: [], False: []}  # by whether the window asks back

@@ -3,12 +3,12 @@
 Each figure is measured in a process of its own, so that peak memory is that of one way at one length.
 """
 
-import math
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from matplotlib.figure import Figure
@@ -21,6 +21,7 @@ from eval.apart import apart
 from eval.results import machine, measured_by, save_picture, write_result, write_tables
 from smartkv import backbones
 from smartkv.backbones import Backbone, load_backbone
+from smartkv.errors import SmartKVError
 from smartkv.lifespans import LabelSpec, label_window
 
 WAYS = ("smartkv", "forward", "output_attentions")
@@ -35,6 +36,7 @@ def speed(
     old_way_up_to: int = 2048,
     repeats: int = 3,
     threads: int = 2,
+    device: str = "cpu",
     markdown_file: str | None = None,
 ) -> None:
     """Measure the harvest of one window.
@@ -49,19 +51,30 @@ def speed(
         old_way_up_to: tokens; the way output_attentions is left out of longer windows.
         repeats: timed passes, after one that is not counted; the median is given.
         threads: CPU threads.
+        device: cpu or cuda.
         markdown_file: where the table goes besides. Null: nowhere.
     """
     console = make_console()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SmartKVError("device 'cuda' cannot be used here: torch finds none")
     figures = []
     for length in lengths:
         for way in ways:
             if way == "output_attentions" and length > old_way_up_to:
                 continue
-            figure = {"way": way, "tokens": length, **apart(_measure, way, length, backbone, dtype, repeats, threads)}
+            measured = apart(_measure, way, length, backbone, dtype, repeats, threads, device)
+            figure = {"way": way, "tokens": length, **measured}
             figures.append(figure)
             console.print(_line(figure), highlight=False)
-    arguments = {"backbone": backbone, "dtype": dtype, "repeats": repeats, "threads": threads, "machine": machine()}
-    units = {"tokens_per_second": "tokens/s", "peak_memory": "bytes, of the whole process"}
+    arguments = {"backbone": backbone, "dtype": dtype, "repeats": repeats, "threads": threads, "device": device}
+    arguments |= {"machine": machine(device)}
+    units = {
+        "tokens_per_second": "tokens/s",
+        "peak_memory": "bytes, of the whole process; on a GPU what is allocated there",
+        "exponent": "of tokens, with which time grows: slope of a line through the logarithms of all lengths",
+        "bytes_a_token": "slope of a line through peak memory at all lengths",
+        "off_the_line": "largest distance of a peak from that line ÷ the peak: near 0 where memory is linear",
+    }
     folder = Path(out)
     growth = {way: _growth(figures, way) for way in ways}
     result = write_result(folder, "speed", arguments, {"units": units, "harvest": figures, "growth": growth})
@@ -74,16 +87,19 @@ def speed(
         console.print(f"  {path}", highlight=False)
 
 
-def _measure(way: str, length: int, backbone: str, dtype: str, repeats: int, threads: int) -> dict[str, Any]:
+def _measure(
+    way: str, length: int, backbone: str, dtype: str, repeats: int, threads: int, device: str
+) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    lm = load_backbone(backbone, dtype)
+    lm = load_backbone(backbone, dtype, torch.device(device))
     arch = lm.architecture
     attentions = arch.layers * arch.query_heads * length**2 * lm.model.dtype.itemsize
     # eager attention also holds one layer's float32 scores and softmax, and the mask
     needed = attentions + 3 * arch.query_heads * length**2 * 4
-    if way == "output_attentions" and needed > psutil.virtual_memory().available:
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    if way == "output_attentions" and needed > free:
         return {"note": f"needs {needed / 2**30:.0f} GiB"}
-    tokens = torch.randint(lm.model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(lm.model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).to(device)
     run = {"smartkv": _smartkv, "forward": _forward, "output_attentions": _output_attentions}[way]
     if way == "output_attentions":
         lm.model.set_attn_implementation("eager")
@@ -92,8 +108,11 @@ def _measure(way: str, length: int, backbone: str, dtype: str, repeats: int, thr
         start = time.perf_counter()
         with torch.inference_mode():
             run(lm, tokens)
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return {"tokens_per_second": length / statistics.median(seconds[1:])}
+    peak = {"peak_memory": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
+    return {"tokens_per_second": length / statistics.median(seconds[1:])} | peak
 
 
 def _smartkv(lm: Backbone, tokens: Tensor) -> None:
@@ -107,7 +126,7 @@ def _forward(lm: Backbone, tokens: Tensor) -> None:
 def _output_attentions(lm: Backbone, tokens: Tensor) -> list[Tensor]:
     """The same lifespans for one threshold, from attention matrices that are kept."""
     output = lm.model.base_model(input_ids=tokens[None], use_cache=False, output_attentions=True)
-    query = torch.arange(len(tokens))
+    query = torch.arange(len(tokens), device=tokens.device)
     lifespans = []
     for attention in output.attentions:  # [1, query_heads, queries, keys]
         strongest = attention[0].unflatten(0, (lm.architecture.kv_heads, -1)).amax(dim=1)
@@ -162,25 +181,40 @@ def _table(figures: list[dict[str, Any]]) -> Table:
 
 
 def _growth(figures: list[dict[str, Any]], way: str) -> dict[str, float]:
-    """Between the shortest and the longest window: the exponent of tokens with which time grows, and bytes a token."""
+    """Over all lengths: the exponent of tokens with which time grows, bytes a token, how far these are from a line."""
     rows = sorted((f for f in figures if f["way"] == way and "note" not in f), key=lambda f: f["tokens"])
     if len(rows) < 2:
         return {}
-    first, last = rows[0], rows[-1]
-    longer = last["tokens"] / first["tokens"]
-    slower = longer * first["tokens_per_second"] / last["tokens_per_second"]
-    more = (last["peak_memory"] - first["peak_memory"]) / (last["tokens"] - first["tokens"])
-    return {"from": first["tokens"], "to": last["tokens"], "exponent": math.log(slower, longer), "bytes_a_token": more}
+    tokens, peaks = (np.array([row[name] for row in rows], float) for name in ("tokens", "peak_memory"))
+    seconds = tokens / np.array([row["tokens_per_second"] for row in rows])
+    slope, start = np.polyfit(tokens, peaks, 1)
+    return {
+        "from": rows[0]["tokens"],
+        "to": rows[-1]["tokens"],
+        "lengths": len(rows),
+        "exponent": float(np.polyfit(np.log(tokens), np.log(seconds), 1)[0]),
+        "bytes_a_token": float(slope),
+        "off_the_line": float(np.abs(peaks / (start + slope * tokens) - 1).max()),
+    }
 
 
 def _growth_table(growth: dict[str, dict[str, float]]) -> Table:
     table = Table(title="Growth with the window")
-    for column in ("way", "tokens", "time grows as tokens to the", "memory grows by, KiB a token"):
+    columns = (
+        "way",
+        "tokens",
+        "lengths",
+        "time grows as tokens to the",
+        "memory grows by, KiB a token",
+        "off that line",
+    )
+    for column in columns:
         table.add_column(column, justify="right")
     for way, g in growth.items():
         if g:
             span = f"{g['from']:,} to {g['to']:,}"
-            table.add_row(way, span, f"{g['exponent']:.2f}", f"{g['bytes_a_token'] / 2**10:.0f}")
+            figures = (f"{g['exponent']:.2f}", f"{g['bytes_a_token'] / 2**10:.0f}", f"{g['off_the_line']:.1%}")
+            table.add_row(way, span, str(g["lengths"]), *figures)
     return table
 
 

@@ -91,6 +91,19 @@ def test_speed_measures_tokens_a_second_and_peak_memory(tmp_path: Path, tiny_bac
     assert (tmp_path / "harvest_speed.png").read_bytes().startswith(PNG)
 
 
+def test_growth_is_read_off_all_lengths() -> None:
+    from eval.speed import _growth
+
+    rows = [
+        {"way": "w", "tokens": n, "tokens_per_second": n / (3e-6 * n**1.5), "peak_memory": 10**8 + 700 * n}
+        for n in (512, 1024, 2048, 8192)
+    ]
+    found = _growth(rows, "w")
+    assert (found["exponent"], found["bytes_a_token"]) == pytest.approx((1.5, 700)) and found["off_the_line"] < 1e-6
+    rows[1]["peak_memory"] *= 2
+    assert _growth(rows, "w")["off_the_line"] > 0.2
+
+
 def test_both_ways_of_the_speed_command_give_the_same_lifespans(tiny_backbone: Path) -> None:
     import torch
 

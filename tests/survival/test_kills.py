@@ -37,7 +37,7 @@ def told() -> Iterator[list[str]]:
 
 
 def rounds(name: str, make: Any, same: Any, told: list[str], root: Path) -> None:
-    """`make(name)` gives the run that works in that folder of `root`; `same(name, whole)` compares two that have ended."""
+    """`make(name)` gives the run that works in that folder of `root`; `same(name, whole)` compares two of them."""
     log, random_ = Log(), random.Random(name)
     whole = make("whole")
     taken = seconds(whole)
