@@ -8,13 +8,15 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.eviction_tuning import EvictionTuning
-from smartkv.files import write_atomically
+from smartkv.files import sweep, write_atomically
+
+DONE = "training.json"  # written last: a folder that has it is whole
 
 
 class AdapterExport(L.Callback):
-    """At the end of the run: the adapter (safetensors), the tokenizer, `schedule.json`, what it was trained with
-    (`training.json`), gates that were trained too (`gates`) and, if asked for, the model with the adapter merged in
-    (`merged`, float32).
+    """At the end of the run: the adapter (safetensors), the tokenizer, `schedule.json`, gates that were trained too
+    (`gates`), if asked for the model with the adapter merged in (`merged`, float32), and last of all `training.json`,
+    which says what it was trained with.
 
     Args:
         out: the folder, such as runs/eit/final.
@@ -23,12 +25,28 @@ class AdapterExport(L.Callback):
 
     def __init__(self, out: str, merged: bool = False) -> None:
         self.out, self.merged = Path(out), merged
+        self.exported = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
+        self.exported = False
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
+        self._export(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
+        """A run that was killed between its last step and this export has no step left, and comes here alone."""
+        if not self.exported:
+            pl_module.validate_if_owed()
+            self._export(trainer, pl_module)
 
     @rank_zero_only
-    def on_train_end(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
+    def _export(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
+        self.exported = True
         if trainer.fast_dev_run:
             return
         self.out.mkdir(parents=True, exist_ok=True)
+        sweep(self.out)
+        (self.out / DONE).unlink(missing_ok=True)
         pl_module.student.save_pretrained(self.out)
         pl_module.lm.tokenizer.save_pretrained(self.out)
         schedule = {
@@ -38,9 +56,12 @@ class AdapterExport(L.Callback):
             "step": trainer.global_step,
         }
         write_atomically(self.out / "schedule.json", json.dumps(schedule, indent=1).encode())
-        write_atomically(self.out / "training.json", json.dumps(pl_module.described(), indent=1).encode())
         if (gates := pl_module.tuned_gates()) is not None:
             gates.save_pretrained(self.out / "gates")
         if self.merged:  # in float32: bfloat16 would round the adapter's small changes away
-            copy.deepcopy(pl_module.student).cpu().float().merge_and_unload().save_pretrained(self.out / "merged")
+            where = pl_module.lm.model.device  # which may not hold the model twice
+            student = copy.deepcopy(pl_module.student.cpu()).float()
+            pl_module.student.to(where)
+            student.merge_and_unload().save_pretrained(self.out / "merged")
             pl_module.lm.tokenizer.save_pretrained(self.out / "merged")
+        write_atomically(self.out / DONE, json.dumps(pl_module.described(), indent=1).encode())

@@ -1,5 +1,6 @@
 """A backbone with an adapter that eviction tuning left."""
 
+import warnings
 from pathlib import Path
 
 from peft import PeftModel
@@ -21,8 +22,10 @@ def adapted(lm: Backbone, adapter: str | None) -> Backbone:
     if adapter is None:
         return lm
     try:
-        PeftModel.from_pretrained(lm.model, adapter).requires_grad_(False).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")  # it has fewer layers than the model
+            PeftModel.from_pretrained(lm.model, adapter).requires_grad_(False).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = "folder" if Path(adapter).exists() else "name"
         raise SmartKVError(f"the adapter in {where} '{adapter}' does not go with '{lm.name}': {reason}") from error

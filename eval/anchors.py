@@ -19,6 +19,7 @@ from smartkv import backbones
 from smartkv.attention import observe_attention
 from smartkv.backbones import load_backbone
 from smartkv.errors import SmartKVError
+from smartkv.lifespans import check_window
 from smartkv.sparsity.anchors import CLASSES, token_classes
 
 SINK, RECENT = "sink", "recent"  # besides the classes of what a token is: where it stands
@@ -92,6 +93,7 @@ def anchors(
     if windows < 1 or sinks < 0 or recent < 1 or window <= sinks + recent:
         raise SmartKVError("windows and recent must be at least 1, and windows longer than sinks and recent tokens")
     lm = load_backbone(backbone, dtype, device, trust_remote_code)
+    check_window(lm.model, window)
     plan = plan_windows(sources, {split: windows}, lm.tokenizer, window, 4, seed, lambda _: None)
     classes, first = token_classes(lm.tokenizer), window // 4
     attention = torch.zeros(lm.architecture.layers, len(NAMES), dtype=torch.float64)

@@ -1,6 +1,7 @@
 """`python -m eval gains`: what training changed: `eval compare` of a model before and after, window by window."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from eval.results import read_result, save_picture, write_result, write_tables
 from smartkv.errors import SmartKVError
 from smartkv.scores import bootstrap
 
-SAME = ("window", "score_from", "protocol", "prefill")  # settings of two results that are compared
+# settings that two results have alike which are compared; what an older one does not say counts as unlike
+SAME = ("backbone", "dtype", "calibration", "seed", "window", "score_from", "protocol", "prefill")
 
 
 @dataclass
@@ -25,7 +27,9 @@ class Gain:
     Attributes:
         footprint, footprint_before: measured; a price is solved on each model's own keys.
         cost, cost_before: NLL under eviction less NLL with a full cache, of the same model, nats a token.
-        fall: share of the cost before that is gone; interval: 95 %, bootstrap over documents.
+        change: cost − cost_before; change_interval: 95 %, bootstrap over documents.
+        fall: share of the cost before that is gone; interval: 95 %, bootstrap over documents. None where the cost
+            before is not above 0 (95 %): there is nothing to fall.
     """
 
     run: str
@@ -36,8 +40,10 @@ class Gain:
     footprint_before: float
     cost: float
     cost_before: float
-    fall: float
-    interval: tuple[float, float]
+    change: float
+    change_interval: tuple[float, float]
+    fall: float | None
+    interval: tuple[float, float] | None
 
 
 def gains(out: str, base: str, trained: list[str], against: str | None = None) -> None:
@@ -75,7 +81,8 @@ def gains(out: str, base: str, trained: list[str], against: str | None = None) -
 
 UNITS = {
     "cost, cost_before": "NLL under eviction − NLL with a full cache, of the same model, nats a token",
-    "fall": "1 − cost ÷ cost_before; interval: 95 %, bootstrap over documents",
+    "change": "cost − cost_before; change_interval: 95 %, bootstrap over documents",
+    "fall": "1 − cost ÷ cost_before; interval: 95 %, bootstrap over documents; null where cost_before is not above 0",
     "nll, nll_before": "nats a token with a full cache",
 }
 
@@ -85,7 +92,7 @@ def _check_same(before: dict[str, Any], after: dict[str, Any], base: str, folder
         if "texts" not in result.get("full", {}):
             raise SmartKVError(f"{where} has no compare.json with the full cache's NLL: run eval compare there again")
     there, here = before["arguments"], after["arguments"]
-    unlike = [name for name in SAME if there[name] != here[name]]
+    unlike = [name for name in SAME if name not in there or name not in here or there[name] != here[name]]
     unlike += [text for text in there["texts"] if here["texts"].get(text) != there["texts"][text]]
     if unlike:
         raise SmartKVError(
@@ -120,7 +127,11 @@ def _gains(folder: str, before: dict[str, Any], after: dict[str, Any]) -> list[G
             def fall(weight: Tensor, mine: Tensor = mine, theirs: Tensor = theirs) -> Tensor:
                 return 1 - (weight @ mine) / (weight @ theirs)
 
-            known = fall(torch.ones(1, len(mine), dtype=torch.float64))
+            def mean(weight: Tensor, figures: Tensor) -> Tensor:
+                return (weight @ figures) / weight.sum(dim=1)
+
+            above_0 = bootstrap(len(mine), partial(mean, figures=theirs), groups=owners)[0] > 0
+            known = float(fall(torch.ones(1, len(mine), dtype=torch.float64)))
             found.append(
                 Gain(
                     run=folder,
@@ -131,8 +142,10 @@ def _gains(folder: str, before: dict[str, Any], after: dict[str, Any]) -> list[G
                     footprint_before=other["footprint"],
                     cost=float(mine.mean()),
                     cost_before=float(theirs.mean()),
-                    fall=float(known),
-                    interval=bootstrap(len(mine), fall, groups=owners),
+                    change=float((mine - theirs).mean()),
+                    change_interval=bootstrap(len(mine), partial(mean, figures=mine - theirs), groups=owners),
+                    fall=known if above_0 else None,
+                    interval=bootstrap(len(mine), fall, groups=owners) if above_0 else None,
                 )
             )
     if not found:
@@ -157,15 +170,18 @@ def _full_table(changes: list[dict[str, Any]]) -> Table:
 
 def _table(found: list[Gain], reference: str) -> Table:
     table = Table(title=f"what eviction costs, nats a token; before: {reference}")
-    for name in ("run", "text", "policy", "footprint", "cost before", "cost", "fall (95 %)"):
+    for name in ("run", "text", "policy", "footprint", "cost before", "cost", "change (95 %)", "fall (95 %)"):
         table.add_column(name, justify="left" if name in ("run", "text", "policy") else "right")
     for number, gain in enumerate(found):
         if number and found[number - 1].run != gain.run:
             table.add_section()
         footprints = f"{gain.footprint_before:.3f}, {gain.footprint:.3f}"
-        fall = f"{gain.fall:.0%} ({gain.interval[0]:.0%} to {gain.interval[1]:.0%})"
+        low, high = gain.change_interval
+        change, fall = f"{gain.change:+.4f} ({low:+.4f} to {high:+.4f})", "–"
+        if gain.fall is not None and gain.interval is not None:
+            fall = f"{gain.fall:.0%} ({gain.interval[0]:.0%} to {gain.interval[1]:.0%})"
         costs = f"{gain.cost_before:.4f}", f"{gain.cost:.4f}"
-        table.add_row(gain.run, gain.text, f"{gain.contender} {gain.target:g}", footprints, *costs, fall)
+        table.add_row(gain.run, gain.text, f"{gain.contender} {gain.target:g}", footprints, *costs, change, fall)
     return table
 
 

@@ -205,7 +205,7 @@ def _growth_table(growth: dict[str, dict[str, float]]) -> Table:
         "tokens",
         "lengths",
         "time grows as tokens to the",
-        "memory grows by, KiB a token",
+        "memory, KiB a token",
         "off that line",
     )
     for column in columns:

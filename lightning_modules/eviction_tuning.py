@@ -9,7 +9,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -97,6 +99,7 @@ class EvictionTuning(Resuming):
         self.steps = math.inf  # of the run
         self.validated_at = -1  # step of the last validation
         self.owes_validation = False  # the checkpoint was saved just before one
+        self.reached: tuple[int, int | None] | None = None  # step of the checkpoint, and how many its run had
 
     @property
     def lm(self) -> Backbone:
@@ -115,6 +118,8 @@ class EvictionTuning(Resuming):
         weights = (h.ce_weight, h.kl_weight, h.hidden_weight)
         if min(weights) < 0 or not any(weights):
             raise SmartKVError(f"ce_weight, kl_weight and hidden_weight must be 0 or more and not all 0, got {weights}")
+        if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise SmartKVError("adapters and a frozen model of another dtype are not sharded: give strategy ddp")
         torch.set_num_threads(h.threads)
         lm = load_backbone(h.backbone, h.dtype, self.trainer.strategy.root_device, h.trust_remote_code)
         if lm.model.dtype == torch.float16:
@@ -129,7 +134,11 @@ class EvictionTuning(Resuming):
                 self.student = get_peft_model(lm.model, config)
             except ValueError as error:
                 raise SmartKVError(f"targets {list(h.targets)} are no modules of '{h.backbone}': {error}") from error
-        self.student.peft_config["default"].base_model_name_or_path = h.backbone  # not the place where its files lie
+        if isinstance(lm.model.get_output_embeddings(), BaseTunerLayer):
+            raise SmartKVError(f"targets {list(h.targets)} have the output embedding among them: it is not trained")
+        # not the place where its files lie
+        base = backbones.PACKAGED_ID if h.backbone == backbones.PACKAGED else h.backbone
+        self.student.peft_config["default"].base_model_name_or_path = base
         if h.gradient_checkpointing:
             lm.model.gradient_checkpointing_enable({"use_reentrant": False})
             lm.model.enable_input_require_grads()
@@ -161,8 +170,11 @@ class EvictionTuning(Resuming):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def keep_ratio(self) -> float:
-        """Of this step."""
-        return self.schedule.keep_ratio(self.global_step, int(self.steps) if math.isfinite(self.steps) else 1)
+        """Of this step; outside of `fit`, of the checkpoint's."""
+        step, steps = self.global_step, self.steps
+        if self.trainer.state.fn != "fit" and self.reached is not None:
+            step, steps = self.reached[0], self.reached[1] or math.inf
+        return self.schedule.keep_ratio(step, int(steps) if math.isfinite(steps) else 1)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Last hidden states `[batch, tokens, hidden]`."""
@@ -239,15 +251,18 @@ class EvictionTuning(Resuming):
             self.validated_at = self.global_step
 
     def on_train_start(self) -> None:
+        self.validate_if_owed()
+
+    def validate_if_owed(self) -> None:
         """A checkpoint is saved before the validation that is due at its step, and Lightning takes that for done."""
         if not self.owes_validation:
             return
-        limit, total = self.trainer.limit_val_batches, torch.zeros(2, dtype=torch.float64, device=self.device)
-        batches = self.trainer.datamodule.val_dataloader()
-        for batch in itertools.islice(batches, limit if isinstance(limit, int) else None):
+        device, batches = self.lm.model.device, self.trainer.datamodule.val_dataloader()
+        limit, total = self.trainer.limit_val_batches, torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in itertools.islice(batches, limit if isinstance(limit, int) else int(limit * len(batches))):
             count = len(batch.tokens)
-            cost = self._validated(batch.to(self.device))["val_cost"]
-            total += torch.tensor([cost * count, count], dtype=torch.float64, device=self.device)
+            cost = self._validated(batch.to(device))["val_cost"]
+            total += torch.tensor([cost * count, count], dtype=torch.float64, device=device)
         summed, count = self.trainer.strategy.reduce(total, reduce_op="sum").tolist()
         self.schedule.validated(summed / max(1, count))
         self.validated_at, self.owes_validation = self.global_step, False
@@ -279,6 +294,7 @@ class EvictionTuning(Resuming):
             "steps": self.steps if math.isfinite(self.steps) else None,
         }
 
+    @torch.no_grad()
     def tuned_gates(self) -> GateBank | None:
         """Gates that learned, with prices solved for the tuned model; None: none did."""
         if self.gates is None:
@@ -302,3 +318,4 @@ class EvictionTuning(Resuming):
             raise SmartKVError(f"the checkpoint is of another run: {different}. Give this run folders of its own")
         self.schedule.load_state_dict(checkpoint["schedule"])
         self.owes_validation = checkpoint["owes_validation"]
+        self.reached = checkpoint["global_step"], then["steps"]

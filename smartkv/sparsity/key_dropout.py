@@ -94,12 +94,13 @@ class GatedDropping:
     """Gates decide, as they are deployed: each key by itself, for several ages, above one price.
 
     Args:
-        gates: that judge for ages, and remember prices.
+        gates: that judge for ages, and remember prices for a policy in which they judge in all layers, from their first
+            age on.
         footprint: share of the full cache for which their price is taken.
         temperature: of a soft decision, through which gates learn too; None: keys stay or go.
 
     Raises:
-        SmartKVError: gates that do not judge for ages, or have no price for that footprint.
+        SmartKVError: gates that do not judge for ages, go with another policy, or have no price for that footprint.
     """
 
     def __init__(self, gates: GateBank, footprint: float, temperature: float | None = None) -> None:
@@ -108,14 +109,23 @@ class GatedDropping:
         if temperature is not None and temperature <= 0:
             raise SmartKVError(f"temperature must be above 0, got {temperature}")
         policy = policy_of(gates, footprint)
-        if policy.price is None:
-            raise SmartKVError(f"these gates have no price for a footprint of {footprint}")
+        layers = gates.fingerprint.layers
+        alike = ("gated", gates.ages[0], None)
+        if policy.price is None or any(
+            (rule.rule, rule.window, rule.price) != alike for rule in policy.by_layer(layers)
+        ):
+            raise SmartKVError(
+                "training drops keys as gates of all layers have it, from their first age on "
+                f"({gates.ages[0]} tokens): these gates go with a policy of other rules, windows or prices"
+            )
         self.gates, self.price, self.temperature = gates, policy.price, temperature
         self.sinks = policy.sinks
 
     def log_keep(self, layer: int, keys: Tensor) -> Tensor:
         """Log of the share of each key that is kept from each age on, float32 `[ages, batch, kv_heads, tokens]`, from
         keys before the rotary embedding."""
+        if not self.gates.weight2.requires_grad:
+            keys = keys.detach()  # or the model would learn to make its keys look worth keeping, which costs it nothing
         worth = self.gates.predict(layer, keys)
         if self.temperature is None:
             return (~stays(worth, self.price)).float().mul(HIDDEN).movedim(-1, 0)

@@ -1,19 +1,30 @@
 """A trained model beside its base."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from eval.adapters import adapted
 from smartkv import load_backbone
+from smartkv.errors import SmartKVError
 from tests.eval.test_compare import run
 from tests.lightning_fixtures import write_texts
+from tests.models import llama
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_texts(tmp_path_factory.mktemp("texts"), splits=["train", "test"])
+
+
+def test_an_adapter_of_a_model_with_fewer_layers_is_refused(tmp_path: Path) -> None:
+    get_peft_model(llama(), LoraConfig(r=2, target_modules=["k_proj"])).save_pretrained(tmp_path / "adapter")
+    deeper = SimpleNamespace(model=llama(num_hidden_layers=3), name="deeper")
+    with pytest.raises(SmartKVError, match="does not go with 'deeper'"):
+        adapted(deeper, str(tmp_path / "adapter"))
 
 
 def test_an_adapter_changes_the_model_and_is_measured_beside_it(

@@ -21,7 +21,8 @@ def result(full: list[float], costs: dict[tuple[str, float], list[float]]) -> di
         }
         for (name, target), windows in costs.items()
     ]
-    settings = {"window": 64, "score_from": 20, "protocol": "stream", "prefill": None}
+    settings = {"window": 64, "score_from": 20, "protocol": "stream", "prefill": None, "seed": 0}
+    settings |= {"backbone": "tiny", "dtype": "float32", "calibration": {"windows": 2, "sources": ["mine"]}}
     settings |= {"texts": {"books": {"digest": "abc", "documents": DOCUMENTS}}}
     whole = {"texts": {"books": {"nll_window": full}}}
     return {"format_version": 1, "command": "compare", "arguments": settings, "full": whole, "rows": rows}
@@ -65,7 +66,19 @@ def test_costs_may_be_compared_with_those_of_another_training(runs: dict[str, Pa
     assert {Path(g["run"]).name for g in found["gains"]} == {"tuned"} and len(found["full"]) == 2
 
 
-@pytest.mark.parametrize("what", ["digest", "window", "contender"])
+def test_where_nothing_was_lost_before_nothing_can_fall(runs: dict[str, Path]) -> None:
+    for name, costs in {"base": [-0.01, 0.0, -0.02, 0.01], "tuned": [0.01, 0.01, 0.01, 0.01]}.items():
+        path = runs[name] / "compare.json"
+        content = json.loads(path.read_text())
+        content["rows"] = [row for row in content["rows"] if row["contender"] == "window"]
+        content["rows"][0]["texts"]["books"]["delta_nll_window"] = costs
+        path.write_text(json.dumps(content))
+    (gain,) = gains(runs, trained=json.dumps([str(runs["tuned"])]))["gains"]
+    assert gain["fall"] is None and gain["interval"] is None
+    assert gain["change"] == pytest.approx(0.015) and gain["change_interval"][0] >= 0
+
+
+@pytest.mark.parametrize("what", ["digest", "window", "dtype", "older", "contender"])
 def test_results_that_were_not_measured_alike_are_refused(
     runs: dict[str, Path], what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +88,10 @@ def test_results_that_were_not_measured_alike_are_refused(
         content["arguments"]["texts"]["books"]["digest"] = "other"
     elif what == "window":
         content["arguments"]["window"] = 128
+    elif what == "dtype":
+        content["arguments"]["dtype"] = "bfloat16"
+    elif what == "older":
+        del content["arguments"]["calibration"]
     else:
         content["rows"] = [row | {"contender": "h2o"} for row in content["rows"]]
     path.write_text(json.dumps(content))

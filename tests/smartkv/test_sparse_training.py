@@ -96,6 +96,26 @@ def test_soft_gates_learn_what_keeping_costs() -> None:
         assert seen(10) < before - 0.05
 
 
+def test_a_model_is_not_paid_for_keys_that_look_worth_keeping() -> None:
+    """Through soft gates that do not learn, and pay no price, no gradient reaches the keys that they read."""
+    model, ids = llama(), token_ids(40)[None]
+    gates = gates_for_ages(model).requires_grad_(False)
+    with GatedDropping(gates, 0.5, temperature=0.5).dropped(model) as seen:
+        model(ids, use_cache=False)
+        assert not seen(10).requires_grad
+
+
+@pytest.mark.parametrize(
+    "rules", [(("all", "gated", 6),), (("0", "window", 4), ("1", "gated", 4)), (("all", "gated", 4, 0.5),)]
+)
+def test_gates_of_another_policy_are_not_trained_under_as_if_they_were_deployed_so(rules: Any) -> None:
+    gates = gates_for_ages(llama())
+    policy = HybridPolicy(tuple(LayerRule(*rule) for rule in rules), sinks=2)
+    gates.details["policy"] = policy.to_dict()
+    with pytest.raises(SmartKVError, match="these gates go with a policy of other"):
+        GatedDropping(gates, 0.5)
+
+
 def test_gates_that_cannot_drop_are_refused() -> None:
     model = llama()
     for make in (lambda: GatedDropping(random_gates(model), 0.5), lambda: GatedDropping(gates_for_ages(model), 0.95)):
