@@ -94,9 +94,10 @@ def compare(
         contenders: `gates` (the policy that goes with them), named policies or YAML files, each also with +8bit or, of
             keys and of values, +k6v4 behind it (what stays is packed); random, key_norm, keydiff, snapkv, tova, h2o,
             expected_attention; null:constant, null:position, null:token_table; oracle:lifespan, oracle:attention;
-            quant:fp16, int8, int4, kivi, kivi2, kivi4, adaptive, adaptive_gates (every key stays, in few bits); for
-            protocol once also NVIDIA's presses, and gates in them: press:knorm … press:lifespan (see
-            configs/eval/presses.yaml). The full cache is always measured.
+            quant:fp16, int8, int4, kivi, kivi2, kivi4, adaptive, adaptive_gates (every key stays, in few bits; kivi@32
+            with the latest 32 tokens exact, in place of the scheme's own 128); for protocol once
+            also NVIDIA's presses, and gates in them: press:knorm … press:lifespan (see configs/eval/presses.yaml). The
+            full cache is always measured.
         footprints: shares of the full cache to be kept (protocol once: shares of the prefill's keys).
         others: those of contenders that are neither gates nor the sliding window. Null: the same.
         protocol: stream: keys go while the text is read; once: when the prefill is over, and later ones all stay.

@@ -116,8 +116,12 @@ def _quantised(lm: Backbone, gates: GateBank | None, name: str) -> Quantised:
         if gates is None:
             raise SmartKVError(f"contender '{name}' needs gates: give --gates")
         return Quantised(lm, name, lambda: AdaptiveCache(lm.model, gates), "keys")
-    QuantizedCache(lm.model, scheme)  # a name that is none is told here
-    return Quantised(lm, name, lambda: QuantizedCache(lm.model, scheme))
+    codec, mark, latest = scheme.partition("@")
+    if mark and not latest.isdigit():
+        raise SmartKVError(f"contender '{name}' has no number of tokens after '@', such as quant:kivi2@32")
+    residual = int(latest) if mark else None
+    QuantizedCache(lm.model, codec, residual)  # a name that is none is told here
+    return Quantised(lm, name, lambda: QuantizedCache(lm.model, codec, residual))
 
 
 def _own(gates: GateBank | None) -> HybridPolicy:

@@ -138,7 +138,16 @@ def test_every_rule_is_read_at_the_footprint_asked_for(tmp_path: Path, tiny_back
 def test_quantised_caches_and_packed_survivors_stand_on_an_axis_of_bytes(
     tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path
 ) -> None:
-    names = ["all-gated", "all-gated+k6v4", "window+8bit", "quant:fp16", "quant:int8", "quant:int4", "quant:kivi"]
+    names = [
+        "all-gated",
+        "all-gated+k6v4",
+        "window+8bit",
+        "quant:fp16",
+        "quant:int8",
+        "quant:int4",
+        "quant:kivi",
+        "quant:int8@16",
+    ]
     changes = {"gates": random_gates, "footprints": "[0.7]", "contenders": json.dumps(names)}
     found = {row["contender"]: row for row in run(tmp_path, tiny_backbone, texts, **changes)["rows"]}
     assert list(found) == [*names[:2], *names[3:], "window+8bit"]
@@ -146,6 +155,7 @@ def test_quantised_caches_and_packed_survivors_stand_on_an_axis_of_bytes(
     losses = {name: abs(row["texts"]["books"]["delta_nll"]) for name, row in found.items()}
     assert stored["quant:fp16"] == pytest.approx(1.0)
     assert stored["quant:int4"] < stored["quant:int8"] < 1 and losses["quant:fp16"] < losses["quant:int4"]
+    assert stored["quant:int8"] < stored["quant:int8@16"] < 1  # the latest 16 tokens are exact
     assert stored["all-gated+k6v4"] < 0.7 * stored["all-gated"]
     assert (tmp_path / "bytes_books.png").stat().st_size > 10_000
 
