@@ -15,7 +15,19 @@ from eval.answers import Sample
 from eval.recall import Trial, trial
 from eval.results import save_picture
 from eval.task_pictures import panels
-from eval.tasks import DEFAULT, Calibrating, Row, Suite, full_of, mean, merged, right_where_full_is, score_table, shown
+from eval.tasks import (
+    DEFAULT,
+    Calibrating,
+    Row,
+    Suite,
+    counted,
+    full_of,
+    mean,
+    merged,
+    right_where_full_is,
+    score_table,
+    shown,
+)
 from smartkv import backbones
 from smartkv.errors import SmartKVError
 
@@ -132,10 +144,10 @@ def _table(rows: list[Row], generated: bool) -> Table:
     for row in sorted(rows, key=lambda r: (r.length, r.kind != "full")):
         full = full_of(rows, row.length)
         share, asked = right_where_full_is(row, full, "right")
-        said = right_where_full_is(row, full, "said")[0] if generated else None
+        said = counted(*right_where_full_is(row, full, "said")) if generated else ""
         nll = mean([sample["nll"] for sample in row.samples])
         rank = float(np.median([sample["rank"] for sample in row.samples]))
-        cells = (f"{row.length:,}", f"{shown(share, percent=True)} of {asked}", shown(said, percent=True))
+        cells = (f"{row.length:,}", counted(share, asked), said)
         lines.append((row, (*cells, shown(nll, 3), f"{rank:.0f}")))
     return score_table("needle", ("tokens", "right", "said", "NLL", "median rank"), lines)
 

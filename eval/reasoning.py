@@ -19,6 +19,7 @@ from eval.tasks import (
     Row,
     Suite,
     all_lengths,
+    counted,
     full_of,
     mean,
     merged,
@@ -171,7 +172,7 @@ def _table(rows: list[Row], sets: list[str], generated: bool) -> Table:
                 share, asked = right_where_full_is(row, full, "score", name)
                 score, ended = (mean([sample[key] for sample in row.of(name)]) for key in ("score", "ended"))
                 said = shown(score, percent=True), shown(ended, percent=True)
-                cells += [*said, f"{shown(share, percent=True)} of {asked}"]
+                cells += [*said, counted(share, asked)]
             here, there = ([sample["nll"] for sample in r.of(name)] for r in (row, full))
             gap = mean([mine - theirs for mine, theirs in zip(here, there, strict=True)])
             cells += [shown(mean(here), 3), "" if row is full else f"{gap:+.4f}"]

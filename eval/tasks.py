@@ -285,6 +285,11 @@ def group_table(title: str, rows: Sequence[Row], groups: Sequence[str], key: str
     return table
 
 
+def counted(share: float | None, asked: int) -> str:
+    """What `right_where_full_is` found, for a table: 13 of 15."""
+    return f"{round((share or 0) * asked)} of {asked}"
+
+
 def shown(value: float | None, digits: int = 2, percent: bool = False) -> str:
     """A figure for a table; nothing where there is none."""
     if value is None:
