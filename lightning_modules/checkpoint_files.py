@@ -1,5 +1,6 @@
 """Checkpoints as files that are whole or not there, and that hold nothing but numbers."""
 
+import io
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from smartkv.errors import SmartKVError
-from smartkv.files import sweep, whole_file
+from smartkv.files import sweep, write_atomically
 
 PARTS = ("state_dict", "pytorch-lightning_version")  # what every checkpoint of Lightning's has
 
@@ -55,8 +56,9 @@ class CheckpointFiles(TorchCheckpointIO):
             return
         path = Path(path)
         sweep(path.parent, path.name)
-        with whole_file(path) as file:
-            torch.save(checkpoint, file)
+        buffer = io.BytesIO()  # torch.save hides what the disk says
+        torch.save(checkpoint, buffer)
+        write_atomically(path, buffer.getbuffer())
 
     def load_checkpoint(
         self, path: Path | str, map_location: Any = "cpu", weights_only: bool | None = None

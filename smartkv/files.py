@@ -2,20 +2,16 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from smartkv.errors import SmartKVError
 
 PART = ".part"  # how files end that are being written
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes `path`'s name when the block ends without an error. It is written beside `path`, on the same
-    disk: readers see the old file, the new one, or none, whenever the process or the machine stops.
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Write beside `path`, on the same disk, sync, rename: readers see the old file, the new one, or none, whenever the
+    process or the machine stops.
 
     Raises:
         SmartKVError: the folder cannot be written to, or the disk is full.
@@ -25,7 +21,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
         with os.fdopen(handle, "wb") as file:
-            yield file
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -38,16 +34,6 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The same, of what is in memory.
-
-    Raises:
-        SmartKVError: the folder cannot be written to, or the disk is full.
-    """
-    with whole_file(path) as file:
-        file.write(data)
 
 
 def sweep(folder: Path, name: str = "*") -> None:

@@ -137,6 +137,14 @@ def test_a_fit_s_checkpoints_do_not_go_through_the_folder_of_temporary_files(
     assert read_checkpoint(tmp_path / "fit/checkpoints/last.ckpt")["global_step"] > 0
 
 
+def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
+    files, path = CheckpointFiles(), tmp_path / "last.ckpt"
+    files.save_checkpoint({"state_dict": {}, "pytorch-lightning_version": "2"}, path)
+    with full_disk(20_000), pytest.raises(SmartKVError, match="could not be written: File too large"):
+        files.save_checkpoint({"state_dict": {"weight": torch.zeros(100_000)}}, path)
+    assert read_checkpoint(path)["state_dict"] == {} and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_fit_on_a_full_disk_stops_in_a_line(
     tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
