@@ -24,7 +24,7 @@ from smartkv.backbones import Backbone, load_backbone
 from smartkv.errors import SmartKVError
 from smartkv.lifespans import LabelSpec, label_window
 
-WAYS = ("smartkv", "forward", "output_attentions")
+WAYS = ("smartkv", "smartkv_all_labels", "forward", "output_attentions")
 
 
 def speed(
@@ -46,8 +46,9 @@ def speed(
         backbone: hub id, local folder, .gguf file or smollm2-135m.
         dtype: auto, float32, bfloat16 or float16.
         lengths: tokens a window.
-        ways: smartkv (labels block by block), forward (the model alone with SDPA: the limit), output_attentions
-            (eager attention kept for all layers, labels by a vectorised scan).
+        ways: smartkv (lifespans for one threshold, block by block), smartkv_all_labels (for three, and future
+            attention), forward (the model alone with SDPA: the limit), output_attentions (eager attention kept for all
+            layers, lifespans for one threshold by a vectorised scan).
         old_way_up_to: tokens; the way output_attentions is left out of longer windows.
         repeats: timed passes, after one that is not counted; the median is given.
         threads: CPU threads.
@@ -100,7 +101,12 @@ def _measure(
     if way == "output_attentions" and needed > free:
         return {"note": f"needs {needed / 2**30:.0f} GiB"}
     tokens = torch.randint(lm.model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).to(device)
-    run = {"smartkv": _smartkv, "forward": _forward, "output_attentions": _output_attentions}[way]
+    run = {
+        "smartkv": _smartkv,
+        "smartkv_all_labels": _smartkv_all_labels,
+        "forward": _forward,
+        "output_attentions": _output_attentions,
+    }[way]
     if way == "output_attentions":
         lm.model.set_attn_implementation("eager")
     seconds = []
@@ -116,6 +122,10 @@ def _measure(
 
 
 def _smartkv(lm: Backbone, tokens: Tensor) -> None:
+    label_window(lm.model, tokens, LabelSpec((0.05,), (), len(tokens) // 2))
+
+
+def _smartkv_all_labels(lm: Backbone, tokens: Tensor) -> None:
     label_window(lm.model, tokens, LabelSpec((0.02, 0.05, 0.11), (128,), len(tokens) // 2))
 
 

@@ -82,7 +82,7 @@ def test_a_mistake_ends_in_one_line_and_status_2(tmp_path: Path, capsys: pytest.
 
 
 def test_speed_measures_tokens_a_second_and_peak_memory(tmp_path: Path, tiny_backbone: Path) -> None:
-    ways = ["smartkv"]  # each is a process that starts for seconds
+    ways = ["smartkv_all_labels"]  # each is a process that starts for seconds
     run_eval("speed", "--backbone", tiny_backbone, "--out", tmp_path, "--lengths", "[64]", "--repeats", "1",
              "--threads", "1", "--ways", json.dumps(ways))  # fmt: skip
     rows = figures(tmp_path / "speed.json")["harvest"]
