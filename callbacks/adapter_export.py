@@ -31,6 +31,7 @@ class AdapterExport(L.Callback):
         self.exported = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
+        self.exported = True  # in every process: none may come to `on_fit_end`'s validation alone
         self._export(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
@@ -41,7 +42,6 @@ class AdapterExport(L.Callback):
 
     @rank_zero_only
     def _export(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
-        self.exported = True
         if trainer.fast_dev_run:
             return
         self.out.mkdir(parents=True, exist_ok=True)

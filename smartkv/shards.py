@@ -71,8 +71,8 @@ def read_header(path: Path) -> dict[str, Any]:
     """
     with open_tensors(path) as file:
         try:
-            return json.loads((file.metadata() or {})["smartkv"])
-        except (KeyError, json.JSONDecodeError) as error:
+            return kind("smartkv", json.loads((file.metadata() or {})["smartkv"]), dict)
+        except (KeyError, ValueError) as error:
             raise SmartKVError(
                 f"{path} is a safetensors file, but not one that SmartKV wrote: move it away, or take another folder"
             ) from error
@@ -206,9 +206,9 @@ class Manifest:
         with open_tensors(path) as file:
             held = set(file.keys())
             shape = list(file.get_slice("keys").get_shape()) if "keys" in held else None
-            split = SPLITS[int(file.get_slice("split")[0])] if "split" in held else None
+            split = int(file.get_slice("split")[0]) if "split" in held else None  # a shard has one
         said["keys of shape"] = (shape, [fingerprint.layers, fingerprint.kv_heads, tokens, fingerprint.head_dim])
-        said["tokens"], said["split"] = (tokens, entry.tokens), (split, entry.split)
+        said["tokens"], said["split"] = (tokens, entry.tokens), (split, SPLITS.index(entry.split))
         for name, (ours, listed) in said.items():
             if ours != listed:
                 raise SmartKVError(
@@ -322,7 +322,7 @@ def recorded_shards(folder: Path) -> dict[str, ShardEntry]:
     try:
         lines = json.loads((folder / MANIFEST).read_text())["shards"]
         return {entry.file: entry for entry in (flat(ShardEntry, line) for line in lines)}
-    except (OSError, ValueError, KeyError, TypeError, SmartKVError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 

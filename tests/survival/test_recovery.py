@@ -4,17 +4,19 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_modules.checkpoint_files import CheckpointFiles, read_checkpoint
 from smartkv.errors import SmartKVError
 from smartkv.files import PART, write_atomically
 from smartkv.folders import LOCK, hold
-from smartkv.shards import MANIFEST, Manifest, write_shard
+from smartkv.shards import MANIFEST, Manifest, entry_of, read_header, write_shard
 from tests.harm import full_disk
 from tests.lightning_fixtures import (
     error_line,
@@ -25,7 +27,7 @@ from tests.lightning_fixtures import (
     shard_bytes,
     write_config,
 )
-from tests.models import shard_tensors
+from tests.models import shard_tensors, write_tiny_shards
 from tests.survival.test_damage import flipped
 
 # -- shards -----------------------------------------------------------------------------------------------------------
@@ -79,6 +81,22 @@ def test_a_manifest_that_says_something_else_than_its_shards_is_refused(
         Manifest.read(copied)
     config = write_config(tmp_path / "fit.yaml", gates_config(copied, tmp_path / "fit"))
     assert "run the same harvest again" in error_line(refused(capsys, "fit", "-c", config))
+
+
+@pytest.mark.parametrize("harm", ["split", "header"])
+def test_a_shard_that_says_what_none_can_is_refused(harm: str, tmp_path: Path) -> None:
+    manifest = write_tiny_shards(tmp_path / "shards")
+    path = manifest.folder / manifest.shards[0].file
+    tensors, header = load_file(path), read_header(path)
+    if harm == "header":
+        save_file(tensors, path, {"smartkv": json.dumps([1])})
+    else:
+        tensors["split"][:] = 9
+        write_shard(path, tensors, header)
+    entries = [entry_of(path, "train", manifest.shards[0].windows, manifest.shards[0].tokens), *manifest.shards[1:]]
+    replace(manifest, shards=entries).write()
+    with pytest.raises(SmartKVError, match="not one that SmartKV wrote" if harm == "header" else "its manifest says"):
+        Manifest.read(manifest.folder)
 
 
 def test_a_validation_reads_no_damaged_shard(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
