@@ -42,8 +42,8 @@ class Sample:
 
 
 def counted_from(sample: Sample) -> int:
-    """Queries of the prompt's last three quarters count for the footprint."""
-    return len(sample.prompt) // 4
+    """Queries of the last three quarters of both texts count for the footprint, as where prices are solved."""
+    return (len(sample.prompt) + len(sample.answer)) // 4
 
 
 @torch.inference_mode()
@@ -56,14 +56,16 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
     Returns:
         For JSON. `nll`: mean over the reference's tokens, nats; `rank`: the worst of its tokens, 0 where greedy
         decoding would have said it; `right`: all of them are 0. `generated`: text, or None; `ended`: it came to its end
-        by itself. `footprint` and `stored`:
-        see `Reading`, `stored` after the prompt. `kept`: `[layers, kv_heads]`, share of the marked tokens' keys that
-        are held then; None where nothing is marked or freed.
+        by itself. `footprint` and `stored`: see `Reading`, `footprint` while the reference is read (without one: while
+        decoding), `stored` after the prompt. `kept`: `[layers, kv_heads]`, share of the marked tokens' keys that are
+        held then; None where nothing is marked or freed.
     """
     opened = getattr(contender, "open", None)
+    if not sample.answer and (opened is None or not new_tokens):
+        raise SmartKVError(
+            f"{contender.name} is to generate nothing, and there is no reference whose likelihood counts"
+        )
     if opened is None:
-        if not sample.answer:
-            raise SmartKVError(f"{contender.name} cannot generate, and there is no reference whose likelihood counts")
         tokens = torch.tensor([*sample.prompt, *sample.answer])
         found = contender.read(setting, tokens, len(sample.prompt), counted_from(sample), None)
         return _scored(found.nll, found.rank) | {
@@ -83,7 +85,7 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
         if sample.answer:
             figures |= _likelihood(lm, deepcopy(cache), sample, contender.at_once)  # type: ignore[attr-defined]
         if not new_tokens:
-            return figures | {"generated": None, "ended": None, "footprint": _footprint(cache)}
+            return figures | {"generated": None, "ended": None}
         output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -92,7 +94,9 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
         )
         said = output[0, prompt.shape[1] :]
         text = lm.tokenizer.decode(said, skip_special_tokens=True)
-        return figures | {"generated": text, "ended": len(said) < new_tokens, "footprint": _footprint(cache)}
+        if not sample.answer:
+            figures["footprint"] = _footprint(cache)
+        return figures | {"generated": text, "ended": len(said) < new_tokens}
 
 
 def _greedy(lm: Backbone, new_tokens: int) -> GenerationConfig:
@@ -107,9 +111,10 @@ def _likelihood(lm: Backbone, cache: Cache, sample: Sample, at_once: int | None)
     ids, hidden = torch.tensor([[sample.prompt[-1], *sample.answer]], device=lm.model.device), []
     for part in ids[:, :-1].split(at_once or ids.shape[1], dim=1):
         hidden.append(lm.model.base_model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state[0])
+    footprint = _footprint(cache)
     if isinstance(cache, AttachedCache):
         cache.detach()
-    return _scored(*losses_after(lm.model, torch.cat(hidden), ids[0, 1:]))
+    return _scored(*losses_after(lm.model, torch.cat(hidden), ids[0, 1:])) | {"footprint": footprint}
 
 
 def _scored(nll: Tensor, rank: Tensor) -> dict[str, Any]:

@@ -146,6 +146,7 @@ def compare(
         "backbone": backbone,
         "model": digest_of_model(lm.model),  # with its adapter
         "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "device": lm.model.device.type,
         "protocol": protocol,
         "prefill": prefill if protocol == "once" else None,
         "score_from": first,
@@ -160,7 +161,6 @@ def compare(
         "recall": {"trials": len(asked), "tokens": recall.tokens, "split": recall.split},
         "calibration": {"windows": len(learn), "sources": learnt_from},
         "seed": seed,
-        "device": device,
     }
     with Progress(console=console) as progress:
         prepared = progress.add_task("Calibration", total=None)

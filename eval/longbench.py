@@ -3,6 +3,7 @@
 import ast
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def longbench(
 UNITS = {
     "score": "0 to 1: F1, ROUGE-L, share of classes or numbers, edit similarity, by task; the best of the references",
     "nll": "nats a token of the first reference",
-    "footprint": "keys seen ÷ keys of a full cache, over the queries of the prompt's last three quarters and later",
+    "footprint": "keys seen ÷ keys of a full cache, over the last three quarters of the queries, prompt and reference",
     "stored": "bytes held after the prompt ÷ those of its keys and values in float16",
     "group": "task",
 }
@@ -103,24 +104,26 @@ def read_records(data: str, task: str, samples: int | None) -> Iterator[dict[str
     for number, record in enumerate(lines):
         if samples is not None and number >= samples:
             return
+        if not isinstance(record, dict):
+            raise SmartKVError(f"record {number} of '{task}' is no object with fields: {str(record)[:80]}")
         missing = [name for name in FIELDS if name not in record]
         if missing or not _listed(record["answers"]):
             raise SmartKVError(f"record {number} of '{task}' lacks {', '.join(missing) or 'any answer'}")
         yield record | {"answers": _listed(record["answers"]), "all_classes": _listed(record.get("all_classes"))}
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+def _lines(path: Path) -> Iterator[Any]:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # UnicodeDecodeError is one
                 raise SmartKVError(f"{path}, line {number}, is not JSON: {error}") from error
 
 
-def _from_hub(repository: str, task: str) -> Iterator[dict[str, Any]]:
+def _from_hub(repository: str, task: str) -> Iterator[Any]:
     """The hub has one archive with a file a task; its loading script is not run."""
     from zipfile import BadZipFile, ZipFile
 
@@ -142,11 +145,9 @@ def _listed(value: Any) -> list[str]:
     """Some copies hold lists as text."""
     if value is None:
         return []
-    if isinstance(value, str):
-        try:
+    if isinstance(value, str) and value.startswith(("[", "(")):
+        with suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return [value]
     return [str(entry) for entry in value] if isinstance(value, (list, tuple)) else [str(value)]
 
 

@@ -98,7 +98,7 @@ UNITS = {
     "rank": "tokens that the model thinks likelier, the worst of the answer's",
     "right": "every token of the answer is the likeliest",
     "said": "the generated text has the answer in it",
-    "footprint": "keys seen ÷ keys of a full cache, over the queries of the last three quarters of the prompt",
+    "footprint": "keys seen ÷ keys of a full cache, over the queries of the last three quarters of prompt and answer",
     "stored": "bytes held after the prompt ÷ those of its keys and values in float16; null: simulated by a mask",
     "kept": "by layer and KV head, share of the fact's keys that are still held when it is asked for; null: simulated",
     "group": "length in tokens, depth as a share",

@@ -1,6 +1,7 @@
 """`python -m eval reasoning`: maths problems, solved while keys are evicted."""
 
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def reasoning(
         shots: solved problems before each, of the same set's train split; of each set, or one figure for all.
         new_tokens: to generate; 0: none. Of each set, or one figure for all.
         chat: in the model's chat template.
-        split: train, validation or test.
+        split: train (its problems after those that are shown), validation or test.
         origins: where the sets are taken from: local ($SMARTKV_DATA), hub.
         calibration: texts on which prices are solved.
         backbone: hub id, local folder, .gguf file or smollm2-135m.
@@ -105,7 +106,7 @@ UNITS = {
     "score": "1 where the generated solution comes to the reference's answer (math-verify), else 0",
     "ended": "the solution came to its end within `new_tokens`",
     "nll": "nats a token of the reference solution",
-    "footprint": "keys seen ÷ keys of a full cache, over the queries of the prompt's last three quarters and later",
+    "footprint": "keys seen ÷ keys of a full cache, over the last three quarters of the queries, prompt and reference",
     "stored": "bytes held after the prompt ÷ those of its keys and values in float16; null: simulated by a mask",
     "group": "set",
 }
@@ -118,18 +119,16 @@ def _of_sets(name: str, given: int | dict[str, int], sets: list[str]) -> dict[st
     return found
 
 
-def _problems(name: str, split: str, origins: list[str], most: int | None) -> list[tuple[str, str]]:
-    """Problems, up to what stands before a solution, and solutions."""
+def _problems(name: str, split: str, origins: list[str], most: int | None, after: int = 0) -> list[tuple[str, str]]:
+    """Problems, up to what stands before a solution, and solutions; the first few, which are shown, left out."""
     source = resolve(SourceConfig(name, origins=list(origins)), lambda *_: None)
-    found = []
-    for document in source.documents(split):
-        if most is not None and len(found) == most:
-            break
-        problem, mark, solution = document.text.partition(SETS[name])
-        if mark:
-            found.append((problem + mark.rstrip(), solution.strip()))
+    parts = (document.text.partition(SETS[name]) for document in source.documents(split))
+    solved = ((problem + mark.rstrip(), solution.strip()) for problem, mark, solution in parts if mark)
+    found = list(islice(solved, after, None if most is None else after + most))
     if not found:
-        raise SmartKVError(f"'{name}' has no problems in its {split} split")
+        raise SmartKVError(
+            f"'{name}' has no problems in its {split} split" + (f" after the first {after}" if after else "")
+        )
     return found
 
 
@@ -139,7 +138,7 @@ def _samples(
     shown_first = _problems(name, "train", origins, shots) if shots else []
     examples = "".join(f"{problem} {solution}\n\n" for problem, solution in shown_first)
     tokenizer, found = suite.lm.tokenizer, []
-    for problem, solution in _problems(name, split, origins, count):
+    for problem, solution in _problems(name, split, origins, count, after=shots if split == "train" else 0):
         prompt = prompt_ids(tokenizer, examples + problem, chat)
         found.append(Sample(prompt, continuation_ids(tokenizer, f" {solution}"), (solution,), (name,)))
     return found
@@ -149,17 +148,18 @@ def _scored(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
     text = figures["generated"]
     if text is None:
         return {"score": None}
-    solution = first_solution(text)
+    solution = first_solution(text, sample.group[0])
     return {
         "score": same_answer(solution, sample.references[0]),
         "ended": figures["ended"] or len(solution) < len(text),
     }
 
 
-def first_solution(text: str) -> str:
-    """Without the next problems that a model goes on with; GSM8K's solutions end with `#### answer`."""
+def first_solution(text: str, name: str) -> str:
+    """Without the next problems that a model goes on with; GSM8K's solutions end with `#### number`,
+    which elsewhere is a heading."""
     solution = re.split(r"\n+(?:Question|Problem):", text)[0]
-    end = re.search(r"####[ \t]*[^\s#]+", solution)
+    end = re.search(r"####[ \t]*\$?[ \t]*-?\d[\d.,]*", solution) if name == "gsm8k" else None
     return solution[: end.end()] if end else solution
 
 
@@ -174,8 +174,8 @@ def _table(rows: list[Row], sets: list[str], generated: bool) -> Table:
                 said = shown(score, percent=True), shown(ended, percent=True)
                 cells += [*said, counted(share, asked)]
             here, there = ([sample["nll"] for sample in r.of(name)] for r in (row, full))
-            gap = mean([mine - theirs for mine, theirs in zip(here, there, strict=True)])
-            cells += [shown(mean(here), 3), "" if row is full else f"{gap:+.4f}"]
+            gap = mean([mine - theirs for mine, theirs in zip(here, there, strict=True)]) if here else None
+            cells += [shown(mean(here), 3), "" if row is full or gap is None else f"{gap:+.4f}"]
         lines.append((row, cells))
     names = [part for name in sets for part in _columns(f"{name} ({len(full.of(name))})", generated)]
     return score_table("Reasoning", names, lines)
@@ -189,7 +189,8 @@ def _picture(folder: Path, rows: list[Row], sets: list[str]) -> Path:
     grid = np.full((len(rows), len(sets)), np.nan)
     for place, row in enumerate(rows):
         for number, name in enumerate(sets):
-            grid[place, number] = mean([sample["nll"] for sample in row.of(name)])
+            value = mean([sample["nll"] for sample in row.of(name)])
+            grid[place, number] = np.nan if value is None else value
     label = "NLL of the reference solution, nats a token"
     figure = panels({label: grid}, [row.label for row in rows], sets, ("", "set"), "Reasoning", label, loss=True)
     return save_picture(figure, folder / "reasoning.png")

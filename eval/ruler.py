@@ -86,7 +86,7 @@ UNITS = {
     "score": "share of the answers that are in the generated text (string_match_all)",
     "nll": "nats a token of a right answer",
     "right": "every token of a right answer is the likeliest, given those before it; null for cwe, which has no order",
-    "footprint": "keys seen ÷ keys of a full cache, over the queries of the last three quarters of the prompt",
+    "footprint": "keys seen ÷ keys of a full cache, over the queries of the last three quarters of prompt and answer",
     "stored": "bytes held after the prompt ÷ those of its keys and values in float16; null: simulated by a mask",
     "group": "family, length in tokens",
 }

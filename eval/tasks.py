@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datamodules.documents import plan_windows
 from datamodules.sources import SourceConfig
-from eval.answers import Sample, answered
+from eval.answers import Sample, answered, counted_from
 from eval.cells import Cells, digest, digest_of_model, digests
 from eval.contenders import Contender
 from eval.line_up import ADAPTIVE_BY_GATES, line_up
@@ -142,6 +142,7 @@ class Suite:
         self.check_lengths(by_length, new_tokens)
         weights = digests(self.bank)
         settings = {key: self.settings[key] for key in ("backbone", "weights", "dtype")}
+        settings["device"] = self.lm.model.device.type
         cells = Cells(out / f"{name}.cells", settings)
         rows: list[Row] = []
         with Progress(console=self.console) as progress:
@@ -156,7 +157,7 @@ class Suite:
                     learned = contender.kind == "ours" or contender.name == ADAPTIVE_BY_GATES
                     row = Row(contender.name, contender.kind, contender.needs, target, length, setting, [])
                     for sample in samples:
-                        given = [sample.prompt, sample.answer, new_tokens]
+                        given = [sample.prompt, sample.answer, new_tokens, counted_from(sample)]
                         key = [contender.name, setting, *given, weights if learned else {}]
 
                         def measure(contender: Any = contender, setting: Any = setting, sample: Any = sample) -> Any:
@@ -240,15 +241,27 @@ def merged(rows: Sequence[Row]) -> list[Row]:
 
 def right_where_full_is(row: Row, full: Row, key: str, *group: Any) -> tuple[float | None, int]:
     """Share of the samples that count above a half by `key`, among those where the full cache does; and how many they
-    are."""
+    are. A row that lacks the group has none."""
+    if not row.of(*group):
+        return None, 0
     pairs = zip(row.of(*group), full.of(*group), strict=True)
     asked = [mine[key] for mine, theirs in pairs if (theirs[key] or 0) > 0.5]
     return (sum((value or 0) > 0.5 for value in asked) / len(asked) if asked else None), len(asked)
 
 
 def all_lengths(rows: Sequence[Row]) -> list[Row]:
-    """One row a contender and footprint, with the samples of all lengths."""
-    return merged([replace(row, length=0) for row in rows])
+    """One row a contender and footprint, with the samples of all lengths.
+
+    A footprint that is out of reach at some length is left out there. Means are to be over the same samples for
+    everybody, so such a row then has none of the groups that it has not seen all of.
+    """
+    found = merged([replace(row, length=0) for row in rows])
+    full = full_of(found, 0)
+    for row in found:
+        groups = {tuple(sample["group"]) for sample in full.samples}
+        lacking = {group for group in groups if len(row.of(*group)) != len(full.of(*group))}
+        row.samples = [sample for sample in row.samples if tuple(sample["group"]) not in lacking]
+    return found
 
 
 def full_of(rows: Sequence[Row], length: int) -> Row:
@@ -265,7 +278,8 @@ def score_table(title: str, columns: Sequence[str], lines: Sequence[tuple[Row, S
         if number and lines[number - 1][0].contender != row.contender:
             table.add_section()
         footprint, stored = (mean([sample[key] for sample in row.samples]) for key in ("footprint", "stored"))
-        table.add_row(row.contender, shown(footprint, 3), "mask" if stored is None else shown(stored, 3), *cells)
+        held = "mask" if row.samples and stored is None else shown(stored, 3)
+        table.add_row(row.contender, shown(footprint, 3), held, *cells)
     return table
 
 
@@ -279,8 +293,10 @@ def group_table(title: str, rows: Sequence[Row], groups: Sequence[str], key: str
         cells = [shown(mean([sample[key] for sample in row.of(group)]), digits) for row in rows]
         table.add_row(group, *cells)
     table.add_section()
+    most = max(len(row.samples) for row in rows)  # a mean over fewer is another thing
     for name in dict.fromkeys((key, "nll", "footprint", "stored")):
-        cells = [shown(mean([sample[name] for sample in row.samples]), 3) for row in rows]
+        values = ([sample[name] for sample in row.samples if len(row.samples) == most] for row in rows)
+        cells = [shown(mean(each), 3) for each in values]
         table.add_row(f"mean {'NLL' if name == 'nll' else name}", *cells)
     return table
 

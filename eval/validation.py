@@ -4,6 +4,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
@@ -25,6 +26,7 @@ from smartkv.adaptive_cache import AdaptiveCache
 from smartkv.codecs import SCHEMES, Adaptive, Codec
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
+from smartkv.lifespans import check_window
 from smartkv.perplexity import window_nll
 from smartkv.quantized_cache import QuantizedCache, QuantizedLayer
 
@@ -44,6 +46,7 @@ def baselines(
     experiment_id: str | None = None,
     tokens: int = 1024,
     residual: int | None = None,
+    budget: float = 0.5,
     gates: str | None = None,
     sources: list[SourceConfig] = [SourceConfig("pg19", origins=["local", "hub", "builtin"])],  # noqa: B006, B008
     dtype: str = "float32",
@@ -63,6 +66,7 @@ def baselines(
         experiment_id: name of the result. Null: date and time.
         tokens: of a text.
         residual: latest tokens that stay exact. Null: each scheme's own (KIVI 128, SmartKV 64, others 0).
+        budget: of SmartKV, bytes of what is encoded ÷ those in float16, all included: about 0.3 to 0.6.
         gates: tell SmartKV what is important. Null: attention so far does.
         sources: the texts, validation split.
         dtype: of the model; errors are those against its exact attention.
@@ -80,6 +84,8 @@ def baselines(
     log = _log(folder)
     log.info("experiment %s: %s on %s%s", name, model, device, ", memory only" if memory_only else "")
     codecs = {each: SCHEMES[known[each]] for each in baselines}
+    if "SmartKV" in codecs:
+        codecs["SmartKV"] = replace(codecs["SmartKV"][0], budget=budget), codecs["SmartKV"][1]
     codecs = {each: (codec, _residual(codec, usual, residual)) for each, (codec, usual) in codecs.items()}
     figures: dict[str, dict[str, Any]] = {each: {} for each in baselines}
     loaded: Loaded | None = None
@@ -88,6 +94,7 @@ def baselines(
         shape = shape_of(model, trust_remote_code)
     else:
         loaded = load_or_stand_in(model, dtype, device, seed, trust_remote_code)
+        check_window(loaded.lm.model, tokens)
         shape = Shape.of(loaded.lm.architecture)
         if loaded.stand_in:
             console.print(f"[yellow]{loaded.stand_in}[/]")
@@ -106,7 +113,7 @@ def baselines(
     log.info("\n%s", plain.file.getvalue())  # type: ignore[attr-defined]
     settings = {"model": model, "device": device, "tokens": tokens, "num_prompts": num_prompts, "seed": seed}
     settings |= {"memory_only": memory_only, "dtype": dtype, "shape": vars(shape), "gates": gates}
-    settings |= {"residual": {each: kept for each, (_, kept) in codecs.items()}}
+    settings |= {"budget": budget, "residual": {each: kept for each, (_, kept) in codecs.items()}}
     extra = {"stand_in": loaded.stand_in if loaded else None, "sources": used, "machine": machine(device)}
     result = write_result(folder, name, settings, {"units": UNITS} | extra | {"baselines": figures})
     log.info("written: %s", result)
@@ -116,6 +123,7 @@ def baselines(
 UNITS = {
     "ratio_payload": "bits of the codes ÷ those of float16",
     "ratio_stored": "bytes held, scales, zeros and residual included, ÷ those of the same tokens in float16",
+    "exact_tokens": "of these, tokens that are not encoded yet: the residual, and a block that is filling up",
     "error_key, error_value, error_output": "‖found − exact‖ ÷ ‖exact‖ (Frobenius), mean over layers and texts, all "
     "encoded; SmartKV's bits by the attention that keys have got when they are encoded, or by gates",
     "encode_ms, decode_ms": "of all layers' keys and values of the text, median",
@@ -153,9 +161,13 @@ def _memory(codec: Codec, residual: int, shape: Shape, tokens: int, seed: int) -
     key, value = (torch.randn(1, shape.kv_heads, tokens, shape.head_dim, generator=random).half() for _ in range(2))
     for start in range(0, tokens, max(codec.block, 32)):
         part = slice(start, start + max(codec.block, 32))
+        if isinstance(codec, Adaptive):  # remembers how important its exact tokens are
+            new = torch.zeros(1, shape.kv_heads, key[:, :, part].shape[2])
+            layer.importance = new if layer.importance is None else torch.cat([layer.importance, new], dim=2)
         layer.update(key[:, :, part], value[:, :, part])
     full = 2 * key.numel() * 2
     found = {"ratio_payload": codec.payload(shape.head_dim), "ratio_stored": layer.storage_bytes / full}
+    found["exact_tokens"] = layer.keys.shape[2]
     return found | {"bytes": layer.storage_bytes * shape.layers, "bytes_float16": full * shape.layers}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartkv.attached import AttachedCache
+from smartkv.blocks import storage_bytes
 from smartkv.codecs import SCHEMES, Adaptive
 from smartkv.errors import SmartKVError
 from smartkv.feeding import EvictionStep
@@ -107,6 +108,11 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
                     weights = weights * self.real[:, None, None, before:][..., here, None]
                 storage.importance += weights[..., total - exact :].sum(dim=(2, 3))
         return output.flatten(1, 2)
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of all tensors, as allocated."""
+        return super().storage_bytes + (0 if self.real is None else storage_bytes([self.real]))
 
     def _note(self, layer: int, step: EvictionStep, before: int) -> None:
         """Remember which tokens are padding, once a pass."""

@@ -1,4 +1,4 @@
-"""What the tests of `python -m eval generate` share: a tiny backbone that chats, its gates, and the command."""
+"""What the tests of `python -m eval generate` share: a tiny backbone that chats, its gates, the command."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from eval.__main__ import main
 from smartkv import GateBank, load_backbone
+from tests.eval.task_fixtures import lm, long_backbone, long_gates, long_texts, run_task  # noqa: F401
 from tests.lightning_fixtures import write_texts
 
 TEMPLATE = (

@@ -33,7 +33,13 @@ def test_metrics_are_those_of_longbench(metric: str, said: str, reference: str, 
     ],
 )
 def test_what_a_model_goes_on_with_does_not_count(said: str) -> None:
-    assert same_answer(first_solution(said), "#### 18") == 1.0
+    assert same_answer(first_solution(said, "gsm8k"), "#### 18") == 1.0
+
+
+def test_a_heading_is_no_answer_where_answers_are_boxed() -> None:
+    said = "#### Step 1: add\n9 + 9\n#### Step 2\nso $\\boxed{18}$"
+    assert same_answer(first_solution(said, "math500"), "$\\boxed{18}$") == 1.0
+    assert first_solution("#### Step 1\n#### $18 in all", "gsm8k").endswith("#### $18")
 
 
 @pytest.mark.parametrize(

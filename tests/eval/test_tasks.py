@@ -1,7 +1,6 @@
-"""Needle, RULER, LongBench and reasoning on a tiny backbone, and what they score by."""
+"""Needle, RULER and LongBench on a tiny backbone, and what all tasks share."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,6 @@ import yaml
 from transformers import DynamicCache
 
 import eval.tasks as tasks
-from eval.__main__ import main
 from eval.answers import Sample, answered, cut_in_the_middle, kept_of, prompt_ids
 from eval.contenders import Full
 from eval.line_up import line_up
@@ -25,80 +23,18 @@ from eval.ruler_tasks import FAMILIES
 from smartkv import GateBank, HybridPolicy, LayerRule, LifespanCache, load_backbone
 from smartkv.budgets import Calibration
 from smartkv.errors import SmartKVError
+from tests.eval.task_fixtures import ALL, contenders
 from tests.eval.test_ruler_tasks import many_words
 from tests.lightning_fixtures import prose
-from tests.models import save_tiny_backbone, token_ids
+from tests.models import token_ids
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data" / "longctx"
 
 
-@pytest.fixture(scope="module")
-def long_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A token is a byte here: texts are long."""
-    return save_tiny_backbone(tmp_path_factory.mktemp("long") / "backbone", max_positions=4096)
-
-
-@pytest.fixture(scope="module")
-def long_gates(tmp_path_factory: pytest.TempPathFactory, long_backbone: Path) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("gates")
-    GateBank(load_backbone(str(long_backbone)).fingerprint).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def long_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of many different words."""
-    folder = tmp_path_factory.mktemp("texts")
-    for number, split in enumerate(("train", "test")):
-        for file in range(3):
-            path = folder / split / f"{split}{file}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(many_words(1300, 10 * number + file))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def lm(long_backbone: Path) -> Any:
-    return load_backbone(str(long_backbone), "float32")
-
-
-@pytest.fixture
-def run(long_backbone: Path, long_gates: Path, long_texts: Path) -> Callable[..., dict[str, Any]]:
-    def run(command: str, out: Path, **changes: Any) -> dict[str, Any]:
-        mine = [{"name": "mine", "path": str(long_texts)}]
-        settings = (
-            ({"config": changes.pop("config")} if "config" in changes else {})
-            | {
-                "out": out,
-                "backbone": long_backbone,
-                "gates": long_gates,
-                "dtype": "float32",
-                "contenders": '["all-gated", "window", "all-gated+4bit", "quant:int4", "key_norm"]',
-                "footprints": "[0.5]",
-                "calibration": json.dumps({"sources": mine, "windows": 1}),
-            }
-            | changes
-        )
-        if command in ("needle", "ruler"):
-            settings["haystack"] = json.dumps(mine)
-        main([command, *(part for name, value in settings.items() for part in (f"--{name}", str(value)))])
-        return json.loads((out / f"{command}.json").read_text())
-
-    return run
-
-
-def contenders(found: dict[str, Any]) -> set[str]:
-    return {row["contender"] for row in found["rows"]}
-
-
-ALL = {"full", "all-gated", "window", "all-gated+4bit", "quant:int4", "key_norm"}
-
-
-def test_the_needle_is_read_at_every_depth_and_length_by_everybody(run: Any, tmp_path: Path) -> None:
+def test_the_needle_is_read_at_every_depth_and_length_by_everybody(run_task: Any, tmp_path: Path) -> None:
     changes = {"lengths": "[400, 600]", "depths": 3, "samples": 2, "new_tokens": 4}
-    found = run("needle", tmp_path, **changes)
+    found = run_task("needle", tmp_path, **changes)
     assert contenders(found) == ALL
     for row in found["rows"]:
         groups = [tuple(sample["group"]) for sample in row["samples"]]
@@ -113,7 +49,7 @@ def test_the_needle_is_read_at_every_depth_and_length_by_everybody(run: Any, tmp
         assert (tmp_path / name).stat().st_size > 300
 
 
-def test_a_killed_run_goes_on_where_it_stopped(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_where_it_stopped(run_task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"lengths": "[400]", "depths": 2, "samples": 1, "new_tokens": 0, "contenders": '["window"]'}
     plain, calls = tasks.answered, []
 
@@ -125,26 +61,26 @@ def test_a_killed_run_goes_on_where_it_stopped(run: Any, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(tasks, "answered", stops)
     with pytest.raises(KeyboardInterrupt):
-        run("needle", tmp_path, **changes)
+        run_task("needle", tmp_path, **changes)
     monkeypatch.setattr(tasks, "answered", lambda *args: calls.append(1) or plain(*args))
     monkeypatch.setattr(Calibration, "measure", None)  # prices are known
-    found = run("needle", tmp_path, **changes)
+    found = run_task("needle", tmp_path, **changes)
     assert len(calls) == 4 == sum(len(row["samples"]) for row in found["rows"])
 
 
-def test_ruler_runs_all_families_and_scores_what_is_generated(run: Any, tmp_path: Path) -> None:
+def test_ruler_runs_all_families_and_scores_what_is_generated(run_task: Any, tmp_path: Path) -> None:
     changes = {"lengths": "[2400]", "samples": 1, "contenders": '["all-gated", "window"]'}
-    found = run("ruler", tmp_path, **changes)
+    found = run_task("ruler", tmp_path, **changes)
     for row in found["rows"]:
         assert [sample["group"][0] for sample in row["samples"]] == list(FAMILIES)
         assert all(0 <= sample["score"] <= 1 and sample["nll"] > 0 for sample in row["samples"])
     assert (tmp_path / "ruler_score.png").is_file() and (tmp_path / "ruler_nll.png").is_file()
 
 
-def test_mistakes_in_ruler_are_told(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_in_ruler_are_told(run_task: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for changes in ({"lengths": "[200]"}, {"families": '["qa"]'}, {"lengths": "[6000]", "samples": 1}):
         with pytest.raises(SystemExit):
-            run("ruler", tmp_path, **changes)
+            run_task("ruler", tmp_path, **changes)
         assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -164,9 +100,9 @@ def longbench_data(tmp_path: Path) -> Path:
     return folder
 
 
-def test_longbench_runs_every_task_with_its_metric(run: Any, tmp_path: Path, longbench_data: Path) -> None:
+def test_longbench_runs_every_task_with_its_metric(run_task: Any, tmp_path: Path, longbench_data: Path) -> None:
     changes = {"data": longbench_data, "samples": 1, "longest": 500, "contenders": '["window", "quant:int8"]'}
-    found = run("longbench", tmp_path / "out", new_tokens=3, **changes)
+    found = run_task("longbench", tmp_path / "out", new_tokens=3, **changes)
     for name in {row["contender"] for row in found["rows"]}:
         samples = [sample for row in found["rows"] if row["contender"] == name for sample in row["samples"]]
         assert sorted(sample["group"] for sample in samples) == sorted([task] for task in TASKS)
@@ -192,48 +128,26 @@ def test_longbench_s_records_may_hold_lists_as_text(tmp_path: Path) -> None:
         list(read_records(str(tmp_path), "qasper", None))
 
 
+@pytest.mark.parametrize(
+    ("line", "says"), [(b"123", "no object"), (b"null", "no object"), (b'{"input": "\xff"}', "not JSON")]
+)
+def test_damaged_records_are_told(line: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "trec.jsonl").write_bytes(line)
+    with pytest.raises(SmartKVError, match=says):
+        list(read_records(str(tmp_path), "trec", None))
+
+
+def test_an_answer_that_looks_like_a_number_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "trec.jsonl").write_text(json.dumps({"input": "", "context": "", "answers": "3.10"}))
+    assert next(read_records(str(tmp_path), "trec", None))["answers"] == ["3.10"]
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published sample lies beside the project, and is no part of it")
 def test_longbench_reads_the_published_multi_news(tmp_path: Path) -> None:
     (tmp_path / "multi_news.jsonl").symlink_to(SHARED / "longbench_multi_news.jsonl")
     found = list(read_records(str(tmp_path), "multi_news", 5))
     assert len(found) == 5 and all(len(record["answers"]) == 1 and record["context"] for record in found)
     assert METRICS["rouge"](found[0]["answers"][0], found[0]["answers"][0], ()) > 0.99
-
-
-# -- reasoning ---------------------------------------------------------------------------------------------------------
-
-
-def test_reasoning_reads_problems_that_were_never_harvested(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "gsm8k").mkdir()
-    for split in ("train", "test"):
-        record = {"question": f"What is 2 + 2 in {split}?", "answer": "2 + 2 = 4\n#### 4"}
-        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("\n".join([json.dumps(record)] * 3))
-    monkeypatch.setenv("SMARTKV_DATA", str(tmp_path))
-    changes = {"sets": '["gsm8k"]', "samples": 2, "shots": 1, "new_tokens": 4}
-    found = run("reasoning", tmp_path / "out", **changes)
-    assert contenders(found) == ALL
-    for row in found["rows"]:
-        assert len(row["samples"]) == 2 and all(sample["nll"] > 0 for sample in row["samples"])
-        scores = {sample["score"] for sample in row["samples"]}
-        assert scores == {None} if row["contender"] == "key_norm" else scores <= {0.0, 1.0}
-
-
-def test_sets_are_checked_before_any_is_measured(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "gsm8k").mkdir()
-    for split in ("train", "test"):
-        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text(json.dumps({"question": "How many?", "answer": "4"}))
-    (tmp_path / "math").mkdir()
-    records = ({"id": n, "problem": f"p{n}", "solution": "so " * 2000} for n in range(30))
-    (tmp_path / "math" / "aime24.jsonl").write_text("\n".join(map(json.dumps, records)))
-    monkeypatch.setenv("SMARTKV_DATA", str(tmp_path))
-    with pytest.raises(SystemExit):
-        run("reasoning", tmp_path / "out", sets='["gsm8k", "aime24"]', shots=0, new_tokens=2)
-    assert "positions" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "reasoning.cells").exists()
 
 
 # -- what all share ---------------------------------------------------------------------------------------------------
@@ -257,12 +171,15 @@ def test_likelihood_and_greedy_tokens_are_those_of_the_model(lm: Any) -> None:
 
 def test_reading_and_decoding_agree_under_eviction(lm: Any, long_gates: Path) -> None:
     windows, gates = [token_ids(120, 5)], GateBank.from_pretrained(long_gates)
-    sample = Sample(tuple(token_ids(100, 1).tolist()), tuple(token_ids(5, 2).tolist()), ("x",), ())
-    for contender in line_up(["all-gated", "window", "window+8bit"], lm, gates, windows, 30):
-        setting = contender.solved(0.6)
-        fed = answered(lm, contender, setting, sample, 2)
-        read = contender.read(setting, torch.tensor(sample.prompt + sample.answer), 100, 25, None)
-        assert fed["nll"] == pytest.approx(float(read.nll.mean()), abs=2e-2 if "bit" in contender.name else 1e-4)
+    for prompt, answer, new_tokens in ((100, 5, 2), (30, 90, 0)):  # a long answer is most of what counts
+        sample = Sample(tuple(token_ids(prompt, 1).tolist()), tuple(token_ids(answer, 2).tolist()), ("x",), ())
+        for contender in line_up(["all-gated", "window", "window+8bit"], lm, gates, windows, 30):
+            setting = contender.solved(0.6)
+            fed = answered(lm, contender, setting, sample, new_tokens)
+            both = torch.tensor(sample.prompt + sample.answer)
+            read = contender.read(setting, both, prompt, len(both) // 4, None)
+            assert fed["nll"] == pytest.approx(float(read.nll.mean()), abs=2e-2 if "bit" in contender.name else 1e-4)
+            assert fed["footprint"] == pytest.approx(read.footprint, abs=1e-6)
 
 
 def test_what_is_kept_of_marked_tokens_is_what_the_window_holds(lm: Any) -> None:
@@ -304,7 +221,7 @@ def test_a_chat_is_asked_in_the_model_s_template(chatty: Path) -> None:
 def test_the_config_runs(
     command: str,
     changes: dict[str, Any],
-    run: Any,
+    run_task: Any,
     tmp_path: Path,
     longbench_data: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -317,7 +234,7 @@ def test_the_config_runs(
     monkeypatch.setenv("SMARTKV_DATA", str(tmp_path))
     names = [name.replace("gates", "all-gated") for name in written["contenders"]]
     more = {"data": longbench_data} if command == "longbench" else {}
-    found = run(command, tmp_path / "out", config=config, contenders=json.dumps(names), **changes, **more)
+    found = run_task(command, tmp_path / "out", config=config, contenders=json.dumps(names), **changes, **more)
     assert contenders(found) == {"full", *names}
     assert set(written) >= set(found["arguments"]) & {"gates", "contenders", "footprints", "backbone", "seed", "split"}
 
@@ -326,10 +243,10 @@ def test_the_config_runs(
 
 
 @pytest.mark.gpu
-def test_tasks_on_the_gpu_find_what_they_find_on_the_cpu(run: Any, tmp_path: Path) -> None:
+def test_tasks_on_the_gpu_find_what_they_find_on_the_cpu(run_task: Any, tmp_path: Path) -> None:
     named = [*ALL - {"full"}, "quant:kivi", "quant:adaptive_gates", "h2o"]
     changes = {"lengths": "[400]", "depths": 2, "samples": 1, "new_tokens": 4, "contenders": json.dumps(named)}
-    cpu, gpu = (run("needle", tmp_path / name, device=name, **changes) for name in ("cpu", "cuda"))
+    cpu, gpu = (run_task("needle", tmp_path / name, device=name, **changes) for name in ("cpu", "cuda"))
     assert contenders(gpu) == contenders(cpu) == {"full", *named}
     for mine, theirs in zip(gpu["rows"], cpu["rows"], strict=True):
         packed = mine["kind"] == "quantised" or "bit" in mine["contender"]  # a rounding that falls the other way

@@ -52,12 +52,14 @@ def test_memory_alone_needs_no_model_and_gives_nominal_and_stored_ratios(
 
 def test_a_model_is_measured(tmp_path: Path, tiny_backbone: Path, texts: Path) -> None:
     sources = json.dumps([{"name": "mine", "path": str(texts)}])
-    arguments = ["--baselines", "FP16", "INT8", "INT4", "--num-prompts", "2", "--tokens", "128"]
+    arguments = ["--baselines", "FP16", "INT8", "INT4", "KIVI4", "SmartKV", "--num-prompts", "2", "--tokens", "256"]
+    arguments += ["--residual", "64", "--budget", "0.6"]
     written = ["--out", str(tmp_path), "--experiment-id", "mine"]
     main(["baselines", "--model", str(tiny_backbone), *arguments, "--sources", sources, *written])
     found = json.loads((tmp_path / "mine.json").read_text())["baselines"]
     for key in ("error_key", "error_value", "error_output"):
         assert found["FP16"][key] < found["INT8"][key] < found["INT4"][key] < 0.5
+        assert found["FP16"][key] < found["SmartKV"][key] < found["INT4"][key] and 0 < found["KIVI4"][key] < 0.5
     for row in found.values():
         assert row["encode_ms"] > 0 and row["decode_ms"] > 0 and row["step_ms"] > 0
         assert row["perplexity"] == pytest.approx(row["perplexity_exact"], rel=0.1)
@@ -129,12 +131,20 @@ def test_the_old_names_answer(command: list[str], tmp_path: Path) -> None:
         (["--baselines", "INT5"], "there are no baselines ['INT5']"),
         (["--num-prompts", "0"], "num_prompts must be at least 1"),
         (["--model", "no/such"], "could not be loaded"),
+        (["--budget", "0.1", "--memory-only"], "budget"),
+        (["--model", "TINY", "--tokens", "513"], "longer than the model's 512 positions"),
     ],
 )
 def test_mistakes_are_told(
-    changes: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    changes: list[str],
+    says: str,
+    tmp_path: Path,
+    tiny_backbone: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    changes = [str(tiny_backbone) if each == "TINY" else each for each in changes]
     with pytest.raises(SystemExit):
         main(["baselines", "--out", str(tmp_path), *changes])
     assert says in capsys.readouterr().err
