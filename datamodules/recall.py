@@ -40,7 +40,8 @@ def _word(kind: str, split: str, random: np.random.Generator) -> str:
     return str(random.choice([word for number, word in enumerate(TEXTS["words"][kind]) if number % 5 in places]))
 
 
-def _code(split: str, random: np.random.Generator) -> str:
+def draw_code(split: str, random: np.random.Generator) -> str:
+    """Two words, such as falcon-kernel."""
     return f"{_word('word', split, random)}-{_word('word', split, random)}"
 
 
@@ -50,7 +51,7 @@ def slots(split: str, random: np.random.Generator) -> dict[str, str]:
     month = random.choice(TEXTS["words"]["month"])
     return {kind: _word(kind, split, random) for kind in kinds} | {
         "name": f"{_word('forename', split, random)} {_word('surname', split, random)}",
-        "code": _code(split, random),
+        "code": draw_code(split, random),
         "word": _word("word", split, random),
         "number": str(random.integers(10 ** random.integers(3, 6), 10**6)),
         "phone": f"{random.integers(100, 1000)}-{random.integers(1000, 10000)}",
@@ -74,7 +75,7 @@ def draw_fact(split: str, random: np.random.Generator) -> Fact:
     """A fact of one of the split's forms; or a chain."""
     filled = slots(split, random)
     if random.random() < CHAINED:
-        first, second, third = (_code(split, random) for _ in range(3))
+        first, second, third = (draw_code(split, random) for _ in range(3))
         start, link, question = TEXTS["chains"][split]
         links = [link.format(new=second, old=first), link.format(new=third, old=second)]
         statement = " ".join([start.format(new=first, number=filled["number"]), *links])

@@ -18,6 +18,7 @@ from smartkv.shards import SPLITS
 DATA_VARIABLE = "SMARTKV_DATA"
 ORIGINS = ("local", "hub", "builtin")
 RECALL = "recall"
+LISTS = "lists"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class SourceConfig:
 
     Args:
         name: pg19, gsm8k, math500, aime24, c4, fineweb_edu or builtin; recall: facts in the text of pg19 (or of `path`)
-            that are asked for later (see `datamodules.recall`); any other name goes with `path`.
+            that are asked for later (see `datamodules.recall`); lists: drawn texts in which every line may be asked for
+            (see `datamodules.lists`); any other name goes with `path`.
         weight: share of the windows, relative to the other sources.
         origins: where to take it from, in order of preference: local ($SMARTKV_DATA), hub, builtin (the prose that
             Python itself ships). The first that can be had is used, and said; if none can, the run stops.
@@ -58,8 +60,8 @@ class SourceConfig:
         """
         if self.weight <= 0:
             raise SmartKVError(f"source '{self.name}': weight must be above 0, got {self.weight}")
-        if self.path is None and self.name not in (*KNOWN, RECALL):
-            names = ", ".join((*KNOWN, RECALL))
+        if self.path is None and self.name not in (*KNOWN, RECALL, LISTS):
+            names = ", ".join((*KNOWN, RECALL, LISTS))
             raise SmartKVError(f"source '{self.name}' is unknown: expected {names}, or give it a path")
         for origin in self.origins:
             if origin not in ORIGINS:
@@ -169,6 +171,10 @@ def resolve(config: SourceConfig, say: Callable[[str], None]) -> Source:
         return Source(config.name, config.weight, "local", lambda split: _own_texts(path, split))
     if config.name == "builtin":
         return Source("builtin", config.weight, "builtin", _builtin)
+    if config.name == LISTS:
+        from datamodules import lists  # which needs documents
+
+        return Source(LISTS, config.weight, "drawn", lists.documents)
     known, reasons = KNOWN[config.name], []
     for origin in config.origins:
         try:
