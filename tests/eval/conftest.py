@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from eval.__main__ import main
-from smartkv import GateBank, load_backbone
 from tests.eval.task_fixtures import lm, long_backbone, long_gates, long_texts, run_task  # noqa: F401
 from tests.lightning_fixtures import write_texts
+from tests.models import save_random_gates
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
@@ -27,10 +26,7 @@ def train_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def random_gates(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("gates")
-    GateBank(load_backbone(str(tiny_backbone)).fingerprint).save_pretrained(folder)
-    return folder
+    return save_random_gates(tiny_backbone, tmp_path_factory.mktemp("gates"))
 
 
 @pytest.fixture(scope="session")

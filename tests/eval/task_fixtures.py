@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from eval.__main__ import main
-from smartkv import GateBank, load_backbone
+from smartkv import load_backbone
 from tests.eval.test_ruler_tasks import many_words
-from tests.models import save_tiny_backbone
+from tests.models import save_random_gates, save_tiny_backbone
 
 
 def contenders(found: dict[str, Any]) -> set[str]:
@@ -29,10 +28,7 @@ def long_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def long_gates(tmp_path_factory: pytest.TempPathFactory, long_backbone: Path) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("gates")
-    GateBank(load_backbone(str(long_backbone)).fingerprint).save_pretrained(folder)
-    return folder
+    return save_random_gates(long_backbone, tmp_path_factory.mktemp("gates"))
 
 
 @pytest.fixture(scope="session")
