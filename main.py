@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, get_args, get_type_hints
@@ -47,7 +48,7 @@ class CLI(LightningCLI):
         super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
-        _refuse_nulls("", self.config[self.subcommand])
+        _refuse_misfits("", self.config[self.subcommand])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -67,11 +68,11 @@ class CLI(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
 
 
-def _refuse_nulls(name: str, content: Any) -> None:
-    """jsonargparse takes null for a class's setting of any type, and the class would trip over it."""
+def _refuse_misfits(name: str, content: Any) -> None:
+    """jsonargparse takes null for a class's setting of any type, and anything for a group of settings."""
     if isinstance(content, list):
         for part in content:
-            _refuse_nulls(name, part)
+            _refuse_misfits(name, part)
     if not isinstance(content, Namespace):
         return
     if "class_path" in content and content.get("init_args"):
@@ -81,8 +82,11 @@ def _refuse_nulls(name: str, content: Any) -> None:
         for key, value in vars(content.init_args).items():
             if value is None and key in hints and type(None) not in get_args(hints[key]):
                 raise SmartKVError(f"{name}.{key} must not be null".lstrip("."))
+            if is_dataclass(hints.get(key)) and not isinstance(value, Namespace):
+                keys = ", ".join(field.name for field in fields(hints[key]))
+                raise SmartKVError(f"{name}.{key} must have keys of its own ({keys}), not be {value!r}".lstrip("."))
     for key, value in vars(content).items():
-        _refuse_nulls(name if key == "init_args" else f"{name}.{key}".lstrip("."), value)
+        _refuse_misfits(name if key == "init_args" else f"{name}.{key}".lstrip("."), value)
 
 
 def main(args: list[str] | None = None) -> None:

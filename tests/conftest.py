@@ -38,6 +38,12 @@ print(json.dumps({"imported": names, "roots": roots}))
 """
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Whatever an earlier test left: a forked process that computes with more than one hangs, if its parent did so."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that `load_backbone` takes: a tiny Llama of 512 positions with a byte-level tokenizer."""

@@ -131,3 +131,12 @@ def test_a_misspelt_setting_is_named(
 ) -> None:
     config = harvest_config_at(tmp_path / "out", tiny_backbone, tiny_texts, model={"folow_up": 16})
     assert "folow_up" in refused(capsys, "predict", "-c", config, status=None)
+
+
+@pytest.mark.parametrize("value", [False, 3, []])
+def test_one_value_where_there_are_several_settings_is_refused(
+    tmp_path: Path, tiny_backbone: Path, tiny_texts: Path, capsys: pytest.CaptureFixture[str], value: object
+) -> None:
+    config = harvest_config_at(tmp_path / "out", tiny_backbone, tiny_texts, data={"windows": value})
+    said = error_line(refused(capsys, "predict", "-c", config))
+    assert f"data.windows must have keys of its own (train, validation, test), not be {value}" in said

@@ -10,6 +10,8 @@ from typing import Any
 
 from tests.lightning_fixtures import run_cli
 
+LONGEST = 600  # seconds of a run on tiny models; one that takes longer hangs
+
 
 @dataclass
 class Log:
@@ -35,12 +37,18 @@ def _start(run: Callable[[], None]) -> Any:
     return process
 
 
+def _end_well(process: Any) -> None:
+    process.join(LONGEST)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"a run was not done after {LONGEST} s")
+    assert process.exitcode == 0, "a run failed"
+
+
 def seconds(run: Callable[[], None]) -> float:
     """Of an uninterrupted run, which must end well."""
     begin = time.monotonic()
-    process = _start(run)
-    process.join()
-    assert process.exitcode == 0
+    _end_well(_start(run))
     return time.monotonic() - begin
 
 
@@ -63,9 +71,7 @@ def killed_until_done(run: Callable[[], None], whole: float, most: int, random_:
         process.kill()
         process.join()
         log.kills.append(moment)
-    process = _start(run)
-    process.join()
-    assert process.exitcode == 0, "a run that goes on after a kill failed"
+    _end_well(_start(run))
 
 
 def cli(*args: str | Path) -> Callable[[], None]:
