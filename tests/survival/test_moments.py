@@ -64,10 +64,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_fit_that_dies_goes_on_to_the_same_weights(hook: str, whole: Path, tmp_path: Path, tiny_shards: Path) -> None:
+    """At the first and the last call of an epoch's, and at the first of the next."""
     want = last(whole)
     steps = want["global_step"] // EPOCHS
     often = "batch" in hook or "save" in hook
-    for number in (0, steps - 1, steps, steps + 1, 2 * steps - 1, 2 * steps) if often else range(EPOCHS):
+    for number in (0, steps - 1, steps) if often else (0, 1):
         goes_on_to(want, tmp_path / str(number), tiny_shards, [(hook, number)])
 
 
