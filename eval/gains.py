@@ -186,22 +186,29 @@ def _table(found: list[Gain], reference: str) -> Table:
 
 
 def _picture(found: list[Gain]) -> Figure:
-    """A group of bars for each policy: the cost before, and after each training."""
+    """What is left of the cost before, by policy and run, with its interval; no bar where nothing was lost before."""
     groups = list(dict.fromkeys((g.text, g.contender, g.target) for g in found))
     runs = list(dict.fromkeys(g.run for g in found))
-    figure = Figure(figsize=(max(6.0, 1.4 * len(groups) + 2), 4.2), layout="constrained")
-    axes, width = figure.add_subplot(), 0.8 / (len(runs) + 1)
-    for place, group in enumerate(groups):
-        here = [g for g in found if (g.text, g.contender, g.target) == group]
-        axes.bar(place, here[0].cost_before, width, color="#999999", label=None if place else "before")
-        for gain in here:
-            number = runs.index(gain.run) + 1
-            colour = COLOURS[(number - 1) % len(COLOURS)]
-            axes.bar(place + number * width, gain.cost, width, color=colour, label=None if place else gain.run)
-    middle = 0.4 - width / 2
-    names = [f"{contender} {target:g}\n{text}" for text, contender, target in groups]
-    axes.set_xticks([place + middle for place in range(len(groups))], names, fontsize=8)
-    axes.set_ylabel("cost of eviction, nats a token")
-    axes.set_xlabel("policy and footprint")
-    axes.legend(fontsize=8)
+    short = [Path(run).name for run in runs]
+    figure = Figure(figsize=(max(6.0, 0.5 * len(groups) * len(runs) + 2), 4.2), layout="constrained")
+    axes, width = figure.add_subplot(), 0.8 / len(runs)
+    axes.axhline(100, color="#555555", linestyle=":", label="before")
+    for gain in found:
+        if gain.fall is None or gain.interval is None:
+            continue
+        number, group = runs.index(gain.run), groups.index((gain.text, gain.contender, gain.target))
+        left, (most, least) = 100 * (1 - gain.fall), (100 * (1 - fall) for fall in gain.interval)
+        name = short[number] if len(set(short)) == len(short) else gain.run
+        bar = {"color": COLOURS[number % len(COLOURS)], "label": name, "yerr": [[left - least], [most - left]]}
+        axes.bar(group + (number + 0.5) * width - 0.4, left, 0.9 * width, capsize=3, **bar)
+    costs = {(g.text, g.contender, g.target): g.cost_before for g in found}
+    names = [
+        f"{contender} {target:g}\n{text}\nbefore: {costs[text, contender, target]:.4f}"
+        for text, contender, target in groups
+    ]
+    axes.set_xticks(range(len(groups)), names, fontsize=8)
+    axes.set_ylabel("what is left of the cost of eviction, %")
+    axes.set_xlabel("policy and footprint, text, cost before in nats a token")
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one for each run
+    axes.legend(handles.values(), handles.keys(), fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
