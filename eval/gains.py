@@ -26,6 +26,7 @@ class Gain:
 
     Attributes:
         footprint, footprint_before: measured; a price is solved on each model's own keys.
+        nll, nll_before: under eviction, nats a token. A cost also falls where a model reads worse with all its keys.
         cost, cost_before: NLL under eviction less NLL with a full cache, of the same model, nats a token.
         change: cost − cost_before; change_interval: 95 %, bootstrap over documents.
         fall: share of the cost before that is gone; interval: 95 %, bootstrap over documents. None where the cost
@@ -38,6 +39,8 @@ class Gain:
     target: float
     footprint: float
     footprint_before: float
+    nll: float
+    nll_before: float
     cost: float
     cost_before: float
     change: float
@@ -83,7 +86,7 @@ UNITS = {
     "cost, cost_before": "NLL under eviction − NLL with a full cache, of the same model, nats a token",
     "change": "cost − cost_before; change_interval: 95 %, bootstrap over documents",
     "fall": "1 − cost ÷ cost_before; interval: 95 %, bootstrap over documents; null where cost_before is not above 0",
-    "nll, nll_before": "nats a token with a full cache",
+    "nll, nll_before": "nats a token; of full: with a full cache, of gains: under eviction",
 }
 
 
@@ -122,6 +125,7 @@ def _gains(folder: str, before: dict[str, Any], after: dict[str, Any]) -> list[G
             if other is None:
                 continue
             mine, theirs = (_over(each["delta_nll_window"]) for each in (figures, other))
+            wholes = [float(_over(each["full"]["texts"][text]["nll_window"]).mean()) for each in (after, before)]
             owners = before["arguments"]["texts"][text]["documents"]
 
             def fall(weight: Tensor, mine: Tensor = mine, theirs: Tensor = theirs) -> Tensor:
@@ -140,6 +144,8 @@ def _gains(folder: str, before: dict[str, Any], after: dict[str, Any]) -> list[G
                     target=row["target"],
                     footprint=figures["footprint"],
                     footprint_before=other["footprint"],
+                    nll=wholes[0] + float(mine.mean()),
+                    nll_before=wholes[1] + float(theirs.mean()),
                     cost=float(mine.mean()),
                     cost_before=float(theirs.mean()),
                     change=float((mine - theirs).mean()),
@@ -170,7 +176,17 @@ def _full_table(changes: list[dict[str, Any]]) -> Table:
 
 def _table(found: list[Gain], reference: str) -> Table:
     table = Table(title=f"what eviction costs, nats a token; before: {reference}")
-    for name in ("run", "text", "policy", "footprint", "cost before", "cost", "change (95 %)", "fall (95 %)"):
+    for name in (
+        "run",
+        "text",
+        "policy",
+        "footprint",
+        "NLL before, after",
+        "cost before",
+        "cost",
+        "change (95 %)",
+        "fall (95 %)",
+    ):
         table.add_column(name, justify="left" if name in ("run", "text", "policy") else "right")
     for number, gain in enumerate(found):
         if number and found[number - 1].run != gain.run:
@@ -180,7 +196,7 @@ def _table(found: list[Gain], reference: str) -> Table:
         change, fall = f"{gain.change:+.4f} ({low:+.4f} to {high:+.4f})", "–"
         if gain.fall is not None and gain.interval is not None:
             fall = f"{gain.fall:.0%} ({gain.interval[0]:.0%} to {gain.interval[1]:.0%})"
-        costs = f"{gain.cost_before:.4f}", f"{gain.cost:.4f}"
+        costs = f"{gain.nll_before:.4f}, {gain.nll:.4f}", f"{gain.cost_before:.4f}", f"{gain.cost:.4f}"
         table.add_row(gain.run, gain.text, f"{gain.contender} {gain.target:g}", footprints, *costs, change, fall)
     return table
 

@@ -57,6 +57,8 @@ def test_the_fall_is_that_of_the_mean_cost_and_the_full_cache_is_paired(runs: di
     assert falls["tuned", "window"]["fall"] == pytest.approx(0.5)
     assert falls["tuned", "window"]["interval"] == pytest.approx([0.5, 0.5])  # of every window it is a half
     assert falls["tuned", "gates"]["fall"] == pytest.approx(-0.5) and falls["plain", "gates"]["fall"] == 0
+    assert falls["tuned", "window"]["nll_before"] == pytest.approx(3.15 + 0.2)
+    assert falls["tuned", "window"]["nll"] == pytest.approx(3.16 + 0.1)
     change = {Path(each["run"]).name: each["change"] for each in found["full"]}
     assert change == {"plain": pytest.approx(-0.1), "tuned": pytest.approx(0.01)}
 
