@@ -37,18 +37,20 @@ def _start(run: Callable[[], None]) -> Any:
     return process
 
 
-def _end_well(process: Any) -> None:
+def exit_status(run: Callable[[], None]) -> int:
+    """Of a run in a process of its own, which must end in time."""
+    process = _start(run)
     process.join(LONGEST)
     if process.exitcode is None:
         process.kill()
         raise AssertionError(f"a run was not done after {LONGEST} s")
-    assert process.exitcode == 0, "a run failed"
+    return int(process.exitcode)
 
 
 def seconds(run: Callable[[], None]) -> float:
     """Of an uninterrupted run, which must end well."""
     begin = time.monotonic()
-    _end_well(_start(run))
+    assert exit_status(run) == 0
     return time.monotonic() - begin
 
 
@@ -71,7 +73,7 @@ def killed_until_done(run: Callable[[], None], whole: float, most: int, random_:
         process.kill()
         process.join()
         log.kills.append(moment)
-    _end_well(_start(run))
+    assert exit_status(run) == 0, "a run that goes on after a kill failed"
 
 
 def cli(*args: str | Path) -> Callable[[], None]:

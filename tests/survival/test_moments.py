@@ -1,6 +1,5 @@
 """A fit that dies at given moments, whichever they are, goes on to the weights of one that did not."""
 
-import multiprocessing
 import os
 import random
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import torch
 
 from lightning_modules.gates import LifespanGates
 from tests.lightning_fixtures import gates_config, run_cli, write_config
+from tests.survival.killing import exit_status
 
 HOOKS = (
     "on_train_epoch_start",
@@ -44,10 +44,7 @@ def fit(root: Path, shards: Path, dies: tuple[str, int] | None = None) -> None:
         config = gates_config(shards, root, trainer={"max_epochs": EPOCHS}, callbacks=[checkpoints])
         run_cli("fit", "-c", write_config(root / "run.yaml", config), "--ckpt_path", "last")
 
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join()
-    assert process.exitcode in ((DIED, 0) if dies else (0,))  # 0: there are no so many calls
+    assert exit_status(run) in ((DIED, 0) if dies else (0,))  # 0: there are no so many calls
 
 
 def last(root: Path) -> dict[str, Any]:
@@ -63,12 +60,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("hook", HOOKS)
-def test_a_fit_that_dies_goes_on_to_the_same_weights(hook: str, whole: Path, tmp_path: Path, tiny_shards: Path) -> None:
-    """At the first and the last call of an epoch's, and at the first of the next."""
+@pytest.mark.parametrize("early", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["early", "late"])
+def test_a_fit_that_dies_goes_on_to_the_same_weights(
+    early: bool, hook: str, whole: Path, tmp_path: Path, tiny_shards: Path
+) -> None:
+    """Early: at the first and the last call of the first epoch, and at the first of the next. Late: at later ones."""
     want = last(whole)
     steps = want["global_step"] // EPOCHS
-    often = "batch" in hook or "save" in hook
-    for number in (0, steps - 1, steps) if often else (0, 1):
+    if "batch" in hook or "save" in hook:
+        calls = (0, steps - 1, steps) if early else (steps + 1, 2 * steps - 1, 2 * steps)
+    else:
+        calls = (0, 1) if early else (2,)
+    for number in calls:
         goes_on_to(want, tmp_path / str(number), tiny_shards, [(hook, number)])
 
 
