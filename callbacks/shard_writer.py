@@ -9,9 +9,11 @@ import transformers
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from datamodules.documents import DocumentWindows, WindowRun
+from datamodules.documents import DocumentWindows
+from datamodules.window_plan import WindowRun
 from lightning_modules.harvest import Harvest
-from smartkv.shards import Manifest, ShardEntry, entry_of, write_shard
+from smartkv.shard_files import write_shard
+from smartkv.shards import Manifest
 
 
 class ShardWriter(BasePredictionWriter):
@@ -59,13 +61,6 @@ def _left(data: DocumentWindows) -> int:
     return sum(not (data.out / run.file).exists() for run in data.runs)
 
 
-def _entry(data: DocumentWindows, run: WindowRun) -> ShardEntry:
-    """Of a shard that was not made now, what the manifest said: `data` have held it beside the file."""
-    if run not in data.todo and (entry := data.recorded.get(run.file)) is not None:
-        return entry
-    return entry_of(data.out / run.file, run.split, run.windows, run.windows * data.window)
-
-
 def _manifest(module: Harvest, data: DocumentWindows) -> Manifest:
     versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
     return Manifest(
@@ -77,5 +72,5 @@ def _manifest(module: Harvest, data: DocumentWindows) -> Manifest:
         sources=data.plan.sources,
         documents=data.plan.documents,
         arguments={**data.arguments, **module.arguments, "versions": versions},
-        shards=[_entry(data, run) for run in data.runs],
+        shards=[data.entries.get(run.file) or data.entry(run) for run in data.runs],
     )

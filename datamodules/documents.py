@@ -4,30 +4,30 @@
 process and every later run works on the same ones.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from safetensors.torch import save
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.packing import Packer, Window, shares
 from datamodules.processes import process_of
 from datamodules.recall import RecallPacker
 from datamodules.sources import Source, SourceConfig, resolve
+from datamodules.window_plan import WindowPlan, WindowRun, WindowRuns, shard_runs
 from smartkv import backbones
 from smartkv.errors import SmartKVError
-from smartkv.files import write_atomically
-from smartkv.shards import SPLITS, DamagedFile, ShardEntry, entry_of, open_tensors, read_header, recorded_shards
+from smartkv.shard_files import DamagedFile, digests, open_tensors, read_header, write_shard
+from smartkv.shards import SPLITS, ShardEntry, entry_of, recorded_shards
 
 PLAN = "windows.safetensors"
+MISSING, DAMAGED = "missing", "damaged"
+OTHER_WINDOWS = "of other windows than planned"
+NO_DIGEST = "of an earlier version, in no manifest, and without a digest to be checked by"
 
 
 @dataclass
@@ -37,38 +37,6 @@ class WindowCounts:
     train: int = 64
     validation: int = 16
     test: int = 0
-
-
-@dataclass(frozen=True)
-class WindowPlan:
-    """All windows of a run.
-
-    Attributes:
-        tokens: int32 `[windows, window]`.
-        document: int32 `[windows, window]`, index into `documents`.
-        split: int32 `[windows]`, index into `SPLITS`; ascending, so that a shard holds one split.
-        documents: "source/id" of each document.
-        sources: name, origin, and windows by split of each source.
-    """
-
-    tokens: Tensor
-    document: Tensor
-    split: Tensor
-    documents: list[str]
-    sources: list[dict[str, Any]]
-
-    @property
-    def digest(self) -> str:
-        """Of all tokens."""
-        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:16]
-
-    def of_split(self, split: str) -> Tensor:
-        """The tokens of one split's windows, `[windows, window]`."""
-        return self.tokens[self.split == SPLITS.index(split)]
-
-    def documents_of_split(self, split: str) -> list[int]:
-        """The document that each of one split's windows begins with, an index into `documents`."""
-        return self.document[self.split == SPLITS.index(split), 0].tolist()
 
 
 def check_counts(counts: dict[str, Any]) -> None:
@@ -161,44 +129,6 @@ def _seed(seed: int, split: int, source: int) -> list[int]:
     return [seed, split, source + 1]
 
 
-class WindowRuns(Sequence):
-    """Item = the windows of one shard, so that however shards are dealt to processes, each is made by one."""
-
-    def __init__(self, plan: WindowPlan, runs: list["WindowRun"]) -> None:
-        self.plan, self.runs = plan, runs
-
-    def __len__(self) -> int:
-        return len(self.runs)
-
-    def __getitem__(self, index: int) -> "WindowRun":
-        run = self.runs[index]
-        here = slice(run.first, run.first + run.windows)
-        return WindowRun(run.file, run.split, run.first, run.windows, self.plan.tokens[here], self.plan.document[here])
-
-
-@dataclass  # not frozen: Lightning refuses frozen ones in batches
-class WindowRun:
-    """A run of whole windows: the content of one shard. `tokens`, `document`: int32 `[windows, window]`."""
-
-    file: str
-    split: str
-    first: int
-    windows: int
-    tokens: Tensor | None = field(default=None, compare=False)
-    document: Tensor | None = field(default=None, compare=False)
-
-
-def shard_runs(plan: WindowPlan, windows_per_shard: int) -> list[WindowRun]:
-    """Cut the plan into shards, each of one split."""
-    runs = []
-    for index, split in enumerate(SPLITS):
-        places = (plan.split == index).nonzero().flatten().tolist()
-        for number, start in enumerate(range(0, len(places), windows_per_shard)):
-            chosen = places[start : start + windows_per_shard]
-            runs.append(WindowRun(f"{split}-{number:05d}.safetensors", split, chosen[0], len(chosen)))
-    return runs
-
-
 class DocumentWindows(L.LightningDataModule):
     """Windows of a weighted mix of texts, for `predict`.
 
@@ -233,7 +163,8 @@ class DocumentWindows(L.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards to do than processes
         self.plan: WindowPlan | None = None
         self.runs: list[WindowRun] = []
-        self.recorded: dict[str, ShardEntry] = {}
+        self.faults: dict[str, str] = {}  # by file, of the shards that this run makes
+        self.entries: dict[str, ShardEntry] = {}  # by file, of those that an earlier manifest vouches for
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -246,8 +177,7 @@ class DocumentWindows(L.LightningDataModule):
         if self.windows_per_shard < 1:
             raise SmartKVError(f"windows_per_shard must be at least 1, got {self.windows_per_shard}")
         path = self.out / PLAN
-        if path.exists():
-            there = read_header(path)["arguments"]
+        if path.exists() and (there := _arguments_of(path)) is not None:
             if there == self.arguments:
                 return
             if any(self.out.glob("*-*.safetensors")):  # a plan without shards is no loss
@@ -262,34 +192,56 @@ class DocumentWindows(L.LightningDataModule):
         tokenizer = backbones.load_tokenizer(self.backbone, self.trust_remote_code)
         plan = plan_windows(self.sources, self.counts, tokenizer, self.window, self.windows_per_document, self.seed)
         header = {"arguments": self.arguments, "documents": plan.documents, "sources": plan.sources}
-        tensors = {"tokens": plan.tokens, "document": plan.document, "split": plan.split}
-        write_atomically(path, save(tensors, metadata={"smartkv": json.dumps(header, sort_keys=True)}))
+        write_shard(path, {"tokens": plan.tokens, "document": plan.document, "split": plan.split}, header)
 
     def setup(self, stage: str) -> None:
         self.plan = read_plan(self.out)
         self.runs = shard_runs(self.plan, self.windows_per_shard)
-        self.recorded = recorded_shards(self.out)
+        self.entries = {}
         # one process decides what is still to do: others may already be writing when the last one looks
-        first = self.trainer is None or self.trainer.is_global_zero
-        missing = [run for run in self.runs if not self._is_whole(run)] if first else []
-        self.todo = missing if self.trainer is None else self.trainer.strategy.broadcast(missing)
+        faults = self._faults() if self.trainer is None or self.trainer.is_global_zero else {}
+        self.faults = faults if self.trainer is None else self.trainer.strategy.broadcast(faults)
+        self.todo = [run for run in self.runs if run.file in self.faults]
 
-    def _is_whole(self, run: WindowRun) -> bool:
-        """Whether a shard is there as it was made: one that is truncated, or another than a finished harvest's manifest
-        says, is made again.
+    def _faults(self) -> dict[str, str]:
+        """Of each shard that is to be made, what is wrong with its file."""
+        recorded = recorded_shards(self.out)
+        found = {run.file: self._fault(run, recorded.get(run.file)) for run in WindowRuns(self.plan, self.runs)}
+        return {file: fault for file, fault in found.items() if fault is not None}
+
+    def _fault(self, run: WindowRun, recorded: ShardEntry | None) -> str | None:
+        """What is wrong with a shard; None: its content is what was written, and its windows are those of the plan.
+
+        Args:
+            recorded: what an earlier manifest says of it: of content and not of windows, it may list a foreign shard.
 
         Raises:
             SmartKVError: a file of that name that is none of ours, or that cannot be read.
         """
         path = self.out / run.file
         if not path.exists():
-            return False
+            return MISSING
+        entry = self.entry(run) if recorded else None
+        vouched = entry is not None and entry.sha256 == recorded.sha256
         try:
-            read_header(path)
+            if not vouched:
+                said, held = digests(path)
+                if said != held:
+                    return DAMAGED if said or recorded else NO_DIGEST
+            with open_tensors(path) as file:
+                names = set(file.keys())
+                same = (n in names and torch.equal(file.get_tensor(n), t) for n, t in run.tensors().items())
+                if not all(same):
+                    return OTHER_WINDOWS
         except DamagedFile:
-            return False
-        entry = self.recorded.get(run.file)
-        return entry is None or entry_of(path, entry.split, entry.windows, entry.tokens) == entry
+            return DAMAGED
+        if vouched:
+            self.entries[run.file] = entry
+        return None
+
+    def entry(self, run: WindowRun) -> ShardEntry:
+        """The manifest's line for a shard that is there."""
+        return entry_of(self.out / run.file, run.split, run.windows, run.windows * self.window)
 
     def check_shards(self, header: dict[str, Any]) -> None:
         """Refuse to add to shards that were made with other settings or another model.
@@ -301,18 +253,45 @@ class DocumentWindows(L.LightningDataModule):
             SmartKVError: naming the shard and what differs.
         """
         for run in self.runs:
+            if run in self.todo:
+                continue
             path = self.out / run.file
-            if run not in self.todo and (there := read_header(path)) != header:
-                changed = sorted(key for key in header if there.get(key) != header[key])
+            there = {"sinks": header["sinks"]} | read_header(path)
+            if changed := sorted(key for key in header if there.get(key) != header[key]):
                 raise SmartKVError(
                     f"{path} was harvested with other settings (it differs in {', '.join(changed)}): "
                     "give another 'out', or delete that folder"
                 )
 
+    def clear_away(self) -> None:
+        """Delete the shards that are made again, and say so. Left there, they would pass for made after a run that is
+        limited to a few batches."""
+        if self.trainer.is_global_zero:
+            for fault in (DAMAGED, OTHER_WINDOWS, NO_DIGEST):
+                files = [file for file, found in self.faults.items() if found == fault]
+                for file in files:
+                    (self.out / file).unlink(missing_ok=True)
+                if files:
+                    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+                    print(f"made again in {self.out}: {', '.join(files[:3])}{more} ({fault})")
+        self.trainer.strategy.barrier("faulty shards are deleted")  # before another process has made them anew
+
     def predict_dataloader(self) -> WindowRuns:
         """This process's shards. Dealt here and not by the Trainer's sampler, which wants one for every process."""
         rank, world_size = process_of(self.trainer)
         return WindowRuns(self.plan, self.todo[rank::world_size])
+
+
+def _arguments_of(path: Path) -> dict[str, Any] | None:
+    """What a plan was made with; None, and a word to the user, if it is damaged: it is made anew then."""
+    try:
+        said, held = digests(path)
+        if said in (None, held):
+            return read_header(path)["arguments"]
+    except DamagedFile:
+        pass
+    print(f"{path} is damaged: it is made again")
+    return None
 
 
 def read_plan(folder: Path) -> WindowPlan:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.documents import WindowPlan, read_plan
+from datamodules.documents import read_plan
 from datamodules.processes import check_resumed, process_of
+from datamodules.window_plan import WindowPlan
 from smartkv.errors import SmartKVError
 from smartkv.gates import format_layers
 from smartkv.objectives import Labels

@@ -14,11 +14,12 @@ import lightning as L
 import torch
 from rich.progress import track
 
-from datamodules.documents import WindowCounts, WindowPlan, check_counts, plan_windows
+from datamodules.documents import WindowCounts, check_counts, plan_windows
 from datamodules.lifespan_shards import BlockLoader, BlockReader, KeyBatch, Resumable
 from datamodules.processes import check_resumed, process_of
 from datamodules.replay import Replay
 from datamodules.sources import SourceConfig
+from datamodules.window_plan import WindowPlan
 from smartkv import backbones
 from smartkv.backbones import Backbone, load_backbone
 from smartkv.errors import SmartKVError

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.documents import WindowCounts, WindowPlan, check_counts, plan_windows
+from datamodules.documents import WindowCounts, check_counts, plan_windows
 from datamodules.lifespan_shards import BlockLoader
 from datamodules.processes import check_resumed, process_of
 from datamodules.sources import SourceConfig
+from datamodules.window_plan import WindowPlan
 from smartkv import backbones
 from smartkv.errors import SmartKVError
 from smartkv.shards import Block

@@ -28,7 +28,8 @@ from smartkv.backbones import Fingerprint
 from smartkv.errors import SmartKVError
 from smartkv.lifespans import LabelSpec
 from smartkv.rows import LabelledRows
-from smartkv.shards import SPLITS, Manifest, entry_of, shard_header, write_shard
+from smartkv.shard_files import write_shard
+from smartkv.shards import SPLITS, Manifest, entry_of, shard_header
 
 SINKS, HIDDEN = 4, 64
 SIZES = {  # layers, KV heads, head_dim
@@ -131,7 +132,7 @@ def made_shards(folder: Path, layers: int, kv_heads: int, head_dim: int, window:
             "split": torch.full((window,), SPLITS.index(split), dtype=torch.int32),
         }
         path = folder / f"{split}-{number:05d}.safetensors"
-        write_shard(path, tensors, shard_header(fingerprint, spec, window))
+        write_shard(path, tensors, shard_header(fingerprint, spec, window, SINKS))
         entries.append(entry_of(path, split, 1, window))
     documents = [f"made/{number}" for number in range(windows + 1)]
     Manifest(folder, fingerprint, spec, window, SINKS, [], documents, {"backbone": "made"}, entries).write()

@@ -7,12 +7,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from datamodules.documents import WindowRun
+from datamodules.window_plan import WindowRun
 from smartkv import backbones
 from smartkv.backbones import Backbone, load_backbone
 from smartkv.errors import SmartKVError
 from smartkv.lifespans import LabelSpec, check_window, label_window
-from smartkv.shards import SPLITS, shard_header
+from smartkv.shards import shard_header
 
 
 class Harvest(L.LightningModule):
@@ -65,7 +65,7 @@ class Harvest(L.LightningModule):
     @property
     def header(self) -> dict[str, Any]:
         """The metadata of every shard of this run, as JSON gives it back."""
-        own = shard_header(self.lm.fingerprint, self.spec, self.trainer.datamodule.window)
+        own = shard_header(self.lm.fingerprint, self.spec, self.trainer.datamodule.window, self.sinks)
         return own | {"arguments": self.arguments}
 
     def setup(self, stage: str) -> None:
@@ -89,19 +89,16 @@ class Harvest(L.LightningModule):
             self.frozen.append(load_backbone(self.backbone, self.dtype_name, device, **options))
         check_window(self.lm.model, data.window)
         data.check_shards(self.header)
+        data.clear_away()
 
     def predict_step(self, run: WindowRun, batch_idx: int) -> dict[str, Tensor]:
         """The tensors of one shard (see `smartkv.shards`), all its windows one after another."""
         windows = [label_window(self.lm.model, tokens, self.spec, self.post_rope) for tokens in run.tokens]
-        count, length = run.tokens.shape
         shard = {
             "keys": torch.cat([w.keys for w in windows], dim=2),
             "lifespan": torch.cat([w.lifespan for w in windows], dim=3),
             "horizon": torch.cat([w.horizon for w in windows]),
-            "position": torch.arange(length, dtype=torch.int32).repeat(count),
-            "token": run.tokens.flatten(),
-            "document": run.document.flatten(),
-            "split": torch.full((count * length,), SPLITS.index(run.split), dtype=torch.int32),
+            **run.tensors(),
         }
         if self.post_rope:
             shard["keys_post_rope"] = torch.cat([w.keys_post_rope for w in windows], dim=2)

@@ -16,8 +16,8 @@ tensor              dtype   shape                                            mea
 `split`             int32   `[tokens]`                                       index into `SPLITS`
 =================== ======= ================================================ ==========================================
 
-Every file is written under a temporary name, synced and renamed: a file that is there is whole. The manifest is written
-last. Nothing here is ever unpickled.
+Every file is written under a temporary name, synced and renamed: a file that is there is whole, and its header holds a
+digest of its content (`smartkv.shard_files`). The manifest is written last. Nothing here is ever unpickled.
 """
 
 import hashlib
@@ -28,8 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor
 
 from smartkv.backbones import Fingerprint
@@ -37,64 +36,18 @@ from smartkv.checked import flat, kind, number, whole
 from smartkv.errors import SmartKVError
 from smartkv.files import write_atomically
 from smartkv.lifespans import LabelSpec
+from smartkv.shard_files import open_tensors, read_header
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write one shard. Equal tensors and metadata give equal bytes.
-
-    The header holds `metadata` as JSON under the one key `smartkv`: safetensors writes several keys in random order.
-    """
-    header = {"smartkv": json.dumps(metadata, sort_keys=True)}
-    write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=header))
-
-
-def shard_header(fingerprint: Fingerprint, spec: LabelSpec, window: int) -> dict[str, Any]:
-    """What every shard says of itself, as JSON gives it back."""
+def shard_header(fingerprint: Fingerprint, spec: LabelSpec, window: int, sinks: int) -> dict[str, Any]:
+    """What every shard says of itself, as JSON gives it back. (Those of earlier versions do not say their sinks.)"""
     labels = {"thresholds": list(spec.thresholds), "ages": list(spec.ages), "follow_up": spec.follow_up}
-    return {"format_version": FORMAT_VERSION, "fingerprint": asdict(fingerprint), **labels, "window": window}
-
-
-class DamagedFile(SmartKVError):
-    """A file that is there and is not whole."""
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """A shard's metadata.
-
-    Raises:
-        DamagedFile: not whole.
-        SmartKVError: not there, not to be read, or not one of ours.
-    """
-    with open_tensors(path) as file:
-        try:
-            return kind("smartkv", json.loads((file.metadata() or {})["smartkv"]), dict)
-        except (KeyError, ValueError) as error:
-            raise SmartKVError(
-                f"{path} is a safetensors file, but not one that SmartKV wrote: move it away, or take another folder"
-            ) from error
-
-
-def open_tensors(path: Path) -> Any:
-    """An open safetensors file (a context manager).
-
-    Raises:
-        DamagedFile: not whole.
-        SmartKVError: not there, or not to be read.
-    """
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise SmartKVError(f"{path} is missing: run the same harvest again, it makes what is not there") from error
-    except SafetensorError as error:
-        raise DamagedFile(
-            f"{path} is damaged ({error}): run the same harvest again, it makes that file anew"
-        ) from error
-    except OSError as error:  # of the disk, not of the file: it may pass
-        raise SmartKVError(f"{path} could not be read: {error}") from error
+    cut = {"window": window, "sinks": sinks}
+    return {"format_version": FORMAT_VERSION, "fingerprint": asdict(fingerprint), **labels, **cut}
 
 
 @dataclass(frozen=True)
@@ -201,7 +154,8 @@ class Manifest:
                 "run the same harvest again, it makes that file anew"
             )
         fingerprint, tokens = self.fingerprint, self.window * entry.windows
-        there, header = read_header(path), shard_header(fingerprint, self.spec, self.window)
+        header = shard_header(fingerprint, self.spec, self.window, self.sinks)
+        there = {"sinks": self.sinks} | read_header(path)
         said: dict[str, tuple[Any, Any]] = {name: (there.get(name), value) for name, value in header.items()}
         with open_tensors(path) as file:
             held = set(file.keys())

@@ -25,7 +25,8 @@ from datamodules.sources import SourceConfig
 from lightning_modules import Harvest, LifespanGates
 from smartkv.backbones import Fingerprint
 from smartkv.lifespans import LabelSpec
-from smartkv.shards import SPLITS, Manifest, ShardEntry, entry_of, shard_header, write_shard
+from smartkv.shard_files import write_shard
+from smartkv.shards import SPLITS, Manifest, ShardEntry, entry_of, shard_header
 
 ROOT = Path(__file__).parents[1]
 WINDOW, FOLLOW_UP, SINKS = 64, 32, 4
@@ -325,7 +326,7 @@ def write_made_shards(
             if rotated:
                 tensors["keys_post_rope"] = rotated[split][number].half()
             path = folder / f"{split}-{number:05d}.safetensors"
-            write_shard(path, tensors, shard_header(fingerprint, spec, window))
+            write_shard(path, tensors, shard_header(fingerprint, spec, window, sinks))
             entries.append(entry_of(path, split, 1, tokens))
     documents = [f"made/{number}" for number in range(len(entries))]
     Manifest(folder, fingerprint, spec, window, sinks, [], documents, {"backbone": "made"}, entries).write()

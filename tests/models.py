@@ -22,7 +22,8 @@ from transformers import (
 from smartkv.backbones import Fingerprint, load_backbone
 from smartkv.gates import GateBank
 from smartkv.lifespans import LabelSpec
-from smartkv.shards import Manifest, ShardEntry, entry_of, shard_header, write_shard
+from smartkv.shard_files import write_shard
+from smartkv.shards import Manifest, ShardEntry, entry_of, shard_header
 
 SHAPE = {
     "vocab_size": 64,
@@ -179,7 +180,7 @@ def write_tiny_shards(
         path = folder / f"{split}-{number:03d}.safetensors"
         layers, kv_heads, _, head_dim = tensors["keys"].shape
         fingerprint = Fingerprint("llama", layers, kv_heads, head_dim, "0123456789abcdef")
-        write_shard(path, tensors, shard_header(fingerprint, spec, window) | {"number": number})
+        write_shard(path, tensors, shard_header(fingerprint, spec, window, sinks) | {"number": number})
         entries.append(entry_of(path, split, windows, windows * window))
     Manifest(folder, fingerprint, spec, window, sinks, [], ["a", "b"], {"model": "tiny"}, entries).write()
     return Manifest.read(folder)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smartkv.shards import Manifest, entry_of, read_header, write_shard
+from smartkv.shard_files import read_header, write_shard
+from smartkv.shards import Manifest, entry_of
 from tests.lightning_fixtures import (
     ROOT,
     STEPS_AN_EPOCH,

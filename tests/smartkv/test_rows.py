@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from smartkv.errors import SmartKVError
 from smartkv.rows import LabelledRows
-from smartkv.shards import Manifest, write_shard
+from smartkv.shard_files import write_shard
+from smartkv.shards import Manifest
 from tests.models import write_tiny_shards
 
 

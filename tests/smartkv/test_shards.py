@@ -19,14 +19,13 @@ from smartkv.errors import SmartKVError
 from smartkv.files import write_atomically
 from smartkv.head_files import export_heads
 from smartkv.lifespans import LabelSpec, label_window
+from smartkv.shard_files import digests, read_header, write_shard
 from smartkv.shards import (
     Block,
     Manifest,
     ShardEntry,
     ShardReader,
     entry_of,
-    read_header,
-    write_shard,
 )
 from tests.harm import full_disk
 from tests.models import llama, shard_tensors, token_ids, write_tiny_shards
@@ -131,6 +130,20 @@ def test_a_truncated_shard_is_refused_by_name(left: int, shard: Path) -> None:
         read_header(shard)
     with pytest.raises(SmartKVError, match=r"shard\.safetensors is damaged"):
         ShardReader(shard.parent).read(Block(shard.name, 0, 0, 4), "keys")
+
+
+def test_a_flipped_bit_anywhere_is_found(shard: Path) -> None:
+    write_shard(shard, shard_tensors(), {"thresholds": [0.05], "window": 16})
+    whole = shard.read_bytes()
+    for place in range(0, len(whole), 7):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        shard.write_bytes(data)
+        try:
+            said, held = digests(shard)
+            assert said != held, place
+        except SmartKVError:
+            pass
 
 
 def test_a_shard_that_is_missing_is_told_as_missing(shard: Path) -> None:

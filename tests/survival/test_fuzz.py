@@ -15,7 +15,8 @@ from smartkv.backbones import Architecture, Fingerprint
 from smartkv.budgets import policy_of
 from smartkv.cache_files import load_cache, save_cache
 from smartkv.errors import SmartKVError
-from smartkv.shards import MANIFEST, Block, Manifest, ShardReader, read_header
+from smartkv.shard_files import read_header
+from smartkv.shards import MANIFEST, Block, Manifest, ShardReader
 from tests.models import llama, token_ids, write_tiny_shards
 
 MODEL = llama()

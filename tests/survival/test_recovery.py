@@ -16,7 +16,8 @@ from lightning_modules.checkpoint_files import CheckpointFiles, read_checkpoint
 from smartkv.errors import SmartKVError
 from smartkv.files import PART, write_atomically
 from smartkv.folders import LOCK, hold
-from smartkv.shards import MANIFEST, Manifest, entry_of, read_header, write_shard
+from smartkv.shard_files import read_header, write_shard
+from smartkv.shards import MANIFEST, Manifest, entry_of
 from tests.harm import full_disk
 from tests.lightning_fixtures import (
     error_line,
@@ -65,6 +66,7 @@ LIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "ages": lambda manifest: manifest["spec"].update(ages=[3, 5]),
     "follow-up": lambda manifest: manifest["spec"].update(follow_up=7),
     "model": lambda manifest: manifest["fingerprint"].update(weights="another"),
+    "sinks": lambda manifest: manifest.update(sinks=5),
     "split": lambda manifest: manifest["shards"][0].update(split="validation"),
     "no shards": lambda manifest: manifest.update(shards=[]),
 }
@@ -81,6 +83,17 @@ def test_a_manifest_that_says_something_else_than_its_shards_is_refused(
         Manifest.read(copied)
     config = write_config(tmp_path / "fit.yaml", gates_config(copied, tmp_path / "fit"))
     assert "run the same harvest again" in error_line(refused(capsys, "fit", "-c", config))
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_the_same_harvest_sets_such_a_manifest_right(
+    lie: str, copied: Path, tiny_backbone: Path, tiny_texts: Path, tiny_shards: Path
+) -> None:
+    manifest = json.loads((copied / MANIFEST).read_text())
+    LIES[lie](manifest)
+    (copied / MANIFEST).write_text(json.dumps(manifest))
+    harvest_by_trainer(copied, tiny_backbone, tiny_texts)
+    assert (copied / MANIFEST).read_bytes() == (tiny_shards / MANIFEST).read_bytes()
 
 
 @pytest.mark.parametrize("harm", ["split", "header"])
@@ -104,6 +117,104 @@ def test_a_validation_reads_no_damaged_shard(copied: Path, tmp_path: Path, capsy
     flipped(path, 4 * path.stat().st_size)
     config = write_config(tmp_path / "validate.yaml", gates_config(copied, tmp_path / "validate"))
     assert "SHA-256" in error_line(refused(capsys, "validate", "-c", config))
+
+
+# -- shards of a harvest that goes on ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unfinished(copied: Path) -> Path:
+    """As if killed before the manifest: nothing but the shards themselves tells of them."""
+    (copied / MANIFEST).unlink()
+    return copied
+
+
+def test_a_flipped_bit_in_a_shard_of_an_unfinished_harvest_is_not_sealed_into_the_manifest(
+    unfinished: Path, tiny_backbone: Path, tiny_texts: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = unfinished / "train-00001.safetensors"
+    flipped(path, 4 * path.stat().st_size)
+    harvest_by_trainer(unfinished, tiny_backbone, tiny_texts)
+    assert shard_bytes(unfinished) == shard_bytes(tiny_shards)
+    assert (unfinished / MANIFEST).read_bytes() == (tiny_shards / MANIFEST).read_bytes()
+    assert f"made again in {unfinished}: {path.name} (damaged)" in capsys.readouterr().out.splitlines()
+
+
+def test_a_shard_of_another_seed_gives_way_to_our_own(
+    unfinished: Path,
+    tmp_path: Path,
+    tiny_backbone: Path,
+    tiny_texts: Path,
+    tiny_shards: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = harvest_by_trainer(tmp_path / "other", tiny_backbone, tiny_texts, data={"seed": 1})
+    shutil.copy(other / "train-00001.safetensors", unfinished)
+    harvest_by_trainer(unfinished, tiny_backbone, tiny_texts)
+    assert shard_bytes(unfinished) == shard_bytes(tiny_shards)
+    assert "train-00001.safetensors (of other windows than planned)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_shard_of_another_number_of_windows_gives_way_to_our_own(
+    listed: bool, copied: Path, tmp_path: Path, tiny_backbone: Path, tiny_texts: Path, tiny_shards: Path
+) -> None:
+    """Also where an earlier version has listed it in the manifest, which then cannot be read."""
+    more = {"train": 8, "validation": 3}  # the last training shard has two windows, and ours has one
+    other = harvest_by_trainer(tmp_path / "other", tiny_backbone, tiny_texts, windows=more)
+    manifest = Manifest.read(copied)
+    shutil.copy(other / "train-00003.safetensors", copied)
+    if listed:
+        lines = [entry_of(copied / line.file, line.split, line.windows, line.tokens) for line in manifest.shards]
+        replace(manifest, shards=lines).write()
+        with pytest.raises(SmartKVError, match="run the same harvest again"):
+            Manifest.read(copied)
+    else:
+        (copied / MANIFEST).unlink()
+    harvest_by_trainer(copied, tiny_backbone, tiny_texts)
+    assert Manifest.read(copied).shards == Manifest.read(tiny_shards).shards
+    assert shard_bytes(copied) == shard_bytes(tiny_shards)
+
+
+def test_a_run_of_a_few_batches_does_not_pass_off_the_damaged_shards_that_it_did_not_reach(
+    unfinished: Path, tiny_backbone: Path, tiny_texts: Path
+) -> None:
+    for number in (0, 1):
+        path = unfinished / f"train-0000{number}.safetensors"
+        flipped(path, 4 * path.stat().st_size)
+    harvest_by_trainer(unfinished, tiny_backbone, tiny_texts, trainer={"limit_predict_batches": 1})
+    assert not (unfinished / MANIFEST).exists()
+
+
+def of_an_earlier_version(folder: Path) -> None:
+    """All shards as they were written before their headers had a digest and the sinks; and the manifest, if any."""
+    for path in folder.glob("*-*.safetensors"):
+        header = {key: value for key, value in read_header(path).items() if key != "sinks"}
+        save_file(load_file(path), path, {"smartkv": json.dumps(header)})
+    if (folder / MANIFEST).exists():
+        data = json.loads((folder / MANIFEST).read_text())
+        for line in data["shards"]:
+            entry = entry_of(folder / line["file"], line["split"], line["windows"], line["tokens"])
+            line.update(bytes=entry.bytes, sha256=entry.sha256)
+        (folder / MANIFEST).write_text(json.dumps(data))
+
+
+def test_a_finished_harvest_of_an_earlier_version_is_kept_as_it_is(
+    copied: Path, tiny_backbone: Path, tiny_texts: Path
+) -> None:
+    of_an_earlier_version(copied)
+    before, manifest = shard_bytes(copied), Manifest.read(copied)
+    harvest_by_trainer(copied, tiny_backbone, tiny_texts)
+    assert shard_bytes(copied) == before and Manifest.read(copied) == manifest
+
+
+def test_an_unfinished_harvest_of_an_earlier_version_is_made_again(
+    unfinished: Path, tiny_backbone: Path, tiny_texts: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_an_earlier_version(unfinished)
+    harvest_by_trainer(unfinished, tiny_backbone, tiny_texts)
+    assert shard_bytes(unfinished) == shard_bytes(tiny_shards)
+    assert "and 3 more (of an earlier version" in capsys.readouterr().out
 
 
 # -- what killed writers leave ----------------------------------------------------------------------------------------
