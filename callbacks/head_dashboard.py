@@ -1,6 +1,7 @@
 """What TensorBoard shows of the heads, and the table at the end of a fit."""
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from rich.table import Table
 from callbacks.console import make_console
 from callbacks.pictures import heads_heatmap, predicted_against_true
 from datamodules.lifespan_shards import LifespanShards
+from datamodules.processes import add_up, process_of
 from lightning_modules.gates import LifespanGates, head_name
 from smartkv.errors import SmartKVError
 from smartkv.nulls import score_nulls
-from smartkv.scores import RegressionSums
 
 SUMMARY_TAGS = ["val_r2_mean", "val_r2_median", "val_r2_p10", "val_r2_min"]
 
@@ -31,7 +32,7 @@ class HeadDashboard(L.Callback):
 
     def __init__(self, sample_windows: int = 4) -> None:
         self.sample_windows = sample_windows
-        self.nulls: dict[str, RegressionSums] = {}
+        self.nulls: dict[str, torch.Tensor] = {}  # R² of each, `[gates]`
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
         """
@@ -42,15 +43,17 @@ class HeadDashboard(L.Callback):
             raise SmartKVError("HeadDashboard draws R², which this objective has not: leave it out of the callbacks")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
-        if not trainer.is_global_zero:
-            return
         if isinstance(trainer.datamodule, LifespanShards):  # online, keys are gone before nulls could learn from them
-            self.nulls = score_nulls(trainer.datamodule.rows)
+            # each process reads its share: were it one alone, the others would give up waiting for it in a long run
+            rank, world = process_of(trainer)
+            together = {"share": slice(rank, None, world), "add_up": partial(add_up, trainer)}
+            scores = score_nulls(trainer.datamodule.rows, pooled=True, **together)
+            self.nulls = {name: sums.r2() for name, sums in scores.items()}
         writer = tensorboard_writer(trainer)
-        if writer is None:
+        if writer is None or not trainer.is_global_zero:
             return
-        for name, sums in self.nulls.items():
-            writer.add_scalar(f"val_r2_null/{name}", float(sums.r2().nanmean()), trainer.global_step)
+        for name, r2 in self.nulls.items():
+            writer.add_scalar(f"val_r2_null/{name}", float(r2.nanmean()), trainer.global_step)
         writer.add_custom_scalars(_layout(pl_module))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
@@ -96,7 +99,7 @@ class HeadDashboard(L.Callback):
 
     def _columns(self, module: LifespanGates) -> dict[str, torch.Tensor]:
         """R² of the last validation, the nulls, training losses of the first and last epoch: `[gates]` each."""
-        columns = {"R²": module.val_r2_head, **{f"R² {name}": sums.r2() for name, sums in self.nulls.items()}}
+        columns = {"R²": module.val_r2_head, **{f"R² {name}": r2 for name, r2 in self.nulls.items()}}
         epochs = [entry for entry in module.loss_history if "train" in entry]
         for entry in epochs[:1] + epochs[-1:]:
             columns[f"loss, epoch {entry['epoch']}"] = torch.tensor(entry["train"])

@@ -8,6 +8,7 @@ from torchmetrics import R2Score
 
 from datamodules.lifespan_shards import KeyBatch, LifespanShards
 from datamodules.online_keys import OnlineKeys
+from datamodules.processes import add_up
 from lightning_modules.metrics import HeadMean
 from lightning_modules.parts import Predict, in_parts
 from lightning_modules.resuming import Resuming
@@ -89,8 +90,7 @@ class LifespanGates(Resuming):
         moments = Moments.zeros(len(self.bank), self.bank.fingerprint.head_dim, self.bank.outputs)
         for block in data.at_first("train"):
             moments.update(data.rows.checked_keys(block), self.objective.targets(data.rows.labels(block)))
-        for total in moments.tensors():
-            total.copy_(self.trainer.strategy.reduce(total.to(self.device), reduce_op="sum"))
+        add_up(self.trainer, moments.tensors())
         mean, std, target = moments.result()
         self.key_mean.copy_(mean)
         self.key_std.copy_(std)

@@ -32,10 +32,11 @@ class Moments:
 
     def update(self, keys: Tensor, target: Tensor) -> None:
         """`keys` `[gates, rows, head_dim]`, `target` `[gates, rows, outputs]`."""
-        wide = keys.double()
         self.count += keys.shape[1]
-        self.key_sum += wide.sum(dim=1)
-        self.key_square_sum += wide.square().sum(dim=1)
+        for gate, narrow in enumerate(keys):  # a window of all gates in float64 is gigabytes, of one it stays in caches
+            wide = narrow.double()
+            self.key_sum[gate] += wide.sum(dim=0)
+            self.key_square_sum[gate] += (wide * wide).sum(dim=0)
         self.target_sum += target.double().nansum(dim=1)
         self.target_count += (~target.isnan()).sum(dim=1)
 

@@ -31,6 +31,10 @@ class RegressionSums:
         self.target_square[window] += wide.square().sum(dim=1)
         self.residual_square[window] += (prediction.double() - wide).square().sum(dim=1)
 
+    def tensors(self) -> list[Tensor]:
+        """The sums, for a reduction over processes in place."""
+        return [self.count, self.target, self.target_square, self.residual_square]
+
     def r2(self, weight: Tensor | None = None) -> Tensor:
         """R² of each head over all windows, `[..., gates]`; NaN for a head whose target never varies.
 

@@ -113,7 +113,7 @@ def test_the_position_null_answers_the_mean_of_a_32nd_of_the_window(window: int)
     width = -(-window // 32)
     position = torch.arange(window, dtype=torch.int32).repeat(2)
     target = random(window, 2, 2 * window)
-    null = make_nulls(2, window, vocabulary=3)["position"]
+    null = make_nulls(2, window, tokens=3, longest=4)["position"]
     null.update(target, position, torch.zeros_like(position))
     bins = [place // width for place in position.tolist()]
     answer = null.predict(position, torch.zeros_like(position))
@@ -121,11 +121,11 @@ def test_the_position_null_answers_the_mean_of_a_32nd_of_the_window(window: int)
 
 
 def test_the_random_null_draws_from_each_heads_own_labels_the_same_every_time() -> None:
-    target = torch.tensor([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0]])
+    target = log4_lifespan(torch.tensor([[1, 2, 3, 4], [10, 20, 30, 40]]), 40)
     rows = torch.zeros(200, dtype=torch.int32)
     answers = []
     for _ in range(2):
-        null = RandomNull(seed=5)
+        null = RandomNull(2, longest=40, seed=5)
         null.update(target[:, :2], rows[:2], rows[:2])
         null.update(target[:, 2:], rows[:2], rows[:2])
         answers.append(null.predict(rows, rows))
