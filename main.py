@@ -4,10 +4,8 @@ python main.py predict -c configs/harvest/smollm2.yaml   # text -> shards of key
 python main.py fit     -c configs/gates/smollm2.yaml     # shards -> gates
 """
 
-import errno
 import logging
 import os
-import sys
 import warnings
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -23,6 +21,7 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda reco
 
 import lightning as L  # noqa: E402
 from jsonargparse import Namespace  # noqa: E402
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.cli import LightningCLI  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: E402
@@ -31,11 +30,9 @@ import callbacks  # noqa: F401, E402 - these three are imported so that configs 
 import datamodules  # noqa: F401, E402
 import lightning_modules  # noqa: F401, E402
 from lightning_modules.checkpoint_files import CheckpointFiles, read_checkpoint  # noqa: E402
-from smartkv.errors import SmartKVError  # noqa: E402
+from smartkv.errors import SmartKVError, said_in_one_line  # noqa: E402
 from smartkv.folders import hold  # noqa: E402
 from smartkv.hub import answer_in_time  # noqa: E402
-
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # of disks and folders
 
 
 class CLI(LightningCLI):
@@ -65,7 +62,20 @@ class CLI(LightningCLI):
         hold(self.datamodule.out)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+        arguments = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+        if arguments.get("ckpt_path") == "last":
+            arguments["ckpt_path"] = self._last()
+        return arguments
+
+    def _last(self) -> str:
+        """`last`, or what SLURM's signal left (`hpc_ckpt_*`) where that is newer: Lightning does not look there."""
+        signalled = set(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
+        found = set(signalled)
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                found |= {Path(path) for path in callback._find_last_checkpoints(self.trainer)}
+        newest = max(found, key=os.path.getmtime, default=None)
+        return str(newest) if newest in signalled else "last"
 
 
 def _refuse_misfits(name: str, content: Any) -> None:
@@ -94,7 +104,7 @@ def main(args: list[str] | None = None) -> None:
 
     A user's mistake ends with one line on stderr and status 2.
     """
-    try:
+    with said_in_one_line():
         answer_in_time()
         CLI(
             L.LightningModule,
@@ -105,14 +115,6 @@ def main(args: list[str] | None = None) -> None:
             seed_everything_default=0,
             args=args,
         )
-    except SmartKVError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        print(f"error: {error.filename or 'a file'} could not be written: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

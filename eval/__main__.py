@@ -24,7 +24,7 @@ from eval.speed import speed
 from eval.spellings import spelled_out
 from eval.training import training
 from eval.validation import baselines
-from smartkv.errors import SmartKVError
+from smartkv.errors import said_in_one_line
 from smartkv.hub import answer_in_time
 
 COMMANDS = {
@@ -52,13 +52,10 @@ COMMANDS = {
 
 def main(args: list[str] | None = None) -> None:
     """Run one command; a user's mistake ends with one line on stderr and status 2."""
-    try:
+    with said_in_one_line():
         answer_in_time()
         given = spelled_out(sys.argv[1:] if args is None else args)
         auto_cli(COMMANDS, args=given, as_positional=False, prog="python -m eval")
-    except SmartKVError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

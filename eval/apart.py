@@ -3,16 +3,25 @@
 import multiprocessing
 import re
 import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from smartkv.errors import SmartKVError, unwritable
+
 
 def apart(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What `measure(*arguments)` returns in a new process, with `peak_memory` in bytes; {"note": …} where it died.
+    """What `measure(*arguments)` returns in a new process, with `peak_memory` in bytes; {"note": …} where it had not
+    enough memory.
 
     Args:
         measure: a function of a module, which the new process imports.
+
+    Raises:
+        SmartKVError: the measurement failed otherwise; what it met is on stderr, or said here.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -20,16 +29,34 @@ def apart(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
     process.start()
     sender.close()
     try:
-        return receiver.recv()
+        found: dict[str, Any] = receiver.recv()
     except EOFError:
-        return {"note": "the process ended without a result (out of memory?)"}
+        process.join()
+        if process.exitcode != -signal.SIGKILL:  # which is what a machine without memory does to it
+            name = f"{measure.__module__}.{measure.__qualname__}"
+            raise SmartKVError(f"{name} ended without a result (status {process.exitcode}): see above") from None
+        return {"note": "killed: out of memory"}
     finally:
         process.join()
+    if "error" in found:
+        raise SmartKVError(found["error"])
+    return found
 
 
 def _send(sender: Any, measure: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
-    figures = measure(*arguments)
-    sender.send(figures if "note" in figures else {"peak_memory": _peak()} | figures)
+    try:
+        figures = measure(*arguments)
+    except SmartKVError as error:
+        figures = {"error": str(error)}
+    except OSError as error:
+        if (said := unwritable(error)) is None:
+            raise
+        figures = {"error": said}
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        figures = {"note": f"out of memory: {str(error).partition(chr(10))[0]}"}
+    sender.send(figures if {"note", "error"} & figures.keys() else {"peak_memory": _peak()} | figures)
 
 
 def _peak() -> int:

@@ -25,6 +25,7 @@ from smartkv.budgets import Calibration, solve
 from smartkv.cache import LifespanCache
 from smartkv.errors import SmartKVError
 from smartkv.files import write_atomically
+from smartkv.folders import hold
 from smartkv.gates import GateBank
 from smartkv.perplexity import full_cache_bytes
 from smartkv.policies import HybridPolicy
@@ -77,6 +78,7 @@ def decode(
         seed: of the choice of text, and of untrained gates.
     """
     console = make_console()
+    hold(out)  # now, and not when all is measured
     if min(*contexts, *batches, steps, rounds, threads, chunk) < 1:
         raise SmartKVError("contexts, batches, steps, rounds, threads and chunk must be at least 1")
     torch.set_num_threads(threads)

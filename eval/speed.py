@@ -22,6 +22,7 @@ from eval.results import machine, measured_by, save_picture, write_result, write
 from smartkv import backbones
 from smartkv.backbones import Backbone, load_backbone
 from smartkv.errors import SmartKVError
+from smartkv.folders import hold
 from smartkv.lifespans import LabelSpec, label_window
 
 WAYS = ("smartkv", "smartkv_all_labels", "forward", "output_attentions")
@@ -56,6 +57,7 @@ def speed(
         markdown_file: where the table goes besides. Null: nowhere.
     """
     console = make_console()
+    hold(out)  # now, and not when all is measured
     if device == "cuda" and not torch.cuda.is_available():
         raise SmartKVError("device 'cuda' cannot be used here: torch finds none")
     figures = []

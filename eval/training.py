@@ -26,6 +26,7 @@ from eval.results import machine, measured_by, write_result, write_tables
 from lightning_modules.gates import LifespanGates
 from smartkv.backbones import Fingerprint
 from smartkv.errors import SmartKVError
+from smartkv.folders import hold
 from smartkv.lifespans import LabelSpec
 from smartkv.rows import LabelledRows
 from smartkv.shard_files import write_shard
@@ -67,6 +68,7 @@ def training(
         markdown_file: where the tables go besides. Null: nowhere.
     """
     console = make_console()
+    hold(out)  # now, and not when all is measured
     if unknown := sorted(set(models) - set(SIZES)):
         raise SmartKVError(f"models {', '.join(unknown)} are unknown: expected some of {', '.join(SIZES)}")
     if min(steps, rounds, windows, threads, *batches) < 1 or window < 4 * SINKS:

@@ -8,9 +8,9 @@
 #SBATCH --signal SIGUSR1@120
 #SBATCH --requeue
 source "${SMARTKV_CHECKOUT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}}/scripts/slurm/common.sh"  # SLURM runs a copy elsewhere
-command=(srun --kill-on-bad-exit=1 "$PYTHON" main.py "$@"
+command=(srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" "$PYTHON" main.py "$@"
   --trainer.num_nodes "${SLURM_JOB_NUM_NODES:-1}" --trainer.devices "${SLURM_NTASKS_PER_NODE:-8}")
-if [[ "$1" == fit ]]; then command+=(--ckpt_path last); fi
+if [[ "$1" == fit && " $* " != *" --ckpt_path"* ]]; then command+=(--ckpt_path last); fi
 if [[ "$DRY_RUN" == 1 ]]; then
   echo "would run: ${command[*]}"
 else

@@ -103,6 +103,24 @@ def test_checkpoints_hold_nothing_that_needs_unpickling(root: Path, trained: Wat
     assert checkpoint["global_step"] == 14
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_goes_on_from_what_slurms_signal_left_where_that_is_newer(
+    tiny_shards: Path, root: Path, trained: Watcher, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    checkpoints = {"dirpath": str(tmp_path / "checkpoints"), "save_last": True}
+    config = gates_config(
+        tiny_shards, tmp_path, callbacks=[{"class_path": "ModelCheckpoint", "init_args": checkpoints}]
+    )
+    left = [(2, tmp_path / "checkpoints" / "last.ckpt"), (4, tmp_path / "hpc_ckpt_1.ckpt")]
+    for seconds, (step, path) in enumerate(left):
+        shutil.copy(root / "checkpoints" / f"step={step}.ckpt", path)
+        os.utime(path, (1e9 + seconds, 1e9 + seconds))
+    run_cli("fit", "-c", write_config(tmp_path / "fit.yaml", config), "--ckpt_path", "last")
+    steps = [row["step"] for row in logged(tmp_path) if "train_loss" in row]
+    assert min(steps) == 4  # steps count from 0, and 4 were done
+
+
 def test_a_checkpoint_of_another_batch_size_stops_with_one_line(
     tiny_shards: Path, root: Path, trained: Watcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
