@@ -5,6 +5,7 @@ All gates run in two batched matrix products.
 """
 
 import copy
+import hashlib
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelHubMixin
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -166,17 +167,19 @@ class GateBank(nn.Module, ModelHubMixin):
     # -- files ----------------------------------------------------------------------------------------------------
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        wide = torch.float16 if self.weight1.dtype == torch.float16 else torch.float32
+        state = {name: tensor.detach().to("cpu", wide).contiguous() for name, tensor in self.state_dict().items()}
+        weights = save(state)
         config = {
             "format_version": FORMAT_VERSION,
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
             "fingerprint": asdict(self.fingerprint),
             "layers": self.layers,
             "hidden": self.hidden,
             "outputs": self.outputs,
             "details": self.details,
         }
-        wide = torch.float16 if self.weight1.dtype == torch.float16 else torch.float32
-        state = {name: tensor.detach().to("cpu", wide).contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(save_directory / WEIGHTS, save(state))
+        write_atomically(save_directory / WEIGHTS, weights)
         write_atomically(save_directory / CONFIG, json.dumps(config, indent=1, sort_keys=True).encode())
         write_atomically(save_directory / CARD, self._card().encode())
 
@@ -216,11 +219,16 @@ class GateBank(nn.Module, ModelHubMixin):
             if Fingerprint.of(model).weight_hash != fingerprint.weight_hash:
                 log.warning("the gates in %s were trained on other weights of the same architecture", folder_or_id)
         try:
-            weights = {name: tensor.float() for name, tensor in load_file(weights_path).items()}
+            data = weights_path.read_bytes()
+            weights = {name: tensor.float() for name, tensor in load(data).items()}
             bank.load_state_dict(weights, assign=True)
         except (SafetensorError, RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise SmartKVError(f"{weights_path} does not hold the gates its config.json describes: {reason}") from error
+        if config.get("weights_sha256") not in (None, hashlib.sha256(data).hexdigest()):  # None: there was none before
+            raise SmartKVError(
+                f"{weights_path} was not written together with its config.json, or is damaged: export the gates again"
+            )
         return bank.eval()
 
     def export_heads(self, out: Path) -> None:

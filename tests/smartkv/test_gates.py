@@ -235,6 +235,14 @@ def test_weights_that_are_not_those_of_the_config_are_refused(change: str, tmp_p
         GateBank.from_pretrained(tmp_path)
 
 
+def test_new_weights_beside_an_old_config_are_refused(tmp_path: Path) -> None:
+    """What an export leaves that was killed between its two files: prices and a policy of other weights."""
+    old, new = saved(make_bank(seed=0), tmp_path / "old"), saved(make_bank(seed=1), tmp_path / "new")
+    (new / "model.safetensors").replace(old / "model.safetensors")
+    with pytest.raises(SmartKVError, match=r"model\.safetensors was not written together with its config\.json"):
+        GateBank.from_pretrained(old)
+
+
 @pytest.mark.parametrize("key", ["fingerprint", "layers", "hidden", "outputs", "details"])
 def test_a_config_without_a_key_is_refused_by_that_key(key: str, tmp_path: Path) -> None:
     path = saved(make_bank(), tmp_path) / "config.json"
