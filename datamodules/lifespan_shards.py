@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.documents import read_plan
-from datamodules.processes import check_resumed, process_of
+from datamodules.processes import check_resumed, failing_together, process_of
 from datamodules.window_plan import WindowPlan
 from smartkv.errors import SmartKVError
 from smartkv.gates import format_layers
@@ -156,7 +156,7 @@ class LifespanShards(L.LightningDataModule):
             Null: what the harvest had.
         inputs: what the gates read: keys (before the rotary embedding) or keys_post_rope (if harvested).
         layers: ranges of layers that get gates, such as "3-19"; null: all.
-        batch_size: keys a head an optimiser step, over all processes together.
+        batch_size: keys a head an optimiser step, over all processes together; whole blocks, so at most so many.
         block: consecutive keys read at once; smaller shuffles better, larger reads faster.
         seed: of the order of blocks.
         num_workers: reader processes; 0 reads in the training process.
@@ -189,7 +189,8 @@ class LifespanShards(L.LightningDataModule):
         if self.verify:
             rank, world = process_of(self.trainer)
             read = manifest.shards if stage == "fit" else manifest.of_split("validation")
-            manifest.verify(read[rank::world])
+            with failing_together():
+                manifest.verify(read[rank::world])
         self.rows = LabelledRows(manifest, self.threshold, self.follow_up, self.inputs, self.layers)
         self.dataset = BlockReader(self.rows)
         for split in ("train", "validation"):

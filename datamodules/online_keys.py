@@ -48,7 +48,7 @@ class OnlineKeys(L.LightningDataModule):
         layers: ranges of layers that get gates, such as "3-19"; null: all.
         buffer: training windows whose keys are held at once, over all processes: batches are drawn from them.
         passes: how often each key is drawn in an epoch.
-        batch_size: keys a head an optimiser step, over all processes together.
+        batch_size: keys a head an optimiser step, over all processes together; whole blocks, so at most so many.
         block: consecutive keys drawn at once; smaller shuffles better.
         seed: of the choice of windows and of the draw.
         threads: CPU threads a process.

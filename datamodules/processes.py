@@ -1,10 +1,12 @@
-"""What the processes of a run ask: which one this is, what all have summed, whether a checkpoint is of this run."""
+"""What the processes of a run ask: which one this is, what all have summed or found wrong, whether a checkpoint is of
+this run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
-from torch import Tensor
+from torch import Tensor, distributed
 
 from smartkv.errors import SmartKVError
 
@@ -23,6 +25,25 @@ def add_up(trainer: L.Trainer, totals: Iterable[Tensor]) -> None:
     for total in totals:
         for part in total.view(-1).split(AT_ONCE):
             part.copy_(trainer.strategy.reduce(part.to(trainer.strategy.root_device), reduce_op="sum"))
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """What processes do in parts: where one of them finds a mistake, all of them stop with what it says. Alone it would
+    leave the others waiting for it, until they are killed with nothing said. All processes must come here."""
+    mistake = None
+    try:
+        yield
+    except SmartKVError as error:
+        mistake = error
+    if distributed.is_available() and distributed.is_initialized():
+        said: list[str | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(said, None if mistake is None else str(mistake))
+        others = [text for text in said if text is not None]
+        if mistake is None and others:
+            mistake = SmartKVError(others[0])
+    if mistake is not None:
+        raise mistake
 
 
 def check_resumed(then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -138,6 +138,26 @@ def test_a_flipped_bit_in_a_shard_stops_the_fit_and_names_the_shard(
     assert str(path) in said and ("SHA-256" in said or "damaged" in said)
 
 
+@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_what_one_process_finds_damaged_is_said_by_all_of_them(
+    strategy: str, tmp_path: Path, tiny_backbone: Path, tiny_texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = harvest(tmp_path / "shards", tiny_backbone, tiny_texts)
+    path = shards / "train-00001.safetensors"  # the second process reads it
+    flipped(path, int(0.5 * 8 * path.stat().st_size))
+    trainer = {"devices": 2, "strategy": strategy}
+    config = write_config(tmp_path / "fit.yaml", gates_config(shards, tmp_path / "fit", trainer=trainer))
+    if strategy == "ddp":
+        command = [sys.executable, "main.py", "fit", "-c", str(config)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 2
+        lines = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+        (said,) = lines  # each process may say it
+    else:
+        said = error_line(refused(capsys, "fit", "-c", config))
+    assert str(path) in said
+
+
 def test_a_manifest_that_lists_anothers_shard_is_found_out(tmp_path: Path) -> None:
     manifest = write_tiny_shards(tmp_path / "shards")
     folder, (first, second) = manifest.folder, manifest.shards[:2]
