@@ -273,8 +273,16 @@ def _hub(known: _Known) -> Callable[[str], Iterator[Document]]:
 
         theirs = splits.get(split, splits.get("*", ""))
         settled = list(splits.values()).count(theirs) == 1 and "*" not in splits
-        stream = datasets.load_dataset(repository, configuration, split=theirs, streaming=True)
-        yield from _select(iter(stream), known, theirs, split, settled)
+        try:
+            stream = datasets.load_dataset(repository, configuration, split=theirs, streaming=True)
+            yield from _select(iter(stream), known, theirs, split, settled)
+        except SmartKVError:
+            raise
+        except Exception as error:  # as above
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SmartKVError(
+                f"{repository} broke off ({reason}): give the same command again, or have the texts in $SMARTKV_DATA"
+            ) from error
 
     return documents
 

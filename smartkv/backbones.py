@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from smartkv.errors import SmartKVError
+from smartkv.hub import broken_off
 
 PACKAGED = "smollm2-135m"
 PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # on the hub: the same model, before its weights were rounded
@@ -231,7 +232,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
 def _from_pretrained(factory: Any, model: str, **options: Any) -> Any:
     try:
         return factory.from_pretrained(_resolve(model), **options)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, StrictDataclassError, broken_off()) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SmartKVError(
             f"model '{model}' could not be loaded: {reason} "

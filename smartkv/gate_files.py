@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from smartkv.checked import kind, number, whole
 from smartkv.errors import SmartKVError
+from smartkv.hub import broken_off
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 PRETRAINED = Path(str(files("smartkv"))) / "pretrained"
@@ -40,7 +41,7 @@ def find(folder_or_id: str | Path, name: str, revision: str | None) -> Path:
         return folder / name
     try:
         return Path(hf_hub_download(str(folder_or_id), name, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, broken_off()) as error:
         raise SmartKVError(
             f"gates '{folder_or_id}' are neither a local folder nor to be had from the hub; "
             f"with SmartKV come: {', '.join(pretrained_gates())}"

@@ -1,5 +1,6 @@
 """The hub, when it does not answer."""
 
+import sys
 from typing import Any
 
 from huggingface_hub import constants, get_session, set_client_factory
@@ -13,6 +14,13 @@ def answer_in_time() -> None:
         return
     hooks = {"request": [*client.event_hooks["request"], _limit], "response": client.event_hooks["response"]}
     set_client_factory(lambda: type(client)(event_hooks=hooks, follow_redirects=True, timeout=None))
+
+
+def broken_off() -> type[Exception]:
+    """What a connection to the hub raises that fails half-way: the HTTPError of httpx, or of what huggingface_hub
+    took for it, under whichever name."""
+    error: type[Exception] = sys.modules[type(get_session()).__module__.partition(".")[0]].HTTPError
+    return error
 
 
 def _limit(request: Any) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,45 @@ def silent_hub() -> Iterator[str]:
     server.close()
     for connection in open_:
         connection.close()
+
+
+class _BreaksOff(BaseHTTPRequestHandler):
+    """Says how long a file is, and sends the beginning alone."""
+
+    def do_HEAD(self) -> None:
+        if "/api/" in self.path:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        for name, value in (("ETag", '"abc"'), ("X-Repo-Commit", "a" * 40), ("Content-Length", "1000")):
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(b"{")
+        self.wfile.flush()
+        time.sleep(30)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["load_backbone", "GateBank.from_pretrained"])
+def test_a_hub_that_breaks_off_ends_in_a_line(what: str, tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _BreaksOff)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    quick = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    quick |= {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HOME": str(tmp_path)}
+    code = "import smartkv; from smartkv.errors import said_in_one_line; from smartkv.hub import answer_in_time\n"
+    code += f"with said_in_one_line():\n    answer_in_time(); smartkv.{what}('someone/thing')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | quick, capture_output=True, text=True, timeout=120, check=False
+    )
+    server.shutdown()
+    assert done.returncode == 2 and "'someone/thing'" in error_line(done.stderr), done.stderr[-2000:]
 
 
 @pytest.mark.slow
