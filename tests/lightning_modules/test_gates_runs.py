@@ -59,6 +59,21 @@ def test_two_processes_reach_the_figures_of_one(
         assert row == pytest.approx(expected, abs=1e-3)  # every head's figures, and every step's loss
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_two_processes_find_the_very_figures_of_one_for_the_same_gates(
+    tiny_shards: Path, root: Path, trained: Watcher, tmp_path: Path
+) -> None:
+    figures = []
+    for devices, strategy in ((1, "auto"), (2, "ddp_fork")):
+        out = tmp_path / str(devices)
+        config = gates_config(tiny_shards, out, trainer={"devices": devices, "strategy": strategy})
+        path = write_config(tmp_path / f"{devices}.yaml", config)
+        run_cli("validate", "-c", path, "--ckpt_path", root / "checkpoints" / f"step={STEPS_AN_EPOCH}.ckpt")
+        figures.append(last_logged(out))
+    one, two = figures
+    assert "val_r2_head/L01H0" in one and two == pytest.approx(one, abs=2e-6)  # batches of other sizes, in float32
+
+
 @pytest.mark.slow
 def test_torchrun_reaches_the_figures_of_one_process(
     tiny_shards: Path, root: Path, trained: Watcher, tmp_path: Path
