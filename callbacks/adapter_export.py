@@ -31,13 +31,12 @@ class AdapterExport(L.Callback):
         self.exported = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
-        self.exported = True  # in every process: none may come to `on_fit_end`'s validation alone
+        self.exported = True
         self._export(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
         """A run that was killed between its last step and this export has no step left, and comes here alone."""
         if not self.exported:
-            pl_module.validate_if_owed()
             self._export(trainer, pl_module)
 
     @rank_zero_only

@@ -1,7 +1,6 @@
 """A model learns to live with a sparse cache: LoRA while keys are dropped. For `fit` and `validate`."""
 
 import copy
-import itertools
 import json
 import math
 from contextlib import ExitStack
@@ -97,8 +96,6 @@ class EvictionTuning(Resuming):
         self.student: PeftModel | None = None
         self.open = ExitStack()
         self.steps = math.inf  # of the run
-        self.validated_at = -1  # step of the last validation
-        self.owes_validation = False  # the checkpoint was saved just before one
         self.reached: tuple[int, int | None] | None = None  # step of the checkpoint, and how many its run had
 
     @property
@@ -248,34 +245,6 @@ class EvictionTuning(Resuming):
     def on_validation_epoch_end(self) -> None:
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.schedule.validated(float(self.trainer.callback_metrics["val_cost"]))
-            self.validated_at = self.global_step
-
-    def on_train_start(self) -> None:
-        self.validate_if_owed()
-
-    def validate_if_owed(self) -> None:
-        """A checkpoint is saved before the validation that is due at its step, and Lightning takes that for done."""
-        if not self.owes_validation:
-            return
-        device, batches = self.lm.model.device, self.trainer.datamodule.val_dataloader()
-        limit, total = self.trainer.limit_val_batches, torch.zeros(2, dtype=torch.float64, device=device)
-        for batch in itertools.islice(batches, limit if isinstance(limit, int) else int(limit * len(batches))):
-            count = len(batch.tokens)
-            cost = self._validated(batch.to(device))["val_cost"]
-            total += torch.tensor([cost * count, count], dtype=torch.float64, device=device)
-        summed, count = self.trainer.strategy.reduce(total, reduce_op="sum").tolist()
-        self.schedule.validated(summed / max(1, count))
-        self.validated_at, self.owes_validation = self.global_step, False
-
-    def _validates_now(self) -> bool:
-        """Whether the batch that is done is followed by a validation, which has not been yet."""
-        trainer = self.trainer
-        every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
-        if not isinstance(every, int) or self.validated_at == self.global_step or not trainer.enable_validation:
-            return False
-        if epochs is None:
-            return (trainer.fit_loop.total_batch_idx + 1) % every == 0
-        return (trainer.fit_loop.batch_idx + 1) % every == 0 and (self.current_epoch + 1) % epochs == 0
 
     # -- what is kept ---------------------------------------------------------------------------------------------
 
@@ -307,15 +276,15 @@ class EvictionTuning(Resuming):
         return gates.cpu()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["schedule"] = self.schedule.state_dict()
         checkpoint["run"] = self.described()
-        checkpoint["owes_validation"] = self._validates_now()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         then, now = checkpoint["run"], self.described()
         if unlike := [name for name in now if name not in ("data", "steps") and then.get(name) != now[name]]:
             different = "; ".join(f"{name} {then.get(name)}, now {now[name]}" for name in unlike)
             raise SmartKVError(f"the checkpoint is of another run: {different}. Give this run folders of its own")
+        super().on_load_checkpoint(checkpoint)
         self.schedule.load_state_dict(checkpoint["schedule"])
-        self.owes_validation = checkpoint["owes_validation"]
         self.reached = checkpoint["global_step"], then["steps"]

@@ -8,7 +8,7 @@ from torchmetrics import R2Score
 
 from datamodules.lifespan_shards import KeyBatch, LifespanShards
 from datamodules.online_keys import OnlineKeys
-from datamodules.processes import add_up
+from datamodules.processes import add_up, failing_together
 from lightning_modules.metrics import HeadMean
 from lightning_modules.parts import Predict, in_parts
 from lightning_modules.resuming import Resuming
@@ -77,19 +77,22 @@ class LifespanGates(Resuming):
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
-        for block in data.at_first("validation"):
-            data.rows.checked_keys(block)  # those of training are checked while they are averaged
+        with failing_together():
+            for block in data.at_first("validation"):
+                data.rows.checked_keys(block)  # those of training are checked while they are averaged
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
         """Mean and std of the training keys (online: of those held at first); each gate's output starts at its mean
         target. A resumed run has them."""
+        super().on_fit_start()
         if self.standardised:
             return
         data: LifespanShards | OnlineKeys = self.trainer.datamodule
         moments = Moments.zeros(len(self.bank), self.bank.fingerprint.head_dim, self.bank.outputs)
-        for block in data.at_first("train"):
-            moments.update(data.rows.checked_keys(block), self.objective.targets(data.rows.labels(block)))
+        with failing_together():
+            for block in data.at_first("train"):
+                moments.update(data.rows.checked_keys(block), self.objective.targets(data.rows.labels(block)))
         add_up(self.trainer, moments.tensors())
         mean, std, target = moments.result()
         self.key_mean.copy_(mean)
@@ -205,7 +208,12 @@ class LifespanGates(Resuming):
         return warmup_then_cosine(optimizer, self.trainer, self.hparams.warmup_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["loss_history"] = self.loss_history
+        checkpoint["train_loss_head"] = self.train_loss_head.sums()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.loss_history = checkpoint["loss_history"]
+        if "train_loss_head" in checkpoint and self.trainer.is_global_zero:  # they are of all processes
+            self.train_loss_head.go_on_from(checkpoint["train_loss_head"])

@@ -23,3 +23,13 @@ class HeadMean(Metric):
     def compute(self) -> Tensor:
         """float64 `[gates]`."""
         return self.total / self.rows
+
+    def sums(self) -> dict[str, Tensor]:
+        """Those of all processes so far, for a checkpoint. Every process must ask for them."""
+        with self.sync_context():
+            return {"total": self.total.clone(), "rows": self.rows.clone()}
+
+    def go_on_from(self, sums: dict[str, Tensor]) -> None:
+        """`sums` count as this process's own: give them to one."""
+        self.update(self.total.new_zeros(len(self.total), 0))  # so that torchmetrics knows that there is a mean
+        self.total, self.rows = sums["total"].to(self.total), sums["rows"].to(self.rows)

@@ -95,7 +95,7 @@ def test_the_same_seed_gives_the_same_gates(tiny_shards: Path, trained: Watcher,
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("step", [4, STEPS_AN_EPOCH, 14], ids=["first epoch", "between epochs", "second epoch"])
-def test_a_resumed_fit_ends_with_the_weights_of_the_uninterrupted_one(
+def test_a_resumed_fit_ends_with_the_weights_and_figures_of_the_uninterrupted_one(
     tiny_shards: Path, root: Path, trained: Watcher, tmp_path: Path, step: int
 ) -> None:
     config = gates_config(tiny_shards, tmp_path, callbacks=[{"class_path": "tests.lightning_fixtures.Watcher"}])
@@ -111,6 +111,27 @@ def test_a_resumed_fit_ends_with_the_weights_of_the_uninterrupted_one(
     assert resumed.steps[-1] == 2 * STEPS_AN_EPOCH
     for name, tensor in weights(trained.module).items():
         torch.testing.assert_close(weights(resumed.module)[name], tensor, rtol=0, atol=1e-6)
+    for mine, theirs in zip(resumed.module.loss_history, trained.module.loss_history, strict=True):
+        assert mine == {name: pytest.approx(figures, abs=1e-6) for name, figures in theirs.items()}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_two_processes_go_on_to_the_mean_losses_of_one(
+    tiny_shards: Path, root: Path, trained: Watcher, tmp_path: Path
+) -> None:
+    """From a checkpoint of one process, in the middle of an epoch; what they save themselves is what one saves."""
+    often = {"dirpath": str(tmp_path), "every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}"}
+    saving = {"class_path": "ModelCheckpoint", "init_args": often}
+    ddp = {"devices": 2, "strategy": "ddp_fork"}
+    config = write_config(tmp_path / "two.yaml", gates_config(tiny_shards, tmp_path, trainer=ddp, callbacks=[saving]))
+    run_cli("fit", "-c", config, "--ckpt_path", root / "checkpoints/step=14.ckpt")
+    mine, theirs = last_logged(tmp_path), last_logged(root)
+    names = [name for name in theirs if name.startswith("train_loss_head/")]
+    assert names and [mine[name] for name in names] == pytest.approx([theirs[name] for name in names], abs=1e-3)
+    paths = tmp_path / "step=18.ckpt", root / "checkpoints/step=18.ckpt"
+    ours, one = (torch.load(path, weights_only=True)["train_loss_head"] for path in paths)
+    assert ours["rows"] == one["rows"]
+    torch.testing.assert_close(ours["total"], one["total"], rtol=1e-3, atol=0)
 
 
 def test_checkpoints_hold_nothing_that_needs_unpickling(root: Path, trained: Watcher) -> None:
