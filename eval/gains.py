@@ -1,5 +1,6 @@
 """`python -m eval gains`: what training changed: `eval compare` of a model before and after, window by window."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ class Gain:
     Attributes:
         footprint, footprint_before: measured; a price is solved on each model's own keys.
         nll, nll_before: under eviction, nats a token. A cost also falls where a model reads worse with all its keys.
+        nll_change: nll − nll_before; nll_interval: 95 %, bootstrap over documents.
         cost, cost_before: NLL under eviction less NLL with a full cache, of the same model, nats a token.
         change: cost − cost_before; change_interval: 95 %, bootstrap over documents.
         fall: share of the cost before that is gone; interval: 95 %, bootstrap over documents. None where the cost
@@ -41,6 +43,8 @@ class Gain:
     footprint_before: float
     nll: float
     nll_before: float
+    nll_change: float
+    nll_interval: tuple[float, float]
     cost: float
     cost_before: float
     change: float
@@ -87,6 +91,7 @@ UNITS = {
     "change": "cost − cost_before; change_interval: 95 %, bootstrap over documents",
     "fall": "1 − cost ÷ cost_before; interval: 95 %, bootstrap over documents; null where cost_before is not above 0",
     "nll, nll_before": "nats a token; of full: with a full cache, of gains: under eviction",
+    "nll_change": "nll − nll_before; nll_interval: 95 %, bootstrap over documents",
 }
 
 
@@ -125,7 +130,8 @@ def _gains(folder: str, before: dict[str, Any], after: dict[str, Any]) -> list[G
             if other is None:
                 continue
             mine, theirs = (_over(each["delta_nll_window"]) for each in (figures, other))
-            wholes = [float(_over(each["full"]["texts"][text]["nll_window"]).mean()) for each in (after, before)]
+            wholes = [_over(each["full"]["texts"][text]["nll_window"]) for each in (after, before)]
+            read, read_before = wholes[0] + mine, wholes[1] + theirs  # under eviction
             owners = before["arguments"]["texts"][text]["documents"]
 
             def fall(weight: Tensor, mine: Tensor = mine, theirs: Tensor = theirs) -> Tensor:
@@ -144,8 +150,10 @@ def _gains(folder: str, before: dict[str, Any], after: dict[str, Any]) -> list[G
                     target=row["target"],
                     footprint=figures["footprint"],
                     footprint_before=other["footprint"],
-                    nll=wholes[0] + float(mine.mean()),
-                    nll_before=wholes[1] + float(theirs.mean()),
+                    nll=float(read.mean()),
+                    nll_before=float(read_before.mean()),
+                    nll_change=float((read - read_before).mean()),
+                    nll_interval=bootstrap(len(mine), partial(mean, figures=read - read_before), groups=owners),
                     cost=float(mine.mean()),
                     cost_before=float(theirs.mean()),
                     change=float((mine - theirs).mean()),
@@ -168,10 +176,13 @@ def _full_table(changes: list[dict[str, Any]]) -> Table:
     for name in ("run", "text", "before", "after", "change (95 %)"):
         table.add_column(name, justify="left" if name in ("run", "text") else "right")
     for each in changes:
-        low, high = each["interval"]
-        change = f"{each['change']:+.4f} ({low:+.4f} to {high:+.4f})"
-        table.add_row(each["run"], each["text"], f"{each['nll_before']:.4f}", f"{each['nll']:.4f}", change)
+        nlls = f"{each['nll_before']:.4f}", f"{each['nll']:.4f}"
+        table.add_row(each["run"], each["text"], *nlls, _signed(each["change"], each["interval"]))
     return table
+
+
+def _signed(change: float, interval: Sequence[float]) -> str:
+    return f"{change:+.4f} ({interval[0]:+.4f} to {interval[1]:+.4f})"
 
 
 def _table(found: list[Gain], reference: str) -> Table:
@@ -182,9 +193,10 @@ def _table(found: list[Gain], reference: str) -> Table:
         "policy",
         "footprint",
         "NLL before, after",
+        "its change (95 %)",
         "cost before",
         "cost",
-        "change (95 %)",
+        "its change (95 %)",
         "fall (95 %)",
     ):
         table.add_column(name, justify="left" if name in ("run", "text", "policy") else "right")
@@ -192,12 +204,12 @@ def _table(found: list[Gain], reference: str) -> Table:
         if number and found[number - 1].run != gain.run:
             table.add_section()
         footprints = f"{gain.footprint_before:.3f}, {gain.footprint:.3f}"
-        low, high = gain.change_interval
-        change, fall = f"{gain.change:+.4f} ({low:+.4f} to {high:+.4f})", "–"
+        change, fall = _signed(gain.change, gain.change_interval), "–"
         if gain.fall is not None and gain.interval is not None:
             fall = f"{gain.fall:.0%} ({gain.interval[0]:.0%} to {gain.interval[1]:.0%})"
-        costs = f"{gain.nll_before:.4f}, {gain.nll:.4f}", f"{gain.cost_before:.4f}", f"{gain.cost:.4f}"
-        table.add_row(gain.run, gain.text, f"{gain.contender} {gain.target:g}", footprints, *costs, change, fall)
+        read = f"{gain.nll_before:.4f}, {gain.nll:.4f}", _signed(gain.nll_change, gain.nll_interval)
+        costs = f"{gain.cost_before:.4f}", f"{gain.cost:.4f}"
+        table.add_row(gain.run, gain.text, f"{gain.contender} {gain.target:g}", footprints, *read, *costs, change, fall)
     return table
 
 

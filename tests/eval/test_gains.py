@@ -59,6 +59,8 @@ def test_the_fall_is_that_of_the_mean_cost_and_the_full_cache_is_paired(runs: di
     assert falls["tuned", "gates"]["fall"] == pytest.approx(-0.5) and falls["plain", "gates"]["fall"] == 0
     assert falls["tuned", "window"]["nll_before"] == pytest.approx(3.15 + 0.2)
     assert falls["tuned", "window"]["nll"] == pytest.approx(3.16 + 0.1)
+    assert falls["tuned", "window"]["nll_change"] == pytest.approx(-0.09)
+    assert falls["plain", "window"]["nll_interval"] == pytest.approx([-0.1, -0.1])  # in every window
     change = {Path(each["run"]).name: each["change"] for each in found["full"]}
     assert change == {"plain": pytest.approx(-0.1), "tuned": pytest.approx(0.01)}
 
