@@ -171,18 +171,20 @@ def test_two_processes_train_what_one_does(
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("step", [4, 8], ids=["first epoch", "second epoch"])
-def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(
+@pytest.mark.parametrize("step", [4, 8, 12], ids=["first epoch", "second epoch", "before the last validation"])
+def test_a_resumed_run_ends_with_the_weights_and_the_export_of_the_uninterrupted_one(
     step: int, tmp_path: Path, distilled: Path, tiny_backbone: Path, texts: Path, start: Path
 ) -> None:
     path = write_config(tmp_path / "run.yaml", config(tmp_path, tiny_backbone, texts, start))
     run_cli("fit", "-c", path, "--ckpt_path", str(distilled / "checkpoints" / f"step={step}.ckpt"))
     whole, resumed = (
-        torch.load(folder / "checkpoints" / "step=12.ckpt", weights_only=True)["state_dict"]
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for folder in (distilled, tmp_path)
     )
     for name in whole:
         torch.testing.assert_close(resumed[name], whole[name], atol=1e-6, rtol=0)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "export" / name).read_bytes() == (distilled / "export" / name).read_bytes()
 
 
 @pytest.mark.parametrize(

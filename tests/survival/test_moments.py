@@ -15,7 +15,7 @@ from callbacks import GateExport
 from datamodules.lifespan_shards import LifespanShards
 from lightning_modules.checkpoint_files import CheckpointFiles
 from lightning_modules.gates import LifespanGates
-from tests.lightning_fixtures import gates_config
+from tests.lightning_fixtures import STEPS_AN_EPOCH, gates_config
 from tests.survival.killing import exit_status
 
 HOOKS = (
@@ -27,10 +27,11 @@ HOOKS = (
     "on_validation_epoch_end",
     "on_train_epoch_end",
 )
-EPOCHS, DIED = 3, 9  # it stops early, after three of four
+EPOCHS, DIED = 3, 9
+LIMIT = {"max_epochs": EPOCHS + 1}  # it stops early
 
 
-def fit(root: Path, shards: Path, dies: tuple[str, int] | None = None) -> None:
+def fit(root: Path, shards: Path, dies: tuple[str, int] | None = None, limit: dict[str, int] = LIMIT) -> None:
     """Start, or go on, in a process of its own; `dies`: at which call of which hook it ends, with nothing put away.
     Without the command line, which takes longer to read a config than these fits take to run."""
 
@@ -46,7 +47,7 @@ def fit(root: Path, shards: Path, dies: tuple[str, int] | None = None) -> None:
 
             setattr(LifespanGates, hook, last)
         config = gates_config(shards, root, callbacks=[{"class_path": "ModelCheckpoint"}])
-        settings = config["trainer"] | {"max_epochs": EPOCHS + 1, "callbacks": callbacks(root), "logger": False}
+        settings = config["trainer"] | limit | {"callbacks": callbacks(root), "logger": False}
         L.seed_everything(config["seed_everything"])
         data = LifespanShards(**config["data"]["init_args"])
         trainer = L.Trainer(**settings, plugins=[CheckpointFiles()])
@@ -105,10 +106,16 @@ def test_a_fit_that_dies_goes_on_to_the_same_end(
         goes_on_to(want, tmp_path / str(number), tiny_shards, [(hook, number)])
 
 
-def goes_on_to(want: dict[str, Any], root: Path, shards: Path, deaths: Sequence[tuple[str, int]]) -> None:
+def goes_on_to(
+    want: dict[str, Any],
+    root: Path,
+    shards: Path,
+    deaths: Sequence[tuple[str, int]],
+    limit: dict[str, int] = LIMIT,
+) -> None:
     for death in deaths:
-        fit(root, shards, death)
-    fit(root, shards)
+        fit(root, shards, death, limit)
+    fit(root, shards, limit=limit)
     found = left(root)
     assert [name for name in want if found[name] != want[name]] == [], deaths
 
@@ -128,6 +135,15 @@ def test_a_fit_that_dies_again_and_again_goes_on_to_the_same_end(
     deaths: list[tuple[str, int]], whole: Path, tmp_path: Path, tiny_shards: Path
 ) -> None:
     goes_on_to(left(whole), tmp_path, tiny_shards, deaths)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fit_of_so_many_steps_that_dies_goes_on_to_the_same_end(tmp_path: Path, tiny_shards: Path) -> None:
+    """Between its epochs, and in its last validation, which no step follows."""
+    limit = {"max_epochs": -1, "max_steps": 2 * STEPS_AN_EPOCH}
+    fit(tmp_path / "whole", tiny_shards, limit=limit)
+    deaths = [("on_train_epoch_start", 1), ("on_validation_start", 0)]
+    goes_on_to(left(tmp_path / "whole"), tmp_path / "died", tiny_shards, deaths, limit)
 
 
 @pytest.mark.slow
