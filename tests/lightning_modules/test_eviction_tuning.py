@@ -169,12 +169,12 @@ def test_two_processes_train_what_one_does(tuned: Path, tmp_path: Path, tiny_bac
         torch.testing.assert_close(weights(tmp_path)[name], weight, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("steps", "stopped"), [(8, 2), (6, 6)], ids=["on the way", "before the last"])
+@pytest.mark.parametrize(("limit", "stopped"), [({}, 2), ({"max_steps": 6}, 6)], ids=["on the way", "before the last"])
 def test_an_adaptive_run_that_stopped_before_a_validation_goes_on_as_if_it_had_not(
-    steps: int, stopped: int, tmp_path: Path, tiny_backbone: Path, texts: Path
+    limit: dict[str, int], stopped: int, tmp_path: Path, tiny_backbone: Path, texts: Path
 ) -> None:
     schedule = {"class_path": "smartkv.sparsity.Adaptive", "init_args": {"change": 0.2, "tolerance": 1.0}}  # NLL is 5
-    changes = {"model": {"schedule": schedule}, "trainer": {"val_check_interval": 2, "max_steps": steps}}
+    changes = {"model": {"schedule": schedule}, "trainer": {"val_check_interval": 2} | limit}
     whole, again = tmp_path / "whole", tmp_path / "again"
     run_cli("fit", "-c", write_config(whole / "run.yaml", config(whole, tiny_backbone, texts, **changes)))
     resumed = write_config(again / "run.yaml", config(again, tiny_backbone, texts, **changes))
