@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from smartkv.errors import SmartKVError, unwritable
+from smartkv.errors import SmartKVError, told
 
 
 def apart(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -46,16 +46,13 @@ def apart(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
 def _send(sender: Any, measure: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
     try:
         figures = measure(*arguments)
-    except SmartKVError as error:
-        figures = {"error": str(error)}
-    except OSError as error:
-        if (said := unwritable(error)) is None:
+    except Exception as error:
+        if (said := told(error)) is not None:
+            figures = {"error": said}
+        elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            figures = {"note": f"out of memory: {str(error).partition(chr(10))[0]}"}
+        else:
             raise
-        figures = {"error": said}
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        figures = {"note": f"out of memory: {str(error).partition(chr(10))[0]}"}
     sender.send(figures if {"note", "error"} & figures.keys() else {"peak_memory": _peak()} | figures)
 
 

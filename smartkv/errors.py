@@ -19,32 +19,27 @@ class SmartKVError(Exception):
     """
 
 
-def unwritable(error: OSError) -> str | None:
-    """What is said of a full disk or a folder that is not ours; None: the error is another."""
-    if error.errno not in UNWRITABLE:
-        return None
-    return f"{error.filename or 'a file'} could not be written: {error.strerror}"
+def told(error: Exception) -> str | None:
+    """What is said in a line of a mistake, of one in a forked process, of a full disk or of a folder that is not ours;
+    None: the error is another."""
+    if isinstance(error, SmartKVError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return f"{error.filename or 'a file'} could not be written: {error.strerror}"
+    if isinstance(error, ProcessRaisedException):  # its message is the other process's traceback
+        found = re.search(rf"^{__name__}\.SmartKVError: (.*)", str(error), re.MULTILINE)
+        return found and found[1]
+    return None
 
 
 @contextmanager
 def said_in_one_line() -> Iterator[None]:
-    """What a command runs in: a user's mistake, or a disk or folder that cannot be written to, ends it with one line on
-    stderr and status 2."""
-    said: str | None
+    """What a command runs in: an error that can be told ends it with one line on stderr and status 2."""
     try:
         yield
-    except SmartKVError as error:
-        said = str(error)
-    except OSError as error:
-        said = unwritable(error)
+    except Exception as error:
+        said = told(error)
         if said is None:
             raise
-    except ProcessRaisedException as error:  # of a forked process: its traceback is the message
-        found = re.search(rf"^{__name__}\.SmartKVError: (.*)", str(error), re.MULTILINE)
-        if found is None:
-            raise
-        said = found[1]
-    else:
-        return
-    print(f"error: {said}", file=sys.stderr)
-    sys.exit(2)
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(2)

@@ -13,9 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
 
+from datamodules.sources import SourceConfig, resolve
 from eval.cells import Cells
 from smartkv.errors import SmartKVError
 from smartkv.folders import LOCK, hold
@@ -27,6 +30,7 @@ from tests.lightning_fixtures import (
     gates_config,
     harvest,
     harvest_config_at,
+    prose,
     refused,
     run_cli,
     shard_bytes,
@@ -241,6 +245,19 @@ def test_a_hub_that_breaks_off_ends_in_a_line(what: str, tmp_path: Path) -> None
     )
     server.shutdown()
     assert done.returncode == 2 and "'someone/thing'" in error_line(done.stderr), done.stderr[-2000:]
+
+
+def test_a_hub_that_breaks_off_half_way_among_texts_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        yield {"short_book_title": "one", "publication_date": 1900, "url": "", "text": prose(200, 1)}
+        raise ConnectionError("the peer closed the connection\nmore of it")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    source = resolve(SourceConfig("pg19", origins=["hub"]), print)
+    with pytest.raises(SmartKVError, match=r"emozilla/pg19 broke off \(the peer closed the connection\): give"):
+        list(source.documents("train"))
 
 
 @pytest.mark.slow
