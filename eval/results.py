@@ -4,6 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,18 @@ from smartkv.files import write_atomically
 
 
 def versions() -> dict[str, str]:
-    return {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    found = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    return found | {"lightning": version("lightning")}
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What a figure was measured on."""
     names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     found = {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count()}
-    found |= {"capability": torch.backends.cpu.get_cpu_capability(), "torch": str(torch.__version__)}
+    found |= {"capability": torch.backends.cpu.get_cpu_capability()}
     if torch.device(device).type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
-    return found | {"transformers": transformers.__version__}
+    return found | versions()
 
 
 def _cpuinfo() -> list[str]:

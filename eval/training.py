@@ -14,15 +14,17 @@ from typing import Any
 
 import lightning as L
 import torch
+from matplotlib.figure import Figure
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from callbacks.console import make_console
+from callbacks.pictures import COLOURS
 from datamodules.lifespan_shards import KeyBatch, LifespanShards
 from eval.apart import apart
-from eval.results import machine, measured_by, write_result, write_tables
+from eval.results import machine, measured_by, save_picture, write_result, write_tables
 from lightning_modules.gates import LifespanGates
 from smartkv.backbones import Fingerprint
 from smartkv.errors import SmartKVError
@@ -53,10 +55,10 @@ def training(
     device: str = "cpu",
     markdown_file: str | None = None,
 ) -> None:
-    """Measure the training of gates.
+    """Measure the training of gates. Digests of shards are not checked (`verify: false`): `fit` does that once, before.
 
     Args:
-        out: folder for training.json and training.md.
+        out: folder for training.json, training.md and the picture.
         batches: keys a head an optimiser step, for all gates together against one by one (24 × 2 heads).
         models: whose numbers of heads are measured: Qwen2.5-0.5B, SmolLM2-135M, Qwen3-8B, 70B class.
         steps: optimiser steps a round.
@@ -97,11 +99,12 @@ def training(
     tables = [_table_of_ways(ways), _table_of_heads(heads, batches[0])]
     figures = {"units": UNITS, "ways": ways, "heads": heads}
     result = write_result(Path(out), "training", arguments, figures)
+    picture = save_picture(_picture(ways, heads), Path(out) / "training.png")
     files = [Path(out) / "training.md", *([Path(markdown_file)] if markdown_file else [])]
     said = measured_by("training", arguments)
     for table in tables:
         console.print(table)
-    for path in [result, *(write_tables(file, tables, said) for file in files)]:
+    for path in [result, *(write_tables(file, tables, said) for file in files), picture]:
         console.print(f"  {path}", highlight=False)
 
 
@@ -294,3 +297,31 @@ def _table_of_heads(heads: list[dict[str, Any]], batch: int) -> Table:
             *sizes,
         )
     return table
+
+
+def _picture(ways: list[dict[str, Any]], heads: list[dict[str, Any]]) -> Figure:
+    """Seconds of both ways at each batch; memory and work done as heads grow."""
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    left, middle, right = (figure.add_subplot(1, 3, place) for place in (1, 2, 3))
+    measured = [w for w in ways if "note" not in w]
+    for shift, colour, name, label in ((-0.2, 0, "together", "together"), (0.2, 1, "apart", "one by one")):
+        seconds = [w[name] for w in measured]
+        left.bar([place + shift for place in range(len(measured))], seconds, 0.38, color=COLOURS[colour], label=label)
+    left.set_xticks(range(len(measured)), [f"{w['batch']:,}" for w in measured])
+    left.set_xlabel("batch, keys a head")
+    left.set_ylabel("48 gates trained, s")
+    left.legend(fontsize=8)
+    rows = sorted((h for h in heads if "note" not in h), key=lambda h: h["heads"])
+    for axes, label, values in (
+        (middle, "steps of a head a second", [h["steps_per_second"] * h["heads"] for h in rows]),
+        (right, "peak memory, GiB", [h["peak_memory"] / 2**30 for h in rows]),
+    ):
+        axes.plot([h["heads"] for h in rows], values, color=COLOURS[0], marker="o")
+        for h, value in zip(rows, values, strict=True):
+            axes.annotate(h["model"], (h["heads"], value), (0, 5), textcoords="offset points", fontsize=7, ha="center")
+        axes.set_xlabel("gates")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.2, y=0.15)
+        axes.grid(alpha=0.3)
+    return figure

@@ -30,6 +30,7 @@ from smartkv.shards import SPLITS, Manifest, ShardEntry, entry_of, shard_header
 
 ROOT = Path(__file__).parents[1]
 WINDOW, FOLLOW_UP, SINKS = 64, 32, 4
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 STEPS_AN_EPOCH = 10  # of `fit` on 7 windows: each gives blocks of 8, 8, 8 and 4 keys, 3 blocks a step
 SENTENCE = "the river ran down to an old mill where nobody had lived since winter and yet a lamp burned in its window"
 WORDS = SENTENCE.split()
@@ -58,9 +59,10 @@ def run_cli(*args: str | Path) -> None:
         main.main([str(arg) for arg in args])
 
 
-def run_command(*args: str | Path) -> None:
-    """`python main.py …` in a process of its own, one thread each, with a free port for a group of processes."""
-    command = [sys.executable, "main.py", *(str(arg) for arg in args)]
+def run_command(*args: str | Path, launcher: Sequence[str] = ()) -> None:
+    """`python main.py …` in a process of its own, one thread each, with a free port for a group of processes.
+    `launcher`: what stands between the two, such as `-m torch.distributed.run` and its options."""
+    command = [sys.executable, *launcher, "main.py", *(str(arg) for arg in args)]
     kept = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK")}
     environment = kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -24,6 +24,7 @@ def test_it_measures_both_ways_and_the_growth_of_heads(tmp_path: Path) -> None:
     assert way["rows_trained"] == pytest.approx(2 * 28 / way["together"]) and way["rows_from_shards"] > 0
     assert heads["heads"] == 48 and heads["steps_per_second"] > 0 and heads["peak_memory"] > 2**20
     assert "one by one" in (tmp_path / "page.md").read_text()
+    assert (tmp_path / "training.png").stat().st_size > 0
 
 
 def test_made_shards_are_read_as_harvested_ones_are(tmp_path: Path) -> None:

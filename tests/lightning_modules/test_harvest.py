@@ -20,6 +20,7 @@ from smartkv.shards import MANIFEST, SPLITS, Manifest
 from tests.lightning_fixtures import (
     FOLLOW_UP,
     SINKS,
+    TORCHRUN,
     WINDOW,
     harvest,
     harvest_by_trainer,
@@ -171,6 +172,16 @@ def test_two_processes_give_the_bytes_of_one(
     run_command("predict", "-c", write_config(tmp_path / "two.yaml", config))
     assert shard_bytes(tmp_path / "two") == shard_bytes(tiny_shards)
     assert (tmp_path / "two" / MANIFEST).read_bytes() == (tiny_shards / MANIFEST).read_bytes()
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_bytes_of_one_process(
+    tmp_path: Path, tiny_backbone: Path, tiny_texts: Path, tiny_shards: Path
+) -> None:
+    processes = {"devices": 2, "strategy": "ddp"}
+    config = harvest_config(tmp_path / "two", tiny_backbone, tiny_texts, trainer=processes)
+    run_command("predict", "-c", write_config(tmp_path / "two.yaml", config), launcher=TORCHRUN)
+    assert shard_bytes(tmp_path / "two") == shard_bytes(tiny_shards)
 
 
 def test_two_processes_finish_a_harvest_that_has_one_shard_left(
