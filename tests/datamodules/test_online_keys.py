@@ -119,12 +119,14 @@ def test_a_loader_that_is_taken_up_gives_the_rest_of_the_same_batches(tiny_backb
 def test_gates_learn_what_shards_teach(
     tiny_shards: Path, tiny_backbone: Path, tiny_texts: Path, tmp_path: Path
 ) -> None:
-    """With all windows in the buffer only the order differs: figures a little apart, not another training."""
-    fit_by_trainer(tiny_shards, tmp_path / "shards", trainer={"max_epochs": 8})
-    config = online_config(tiny_backbone, tiny_texts, tmp_path / "online", buffer=7, passes=8)
+    """With a buffer of three windows of seven only the order differs: figures a little apart, not another training."""
+    fit_by_trainer(tiny_shards, tmp_path / "shards", trainer={"max_epochs": 16})
+    config = online_config(tiny_backbone, tiny_texts, tmp_path / "online", buffer=3, passes=4)
+    config["trainer"]["max_epochs"] = 4
     run_cli("fit", "-c", write_config(tmp_path / "online.yaml", config))
     ours, theirs = last_logged(tmp_path / "online"), last_logged(tmp_path / "shards")
-    assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=0.05)
+    assert theirs["val_r2_mean"] > 0.08  # something is learnt
+    assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=0.02)
     assert ours["val_r2_mean"] == pytest.approx(theirs["val_r2_mean"], abs=0.02)
 
 
