@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from smartkv.backbones import KEY_SITES, attention_modules
+from smartkv.checked import all_finite
 from smartkv.errors import SmartKVError
 
 OBSERVED = "smartkv_observed"
@@ -57,16 +58,17 @@ def attention_blocks(
     kv_heads = key.shape[0]
     grouped = query.unflatten(0, (kv_heads, query_heads // kv_heads))
     block = max(16, min(128, BLOCK_ELEMENTS // (query_heads * tokens)))
+    future = torch.full((block, block), float("-inf"), device=key.device).triu_(1)
+    nothing = key.new_empty(())
     for start in range(0, tokens, block):
         stop = min(start + block, tokens)
         queries = grouped[:, :, start:stop].flatten(1, 2)  # [kv_heads, group · queries, head_dim]
-        scores = torch.matmul(queries, key[:, :stop].transpose(1, 2)).float()
-        scores = scores.mul_(scaling).unflatten(1, (-1, stop - start))
-        index = torch.arange(start, stop, device=key.device)
+        scores = torch.baddbmm(nothing, queries, key[:, :stop].transpose(1, 2), beta=0, alpha=scaling)  # beta 0: unread
+        scores = scores.float().unflatten(1, (-1, stop - start))
         # only the last `block` columns can lie in a query's future
-        scores[..., start:].masked_fill_(index[None, :] > index[:, None], float("-inf"))
+        scores[..., start:] += future[: stop - start, : stop - start]
         if sliding_window is not None and stop > sliding_window:
-            past = torch.arange(stop, device=key.device)
+            index, past = (torch.arange(first, stop, device=key.device) for first in (start, 0))
             scores.masked_fill_(past[None, :] <= index[:, None] - sliding_window, float("-inf"))
         yield start, scores.softmax(dim=-1)
 
@@ -94,7 +96,7 @@ def observed_attention(
         queries, keys = probabilities.shape[2:]
         mixed = torch.matmul(probabilities.to(value.dtype).flatten(1, 2), value[0, :, :keys])
         output[:, start : start + queries] = mixed.view(query.shape[1], queries, -1)
-    if not torch.isfinite(output).all():  # a NaN probability is above no threshold: it would pass as "never hit"
+    if not all_finite(output):  # a NaN probability is above no threshold: it would pass as "never hit"
         raise SmartKVError(f"layer {layer} gave attention that is NaN or infinite: check the model's weights and dtype")
     return output.transpose(0, 1).unsqueeze(0), None
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from smartkv.attention import observe_attention
 from smartkv.backbones import Architecture
+from smartkv.checked import all_finite
 from smartkv.errors import SmartKVError
 
 
@@ -141,7 +142,7 @@ class _WindowObserver:
 
 def _to_half(keys: Tensor, layer: int) -> Tensor:
     half = keys.to("cpu", torch.float16)
-    if not torch.isfinite(half).all():
+    if not all_finite(half):
         raise SmartKVError(
             f"layer {layer} gave keys that are NaN, infinite or beyond float16: check the model's weights and dtype"
         )

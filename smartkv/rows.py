@@ -1,8 +1,8 @@
 """Labelled rows: the keys of shards that a gate is trained and scored on, with their targets."""
 
-import torch
 from torch import Tensor
 
+from smartkv.checked import all_finite
 from smartkv.errors import SmartKVError
 from smartkv.gates import parse_layers
 from smartkv.held import HeldBlocks
@@ -73,7 +73,7 @@ class LabelledRows:
             SmartKVError: NaN or infinite keys, naming the file.
         """
         keys = self.keys(block)
-        if not torch.stack(keys.aminmax()).isfinite().all():  # NaN is both; unlike a sum it makes no wider copy
+        if not all_finite(keys):
             raise SmartKVError(
                 f"{self.manifest.folder / block.file} holds {self.inputs} that are NaN or infinite: "
                 "delete it and run the same harvest again"
