@@ -1,6 +1,7 @@
 """`python -m eval speed`: harvest tokens/s and peak memory, beside the way with `output_attentions=True`.
 
-Each figure is measured in a process of its own, so that peak memory is that of one way at one length.
+Peak memory is that of a process of its own, which runs one way at one length; speed is measured with all ways of a
+length in one process, in turn, because a machine that is shared is not as fast in one minute as in the next.
 """
 
 import statistics
@@ -35,7 +36,7 @@ def speed(
     lengths: list[int] = [512, 1024, 2048, 4096, 8192],  # noqa: B006 - jsonargparse shows it; it is never changed
     ways: list[str] = list(WAYS),  # noqa: B006
     old_way_up_to: int = 2048,
-    repeats: int = 3,
+    rounds: int = 5,
     threads: int = 2,
     device: str = "cpu",
     markdown_file: str | None = None,
@@ -50,8 +51,8 @@ def speed(
         ways: smartkv (lifespans for one threshold, block by block), smartkv_all_labels (for three, and future
             attention), forward (the model alone with SDPA: the limit), output_attentions (eager attention kept for all
             layers, lifespans for one threshold by a vectorised scan).
-        old_way_up_to: tokens; the way output_attentions is left out of longer windows.
-        repeats: timed passes, after one that is not counted; the median is given.
+        old_way_up_to: tokens; the way output_attentions is left out of longer windows, and these get one round.
+        rounds: passes of all ways in turn, after one that is not counted; the median is given, of ratios too.
         threads: CPU threads.
         device: cpu or cuda.
         markdown_file: where the table goes besides. Null: nowhere.
@@ -60,19 +61,32 @@ def speed(
     hold(out)  # now, and not when all is measured
     if device == "cuda" and not torch.cuda.is_available():
         raise SmartKVError("device 'cuda' cannot be used here: torch finds none")
+    if unknown := sorted(set(ways) - set(WAYS)):
+        raise SmartKVError(f"ways {', '.join(unknown)} are unknown: expected some of {', '.join(WAYS)}")
+    if min(rounds, threads, old_way_up_to, *lengths) < 1:
+        raise SmartKVError("rounds, threads, old_way_up_to and lengths must be at least 1")
+    model = (backbone, dtype, threads, device)
     figures = []
     for length in lengths:
-        for way in ways:
-            if way == "output_attentions" and length > old_way_up_to:
-                continue
-            measured = apart(_measure, way, length, backbone, dtype, repeats, threads, device)
-            figure = {"way": way, "tokens": length, **measured}
-            figures.append(figure)
-            console.print(_line(figure), highlight=False)
-    arguments = {"backbone": backbone, "dtype": dtype, "repeats": repeats, "threads": threads, "device": device}
-    arguments |= {"machine": machine(device)}
+        there = [way for way in ways if way != "output_attentions" or length <= old_way_up_to]
+        rows = [{"way": way, "tokens": length, **apart(_pass, way, *model, length)} for way in there]
+        possible = [row["way"] for row in rows if "note" not in row]
+        if possible:
+            seconds = apart(_seconds, possible, *model, length, rounds if length <= old_way_up_to else 1)
+            for row in (row for row in rows if row["way"] in possible):
+                if "note" in seconds:
+                    row["note"] = seconds["note"]
+                else:
+                    taken = seconds[row["way"]]
+                    row |= {"tokens_per_second": length / statistics.median(taken), "seconds": taken}
+        for row in rows:
+            console.print(_line(row), highlight=False)
+        figures += rows
+    arguments = {"backbone": backbone, "dtype": dtype, "rounds": rounds, "threads": threads, "device": device}
+    arguments |= {"old_way_up_to": old_way_up_to, "machine": machine(device)}
     units = {
-        "tokens_per_second": "tokens/s",
+        "tokens_per_second": "tokens/s, median of rounds",
+        "seconds": "of each pass, all ways in turn",
         "peak_memory": "bytes, of the whole process; on a GPU what is allocated there",
         "exponent": "of tokens, with which time grows: slope of a line through the logarithms of all lengths",
         "bytes_a_token": "slope of a line through peak memory at all lengths",
@@ -90,11 +104,9 @@ def speed(
         console.print(f"  {path}", highlight=False)
 
 
-def _measure(
-    way: str, length: int, backbone: str, dtype: str, repeats: int, threads: int, device: str
-) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    lm = load_backbone(backbone, dtype, torch.device(device))
+def _pass(way: str, backbone: str, dtype: str, threads: int, device: str, length: int) -> dict[str, Any]:
+    """One pass, for its peak memory."""
+    lm, tokens = _loaded(backbone, dtype, threads, device, length)
     arch = lm.architecture
     attentions = arch.layers * arch.query_heads * length**2 * lm.model.dtype.itemsize
     # eager attention also holds one layer's float32 scores and softmax, and the mask
@@ -102,25 +114,41 @@ def _measure(
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     if way == "output_attentions" and needed > free:
         return {"note": f"needs {needed / 2**30:.0f} GiB"}
-    tokens = torch.randint(lm.model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).to(device)
+    _run(way, lm, tokens)
+    return {"peak_memory": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
+
+
+def _seconds(
+    ways: list[str], backbone: str, dtype: str, threads: int, device: str, length: int, rounds: int
+) -> dict[str, Any]:
+    """Of each way its seconds a pass, all ways in turn, after a round that is not counted."""
+    lm, tokens = _loaded(backbone, dtype, threads, device, length)
+    taken = [[_run(way, lm, tokens) for way in ways] for _ in range(rounds + 1)][1:]
+    return {way: list(column) for way, column in zip(ways, zip(*taken, strict=True), strict=True)}
+
+
+def _loaded(backbone: str, dtype: str, threads: int, device: str, length: int) -> tuple[Backbone, Tensor]:
+    torch.set_num_threads(threads)
+    lm = load_backbone(backbone, dtype, torch.device(device))
+    tokens = torch.randint(lm.model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    return lm, tokens.to(device)
+
+
+def _run(way: str, lm: Backbone, tokens: Tensor) -> float:
+    """Seconds of one pass."""
     run = {
         "smartkv": _smartkv,
         "smartkv_all_labels": _smartkv_all_labels,
         "forward": _forward,
         "output_attentions": _output_attentions,
     }[way]
-    if way == "output_attentions":
-        lm.model.set_attn_implementation("eager")
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        with torch.inference_mode():
-            run(lm, tokens)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    peak = {"peak_memory": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
-    return {"tokens_per_second": length / statistics.median(seconds[1:])} | peak
+    lm.model.set_attn_implementation("eager" if way == "output_attentions" else "sdpa")
+    start = time.perf_counter()
+    with torch.inference_mode():
+        run(lm, tokens)
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _smartkv(lm: Backbone, tokens: Tensor) -> None:
@@ -155,9 +183,14 @@ def _line(figure: dict[str, Any]) -> str:
 
 
 def _beside(figures: list[dict[str, Any]], row: dict[str, Any], way: str, key: str) -> float | None:
-    """How many times as large a figure is as that of another way at the same length; None: one of them is not there."""
+    """How many times as large a figure is as that of another way at the same length (of seconds the median of what each
+    round gives); None: one of them is not there."""
     other = next((f for f in figures if f["way"] == way and f["tokens"] == row["tokens"] and key in f), None)
-    return row[key] / other[key] if other is not None and key in row else None
+    if other is None or key not in row:
+        return None
+    if key == "seconds":
+        return statistics.median(ours / theirs for ours, theirs in zip(row[key], other[key], strict=True))
+    return row[key] / other[key]
 
 
 def _table(figures: list[dict[str, Any]]) -> Table:
@@ -176,15 +209,15 @@ def _table(figures: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="right")
     for row in figures:
         measured = "note" not in row
-        faster = _beside(figures, row, "output_attentions", "tokens_per_second")
-        limit = _beside(figures, row, "forward", "tokens_per_second")
+        slower = _beside(figures, row, "output_attentions", "seconds")
+        limit = _beside(figures, row, "forward", "seconds")
         memory = _beside(figures, row, "output_attentions", "peak_memory")
         table.add_row(
             f"{row['tokens']:,}",
             row["way"],
             f"{row['tokens_per_second']:.0f}" if measured else "",
-            "" if faster is None else f"{faster:.2f}",
-            "" if limit is None else f"{1 / limit:.2f}",
+            "" if slower is None else f"{1 / slower:.2f}",
+            "" if limit is None else f"{limit:.2f}",
             f"{row['peak_memory'] / 2**30:.2f}" if measured else "",
             "" if memory is None else f"{memory:.2f}",
             row.get("note", ""),

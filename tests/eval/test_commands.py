@@ -82,12 +82,16 @@ def test_a_mistake_ends_in_one_line_and_status_2(tmp_path: Path, capsys: pytest.
 
 
 def test_speed_measures_tokens_a_second_and_peak_memory(tmp_path: Path, tiny_backbone: Path) -> None:
-    ways = ["smartkv_all_labels"]  # each is a process that starts for seconds
-    run_eval("speed", "--backbone", tiny_backbone, "--out", tmp_path, "--lengths", "[64]", "--repeats", "1",
-             "--threads", "1", "--ways", json.dumps(ways))  # fmt: skip
-    rows = figures(tmp_path / "speed.json")["harvest"]
+    ways = ["smartkv_all_labels", "output_attentions"]  # each is a process that starts for seconds
+    run_eval("speed", "--backbone", tiny_backbone, "--out", tmp_path, "--lengths", "[64]", "--rounds", "3",
+             "--threads", "1", "--ways", json.dumps(ways), "--markdown_file", tmp_path / "page.md")  # fmt: skip
+    ours, theirs = rows = figures(tmp_path / "speed.json")["harvest"]
     assert [row["way"] for row in rows] == ways
-    assert all(row["tokens_per_second"] > 0 and row["peak_memory"] > 2**26 for row in rows)
+    for row in rows:
+        assert len(row["seconds"]) == 3 and row["peak_memory"] > 2**26
+        assert row["tokens_per_second"] == pytest.approx(64 / sorted(row["seconds"])[1])
+    faster = sorted(old / new for old, new in zip(theirs["seconds"], ours["seconds"], strict=True))[1]
+    assert f" {faster:.2f} |" in (tmp_path / "page.md").read_text()
     assert (tmp_path / "harvest_speed.png").read_bytes().startswith(PNG)
 
 
