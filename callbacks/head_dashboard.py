@@ -72,7 +72,7 @@ class HeadDashboard(L.Callback):
         rows = trainer.datamodule.rows
         blocks = trainer.datamodule.at_first("validation")[: self.sample_windows]
         prediction = torch.cat([module(rows.keys(block).to(module.device)).cpu() for block in blocks], dim=1).numpy()
-        truth = torch.cat([rows.target(block) for block in blocks], dim=1).numpy()
+        truth = rows.target(*blocks).numpy()
         order = module.val_r2_head.argsort().tolist()
         chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
         panels = {}

@@ -61,10 +61,10 @@ class BlockReader(Dataset):
         blocks, global_rows = item
         blocks = blocks or [self.empty]  # a process without rows still takes part in every step
         return KeyBatch(
-            keys=torch.cat([self.rows.keys(block) for block in blocks], dim=1),
-            labels=Labels.cat([self.rows.labels(block) for block in blocks]),
-            position=torch.cat([self.rows.position(block) for block in blocks]),
-            token=torch.cat([self.rows.token(block) for block in blocks]),
+            keys=self.rows.keys(*blocks),
+            labels=self.rows.labels(*blocks),
+            position=self.rows.position(*blocks),
+            token=self.rows.token(*blocks),
             global_rows=global_rows,
         )
 

@@ -211,8 +211,8 @@ def _ways(
     torch.set_num_threads(threads)
     shards = made_shards(folder, *SIZES["Qwen2.5-0.5B"], window, windows)
     rows, used = LabelledRows(Manifest.read(shards)), 0
-    keys = torch.cat([rows.keys(block) for block in rows.blocks("train")], dim=1)
-    target = torch.cat([rows.target(block) for block in rows.blocks("train")], dim=1)
+    blocks = rows.blocks("train")
+    keys, target = rows.keys(*blocks), rows.target(*blocks)
     files = [folder / f"head{gate}.pt" for gate in range(len(keys))]
     for gate, file in enumerate(files):
         torch.save({"keys": keys[gate].clone(), "target": target[gate].clone()}, file)

@@ -34,13 +34,6 @@ class Labels(NamedTuple):
         future = None if self.future_attention is None else self.future_attention.to(device, non_blocking=True)
         return Labels(self.log4_lifespan.to(device, non_blocking=True), future, self.ages)
 
-    @staticmethod
-    def cat(parts: Sequence["Labels"]) -> "Labels":
-        """Rows of all parts, one after the other."""
-        future = [part.future_attention for part in parts if part.future_attention is not None]
-        lives = torch.cat([part.log4_lifespan for part in parts], dim=1)
-        return Labels(lives, torch.cat(future, dim=2) if future else None, parts[0].ages)
-
 
 class Objective(ABC):
     """What all objectives have.

@@ -1,5 +1,6 @@
 """Labelled rows: the keys of shards that a gate is trained and scored on, with their targets."""
 
+import torch
 from torch import Tensor
 
 from smartkv.checked import all_finite
@@ -62,9 +63,9 @@ class LabelledRows:
             raise SmartKVError(f"{self.manifest.folder} has no {split} windows: harvest some")
         return self.manifest.labelled(split, size or self.manifest.window, self.follow_up)
 
-    def keys(self, block: Block) -> Tensor:
-        """float16 `[gates, rows, head_dim]`."""
-        return self._reader.read(block, self.inputs, self._layers).flatten(0, 1)
+    def keys(self, *blocks: Block) -> Tensor:
+        """Copied, of these blocks, one after another: float16 `[gates, rows, head_dim]`."""
+        return torch.cat([self._reader.read(block, self.inputs, self._layers) for block in blocks], dim=2).flatten(0, 1)
 
     def checked_keys(self, block: Block) -> Tensor:
         """The same, and finite.
@@ -80,26 +81,26 @@ class LabelledRows:
             )
         return keys
 
-    def target(self, block: Block) -> Tensor:
+    def target(self, *blocks: Block) -> Tensor:
         """log4 lifespan capped at the follow-up, float32 `[gates, rows]`."""
-        lifespan = self._reader.read(block, "lifespan", self._layers)[self._threshold_row]
-        return log4_lifespan(lifespan.flatten(0, 1), self.follow_up)
+        lifespans = [self._reader.read(block, "lifespan", self._layers)[self._threshold_row] for block in blocks]
+        return log4_lifespan(torch.cat(lifespans, dim=2).flatten(0, 1), self.follow_up)
 
-    def labels(self, block: Block) -> Labels:
-        """All labels of the block's keys, as objectives want them."""
+    def labels(self, *blocks: Block) -> Labels:
+        """All labels of the blocks' keys, as objectives want them."""
         ages = self.manifest.spec.ages
         if not ages:
-            return Labels(self.target(block))
-        future = self._reader.read(block, "future_attention", self._layers).flatten(1, 2)
-        return Labels(self.target(block), future, ages)
+            return Labels(self.target(*blocks))
+        future = torch.cat([self._reader.read(block, "future_attention", self._layers) for block in blocks], dim=3)
+        return Labels(self.target(*blocks), future.flatten(1, 2), ages)
 
-    def position(self, block: Block) -> Tensor:
+    def position(self, *blocks: Block) -> Tensor:
         """Place in the window, int32 `[rows]`."""
-        return self._reader.read(block, "position")
+        return torch.cat([self._reader.read(block, "position") for block in blocks], dim=0)
 
-    def token(self, block: Block) -> Tensor:
+    def token(self, *blocks: Block) -> Tensor:
         """Token ids, int32 `[rows]`."""
-        return self._reader.read(block, "token")
+        return torch.cat([self._reader.read(block, "token") for block in blocks], dim=0)
 
     def document(self, block: Block) -> Tensor:
         """Index into the manifest's documents, int32 `[rows]`."""

@@ -22,7 +22,6 @@ digest of its content (`smartkv.shard_files`). The manifest is written last. Not
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -229,21 +228,22 @@ class ShardReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: dict[tuple[int, str], Any] = {}
+        self._open: dict[str, Any] = {}
+        self._mapped: dict[tuple[str, str], Tensor] = {}
 
     def read(self, block: Block, name: str, layers: list[int] | None = None) -> Tensor:
         """One tensor of one block, all layers or some.
 
         Returns:
             `[layers, kv_heads, tokens, head_dim]` for keys, `[thresholds or ages, layers, kv_heads, tokens]` for
-            labels, `[tokens]` for the rest, in the dtype on disk.
+            labels, `[tokens]` for the rest, in the dtype on disk: a view of the map, unless layers are chosen.
 
         Raises:
             SmartKVError: the file is damaged or lacks this tensor.
         """
         here = slice(block.start, block.stop)
         try:
-            tensor = self._file(block.file).get_slice(name)
+            tensor = self._tensor(block.file, name)
             if name.startswith("keys"):
                 data = tensor[:, :, here]
                 return data if layers is None else data[layers]
@@ -251,17 +251,19 @@ class ShardReader:
                 data = tensor[:, :, :, here]
                 return data if layers is None else data[:, layers]
             return tensor[here]
-        except SafetensorError as error:
+        except (SafetensorError, IndexError) as error:
             raise SmartKVError(f"{self.folder / block.file} has no usable '{name}': {error}") from error
 
-    def _file(self, name: str) -> Any:
-        key = (os.getpid(), name)  # a forked worker opens its own
-        if key not in self._open:
-            self._open[key] = open_tensors(self.folder / name)
-        return self._open[key]
+    def _tensor(self, file: str, name: str) -> Tensor:
+        """All of it, mapped: asked for once, as finding it in its file takes longer than reading a block."""
+        if (file, name) not in self._mapped:
+            if file not in self._open:
+                self._open[file] = open_tensors(self.folder / file)
+            self._mapped[file, name] = self._open[file].get_tensor(name)
+        return self._mapped[file, name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_open": {}}  # open files do not travel to worker processes
+        return {"folder": self.folder, "_open": {}, "_mapped": {}}  # maps do not travel to worker processes
 
 
 def entry_of(path: Path, split: str, windows: int, tokens: int) -> ShardEntry:

@@ -272,7 +272,7 @@ def fit_by_trainer(shards: Path, root: Path, **settings: Any) -> Watcher:
 def validation_keys(datamodule: L.LightningDataModule) -> Tensor:
     """float16 `[gates, rows, head_dim]`."""
     rows = datamodule.rows
-    return torch.cat([rows.keys(block) for block in rows.blocks("validation")], dim=1)
+    return rows.keys(*rows.blocks("validation"))
 
 
 def labelled(folder: Path, split: str, threshold: float = 0.05, keys: str = "keys") -> dict[str, Tensor]:
