@@ -48,7 +48,7 @@ def training(
     batches: list[int] = [1024, 4096],  # noqa: B006 - jsonargparse shows it; never changed
     models: list[str] = list(SIZES),  # noqa: B006
     steps: int = 100,
-    rounds: int = 3,
+    rounds: int = 5,
     window: int = 1024,
     windows: int = 16,
     threads: int = 2,
@@ -317,11 +317,12 @@ def _picture(ways: list[dict[str, Any]], heads: list[dict[str, Any]]) -> Figure:
         (right, "peak memory, GiB", [h["peak_memory"] / 2**30 for h in rows]),
     ):
         axes.plot([h["heads"] for h in rows], values, color=COLOURS[0], marker="o")
-        for h, value in zip(rows, values, strict=True):
-            axes.annotate(h["model"], (h["heads"], value), (0, 5), textcoords="offset points", fontsize=7, ha="center")
+        axes.set_xscale("log", base=2)
+        names = [f"{h['heads']}, {h['model']}" for h in rows]
+        axes.set_xticks([h["heads"] for h in rows], names, rotation=25, ha="right", fontsize=8)
         axes.set_xlabel("gates")
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
-        axes.margins(x=0.2, y=0.15)
+        axes.set_ylim(0, 1.15 * max(values))
+        axes.margins(x=0.1)
         axes.grid(alpha=0.3)
     return figure
