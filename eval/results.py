@@ -18,8 +18,11 @@ from smartkv.files import write_atomically
 
 
 def versions() -> dict[str, str]:
-    found = {"torch": str(torch.__version__), "transformers": transformers.__version__}
-    return found | {"lightning": version("lightning")}
+    return {
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "lightning": version("lightning"),
+    }
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -37,6 +37,7 @@ def speed(
     ways: list[str] = list(WAYS),  # noqa: B006
     old_way_up_to: int = 2048,
     rounds: int = 5,
+    rounds_alone: int = 1,
     threads: int = 2,
     device: str = "cpu",
     markdown_file: str | None = None,
@@ -51,8 +52,9 @@ def speed(
         ways: smartkv (lifespans for one threshold, block by block), smartkv_all_labels (for three, and future
             attention), forward (the model alone with SDPA: the limit), output_attentions (eager attention kept for all
             layers, lifespans for one threshold by a vectorised scan).
-        old_way_up_to: tokens; the way output_attentions is left out of longer windows, and these get one round.
+        old_way_up_to: tokens; the way output_attentions is left out of longer windows.
         rounds: passes of all ways in turn, after one that is not counted; the median is given, of ratios too.
+        rounds_alone: the same, of those longer windows.
         threads: CPU threads.
         device: cpu or cuda.
         markdown_file: where the table goes besides. Null: nowhere.
@@ -63,31 +65,33 @@ def speed(
         raise SmartKVError("device 'cuda' cannot be used here: torch finds none")
     if unknown := sorted(set(ways) - set(WAYS)):
         raise SmartKVError(f"ways {', '.join(unknown)} are unknown: expected some of {', '.join(WAYS)}")
-    if min(rounds, threads, old_way_up_to, *lengths) < 1:
-        raise SmartKVError("rounds, threads, old_way_up_to and lengths must be at least 1")
+    if not (ways and lengths) or min(rounds, rounds_alone, threads, old_way_up_to) < 1 or min(lengths) < 2:
+        raise SmartKVError(
+            "rounds, rounds_alone, threads and old_way_up_to must be at least 1, lengths 2, and some ways and lengths "
+            f"given; got {rounds}, {rounds_alone}, {threads}, {old_way_up_to}, {lengths} and {ways}"
+        )
+    limit = backbones.read_architecture(backbone).max_positions
+    if max(lengths) > limit:
+        raise SmartKVError(
+            f"lengths go up to {max(lengths)} tokens, '{backbone}' has {limit} positions: leave those out"
+        )
     model = (backbone, dtype, threads, device)
     figures = []
     for length in lengths:
         there = [way for way in ways if way != "output_attentions" or length <= old_way_up_to]
         rows = [{"way": way, "tokens": length, **apart(_pass, way, *model, length)} for way in there]
         possible = [row["way"] for row in rows if "note" not in row]
-        if possible:
-            seconds = apart(_seconds, possible, *model, length, rounds if length <= old_way_up_to else 1)
-            for row in (row for row in rows if row["way"] in possible):
-                if "note" in seconds:
-                    row["note"] = seconds["note"]
-                else:
-                    taken = seconds[row["way"]]
-                    row |= {"tokens_per_second": length / statistics.median(taken), "seconds": taken}
+        found = _timed(possible, *model, length, rounds if length <= old_way_up_to else rounds_alone)
         for row in rows:
+            row |= found.get(row["way"], {})
             console.print(_line(row), highlight=False)
         figures += rows
     arguments = {"backbone": backbone, "dtype": dtype, "rounds": rounds, "threads": threads, "device": device}
-    arguments |= {"old_way_up_to": old_way_up_to, "machine": machine(device)}
+    arguments |= {"rounds_alone": rounds_alone, "old_way_up_to": old_way_up_to, "machine": machine(device)}
     units = {
         "tokens_per_second": "tokens/s, median of rounds",
         "seconds": "of each pass, all ways in turn",
-        "peak_memory": "bytes, of the whole process; on a GPU what is allocated there",
+        "peak_memory": "bytes, of the whole process in one pass; on a GPU what is allocated there",
         "exponent": "of tokens, with which time grows: slope of a line through the logarithms of all lengths",
         "bytes_a_token": "slope of a line through peak memory at all lengths",
         "off_the_line": "largest distance of a peak from that line ÷ the peak: near 0 where memory is linear",
@@ -116,6 +120,21 @@ def _pass(way: str, backbone: str, dtype: str, threads: int, device: str, length
         return {"note": f"needs {needed / 2**30:.0f} GiB"}
     _run(way, lm, tokens)
     return {"peak_memory": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
+
+
+def _timed(ways: list[str], *arguments: Any) -> dict[str, dict[str, Any]]:
+    """Of each way its seconds and tokens/s, or a note why there are none."""
+    if not ways:
+        return {}
+    found = apart(_seconds, ways, *arguments)
+    if "note" not in found:
+        length = arguments[-2]
+        taken = {way: found[way] for way in ways}
+        return {way: {"tokens_per_second": length / statistics.median(s), "seconds": s} for way, s in taken.items()}
+    if len(ways) > 1 and "output_attentions" in ways:  # beside the others it had not room enough
+        rest = _timed([way for way in ways if way != "output_attentions"], *arguments)
+        return rest | {"output_attentions": {"note": found["note"]}}
+    return {way: {"note": found["note"]} for way in ways}
 
 
 def _seconds(
@@ -183,8 +202,8 @@ def _line(figure: dict[str, Any]) -> str:
 
 
 def _beside(figures: list[dict[str, Any]], row: dict[str, Any], way: str, key: str) -> float | None:
-    """How many times as large a figure is as that of another way at the same length (of seconds the median of what each
-    round gives); None: one of them is not there."""
+    """A figure ÷ that of another way at the same length, of seconds the median over rounds of that ratio.
+    None: one of them is not there."""
     other = next((f for f in figures if f["way"] == way and f["tokens"] == row["tokens"] and key in f), None)
     if other is None or key not in row:
         return None
@@ -198,6 +217,7 @@ def _table(figures: list[dict[str, Any]]) -> Table:
     columns = (
         "tokens",
         "way",
+        "rounds",
         "tokens/s",
         "× output_attentions",
         "time ÷ forward",
@@ -208,17 +228,18 @@ def _table(figures: list[dict[str, Any]]) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     for row in figures:
-        measured = "note" not in row
+        timed, passed = "seconds" in row, "peak_memory" in row
         slower = _beside(figures, row, "output_attentions", "seconds")
         limit = _beside(figures, row, "forward", "seconds")
         memory = _beside(figures, row, "output_attentions", "peak_memory")
         table.add_row(
             f"{row['tokens']:,}",
             row["way"],
-            f"{row['tokens_per_second']:.0f}" if measured else "",
+            str(len(row["seconds"])) if timed else "",
+            f"{row['tokens_per_second']:.0f}" if timed else "",
             "" if slower is None else f"{1 / slower:.2f}",
             "" if limit is None else f"{limit:.2f}",
-            f"{row['peak_memory'] / 2**30:.2f}" if measured else "",
+            f"{row['peak_memory'] / 2**30:.2f}" if passed else "",
             "" if memory is None else f"{memory:.2f}",
             row.get("note", ""),
         )

@@ -73,8 +73,10 @@ def training(
     hold(out)  # now, and not when all is measured
     if unknown := sorted(set(models) - set(SIZES)):
         raise SmartKVError(f"models {', '.join(unknown)} are unknown: expected some of {', '.join(SIZES)}")
-    if min(steps, rounds, windows, threads, *batches) < 1 or window < 4 * SINKS:
-        raise SmartKVError(f"steps, rounds, windows, threads and batches must be at least 1, window {4 * SINKS}")
+    if min(steps, rounds, windows, threads, *batches) < 1 or window < 4 * SINKS or not batches:
+        raise SmartKVError(
+            f"steps, rounds, windows, threads and batches must be at least 1, window {4 * SINKS}, some batches given"
+        )
     if device == "cuda" and not torch.cuda.is_available():
         raise SmartKVError("device 'cuda' cannot be used here: torch finds none")
     ways, heads = [], []
@@ -88,7 +90,7 @@ def training(
             progress.advance(task)
         for name in models:
             least = -(-2 * batches[0] // (window // 2 - SINKS))
-            held = max(least, windows * 48 * 64 // math.prod(SIZES[name]))  # about as many bytes for each, if they do
+            held = max(least, windows * 48 * 64 // math.prod(SIZES[name]))  # as many bytes for each, or two batches
             shards = Path(scratch) / name
             apart(_made, shards, *SIZES[name], window, held)
             measured = apart(_heads, shards, batches[0], steps, threads, device)
@@ -111,11 +113,13 @@ def training(
 UNITS = {
     "together, apart": "seconds for the same steps of all 48 heads, from files to trained gates, their keys' mean and "
     "deviation included; one by one: their keys from a file a head",
-    "ratio": "one by one ÷ together",
+    "rounds": "the seconds of each round, of which these are the medians",
+    "ratio": "one by one ÷ together, median of rounds",
     "rows_from_shards, rows_from_torch_load": "keys of all heads a second that can be read",
     "rows_trained": "keys of all heads a second that training takes",
     "rows_a_step": "keys a head of an optimiser step, mean: a batch is made of whole blocks",
-    "peak_memory": "bytes, of the whole process that trains; on a GPU what is allocated there",
+    "peak_memory": "bytes, of the whole process that trains, what it read of its mapped shards among them; on a GPU "
+    "what is allocated there",
 }
 
 
@@ -224,6 +228,7 @@ def _ways(
         alone.append(_apart(files, batch, steps, device))
     ratios = [theirs / ours for ours, theirs in zip(together, alone, strict=True)]
     figures = {"together": statistics.median(together), "apart": statistics.median(alone), "rows_a_step": used / steps}
+    figures["rounds"] = {"together": together, "apart": alone}
     figures |= {"ratio": statistics.median(ratios), "rows_trained": used / statistics.median(together)}
     data = LifespanShards(str(shards), batch_size=batch, verify=False)
     data.setup("validate")
@@ -322,7 +327,7 @@ def _picture(ways: list[dict[str, Any]], heads: list[dict[str, Any]]) -> Figure:
         axes.set_xticks([h["heads"] for h in rows], names, rotation=25, ha="right", fontsize=8)
         axes.set_xlabel("gates")
         axes.set_ylabel(label)
-        axes.set_ylim(0, 1.15 * max(values))
+        axes.set_ylim(0, 1.15 * max(values, default=1))
         axes.margins(x=0.1)
         axes.grid(alpha=0.3)
     return figure

@@ -66,9 +66,10 @@ def attention_blocks(
         scores = torch.baddbmm(nothing, queries, key[:, :stop].transpose(1, 2), beta=0, alpha=scaling)  # beta 0: unread
         scores = scores.float().unflatten(1, (-1, stop - start))
         # only the last `block` columns can lie in a query's future
-        scores[..., start:] += future[: stop - start, : stop - start]
+        scores[..., start:].add_(future[: stop - start, : stop - start])
         if sliding_window is not None and stop > sliding_window:
-            index, past = (torch.arange(first, stop, device=key.device) for first in (start, 0))
+            index = torch.arange(start, stop, device=key.device)
+            past = torch.arange(stop, device=key.device)
             scores.masked_fill_(past[None, :] <= index[:, None] - sliding_window, float("-inf"))
         yield start, scores.softmax(dim=-1)
 

@@ -1,5 +1,5 @@
-"""What comes from outside, checked where it is read: tensors for numbers that are none, JSON for what is not what it
-should be, which a ValueError names."""
+"""Checks of what may be wrong: a tensor's NaN and infinity, and what stands in a JSON file, of which a ValueError names
+what is not what it should be."""
 
 import math
 from dataclasses import fields
@@ -13,7 +13,10 @@ Flat = TypeVar("Flat")
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """No NaN, no infinity. One pass that writes nothing; `isfinite` of each number takes fifteen times as long."""
+    """No NaN, no infinity, in a tensor that is not empty.
+
+    One pass that writes nothing: `isfinite` of each number takes fifteen times as long.
+    """
     return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN is both
 
 

@@ -64,7 +64,7 @@ class LabelledRows:
         return self.manifest.labelled(split, size or self.manifest.window, self.follow_up)
 
     def keys(self, *blocks: Block) -> Tensor:
-        """Copied, of these blocks, one after another: float16 `[gates, rows, head_dim]`."""
+        """A copy, of these blocks (one at least) one after another: float16 `[gates, rows, head_dim]`."""
         return torch.cat([self._reader.read(block, self.inputs, self._layers) for block in blocks], dim=2).flatten(0, 1)
 
     def checked_keys(self, block: Block) -> Tensor:
@@ -104,4 +104,4 @@ class LabelledRows:
 
     def document(self, block: Block) -> Tensor:
         """Index into the manifest's documents, int32 `[rows]`."""
-        return self._reader.read(block, "document")
+        return self._reader.read(block, "document").clone()

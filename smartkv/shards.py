@@ -236,7 +236,7 @@ class ShardReader:
 
         Returns:
             `[layers, kv_heads, tokens, head_dim]` for keys, `[thresholds or ages, layers, kv_heads, tokens]` for
-            labels, `[tokens]` for the rest, in the dtype on disk: a view of the map, unless layers are chosen.
+            labels, `[tokens]` for the rest, in the dtype on disk. A view of the map: not to be written to.
 
         Raises:
             SmartKVError: the file is damaged or lacks this tensor.

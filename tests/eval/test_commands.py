@@ -91,8 +91,43 @@ def test_speed_measures_tokens_a_second_and_peak_memory(tmp_path: Path, tiny_bac
         assert len(row["seconds"]) == 3 and row["peak_memory"] > 2**26
         assert row["tokens_per_second"] == pytest.approx(64 / sorted(row["seconds"])[1])
     faster = sorted(old / new for old, new in zip(theirs["seconds"], ours["seconds"], strict=True))[1]
-    assert f" {faster:.2f} |" in (tmp_path / "page.md").read_text()
+    line = next(line for line in (tmp_path / "page.md").read_text().splitlines() if ways[0] in line)
+    assert [cell.strip() for cell in line.split("|")][3:6:2] == ["3", f"{faster:.2f}"]
     assert (tmp_path / "harvest_speed.png").read_bytes().startswith(PNG)
+
+
+def test_ways_are_timed_in_turn_and_one_without_room_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    import eval.speed
+
+    ran: list[str] = []
+    monkeypatch.setattr(eval.speed, "_loaded", lambda *_: (None, None))
+    monkeypatch.setattr(eval.speed, "_run", lambda way, *_: float(len(ran.append(way) or ran)))
+    assert eval.speed._seconds(["a", "b"], "lm", "auto", 1, "cpu", 64, 2) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert ran == ["a", "b"] * 3
+
+    def apart(_: Any, ways: list[str], *__: Any) -> dict[str, Any]:
+        return {"note": "killed"} if "output_attentions" in ways else {way: [2.0, 4.0, 8.0] for way in ways}
+
+    monkeypatch.setattr(eval.speed, "apart", apart)
+    found = eval.speed._timed(["forward", "output_attentions"], "lm", "auto", 1, "cpu", 64, 3)
+    assert found["forward"]["tokens_per_second"] == 16 and found["output_attentions"] == {"note": "killed"}
+    row = {"way": "output_attentions", "tokens": 64, "peak_memory": 2**30, **found["output_attentions"]}
+    table = eval.speed._table([{"way": "forward", "tokens": 64, "peak_memory": 2**30, **found["forward"]}, row])
+    assert [list(column.cells)[1] for column in table.columns][2:] == ["", "", "", "", "1.00", "1.00", "killed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [("ways", '["foo"]', "ways foo"), ("lengths", "[]", "some ways and lengths"), ("lengths", "[1]", "lengths 2"),
+     ("lengths", "[64, 99999]", "positions"), ("rounds", "0", "rounds")],
+)  # fmt: skip
+def test_speed_tells_mistakes_in_a_line(
+    name: str, value: str, says: str, tmp_path: Path, tiny_backbone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["speed", "--backbone", str(tiny_backbone), "--out", str(tmp_path), f"--{name}", value])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and says in said and said.count("\n") == 1
 
 
 def test_growth_is_read_off_all_lengths() -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from eval.__main__ import main
-from eval.training import SIZES, made_shards
+from eval.training import SIZES, _picture, made_shards
 from smartkv.shards import Manifest
 
 
@@ -24,7 +24,8 @@ def test_it_measures_both_ways_and_the_growth_of_heads(tmp_path: Path) -> None:
     assert way["rows_trained"] == pytest.approx(2 * 28 / way["together"]) and way["rows_from_shards"] > 0
     assert heads["heads"] == 48 and heads["steps_per_second"] > 0 and heads["peak_memory"] > 2**20
     assert "one by one" in (tmp_path / "page.md").read_text()
-    assert (tmp_path / "training.png").stat().st_size > 0
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert [way["together"], way["apart"]] == [*way["rounds"]["together"], *way["rounds"]["apart"]]
 
 
 def test_made_shards_are_read_as_harvested_ones_are(tmp_path: Path) -> None:
@@ -36,7 +37,14 @@ def test_made_shards_are_read_as_harvested_ones_are(tmp_path: Path) -> None:
     assert torch.equal(shard["horizon"], torch.arange(63, -1, -1))
 
 
-@pytest.mark.parametrize(("name", "value"), [("models", '["GPT-7"]'), ("steps", "0")])
+def test_a_picture_is_drawn_of_what_could_be_measured() -> None:
+    way = {"batch": 32, "together": 1.0, "apart": 2.0}
+    for ways, heads in (([way, {"batch": 64, "note": "out of memory"}], [{"model": "m", "note": "killed"}]), ([], [])):
+        left, _, right = _picture(ways, heads).axes
+        assert len(left.patches) == 2 * sum("note" not in w for w in ways) and not right.lines[0].get_xdata().size
+
+
+@pytest.mark.parametrize(("name", "value"), [("models", '["GPT-7"]'), ("steps", "0"), ("batches", "[]")])
 def test_mistakes_are_told_in_a_line(name: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["training", "--out", str(tmp_path), f"--{name}", value])

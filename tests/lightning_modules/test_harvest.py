@@ -182,6 +182,7 @@ def test_torchrun_gives_the_bytes_of_one_process(
     config = harvest_config(tmp_path / "two", tiny_backbone, tiny_texts, trainer=processes)
     run_command("predict", "-c", write_config(tmp_path / "two.yaml", config), launcher=TORCHRUN)
     assert shard_bytes(tmp_path / "two") == shard_bytes(tiny_shards)
+    assert (tmp_path / "two" / MANIFEST).read_bytes() == (tiny_shards / MANIFEST).read_bytes()
 
 
 def test_two_processes_finish_a_harvest_that_has_one_shard_left(

@@ -172,6 +172,20 @@ def test_the_models_value_dtype_is_kept() -> None:
     assert {block.dtype for _, block in recorder.blocks[0]} == {torch.float32}
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_probabilities_are_as_exact_as_the_scores_dtype(dtype: torch.dtype, off: float) -> None:
+    """With a scaling that is no power of two, applied inside the product."""
+    torch.manual_seed(0)
+    query, key, scaling = torch.randn(4, 40, 128).to(dtype), torch.randn(2, 40, 128).to(dtype), 128**-0.5
+    scores = torch.einsum("kgqd,knd->kgqn", query.double().unflatten(0, (2, 2)), key.double()) * scaling
+    future = torch.ones(40, 40, dtype=torch.bool).triu(1)
+    expected = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+    for start, found in attention_blocks(query, key, scaling):
+        stop = start + found.shape[2]
+        torch.testing.assert_close(found.double(), expected[:, :, start:stop, :stop], atol=off, rtol=0)
+    assert stop == 40
+
+
 @pytest.mark.parametrize("tokens", [40, 700, 1500])
 def test_a_block_never_holds_more_probabilities_than_allowed(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = 2**17

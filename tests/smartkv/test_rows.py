@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 from smartkv.errors import SmartKVError
 from smartkv.rows import LabelledRows
 from smartkv.shard_files import write_shard
-from smartkv.shards import Manifest
+from smartkv.shards import Block, Manifest
 from tests.models import write_tiny_shards
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Manifest:
     """Windows of 16 tokens with 2 sinks and a follow-up of 4: two for training."""
-    return write_tiny_shards(tmp_path / "shards", splits=[("train", 2)], post_rope=True)
+    return write_tiny_shards(tmp_path / "shards", splits=[("train", 2)], ages=(2, 5), post_rope=True)
 
 
 @pytest.mark.parametrize("size", [None, 3])
@@ -31,13 +31,31 @@ def test_rows_are_the_labelled_tokens_of_the_layers_and_threshold_asked_for(
     tokens = [t for t in range(32) if 2 <= t % 16 < 12]
     blocks = rows.blocks("train", size)
     assert rows.gates == len(gates)
-    keys = torch.cat([rows.keys(block) for block in blocks], dim=1)
-    assert torch.equal(keys, whole[inputs].flatten(0, 1)[gates][:, tokens])
+    assert torch.equal(rows.keys(*blocks), whole[inputs].flatten(0, 1)[gates][:, tokens])
     lifespan = whole["lifespan"][row].flatten(0, 1)[gates][:, tokens].clamp(max=4)
-    target = torch.cat([rows.target(block) for block in blocks], dim=1)
-    torch.testing.assert_close(target, lifespan.log() / torch.tensor(4.0).log())
+    labels = rows.labels(*blocks)
+    torch.testing.assert_close(labels.log4_lifespan, lifespan.log() / torch.tensor(4.0).log())
+    assert labels.ages == shards.spec.ages and len(labels.ages) > 0
+    assert torch.equal(labels.future_attention, whole["future_attention"].flatten(1, 2)[:, gates][..., tokens])
     for name, read in (("position", rows.position), ("token", rows.token)):
-        assert torch.equal(torch.cat([read(block) for block in blocks]), whole[name][tokens])
+        assert torch.equal(read(*blocks), whole[name][tokens])
+
+
+def test_what_is_read_may_be_written_to(shards: Manifest) -> None:
+    rows = LabelledRows(shards)
+    block = rows.blocks("train")[0]
+    for read in (rows.keys, rows.target, rows.position, rows.token, rows.document):
+        before = read(block).clone()
+        read(block).add_(7)
+        assert torch.equal(read(block), before)
+
+
+def test_a_block_without_rows_reads_as_none_of_each(shards: Manifest) -> None:
+    rows = LabelledRows(shards)
+    labels, block = rows.labels(Block(shards.shards[0].file, 0, 0, 0)), Block(shards.shards[0].file, 0, 0, 0)
+    assert rows.keys(block).shape == (4, 0, shards.fingerprint.head_dim)
+    assert labels.log4_lifespan.shape == (4, 0)
+    assert labels.future_attention.shape == (len(shards.spec.ages), 4, 0)
 
 
 def test_another_follow_up_moves_the_rows_and_the_cap(shards: Manifest) -> None:
