@@ -1,9 +1,11 @@
 """A measurement in a fresh process, so that peak memory is its own."""
 
 import multiprocessing
+import os
 import re
 import resource
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ def apart(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
 
 
 def _send(sender: Any, measure: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         figures = measure(*arguments)
     except Exception as error:
@@ -54,6 +57,12 @@ def _send(sender: Any, measure: Callable[..., dict[str, Any]], arguments: tuple[
         else:
             raise
     sender.send(figures if {"note", "error"} & figures.keys() else {"peak_memory": _peak()} | figures)
+
+
+def _end_with_parent() -> None:
+    """A command that is killed leaves no measurement behind that goes on for minutes."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _peak() -> int:

@@ -1,11 +1,16 @@
 """Measurements in processes of their own: what comes back, and what is said where nothing does."""
 
 import errno
+import multiprocessing
 import os
 import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from eval.apart import apart
@@ -33,6 +38,30 @@ def test_peak_memory_is_that_of_the_measurement_alone() -> None:
     small, large = apart(_allocated, 1), apart(_allocated, 200)
     assert large["sum"] == 200 * 2**17 and held.sum() > 0
     assert 150 * 2**20 < large["peak_memory"] - small["peak_memory"] < 300 * 2**20
+
+
+def _slow(told: Path) -> dict[str, Any]:
+    told.write_text(str(os.getpid()))
+    time.sleep(120)
+    return {}
+
+
+def test_a_measurement_ends_with_the_command_that_asked_for_it(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    command = multiprocessing.get_context("spawn").Process(target=apart, args=(_slow, told))
+    command.start()
+    try:
+        wait_for(lambda: told.exists() and told.read_text(), seconds=240)  # two processes import torch
+    finally:
+        command.kill()
+    wait_for(lambda: not psutil.pid_exists(int(told.read_text())))
+
+
+def wait_for(happened: Callable[[], Any], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(("how", "note"), [("killed", "killed: out of memory"), ("memory", "out of memory: so much")])
