@@ -1,7 +1,8 @@
-"""What the tests of `python -m eval generate` share: a tiny backbone that chats, its gates, the command."""
+"""What the tests of `python -m eval …` share: a tiny backbone that chats, its gates, the command; measurements here."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from eval.__main__ import main
+from eval.apart import _peak
 from tests.eval.task_fixtures import lm, long_backbone, long_gates, long_texts, run_task  # noqa: F401
 from tests.lightning_fixtures import write_texts
 from tests.models import save_random_gates
@@ -61,3 +63,15 @@ def run(tmp_path: Path, tiny_backbone: Path, train_texts: Path, random_gates: Pa
         return json.loads(written.read_text()) if written.exists() else {}
 
     return run
+
+
+@pytest.fixture(params=["here", pytest.param("apart", marks=pytest.mark.slow)])
+def measured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements in this process, as each of their own starts for seven seconds; the slow tests have those."""
+
+    def here(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        return {"peak_memory": _peak()} | measure(*arguments)
+
+    if request.param == "here":
+        for module in ("eval.speed", "eval.training"):
+            monkeypatch.setattr(f"{module}.apart", here)

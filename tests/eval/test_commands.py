@@ -81,8 +81,9 @@ def test_a_mistake_ends_in_one_line_and_status_2(tmp_path: Path, capsys: pytest.
     assert error.startswith("error: gates") and error.count("\n") == 1
 
 
+@pytest.mark.usefixtures("measured")
 def test_speed_measures_tokens_a_second_and_peak_memory(tmp_path: Path, tiny_backbone: Path) -> None:
-    ways = ["smartkv_all_labels", "output_attentions"]  # each is a process that starts for seconds
+    ways = ["smartkv_all_labels", "output_attentions"]
     run_eval("speed", "--backbone", tiny_backbone, "--out", tmp_path, "--lengths", "[64]", "--rounds", "3",
              "--threads", "1", "--ways", json.dumps(ways), "--markdown_file", tmp_path / "page.md")  # fmt: skip
     ours, theirs = rows = figures(tmp_path / "speed.json")["harvest"]

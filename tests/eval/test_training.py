@@ -12,6 +12,7 @@ from eval.training import SIZES, _picture, made_shards
 from smartkv.shards import Manifest
 
 
+@pytest.mark.usefixtures("measured")
 def test_it_measures_both_ways_and_the_growth_of_heads(tmp_path: Path) -> None:
     small = {"batches": "[32]", "models": '["Qwen2.5-0.5B"]', "steps": 2, "rounds": 1, "window": 64, "windows": 4}
     settings = small | {"out": tmp_path, "threads": 1, "markdown_file": tmp_path / "page.md"}
