@@ -81,7 +81,7 @@ def speed(
         there = [way for way in ways if way != "output_attentions" or length <= old_way_up_to]
         rows = [{"way": way, "tokens": length, **apart(_pass, way, *model, length)} for way in there]
         possible = [row["way"] for row in rows if "note" not in row]
-        found = _timed(possible, *model, length, rounds if length <= old_way_up_to else rounds_alone)
+        found = _timed(possible, model, length, rounds if length <= old_way_up_to else rounds_alone)
         for row in rows:
             row |= found.get(row["way"], {})
             console.print(_line(row), highlight=False)
@@ -122,17 +122,16 @@ def _pass(way: str, backbone: str, dtype: str, threads: int, device: str, length
     return {"peak_memory": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
 
 
-def _timed(ways: list[str], *arguments: Any) -> dict[str, dict[str, Any]]:
+def _timed(ways: list[str], model: tuple[str, str, int, str], length: int, rounds: int) -> dict[str, dict[str, Any]]:
     """Of each way its seconds and tokens/s, or a note why there are none."""
     if not ways:
         return {}
-    found = apart(_seconds, ways, *arguments)
+    found = apart(_seconds, ways, *model, length, rounds)
     if "note" not in found:
-        length = arguments[-2]
         taken = {way: found[way] for way in ways}
         return {way: {"tokens_per_second": length / statistics.median(s), "seconds": s} for way, s in taken.items()}
     if len(ways) > 1 and "output_attentions" in ways:  # beside the others it had not room enough
-        rest = _timed([way for way in ways if way != "output_attentions"], *arguments)
+        rest = _timed([way for way in ways if way != "output_attentions"], model, length, rounds)
         return rest | {"output_attentions": {"note": found["note"]}}
     return {way: {"note": found["note"]} for way in ways}
 

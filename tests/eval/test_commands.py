@@ -110,7 +110,7 @@ def test_ways_are_timed_in_turn_and_one_without_room_leaves_the_others(monkeypat
         return {"note": "killed"} if "output_attentions" in ways else {way: [2.0, 4.0, 8.0] for way in ways}
 
     monkeypatch.setattr(eval.speed, "apart", apart)
-    found = eval.speed._timed(["forward", "output_attentions"], "lm", "auto", 1, "cpu", 64, 3)
+    found = eval.speed._timed(["forward", "output_attentions"], ("lm", "auto", 1, "cpu"), 64, 3)
     assert found["forward"]["tokens_per_second"] == 16 and found["output_attentions"] == {"note": "killed"}
     row = {"way": "output_attentions", "tokens": 64, "peak_memory": 2**30, **found["output_attentions"]}
     table = eval.speed._table([{"way": "forward", "tokens": 64, "peak_memory": 2**30, **found["forward"]}, row])

@@ -21,7 +21,7 @@ def raising(error: Exception) -> object:
     ("owner", "name", "error"),
     [
         (fcntl, "flock", OSError(errno.ENOTSUP, "Operation not supported")),  # what the kernel says
-        (FileLock, "acquire", NotImplementedError()),  # what filelock 3 makes of another of its answers
+        (FileLock, "acquire", NotImplementedError()),  # what filelock 3 makes of ENOSYS, another of its answers
     ],
 )
 def test_a_file_system_without_locks_is_told_of_and_stops_nothing(
