@@ -1,6 +1,7 @@
 """`python -m eval decode`: speed and bytes of a cache that evicts, beside full caches, in one run.
 
-Each way fills its cache with the same text, then takes single tokens in turns: what slows the machine slows all.
+Each way fills its cache with the same text, then they take single tokens in turns, a few at a time: what slows the
+machine for seconds slows all.
 """
 
 import statistics
@@ -31,6 +32,7 @@ from smartkv.perplexity import full_cache_bytes
 from smartkv.policies import HybridPolicy
 
 ONCE = 8192  # tokens of all rows: longer prompts are fed once, shorter ones as often as there are rounds
+TURN = 8  # tokens of one way before the next has its turn
 WAYS = ("smartkv", "dynamic", "static", "smartkv_full")
 
 
@@ -65,8 +67,8 @@ def decode(
         batches: rows, each with the same text.
         footprint: share of the full cache's keys, for which price and windows are solved on the text itself.
         policy: named one or YAML file.
-        steps: single tokens a round; packing comes once every 64 at most, and is counted.
-        rounds: of all ways in turn; the median of the rounds' means is given. Prompts of up to 8,192 tokens, all rows
+        steps: single tokens a round and way, 8 at a time in turns; packing comes once every 64 at most, and is counted.
+        rounds: of all ways; the median of the rounds' means is given. Prompts of up to 8,192 tokens, all rows
             counted, are fed as often, longer ones once.
         sources: the text.
         backbone: hub id, local folder, .gguf file or smollm2-135m.
@@ -121,7 +123,11 @@ def decode(
         "seed": seed,
         "machine": machine(device),
     }
-    units = {"ms_per_token": "ms a step (one token a row)", "prefill": "tokens/s", "bytes": "of all rows' caches"}
+    units = {
+        "ms_per_token": "ms a step (one token a row), the median of ms_by_round",
+        "prefill": "tokens/s",
+        "bytes": "of all rows' caches",
+    }
     result = write_result(Path(out), "decode", arguments, {"units": units, "decode": figures})
     shown = save_picture(picture(figures), Path(out) / "decode.png")
     console.print(decode_table(figures))
@@ -164,8 +170,8 @@ class _Bench:
         }
         spent: dict[str, list[float]] = {way: [] for way in WAYS}
         for turn in range(rounds):
-            for way in WAYS[turn % 2 :] + WAYS[: turn % 2]:  # not always in the same order
-                spent[way].append(self._steps(caches[way], context + turn * steps, steps))
+            for way, seconds in self._round(caches, context + turn * steps, steps).items():
+                spent[way].append(seconds)
         full = self.batch * full_cache_bytes(self.model, ours.get_seq_length())
         weights = sum(p.untyped_storage().nbytes() for p in {p.data_ptr(): p for p in self.model.parameters()}.values())
         return {
@@ -173,7 +179,8 @@ class _Bench:
             "batch": self.batch,
             "prefill": {way: self.batch * context / seconds for way, seconds in prefill.items()},
             "gates_share_of_prefill": share / prefill["smartkv"],
-            "ms_per_token": {way: 1e3 * statistics.median(rounds) / steps for way, rounds in spent.items()},
+            "ms_per_token": {way: 1e3 * statistics.median(seconds) / steps for way, seconds in spent.items()},
+            "ms_by_round": {way: [1e3 * each / steps for each in seconds] for way, seconds in spent.items()},
             "gates_share_of_decode": ours.seconds / sum(spent["smartkv"]),
             "footprint": footprint,
             "bytes": ours.storage_bytes,
@@ -224,6 +231,14 @@ class _Bench:
             layer.restore(Ragged(fields, seen.repeat_interleave(kv_heads)), seen, keys.dtype)
             layer.columns = tokens
         return cache
+
+    def _round(self, caches: dict[str, Cache], position: int, steps: int) -> dict[str, float]:
+        """Take so many single tokens by each way, all ways in turns; seconds of each."""
+        seconds = dict.fromkeys(caches, 0.0)
+        for number, first in enumerate(range(0, steps, TURN)):
+            for way in list(caches)[:: -1 if number % 2 else 1]:  # not always in the same order
+                seconds[way] += self._steps(caches[way], position + first, min(TURN, steps - first))
+        return seconds
 
     def _steps(self, cache: Cache, position: int, steps: int) -> float:
         """Take so many single tokens; seconds."""

@@ -1,12 +1,15 @@
 """`python -m eval decode` on a tiny backbone: every way is measured, and the figures hang together."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Cache
 
 from eval.__main__ import main
+from eval.decode import _Bench
 from tests.lightning_fixtures import ROOT, write_texts
 
 
@@ -34,6 +37,30 @@ def test_every_way_is_measured_at_every_context_and_batch(measured: Path) -> Non
         assert set(figure["ms_per_token"]) == {"smartkv", "dynamic", "static", "smartkv_full"}
         assert all(ms > 0 for ms in figure["ms_per_token"].values())
         assert set(figure["prefill"]) == {"smartkv", "dynamic"}
+
+
+def test_ways_take_few_tokens_a_turn_and_each_takes_all(
+    tmp_path: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[tuple[Cache, int]] = []
+    take = _Bench._steps
+
+    def noted(bench: _Bench, cache: Cache, position: int, steps: int) -> float:
+        assert cache.get_seq_length() == position
+        turns.append((cache, steps))
+        return take(bench, cache, position, steps)
+
+    monkeypatch.setattr(_Bench, "_steps", noted)
+    run_decode(tmp_path, tiny_backbone, "--contexts", "[64]", "--batches", "[1]")
+    taken = [[steps for cache, steps in turns if cache is way] for way in {cache for cache, _ in turns}]
+    assert taken == 4 * [[8, 4, 8, 4]]  # two rounds of 12
+    assert all(turns[at][0] is not turns[at + 2][0] for at in range(len(turns) - 2))
+
+
+def test_every_round_is_kept_beside_their_median(measured: Path) -> None:
+    for figure in figures(measured):
+        for way, rounds in figure["ms_by_round"].items():
+            assert len(rounds) == 2 and figure["ms_per_token"][way] == pytest.approx(statistics.median(rounds))
 
 
 def test_the_cache_holds_the_footprint_that_was_asked_for(measured: Path) -> None:
