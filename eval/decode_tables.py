@@ -15,7 +15,7 @@ NAMES = {
 }
 INTRODUCTION = """# Benchmarks of the cache
 
-Written by `make bench` (`python -m eval decode --config configs/eval/decode.yaml`). × says how many times faster
+Written by `make bench` (`python -m eval decode --config configs/eval/decode.yaml`). × says how many times as fast
 SmartKV is. *limit by bytes*: weights and full cache ÷ weights and our cache, what could be won if nothing but memory
 traffic counted. *own full*: the same slots and kernels with nothing evicted. *bytes*: all tensors of the cache as
 allocated, ÷ the full cache's keys and values, ÷ those of the live keys alone. *gates*: their share of a forward pass.
@@ -39,7 +39,7 @@ COLUMNS = (
 
 
 def rows(figures: list[dict[str, Any]]) -> list[list[str]]:
-    """A line a figure, in the order of `COLUMNS`; × is how many times faster SmartKV is."""
+    """A line a figure, in the order of `COLUMNS`; × is how many times as fast SmartKV is."""
     found = []
     for f in figures:
         ms, prefill = f["ms_per_token"], f["prefill"]
@@ -65,7 +65,7 @@ def rows(figures: list[dict[str, Any]]) -> list[list[str]]:
 
 def decode_table(figures: list[dict[str, Any]]) -> Table:
     """For the console."""
-    table = Table(title="Decode and prefill; × = times faster than")
+    table = Table(title="Decode and prefill; × = times as fast as")
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for row in rows(figures):
