@@ -81,8 +81,11 @@ def decode(
     """
     console = make_console()
     hold(out)  # now, and not when all is measured
-    if min(*contexts, *batches, steps, rounds, threads, chunk) < 1:
-        raise SmartKVError("contexts, batches, steps, rounds, threads and chunk must be at least 1")
+    if not (contexts and batches) or min(*contexts, *batches, steps, rounds, threads, chunk) < 1:
+        raise SmartKVError(
+            "contexts, batches, steps, rounds, threads and chunk must be at least 1, some contexts and batches given; "
+            f"got {contexts}, {batches}, {steps}, {rounds}, {threads} and {chunk}"
+        )
     torch.set_num_threads(threads)
     lm = load_backbone(backbone, dtype, device)
     longest = max(contexts) + steps * rounds

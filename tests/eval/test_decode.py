@@ -86,6 +86,16 @@ def test_more_tokens_than_the_model_has_positions_are_refused(
     assert "need 524 positions" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", [("--contexts", "[]"), ("--batches", "[]"), ("--batches", "[0]"), ("--rounds", "0")])
+def test_nothing_to_measure_is_told_in_a_line(
+    what: tuple[str, str], tmp_path: Path, tiny_backbone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_decode(tmp_path, tiny_backbone, *what)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: contexts, batches") and said.count("\n") == 1
+
+
 def test_the_config_runs(tmp_path: Path, tiny_backbone: Path, random_gates: Path) -> None:
     table = tmp_path / "table.md"
     own = ("--gates", str(random_gates), "--markdown_file", str(table))
