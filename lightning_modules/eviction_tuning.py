@@ -23,6 +23,7 @@ from smartkv.backbones import Backbone, load_backbone
 from smartkv.budgets import Calibration, price_curve
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
+from smartkv.io.class_names import bare_class_paths
 from smartkv.perplexity import losses_after
 from smartkv.policies import HybridPolicy
 from smartkv.sparsity import Linear, Schedule
@@ -281,7 +282,7 @@ class EvictionTuning(Resuming):
         checkpoint["run"] = self.described()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        then, now = checkpoint["run"], self.described()
+        then, now = bare_class_paths(checkpoint["run"]), self.described()  # older ones hold whole paths
         if unlike := [name for name in now if name not in ("data", "steps") and then.get(name) != now[name]]:
             different = "; ".join(f"{name} {then.get(name)}, now {now[name]}" for name in unlike)
             raise SmartKVError(f"the checkpoint is of another run: {different}. Give this run folders of its own")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smartkv.errors import SmartKVError
+from smartkv.io.class_names import Persisted
 
 
 class Labels(NamedTuple):
@@ -35,25 +36,19 @@ class Labels(NamedTuple):
         return Labels(self.log4_lifespan.to(device, non_blocking=True), future, self.ages)
 
 
-class Objective(ABC):
+class Objective(Persisted, ABC):
     """What all objectives have.
 
     Attributes:
         outputs: of a gate.
         target: what the exported gates' config calls it.
         settings: what `reading` needs to know besides.
-        arguments: that it was made with.
         in_log4: whether the score estimates log4 lifespan, so that it has an R².
     """
 
     outputs, in_log4 = 1, False
     target: str
     settings: dict[str, Any]
-    arguments: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """What a config has for it."""
-        return {"class_path": f"{type(self).__module__}.{type(self).__name__}", "init_args": self.arguments}
 
     def targets(self, labels: Labels) -> Tensor:
         """float32 `[gates, rows, outputs]`."""

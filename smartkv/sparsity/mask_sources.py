@@ -4,7 +4,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,24 +11,19 @@ from torch import Tensor
 from smartkv.backbones import Backbone
 from smartkv.errors import SmartKVError
 from smartkv.gates import GateBank
+from smartkv.io.class_names import Persisted
 from smartkv.sparsity.anchors import Anchors
 from smartkv.sparsity.key_dropout import GatedDropping, KeyDropout, Seen, Share, windowed
 
 
-class Dropping(ABC):
+class Dropping(Persisted, ABC):
     """How keys go while a model is trained.
 
     Attributes:
         gates: that are trained with the model; None: there are none.
-        arguments: that it was made with.
     """
 
     gates: GateBank | None = None
-    arguments: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """What a config has for it."""
-        return {"class_path": f"{type(self).__module__}.{type(self).__name__}", "init_args": self.arguments}
 
     def price(self) -> float | None:
         """What a key costs gates that learn, in nats a token for the whole cache; None: none do."""

@@ -4,22 +4,17 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from smartkv.errors import SmartKVError
+from smartkv.io.class_names import Persisted
 
 
-class Schedule(ABC):
+class Schedule(Persisted, ABC):
     """`keep_ratio` of a step; state is saved and restored exactly.
 
     Attributes:
         needs_end: the ratio hangs on how many steps there will be.
-        arguments: that it was made with.
     """
 
     needs_end = False
-    arguments: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """What a config has for it."""
-        return {"class_path": f"{type(self).__module__}.{type(self).__name__}", "init_args": self.arguments}
 
     @abstractmethod
     def keep_ratio(self, step: int, steps: int) -> float:
