@@ -5,8 +5,8 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 RUN    := runs/demo
 TRANSFORMERS := 5.2.0 5.17.0 5.23.0 5.24.0
-COMPATIBLE   := tests/smartkv tests/callbacks/test_hybrid_cache_perplexity.py tests/eval/test_perplexity.py
-PRESSES      := tests/smartkv/test_press.py tests/eval/test_presses.py
+COMPATIBLE   := tests/smartkv tests/callbacks/test_hybrid_cache_perplexity.py tests/eval/eviction/test_perplexity.py
+PRESSES      := tests/smartkv/test_press.py tests/eval/contenders/test_kvpress.py
 export TOKENIZERS_PARALLELISM := false
 
 MATRIX := $(TRANSFORMERS:%=test-transformers-%)

@@ -29,10 +29,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: E402
 import callbacks  # noqa: F401, E402 - these three are imported so that configs name classes without their module
 import datamodules  # noqa: F401, E402
 import lightning_modules  # noqa: F401, E402
-from lightning_modules.checkpoint_files import CheckpointFiles, read_checkpoint  # noqa: E402
+from lightning_modules.checkpoint_io import CheckpointFiles, read_checkpoint  # noqa: E402
 from smartkv.errors import SmartKVError, said_in_one_line  # noqa: E402
-from smartkv.folders import hold  # noqa: E402
-from smartkv.hub import answer_in_time  # noqa: E402
+from smartkv.io.hub import answer_in_time  # noqa: E402
+from smartkv.io.locks import hold  # noqa: E402
 
 
 class CLI(LightningCLI):

@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.eviction_tuning import EvictionTuning
-from smartkv.files import sweep, write_atomically
+from smartkv.io.atomic import sweep, write_atomically
 
 DONE = "training.json"  # written last: a folder that has it is whole
 

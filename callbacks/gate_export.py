@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_modules.distillation import DistilledGates
 from lightning_modules.gates import LifespanGates
 from smartkv.errors import SmartKVError
-from smartkv.files import sweep
+from smartkv.io.atomic import sweep
 
 
 class GateExport(L.Callback):

@@ -11,13 +11,14 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.table import Table
 
-from callbacks.console import make_console
-from callbacks.pictures import heads_heatmap, predicted_against_true
+from datamodules.distributed import add_up, process_of
 from datamodules.lifespan_shards import LifespanShards
-from datamodules.processes import add_up, process_of
-from lightning_modules.gates import LifespanGates, head_name
+from eval.common.console import make_console
+from eval.common.figures import heads_heatmap, predicted_against_true
+from lightning_modules.gates import LifespanGates
 from smartkv.errors import SmartKVError
-from smartkv.nulls import score_nulls
+from smartkv.gates.bank import head_name
+from smartkv.metrics.nulls import score_nulls
 
 SUMMARY_TAGS = ["val_r2_mean", "val_r2_median", "val_r2_p10", "val_r2_min"]
 

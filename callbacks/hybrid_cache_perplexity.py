@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from callbacks.head_dashboard import tensorboard_writer
-from callbacks.pictures import frontier
+from eval.common.figures import frontier
 from lightning_modules.gates import LifespanGates
-from smartkv.attention import read_keys
-from smartkv.backbones import Backbone, load_backbone
-from smartkv.budgets import Calibration, solve
 from smartkv.errors import SmartKVError
-from smartkv.gates import GateBank
-from smartkv.perplexity import evicted_nll, full_cache_bytes, window_nll
-from smartkv.policies import HybridPolicy, named_policy
-from smartkv.scores import bootstrap, mean_over
+from smartkv.gates.bank import GateBank
+from smartkv.metrics.bootstrap import bootstrap, mean_over
+from smartkv.metrics.perplexity import evicted_nll, full_cache_bytes, window_nll
+from smartkv.models.backbone import Backbone, load_backbone
+from smartkv.models.key_hooks import read_keys
+from smartkv.policies.budgets import Calibration, solve
+from smartkv.policies.hybrid import HybridPolicy
+from smartkv.policies.named import named_policy, read_policy
 
 
 class HybridCachePerplexity(L.Callback):
@@ -75,7 +76,7 @@ class HybridCachePerplexity(L.Callback):
             raise SmartKVError(
                 f"score_from must be at least 1 and below the window of {window} tokens, got {self.first}"
             )
-        self.policy = HybridPolicy.read(self.policy_name, fingerprint.layers)
+        self.policy = read_policy(self.policy_name, fingerprint.layers)
         with torch.device("meta"):  # gates to come: no weights yet, and no random numbers drawn before the module's
             self.policy.check(fingerprint, GateBank(fingerprint, rows.layers, details={"inputs": rows.inputs}))
         if self.policy.open is None:

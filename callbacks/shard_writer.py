@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from datamodules.documents import DocumentWindows
-from datamodules.window_plan import WindowRun
+from datamodules.shard_plan import WindowRun
 from lightning_modules.harvest import Harvest
-from smartkv.shard_files import write_shard
-from smartkv.shards import Manifest
+from smartkv.shards.manifest import Manifest
+from smartkv.shards.shard_file import write_shard
 
 
 class ShardWriter(BasePredictionWriter):

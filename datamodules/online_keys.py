@@ -14,20 +14,19 @@ import lightning as L
 import torch
 from rich.progress import track
 
-from datamodules.documents import WindowCounts, check_counts, plan_windows
-from datamodules.lifespan_shards import BlockLoader, BlockReader, KeyBatch, Resumable
-from datamodules.processes import check_resumed, process_of
+from datamodules.block_loader import BlockLoader, BlockReader, KeyBatch, Resumable
+from datamodules.distributed import check_resumed, process_of
 from datamodules.replay import Replay
-from datamodules.sources import SourceConfig
-from datamodules.window_plan import WindowPlan
-from smartkv import backbones
-from smartkv.backbones import Backbone, load_backbone
 from smartkv.errors import SmartKVError
-from smartkv.gates import format_layers
-from smartkv.held import HeldBlocks
-from smartkv.lifespans import LabelSpec, check_window, label_window
-from smartkv.rows import LabelledRows
-from smartkv.shards import Block, Manifest, ShardEntry
+from smartkv.labels.lifespans import LabelSpec, check_window, label_window
+from smartkv.models.backbone import Backbone, load_backbone
+from smartkv.models.gguf import PACKAGED
+from smartkv.models.layer_ranges import format_layers
+from smartkv.shards.in_memory import HeldBlocks
+from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.manifest import Block, Manifest, ShardEntry
+from smartkv.texts.sources import SourceConfig
+from smartkv.texts.windows import WindowCounts, WindowPlan, check_counts, plan_windows
 
 
 class OnlineKeys(L.LightningDataModule):
@@ -59,7 +58,7 @@ class OnlineKeys(L.LightningDataModule):
         self,
         sources: list[SourceConfig],
         windows: WindowCounts,
-        backbone: str = backbones.PACKAGED,
+        backbone: str = PACKAGED,
         dtype: str = "auto",
         window: int = 2048,
         windows_per_document: int = 4,

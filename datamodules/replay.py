@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from smartkv.errors import SmartKVError
-from smartkv.shards import Block
+from smartkv.shards.manifest import Block
 
 
 @dataclass

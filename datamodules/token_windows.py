@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.documents import WindowCounts, check_counts, plan_windows
-from datamodules.lifespan_shards import BlockLoader
-from datamodules.processes import check_resumed, process_of
-from datamodules.sources import SourceConfig
-from datamodules.window_plan import WindowPlan
-from smartkv import backbones
+from datamodules.block_loader import BlockLoader
+from datamodules.distributed import check_resumed, process_of
 from smartkv.errors import SmartKVError
-from smartkv.shards import Block
+from smartkv.models.backbone import load_tokenizer, read_architecture
+from smartkv.models.gguf import PACKAGED
+from smartkv.shards.manifest import Block
+from smartkv.texts.sources import SourceConfig
+from smartkv.texts.windows import WindowCounts, WindowPlan, check_counts, plan_windows
 
 
 @dataclass
@@ -66,7 +66,7 @@ class TokenWindows(L.LightningDataModule):
         self,
         sources: list[SourceConfig],
         windows: WindowCounts,
-        backbone: str = backbones.PACKAGED,
+        backbone: str = PACKAGED,
         window: int = 1024,
         windows_per_document: int = 4,
         batch_size: int = 1,
@@ -90,10 +90,10 @@ class TokenWindows(L.LightningDataModule):
         check_counts(self.counts)
         if min(self.counts["train"], self.counts["validation"]) < 1:
             raise SmartKVError(f"windows of train and validation must be at least 1 each, got {self.counts}")
-        limit = backbones.read_architecture(self.backbone, self.trust_remote_code).max_positions
+        limit = read_architecture(self.backbone, self.trust_remote_code).max_positions
         if self.window > limit:
             raise SmartKVError(f"window {self.window} is longer than the {limit} positions of '{self.backbone}'")
-        tokenizer = backbones.load_tokenizer(self.backbone, self.trust_remote_code)
+        tokenizer = load_tokenizer(self.backbone, self.trust_remote_code)
         say = print if self.trainer is None or self.trainer.is_global_zero else str
         self.plan = plan_windows(
             self.sources, self.counts, tokenizer, self.window, self.windows_per_document, self.seed, say

@@ -4,28 +4,28 @@ import sys
 
 from jsonargparse import auto_cli
 
-from eval.anchors import anchors
-from eval.auto import auto
-from eval.calibrate import calibrate
-from eval.compare import compare
-from eval.decode import decode
-from eval.gains import gains
-from eval.gates import gates
-from eval.generate import generate
-from eval.layers import layers
-from eval.longbench import longbench
-from eval.needle import needle
-from eval.objectives import objectives
-from eval.perplexity import perplexity
-from eval.reasoning import reasoning
+from eval.attention.anchors import anchors
+from eval.attention.calibrate import calibrate
+from eval.chat.generate import generate
+from eval.common.aliases import spelled_out
+from eval.eviction.auto import auto
+from eval.eviction.compare import compare
+from eval.eviction.gains import gains
+from eval.eviction.perplexity import perplexity
+from eval.gates.layers import layers
+from eval.gates.objectives import objectives
+from eval.gates.score import gates
+from eval.quantization.baselines import baselines
 from eval.report import report
-from eval.ruler import ruler
-from eval.speed import speed
-from eval.spellings import spelled_out
-from eval.training import training
-from eval.validation import baselines
+from eval.speed.decode import decode
+from eval.speed.gate_training import training
+from eval.speed.harvest import speed
+from eval.tasks.longbench import longbench
+from eval.tasks.needle import needle
+from eval.tasks.reasoning import reasoning
+from eval.tasks.ruler import ruler
 from smartkv.errors import said_in_one_line
-from smartkv.hub import answer_in_time
+from smartkv.io.hub import answer_in_time
 
 COMMANDS = {
     "anchors": anchors,

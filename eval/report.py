@@ -6,14 +6,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from callbacks.console import make_console
-from datamodules.documents import read_plan
-from eval.frontiers import frontier_table, read_points, won
-from eval.results import read_result, write_result
-from smartkv.backbones import load_backbone
+from eval.common.console import make_console
+from eval.common.results import read_result, write_result
+from eval.eviction.frontier import frontier_table, read_points, won
 from smartkv.errors import SmartKVError
-from smartkv.perplexity import window_nll
-from smartkv.shards import Manifest
+from smartkv.metrics.perplexity import window_nll
+from smartkv.models.backbone import load_backbone
+from smartkv.shards.manifest import Manifest
+from smartkv.texts.windows import read_plan
 
 
 def report(run: str, out: str, score_from: int = 512, device: str = "cpu", reuse: bool = False) -> None:

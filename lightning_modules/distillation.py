@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 from datamodules.token_windows import TokenWindows, WindowBatch
+from lightning_modules.lr_schedules import total_steps, warmup_then_cosine
 from lightning_modules.resuming import Resuming
-from lightning_modules.schedules import total_steps, warmup_then_cosine
-from smartkv import backbones
-from smartkv.attention import read_keys
-from smartkv.backbones import Backbone, load_backbone
-from smartkv.budgets import Calibration, price_curve, solve
-from smartkv.distillation import divergence, footprint, for_ages, keep_share, plain, stays
+from smartkv.distillation.kl_divergence import divergence
+from smartkv.distillation.soft_attention import HIDDEN, softly_evicted
+from smartkv.distillation.soft_keep import footprint, keep_share, stays
+from smartkv.distillation.warm_start import for_ages, plain
 from smartkv.errors import SmartKVError
-from smartkv.gates import GateBank, format_layers
-from smartkv.policies import HybridPolicy, LayerRule
-from smartkv.soft_eviction import HIDDEN, softly_evicted
+from smartkv.gates.bank import GateBank
+from smartkv.models.backbone import Backbone, load_backbone
+from smartkv.models.gguf import PACKAGED
+from smartkv.models.key_hooks import read_keys
+from smartkv.models.layer_ranges import format_layers
+from smartkv.policies.budgets import Calibration, price_curve, solve
+from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
 TARGET = "log worth"  # of a key, in nats a token for the whole cache
 START = {"low": 0.35, "high": 0.05}  # of what lies beyond windows, kept at first at the lowest and the highest price
@@ -55,7 +58,7 @@ class DistilledGates(Resuming):
     def __init__(
         self,
         gates: str,
-        backbone: str = backbones.PACKAGED,
+        backbone: str = PACKAGED,
         dtype: str = "auto",
         ages: tuple[int, ...] = (16, 64, 256),
         hidden: int = 64,

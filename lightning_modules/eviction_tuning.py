@@ -15,21 +15,21 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from datamodules.token_windows import TokenWindows, WindowBatch
+from lightning_modules.lr_schedules import total_steps, warmup_then_cosine
 from lightning_modules.resuming import Resuming
-from lightning_modules.schedules import total_steps, warmup_then_cosine
-from smartkv import backbones
-from smartkv.attention import read_keys
-from smartkv.backbones import Backbone, load_backbone
-from smartkv.budgets import Calibration, price_curve
 from smartkv.errors import SmartKVError
-from smartkv.gates import GateBank
+from smartkv.gates.bank import GateBank
 from smartkv.io.class_names import bare_class_paths
-from smartkv.perplexity import losses_after
-from smartkv.policies import HybridPolicy
+from smartkv.metrics.perplexity import losses_after
+from smartkv.models.backbone import Backbone, load_backbone
+from smartkv.models.gguf import PACKAGED, PACKAGED_ID
+from smartkv.models.key_hooks import read_keys
+from smartkv.policies.budgets import Calibration, price_curve
+from smartkv.policies.hybrid import HybridPolicy
 from smartkv.sparsity import Linear, Schedule
+from smartkv.sparsity.dropping import Dropping, RandomDropping
 from smartkv.sparsity.key_dropout import windowed
 from smartkv.sparsity.losses import hidden_distance, student_loss
-from smartkv.sparsity.mask_sources import Dropping, RandomDropping
 
 UNLIKE = ("threads", "trust_remote_code", "gradient_checkpointing")  # settings that a resumed run may have otherwise
 SINKS = 4  # of the sliding window that every run is validated under
@@ -74,7 +74,7 @@ class EvictionTuning(Resuming):
         self,
         dropping: Dropping = RandomDropping(),  # noqa: B008 - jsonargparse shows it
         schedule: Schedule = Linear(),  # noqa: B008
-        backbone: str = backbones.PACKAGED,
+        backbone: str = PACKAGED,
         dtype: str = "auto",
         rank: int = 64,
         alpha: float = 128.0,
@@ -135,7 +135,7 @@ class EvictionTuning(Resuming):
         if isinstance(lm.model.get_output_embeddings(), BaseTunerLayer):
             raise SmartKVError(f"targets {list(h.targets)} have the output embedding among them: it is not trained")
         # not the place where its files lie
-        base = backbones.PACKAGED_ID if h.backbone == backbones.PACKAGED else h.backbone
+        base = PACKAGED_ID if h.backbone == PACKAGED else h.backbone
         self.student.peft_config["default"].base_model_name_or_path = base
         if h.gradient_checkpointing:
             lm.model.gradient_checkpointing_enable({"use_reentrant": False})

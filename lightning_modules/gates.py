@@ -6,24 +6,21 @@ import torch
 from torch import Tensor
 from torchmetrics import R2Score
 
-from datamodules.lifespan_shards import KeyBatch, LifespanShards
+from datamodules.block_loader import KeyBatch
+from datamodules.distributed import add_up, failing_together
+from datamodules.lifespan_shards import LifespanShards
 from datamodules.online_keys import OnlineKeys
-from datamodules.processes import add_up, failing_together
-from lightning_modules.metrics import HeadMean
-from lightning_modules.parts import Predict, in_parts
+from lightning_modules.gate_chunks import Predict, in_parts
+from lightning_modules.head_metrics import HeadMean
+from lightning_modules.lr_schedules import warmup_then_cosine
 from lightning_modules.resuming import Resuming
-from lightning_modules.schedules import warmup_then_cosine
 from smartkv.errors import SmartKVError
-from smartkv.gates import GateBank, format_layers
-from smartkv.moments import Moments
-from smartkv.objectives import Log4Lifespan, Objective
+from smartkv.gates.bank import GateBank, head_name
+from smartkv.gates.objectives import Log4Lifespan, Objective
+from smartkv.gates.standardization import Moments
+from smartkv.models.layer_ranges import format_layers
 
 AT_ONCE = 2**20  # float32 of a layer's activations on a CPU: what its caches hold
-
-
-def head_name(layer: int, head: int) -> str:
-    """The log name of a head: `L07H1`."""
-    return f"L{layer:02d}H{head}"
 
 
 class LifespanGates(Resuming):

@@ -7,12 +7,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from datamodules.window_plan import WindowRun
-from smartkv import backbones
-from smartkv.backbones import Backbone, load_backbone
+from datamodules.shard_plan import WindowRun
 from smartkv.errors import SmartKVError
-from smartkv.lifespans import LabelSpec, check_window, label_window
-from smartkv.shards import shard_header
+from smartkv.labels.lifespans import LabelSpec, check_window, label_window
+from smartkv.models.backbone import Backbone, load_backbone
+from smartkv.models.gguf import PACKAGED
+from smartkv.shards.manifest import shard_header
 
 
 class Harvest(L.LightningModule):
@@ -32,7 +32,7 @@ class Harvest(L.LightningModule):
 
     def __init__(
         self,
-        backbone: str = backbones.PACKAGED,
+        backbone: str = PACKAGED,
         dtype: str = "auto",
         thresholds: tuple[float, ...] = (0.02, 0.05, 0.11),
         ages: tuple[int, ...] = (128,),
@@ -92,7 +92,7 @@ class Harvest(L.LightningModule):
         data.clear_away()
 
     def predict_step(self, run: WindowRun, batch_idx: int) -> dict[str, Tensor]:
-        """The tensors of one shard (see `smartkv.shards`), all its windows one after another."""
+        """The tensors of one shard (see `smartkv.shards.manifest`), all its windows one after another."""
         windows = [label_window(self.lm.model, tokens, self.spec, self.post_rope) for tokens in run.tokens]
         shard = {
             "keys": torch.cat([w.keys for w in windows], dim=2),

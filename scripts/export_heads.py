@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from smartkv import GateBank, Manifest, SmartKVError
-from smartkv.head_files import export_heads
+from smartkv.shards.per_head_export import export_heads
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("what", choices=["shards", "gates"])

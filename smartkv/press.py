@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smartkv.backbones import Architecture, Fingerprint
 from smartkv.errors import SmartKVError
-from smartkv.gates import GateBank
+from smartkv.gates.bank import GateBank
+from smartkv.models.architecture import Architecture, Fingerprint
 
 try:
     from kvpress import ScorerPress

@@ -31,7 +31,7 @@ for name in names:
 roots = sorted({name.partition(".")[0] for name in sys.modules})
 
 from pathlib import Path
-from smartkv.shard_files import write_shard
+from smartkv.shards.shard_file import write_shard
 from tests.models import shard_tensors
 write_shard(Path(sys.argv[1]), shard_tensors(ages=1, post_rope=True), {"b": 1, "a": [2, "é"], "c": {"y": 0, "x": None}})
 print(json.dumps({"imported": names, "roots": roots}))

@@ -19,14 +19,15 @@ from torch import Tensor
 
 import main
 from callbacks import ShardWriter
-from datamodules.documents import DocumentWindows, WindowCounts
+from datamodules.documents import DocumentWindows
 from datamodules.lifespan_shards import LifespanShards
-from datamodules.sources import SourceConfig
 from lightning_modules import Harvest, LifespanGates
-from smartkv.backbones import Fingerprint
-from smartkv.lifespans import LabelSpec
-from smartkv.shard_files import write_shard
-from smartkv.shards import SPLITS, Manifest, ShardEntry, entry_of, shard_header
+from smartkv.labels.lifespans import LabelSpec
+from smartkv.models.architecture import Fingerprint
+from smartkv.shards.manifest import SPLITS, Manifest, ShardEntry, entry_of, shard_header
+from smartkv.shards.shard_file import write_shard
+from smartkv.texts.sources import SourceConfig
+from smartkv.texts.windows import WindowCounts
 
 ROOT = Path(__file__).parents[1]
 WINDOW, FOLLOW_UP, SINKS = 64, 32, 4

@@ -19,11 +19,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from smartkv.backbones import Fingerprint, load_backbone
-from smartkv.gates import GateBank
-from smartkv.lifespans import LabelSpec
-from smartkv.shard_files import write_shard
-from smartkv.shards import Manifest, ShardEntry, entry_of, shard_header
+from smartkv.gates.bank import GateBank
+from smartkv.labels.lifespans import LabelSpec
+from smartkv.models.architecture import Fingerprint
+from smartkv.models.backbone import load_backbone
+from smartkv.shards.manifest import Manifest, ShardEntry, entry_of, shard_header
+from smartkv.shards.shard_file import write_shard
 
 SHAPE = {
     "vocab_size": 64,

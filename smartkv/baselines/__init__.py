@@ -1,5 +1,4 @@
-"""What decides without training which keys stay, to be measured beside gates. Simulated in one forward pass: nothing is
-freed, and what has gone is not seen."""
+"""Baselines: published eviction methods and oracles, simulated in one forward pass. Frees nothing."""
 
 from smartkv.baselines.methods import (
     H2O,

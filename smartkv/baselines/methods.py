@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smartkv.baselines.live import LATEST, Live, Needs
+from smartkv.baselines.state import LATEST, Live, Needs
 from smartkv.errors import SmartKVError
 
 

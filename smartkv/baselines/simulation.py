@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from smartkv.attention import attending, default_scaling
-from smartkv.backbones import Architecture
-from smartkv.baselines.live import Live
 from smartkv.baselines.methods import Method
-from smartkv.baselines.rotation import Rotation
 from smartkv.baselines.schedules import Schedule
+from smartkv.baselines.state import Live
 from smartkv.errors import SmartKVError
+from smartkv.models.architecture import Architecture
+from smartkv.models.attention_interface import attending, default_scaling
+from smartkv.models.rotary import Rotation
 
 COMPRESSED = "smartkv_compressed"
 _SIMULATION = "_smartkv_simulation"

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from smartkv.budgets import policy_of
-from smartkv.distillation import footprint, keep_share, stays
+from smartkv.distillation.soft_attention import HIDDEN, softly_evicted
+from smartkv.distillation.soft_keep import footprint, keep_share, stays
 from smartkv.errors import SmartKVError
-from smartkv.gates import GateBank
-from smartkv.soft_eviction import HIDDEN, softly_evicted
-from smartkv.sparsity.masking import sparsely_attended
+from smartkv.gates.bank import GateBank
+from smartkv.policies.budgets import policy_of
+from smartkv.sparsity.masked_attention import sparsely_attended
 
 Share = Literal["head", "layer", "model"]
 Seen = Callable[[int], Tensor]

@@ -19,7 +19,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
 from smartkv import GateBank, load_backbone
-from smartkv.nulls import score_nulls
+from smartkv.metrics.nulls import score_nulls
 from tests.lightning_fixtures import (
     WATCHER,
     Watcher,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datamodules.documents import read_plan
 from smartkv import HybridPolicy, LayerRule, load_backbone
-from smartkv.perplexity import evicted_nll, full_cache_bytes, window_nll
+from smartkv.metrics.perplexity import evicted_nll, full_cache_bytes, window_nll
+from smartkv.texts.windows import read_plan
 from tests.lightning_fixtures import (
     error_line,
     fit,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from smartkv.nulls import score_nulls
-from smartkv.rows import LabelledRows
-from smartkv.shards import Manifest
+from smartkv.metrics.nulls import score_nulls
+from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.manifest import Manifest
 from tests.lightning_fixtures import gates_config, run_cli, write_config
 
 

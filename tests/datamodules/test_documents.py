@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from datamodules.documents import PLAN, DocumentWindows, WindowCounts, plan_windows, read_plan
-from datamodules.sources import SourceConfig
-from datamodules.window_plan import WindowPlan, shard_runs
+from datamodules.documents import DocumentWindows
+from datamodules.shard_plan import shard_runs
 from smartkv.errors import SmartKVError
-from smartkv.shards import SPLITS
+from smartkv.shards.manifest import SPLITS
+from smartkv.texts.sources import SourceConfig
+from smartkv.texts.windows import PLAN, WindowCounts, WindowPlan, plan_windows, read_plan
 from tests.lightning_fixtures import WINDOW, prose, shard_bytes, write_texts
 from tests.models import tiny_tokenizer
 

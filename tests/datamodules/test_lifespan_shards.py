@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from datamodules.lifespan_shards import BlockLoader, BlockReader, KeyBatch, LifespanShards
+from datamodules.block_loader import BlockLoader, BlockReader, KeyBatch
+from datamodules.lifespan_shards import LifespanShards
 from smartkv.errors import SmartKVError
-from smartkv.rows import LabelledRows
-from smartkv.shards import Manifest
+from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.manifest import Manifest
 from tests.lightning_fixtures import FOLLOW_UP, SINKS, WINDOW, labelled
 from tests.models import write_tiny_shards
 

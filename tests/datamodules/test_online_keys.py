@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from datamodules.documents import WindowCounts
-from datamodules.lifespan_shards import KeyBatch, LifespanShards
+from datamodules.block_loader import KeyBatch
+from datamodules.lifespan_shards import LifespanShards
 from datamodules.online_keys import OnlineKeys
-from datamodules.sources import SourceConfig
 from smartkv.errors import SmartKVError
+from smartkv.texts.sources import SourceConfig
+from smartkv.texts.windows import WindowCounts
 from tests.lightning_fixtures import (
     FOLLOW_UP,
     SINKS,

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from datamodules.replay import Replay
 from smartkv.errors import SmartKVError
-from smartkv.shards import Block
+from smartkv.shards.manifest import Block
 
 
 def windows(count: int, blocks: int) -> list[list[Block]]:

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from eval.__main__ import main
-from eval.apart import _peak
-from tests.eval.task_fixtures import lm, long_backbone, long_gates, long_texts, run_task  # noqa: F401
+from eval.common.isolated import _peak
+from tests.eval.tasks.fixtures import lm, long_backbone, long_gates, long_texts, run_task  # noqa: F401
 from tests.lightning_fixtures import write_texts
 from tests.models import save_random_gates
 
@@ -73,5 +73,5 @@ def measured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         return {"peak_memory": _peak()} | measure(*arguments)
 
     if request.param == "here":
-        for module in ("eval.speed", "eval.training"):
+        for module in ("eval.speed.harvest", "eval.speed.gate_training"):
             monkeypatch.setattr(f"{module}.apart", here)

@@ -98,22 +98,22 @@ def test_speed_measures_tokens_a_second_and_peak_memory(tmp_path: Path, tiny_bac
 
 
 def test_ways_are_timed_in_turn_and_one_without_room_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    import eval.speed
+    from eval.speed import harvest
 
     ran: list[str] = []
-    monkeypatch.setattr(eval.speed, "_loaded", lambda *_: (None, None))
-    monkeypatch.setattr(eval.speed, "_run", lambda way, *_: float(len(ran.append(way) or ran)))
-    assert eval.speed._seconds(["a", "b"], "lm", "auto", 1, "cpu", 64, 2) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    monkeypatch.setattr(harvest, "_loaded", lambda *_: (None, None))
+    monkeypatch.setattr(harvest, "_run", lambda way, *_: float(len(ran.append(way) or ran)))
+    assert harvest._seconds(["a", "b"], "lm", "auto", 1, "cpu", 64, 2) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
     assert ran == ["a", "b"] * 3
 
     def apart(_: Any, ways: list[str], *__: Any) -> dict[str, Any]:
         return {"note": "killed"} if "output_attentions" in ways else {way: [2.0, 4.0, 8.0] for way in ways}
 
-    monkeypatch.setattr(eval.speed, "apart", apart)
-    found = eval.speed._timed(["forward", "output_attentions"], ("lm", "auto", 1, "cpu"), 64, 3)
+    monkeypatch.setattr(harvest, "apart", apart)
+    found = harvest._timed(["forward", "output_attentions"], ("lm", "auto", 1, "cpu"), 64, 3)
     assert found["forward"]["tokens_per_second"] == 16 and found["output_attentions"] == {"note": "killed"}
     row = {"way": "output_attentions", "tokens": 64, "peak_memory": 2**30, **found["output_attentions"]}
-    table = eval.speed._table([{"way": "forward", "tokens": 64, "peak_memory": 2**30, **found["forward"]}, row])
+    table = harvest._table([{"way": "forward", "tokens": 64, "peak_memory": 2**30, **found["forward"]}, row])
     assert [list(column.cells)[1] for column in table.columns][2:] == ["", "", "", "", "1.00", "1.00", "killed"]
 
 
@@ -132,7 +132,7 @@ def test_speed_tells_mistakes_in_a_line(
 
 
 def test_growth_is_read_off_all_lengths() -> None:
-    from eval.speed import _growth
+    from eval.speed.harvest import _growth
 
     rows = [
         {"way": "w", "tokens": n, "tokens_per_second": n / (3e-6 * n**1.5), "peak_memory": 10**8 + 700 * n}
@@ -147,7 +147,7 @@ def test_growth_is_read_off_all_lengths() -> None:
 def test_both_ways_of_the_speed_command_give_the_same_lifespans(tiny_backbone: Path) -> None:
     import torch
 
-    from eval.speed import _output_attentions
+    from eval.speed.harvest import _output_attentions
     from smartkv import LabelSpec, label_window, load_backbone
 
     lm, tokens = load_backbone(str(tiny_backbone), "float32"), torch.arange(100) % 250

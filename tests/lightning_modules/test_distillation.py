@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from datamodules.documents import WindowCounts as Counts
-from datamodules.sources import SourceConfig
 from datamodules.token_windows import TokenWindows
 from lightning_modules.distillation import DistilledGates
 from smartkv import GateBank, HybridPolicy, LifespanCache, load_backbone, policy_of
-from smartkv.distillation import footprint
+from smartkv.distillation.soft_keep import footprint
 from smartkv.errors import SmartKVError
+from smartkv.texts.sources import SourceConfig
+from smartkv.texts.windows import WindowCounts as Counts
 from tests.lightning_fixtures import error_line, prose, refused, run_cli, run_command, write_config
 from tests.models import save_random_gates
 

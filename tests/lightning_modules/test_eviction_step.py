@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from datamodules.token_windows import WindowBatch
 from lightning_modules.eviction_tuning import EvictionTuning
 from smartkv import load_backbone
-from smartkv.backbones import Backbone
+from smartkv.models.backbone import Backbone
 from smartkv.sparsity import Linear
+from smartkv.sparsity.dropping import WindowDropping
 from smartkv.sparsity.key_dropout import Seen
-from smartkv.sparsity.mask_sources import WindowDropping
 from tests.lightning_fixtures import ROOT
 from tests.models import token_ids
 

@@ -12,14 +12,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, modeling_utils
 
-from datamodules.documents import WindowCounts
-from datamodules.sources import SourceConfig
 from datamodules.token_windows import TokenWindows
 from lightning_modules.eviction_tuning import EvictionTuning
 from smartkv import GateBank, HybridPolicy, LayerRule, LifespanCache, load_backbone
 from smartkv.errors import SmartKVError
 from smartkv.sparsity import Linear
-from smartkv.sparsity.mask_sources import RandomDropping
+from smartkv.sparsity.dropping import RandomDropping
+from smartkv.texts.sources import SourceConfig
+from smartkv.texts.windows import WindowCounts
 from tests.lightning_fixtures import prose, refused, run_cli, run_command, write_config
 from tests.models import token_ids
 
@@ -54,7 +54,7 @@ def config(out: Path, backbone: Path, texts: Path, **changes: Any) -> dict[str, 
         "alpha": 8,
         "threads": 1,
         "learning_rate": 0.01,
-        "dropping": {"class_path": "smartkv.sparsity.mask_sources.RandomDropping", "init_args": {"recent": 8}},
+        "dropping": {"class_path": "smartkv.sparsity.dropping.RandomDropping", "init_args": {"recent": 8}},
         "schedule": {"class_path": "smartkv.sparsity.Linear"},
     }
     data = {
@@ -188,7 +188,7 @@ def test_an_adaptive_run_that_stopped_before_a_validation_goes_on_as_if_it_had_n
 def test_a_checkpoint_of_another_run_is_refused(
     tuned: Path, tmp_path: Path, tiny_backbone: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dropping = {"class_path": "smartkv.sparsity.mask_sources.WindowDropping", "init_args": {"window": 12}}
+    dropping = {"class_path": "smartkv.sparsity.dropping.WindowDropping", "init_args": {"window": 12}}
     other = {"class_path": "smartkv.sparsity.Adaptive"}
     for change in ({"dropping": dropping}, {"schedule": other}):
         run = write_config(tmp_path / "run.yaml", config(tmp_path, tiny_backbone, texts, model=change))

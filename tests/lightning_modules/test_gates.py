@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datamodules.lifespan_shards import BlockLoader, BlockReader, KeyBatch
-from lightning_modules.gates import head_name
-from smartkv.nulls import score_nulls
-from smartkv.objectives import FutureAttention, Log4Lifespan, Objective, OrdinalAges, Ranking
+from datamodules.block_loader import BlockLoader, BlockReader, KeyBatch
+from smartkv.gates.bank import head_name
+from smartkv.gates.objectives import FutureAttention, Log4Lifespan, Objective, OrdinalAges, Ranking
+from smartkv.metrics.nulls import score_nulls
 from tests.lightning_fixtures import (
     Watcher,
     fit_by_trainer,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smartkv.shard_files import read_header, write_shard
-from smartkv.shards import Manifest, entry_of
+from smartkv.shards.manifest import Manifest, entry_of
+from smartkv.shards.shard_file import read_header, write_shard
 from tests.lightning_fixtures import (
     STEPS_AN_EPOCH,
     TORCHRUN,
@@ -192,7 +192,7 @@ def test_a_missing_shards_folder_stops_with_one_line(tmp_path: Path, capsys: pyt
         ({"model": {"lerning_rate": 0.1}}, "lerning_rate"),
         ({"data": {"treshold": 0.1}}, "treshold"),
         ({"trainer": {"max_epoch": 3}}, "max_epoch"),
-        ({"model": {"objective": {"class_path": "smartkv.objectives.Log4Lifespam"}}}, "Log4Lifespam"),
+        ({"model": {"objective": {"class_path": "smartkv.gates.objectives.Log4Lifespam"}}}, "Log4Lifespam"),
         ({"data": {"inputs": "kyes"}}, "kyes"),
     ],
     ids=["model", "data", "trainer", "objective", "inputs"],
@@ -222,7 +222,7 @@ def test_a_setting_that_makes_no_sense_stops_with_one_line(
 def test_a_callback_that_needs_r2_says_that_an_objective_has_none(
     callback: str, said: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    objective = {"class_path": "smartkv.objectives.Ranking", "init_args": {"pairs": 2}}
+    objective = {"class_path": "smartkv.gates.objectives.Ranking", "init_args": {"pairs": 2}}
     arguments = {"out": str(tmp_path / "export")} if callback == "GateExport" else {}
     callbacks = [{"class_path": callback, "init_args": arguments}]
     config = gates_config(tiny_shards, tmp_path / "fit", model={"objective": objective}, callbacks=callbacks)

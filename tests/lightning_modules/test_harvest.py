@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from datamodules.documents import PLAN
 from smartkv import LabelSpec, label_window, load_backbone
-from smartkv.folders import LOCK
-from smartkv.shards import MANIFEST, SPLITS, Manifest
+from smartkv.io.locks import LOCK
+from smartkv.shards.manifest import MANIFEST, SPLITS, Manifest
+from smartkv.texts.windows import PLAN
 from tests.lightning_fixtures import (
     FOLLOW_UP,
     SINKS,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from smartkv import SmartKVError
-from smartkv.shards import MANIFEST
+from smartkv.shards.manifest import MANIFEST
 from tests.lightning_fixtures import (
     error_line,
     harvest_by_trainer,

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from smartkv import GateBank, SmartKVError
-from smartkv.attention import read_keys
-from smartkv.backbones import Fingerprint, attention_modules
+from smartkv.models.architecture import Fingerprint, attention_modules
+from smartkv.models.key_hooks import read_keys
 from tests.models import FAMILIES, token_ids
-from tests.smartkv.cache_fixtures import MODELS
+from tests.smartkv.cache.fixtures import MODELS
 
 needs_kvpress = pytest.mark.skipif(find_spec("kvpress") is None, reason="needs kvpress: make test-kvpress")
 PRESSED = ["llama", "qwen2", "qwen3", "mistral"]

@@ -18,11 +18,11 @@ import huggingface_hub
 import pytest
 import torch
 
-from datamodules.sources import SourceConfig, resolve
-from eval.cells import Cells
+from eval.common.resume import Cells
 from smartkv.errors import SmartKVError
-from smartkv.folders import LOCK, hold
-from smartkv.shards import MANIFEST, Manifest
+from smartkv.io.locks import LOCK, hold
+from smartkv.shards.manifest import MANIFEST, Manifest
+from smartkv.texts.sources import SourceConfig, resolve
 from tests.harm import Payload, full_disk
 from tests.lightning_fixtures import (
     ROOT,

@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smartkv import GateBank, HybridPolicy, LayerRule, LifespanCache
-from smartkv.backbones import Architecture, Fingerprint
-from smartkv.budgets import policy_of
-from smartkv.cache_files import load_cache, save_cache
+from smartkv.cache.serialization import load_cache, save_cache
 from smartkv.errors import SmartKVError
-from smartkv.shard_files import read_header
-from smartkv.shards import MANIFEST, Block, Manifest, ShardReader
+from smartkv.models.architecture import Architecture, Fingerprint
+from smartkv.policies.budgets import policy_of
+from smartkv.shards.manifest import MANIFEST, Block, Manifest
+from smartkv.shards.reader import ShardReader
+from smartkv.shards.shard_file import read_header
 from tests.models import llama, token_ids, write_tiny_shards
 
 MODEL = llama()

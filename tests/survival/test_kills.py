@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from eval.__main__ import main as evaluate
-from smartkv.files import PART
-from smartkv.shards import MANIFEST
+from smartkv.io.atomic import PART
+from smartkv.shards.manifest import MANIFEST
 from tests.datamodules.test_online_keys import online_config
 from tests.lightning_fixtures import gates_config, harvest_config_at, shard_bytes, write_config, write_texts
 from tests.lightning_modules.test_eviction_tuning import config as tuning_config

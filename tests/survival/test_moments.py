@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from callbacks import GateExport
 from datamodules.lifespan_shards import LifespanShards
-from lightning_modules.checkpoint_files import CheckpointFiles
+from lightning_modules.checkpoint_io import CheckpointFiles
 from lightning_modules.gates import LifespanGates
 from tests.lightning_fixtures import STEPS_AN_EPOCH, gates_config
 from tests.survival.killing import exit_status

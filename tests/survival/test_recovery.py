@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_modules.checkpoint_files import CheckpointFiles, read_checkpoint
+from lightning_modules.checkpoint_io import CheckpointFiles, read_checkpoint
 from smartkv.errors import SmartKVError
-from smartkv.files import PART, write_atomically
-from smartkv.folders import LOCK, hold
-from smartkv.shard_files import read_header, write_shard
-from smartkv.shards import MANIFEST, Manifest, entry_of
+from smartkv.io.atomic import PART, write_atomically
+from smartkv.io.locks import LOCK, hold
+from smartkv.shards.manifest import MANIFEST, Manifest, entry_of
+from smartkv.shards.shard_file import read_header, write_shard
 from tests.harm import full_disk
 from tests.lightning_fixtures import (
     error_line,

@@ -23,9 +23,9 @@ from smartkv.baselines import (
     Streaming,
     StreamingLLM,
 )
-from smartkv.baselines.live import Live
-from smartkv.baselines.rotation import Rotation
+from smartkv.baselines.state import Live
 from smartkv.errors import SmartKVError
+from smartkv.models.rotary import Rotation
 from tests.models import gpt2
 from tests.smartkv.baselines import naive
 

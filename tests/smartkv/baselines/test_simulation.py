@@ -8,7 +8,6 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from smartkv import HybridPolicy, LayerRule, LifespanCache
-from smartkv.attention import read_keys
 from smartkv.baselines import (
     H2O,
     TOVA,
@@ -24,11 +23,12 @@ from smartkv.baselines import (
     StreamingLLM,
     compressed,
 )
-from smartkv.baselines.rotation import Rotation
 from smartkv.errors import SmartKVError
-from smartkv.perplexity import token_losses
+from smartkv.metrics.perplexity import token_losses
+from smartkv.models.key_hooks import read_keys
+from smartkv.models.rotary import Rotation
 from tests.models import FAMILIES, token_ids
-from tests.smartkv.cache_fixtures import MODELS
+from tests.smartkv.cache.fixtures import MODELS
 
 METHODS = (StreamingLLM, Random, KeyNorm, KeyDiff, SnapKV, TOVA, H2O, ExpectedAttention)
 

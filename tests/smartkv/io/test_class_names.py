@@ -1,7 +1,7 @@
 """How classes are named in checkpoints and exported gates."""
 
+from smartkv.gates.objectives import Log4Lifespan
 from smartkv.io.class_names import Persisted, bare_class_paths
-from smartkv.objectives import Log4Lifespan
 from smartkv.sparsity import Linear
 
 

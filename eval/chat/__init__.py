@@ -1,0 +1,1 @@
+"""The command `generate`: a chat in the terminal, and a page of what the cache kept."""

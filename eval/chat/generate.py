@@ -1,0 +1,246 @@
+"""`python -m eval generate`: complete a text or chat with a gated cache, and see what it kept."""
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils.logging import disable_progress_bar
+
+from eval.chat.conversation import Conversation, check_room, encode
+from eval.chat.page import write_page
+from eval.chat.terminal import ask, is_terminal
+from eval.common.results import write_result
+from smartkv.errors import SmartKVError
+from smartkv.gates.bank import GateBank
+from smartkv.labels.lifespans import check_window
+from smartkv.metrics.perplexity import full_cache_bytes
+from smartkv.models.backbone import Backbone, load_backbone, read_architecture
+from smartkv.models.gguf import PACKAGED
+from smartkv.policies.budgets import Calibration, solve
+from smartkv.policies.hybrid import HybridPolicy
+from smartkv.policies.named import read_policy
+from smartkv.texts.sources import SourceConfig
+from smartkv.texts.windows import plan_windows
+
+
+def generate(
+    out: str,
+    gates: str | None = None,
+    prompt: str | None = None,
+    prompt_file: str | None = None,
+    chat: bool = False,
+    policy: str = "all-gated",
+    footprint: float = 0.2,
+    price: float | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    backbone: str = PACKAGED,
+    dtype: str = "auto",
+    device: str = "cpu",
+    sources: list[SourceConfig] = [SourceConfig("builtin")],  # noqa: B006, B008 - jsonargparse shows it; never changed
+    calibration_window: int = 1024,
+    calibration_windows: int = 2,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> None:
+    """Complete a text or chat with a cache that evicts.
+
+    Without a prompt, lines are read from the terminal: an empty one or Ctrl-D ends, Ctrl-C stops an answer.
+
+    Args:
+        out: folder for generate.json and lifespans.html, the text coloured by predicted time to live. Without chat
+            each line is a text of its own, and the last one is written.
+        gates: folder of exported gates, or hub id. Null: only policies without gates.
+        prompt: text to go on with, or to answer.
+        prompt_file: a file that holds it.
+        chat: answer by the model's chat template; one cache for the whole conversation.
+        policy: named (all-gated, default, lifespan, window, full) or a YAML file.
+        footprint: share of the full cache that the policy's open windows and price are solved for.
+        price: of a key, in place of the solved one: log4 of the predicted lifespan above which it stays.
+        max_new_tokens: most tokens an answer; 0 reads the prompt alone.
+        temperature: of sampling; 0 takes the likeliest token.
+        top_p: sample among the likeliest tokens that hold this share of the probability.
+        backbone: hub id, local folder, .gguf file or smollm2-135m.
+        dtype: auto, float32, bfloat16 or float16.
+        device: cpu or cuda.
+        sources: the texts on which windows and price are solved, as in configs/harvest.
+        calibration_window: tokens a window of these.
+        calibration_windows: how many of them.
+        seed: of sampling, and of the choice of windows.
+        trust_remote_code: run code that comes with the model.
+    """
+    text = _prompt(prompt, prompt_file)
+    _check(max_new_tokens, temperature, top_p, min(calibration_window - 1, calibration_windows))
+    architecture = read_architecture(backbone, trust_remote_code)
+    bank = GateBank.from_pretrained(gates) if gates else None
+    chosen = _priced(read_policy(policy, architecture.layers), price)
+    chosen.check(architecture, bank)
+    if chosen.open and not 0 < footprint <= 1:
+        raise SmartKVError(f"a footprint is a share of the full cache above 0 and at most 1, got {footprint}")
+    if not is_terminal():  # stdout is the text, and stderr one line
+        disable_progress_bar()
+    lm = load_backbone(backbone, dtype, device, trust_remote_code)
+    if bank is not None:
+        lm.fingerprint.check(bank.fingerprint, f"the gates in {gates}")
+        bank = bank.to(device)
+    first = encode(lm.tokenizer, text or "…", chat, first=True)  # a mistake is told before anything takes long
+    check_room(len(first), max_new_tokens, architecture.max_positions)
+    texts = []
+    if chosen.open:
+        check_window(lm.model, calibration_window)
+        counts = {"train": calibration_windows}
+        plan = plan_windows(sources, counts, lm.tokenizer, calibration_window, seed=seed, say=_tell)
+        chosen = solve(chosen, footprint, Calibration.measure(lm.model, bank, plan.of_split("train")))
+        texts = plan.sources
+    torch.manual_seed(seed)
+    spoken = _talk(lm, bank, chosen, text, chat, _generation(lm, max_new_tokens, temperature, top_p))
+    if spoken is None:
+        return
+    settings = {
+        "backbone": backbone,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "gates": gates,
+        "chat": chat,
+        "policy": chosen.to_dict(),
+        "footprint": footprint,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "texts": texts,
+        "calibration_window": calibration_window,
+        "calibration_windows": calibration_windows,
+        "seed": seed,
+    }
+    figures = _figures(spoken)
+    result = write_result(Path(out), "generate", settings, figures)
+    page = write_page(
+        Path(out) / "lifespans.html",
+        spoken.token_texts(),
+        *spoken.cache.decisions(len(spoken.ids)),
+        policy=chosen,
+        model=lm.name,
+        generated=spoken.generated,
+    )
+    _tell(str(result))
+    print(f"{spoken.status(figures['ms_per_token'])} · {page}", file=sys.stderr)
+
+
+def _prompt(prompt: str | None, prompt_file: str | None) -> str | None:
+    """The text to begin with; None: lines are read from the terminal."""
+    if prompt is not None and prompt_file is not None:
+        raise SmartKVError("prompt and prompt_file are both given: choose one")
+    if prompt_file is not None:
+        try:
+            prompt = Path(prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SmartKVError(f"{prompt_file} cannot be read ({type(error).__name__}): give a UTF-8 file") from error
+    if prompt is not None and not prompt.strip():
+        raise SmartKVError("the prompt is empty: give some text, or leave it out to type lines")
+    return prompt
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float, calibration: int) -> None:
+    if max_new_tokens < 0:
+        raise SmartKVError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise SmartKVError(f"temperature must be 0 (the likeliest token) or above, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise SmartKVError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if calibration < 1:
+        raise SmartKVError("calibration needs at least 1 window of at least 2 tokens")
+
+
+def _priced(policy: HybridPolicy, price: float | None) -> HybridPolicy:
+    if price is None:
+        return policy
+    if not policy.gated:
+        raise SmartKVError(f"policy '{policy.name}' asks no gates: it takes no price")
+    return replace(policy, price=price)
+
+
+def _generation(lm: Backbone, max_new_tokens: int, temperature: float, top_p: float) -> GenerationConfig | None:
+    """Sampling by temperature and top_p alone, whatever the model's own settings are; None: nothing is generated."""
+    if max_new_tokens == 0:
+        return None
+    plain = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # of which greedy search reads nothing
+    sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=1.0,
+        pad_token_id=lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id,
+        **(sampled if temperature > 0 else plain),
+    )
+
+
+def _talk(
+    lm: Backbone,
+    gates: GateBank | None,
+    policy: HybridPolicy,
+    text: str | None,
+    chat: bool,
+    generation: GenerationConfig | None,
+) -> Conversation | None:
+    """Answer the text, or line after line; the last conversation, None where nothing was said."""
+    _tell(_describe(policy))
+    spoken = None
+    if text is not None:
+        spoken = Conversation(lm, gates, policy, chat)
+        spoken.say(text, generation)
+        return spoken
+    while (line := ask()) is not None:
+        current = spoken if spoken is not None and chat else Conversation(lm, gates, policy, chat)
+        try:
+            turn = current.say(line, generation)
+        except SmartKVError as error:  # a line that does not fit is no reason to end
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        spoken = current
+        _tell(spoken.status(turn.ms_per_token))
+    return spoken
+
+
+def _describe(policy: HybridPolicy) -> str:
+    windows = sorted({rule.window for rule in policy.rules if rule.window is not None})
+    parts = [f"policy {policy.name}"]
+    if windows:
+        parts.append(f"window {windows[0]}" if len(windows) == 1 else f"windows {windows[0]}-{windows[-1]}")
+    if policy.gated and policy.price is not None and policy.price > float("-inf"):
+        parts.append(f"price {policy.price:.2f} (a predicted lifespan of {4**policy.price:.0f} tokens)")
+    return ", ".join(parts)
+
+
+def _figures(spoken: Conversation) -> dict[str, Any]:
+    cache, tokens = spoken.cache, spoken.cache.get_seq_length()
+    times = [(turn.ms_per_token, turn.new_tokens - 1) for turn in spoken.turns if turn.ms_per_token is not None]
+    return {
+        "units": {
+            "kv_bytes": "bytes of keys, values and what belongs to them, all layers",
+            "footprint": "keys seen ÷ keys of a full cache, over all queries",
+            "bytes_by_layer": "bytes at the end, dead slots and tables included",
+            "live_keys_by_layer": "keys at the end, mean over KV heads",
+            "ms_per_token": "milliseconds a token after each answer's first",
+            "tokens": "tokens that the cache has read; the last one made is not among them",
+        },
+        "turns": [asdict(turn) for turn in spoken.turns],
+        "text": spoken.lm.tokenizer.decode(spoken.ids),
+        "tokens": tokens,
+        "kv_bytes": {
+            "live": cache.storage_bytes,
+            "peak": cache.peak_bytes,
+            "full": full_cache_bytes(spoken.lm.model, tokens),
+        },
+        "footprint": cache.footprint,
+        "bytes_by_layer": cache.bytes_by_layer.tolist(),
+        "live_keys_by_layer": cache.live_keys.double().mean(dim=(1, 2)).tolist(),
+        "ms_per_token": sum(ms * n for ms, n in times) / sum(n for _, n in times) if times else None,
+    }
+
+
+def _tell(line: str) -> None:
+    """Say something on the way; elsewhere than on a terminal the last line says it all."""
+    if is_terminal():
+        print(line, file=sys.stderr)

@@ -1,0 +1,115 @@
+"""The page: a text coloured by how long each key is predicted to be looked at, and when it was evicted.
+
+One HTML file that asks the network for nothing. Its parts are `page.html`, `page.css`, `page.js` (what it shows) and
+`page_controls.js` (what the reader does); a content security policy lets that script run and forbids every request.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smartkv.errors import SmartKVError
+from smartkv.io.atomic import write_atomically
+from smartkv.policies.hybrid import FOREVER, HybridPolicy, LayerRule
+
+PARTS = Path(__file__).parent
+UNDECIDED = -1  # expiry of a key that is still in its window
+STEPS = 40  # of an encoded prediction, a factor of 4: 3.5 % a step
+NO_PREDICTION, LARGEST_PREDICTION = 255, 254
+FOR_GOOD, NOT_DECIDED, LARGEST_EXPIRY = 65535, 65534, 65533
+
+
+def write_page(
+    path: Path,
+    tokens: list[str],
+    predictions: Tensor,
+    expiry: Tensor,
+    policy: HybridPolicy,
+    model: str,
+    generated: list[bool] | None = None,
+) -> Path:
+    """Write the page of one text.
+
+    Args:
+        path: of the HTML file.
+        tokens: text of each token, in order; any characters.
+        predictions: float `[layers, kv_heads, tokens]`, log4 of a lifespan in tokens; NaN: no gates there.
+        expiry: int `[layers, kv_heads, tokens]`, the first position whose query does not see the key; `FOREVER`: for
+            good; `UNDECIDED`: still in its window.
+        policy: that decided it; windows, price and sinks are shown.
+        model: its name.
+        generated: which tokens the model made; None: none.
+
+    Returns:
+        `path`.
+
+    Raises:
+        SmartKVError: shapes that do not fit, no token, or more than the page can encode.
+    """
+    layers, kv_heads, count = predictions.shape
+    generated = [False] * count if generated is None else generated
+    if expiry.shape != predictions.shape or len(tokens) != count or len(generated) != count:
+        raise SmartKVError(
+            f"a page of {len(tokens)} tokens cannot show predictions {list(predictions.shape)}, "
+            f"expiries {list(expiry.shape)} and {len(generated)} marks"
+        )
+    if not 0 < count < LARGEST_EXPIRY:
+        raise SmartKVError(f"a page shows 1 to {LARGEST_EXPIRY - 1:,} tokens, got {count:,}")
+    data = {
+        "tokens": tokens,
+        "generated": "".join("1" if made else "0" for made in generated),
+        "layers": layers,
+        "heads": kv_heads,
+        "sinks": policy.sinks,
+        "steps": STEPS,
+        "rules": [_rule(rule, policy) for rule in policy.by_layer(layers)],
+        "predictions": _base64(encode_predictions(predictions)),
+        "expiry": _base64(encode_expiry(expiry)),
+    }
+    script = "".join((PARTS / name).read_text(encoding="utf-8") for name in ("page.js", "page_controls.js"))
+    parts = {
+        "SCRIPT_HASH": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "STYLE": (PARTS / "page.css").read_text(encoding="utf-8"),
+        "SCRIPT": script,
+        "MODEL": html.escape(model),
+        "POLICY": html.escape(policy.name),
+        "COUNT": f"{count:,}",
+        "DATA": json.dumps(data).replace("<", "\\u003c"),  # no token can close the element that holds it
+    }
+    template = (PARTS / "page.html").read_text(encoding="utf-8")
+    page = re.sub(r"%%([A-Z_]+)%%", lambda match: parts[match[1]], template)
+    write_atomically(path, page.encode())
+    return path
+
+
+def encode_predictions(predictions: Tensor) -> np.ndarray:
+    """log4 lifespans -> uint8, `STEPS` a factor of 4 from 1 token on; NaN -> `NO_PREDICTION`."""
+    steps = (predictions.double() * STEPS).round().clamp(0, LARGEST_PREDICTION)
+    return steps.nan_to_num(NO_PREDICTION).to(torch.uint8).cpu().numpy()
+
+
+def encode_expiry(expiry: Tensor) -> np.ndarray:
+    """Expiries -> little-endian uint16; `FOREVER` -> `FOR_GOOD`, `UNDECIDED` -> `NOT_DECIDED`."""
+    codes = expiry.long().clamp(max=LARGEST_EXPIRY)
+    codes = torch.where(expiry >= FOREVER, FOR_GOOD, torch.where(expiry == UNDECIDED, NOT_DECIDED, codes))
+    return codes.cpu().numpy().astype("<u2")
+
+
+def _rule(rule: LayerRule, policy: HybridPolicy) -> dict[str, Any]:
+    price = rule.price if rule.price is not None else policy.price
+    shown = rule.rule == "gated" and price is not None and math.isfinite(price)
+    cap = None if policy.max_tokens is None else f"at most {policy.max_tokens:,} a {policy.max_tokens_per}"
+    return {"rule": rule.rule, "window": rule.window, "price": price if shown else None, "cap": cap}
+
+
+def _base64(array: np.ndarray) -> str:
+    return base64.b64encode(array.tobytes()).decode()

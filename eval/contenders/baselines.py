@@ -1,0 +1,99 @@
+"""Published rules as contenders: what needs no training."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from eval.contenders.base import Protocol_, Reading
+from smartkv.baselines import (
+    H2O,
+    TOVA,
+    ExpectedAttention,
+    KeyDiff,
+    KeyNorm,
+    Method,
+    Once,
+    Random,
+    Schedule,
+    SnapKV,
+    Streaming,
+    compressed,
+)
+from smartkv.metrics.perplexity import token_losses
+from smartkv.models.backbone import Backbone
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "key_norm": KeyNorm,
+    "keydiff": KeyDiff,
+    "snapkv": SnapKV,
+    "tova": TOVA,
+    "h2o": H2O,
+    "expected_attention": ExpectedAttention,
+}
+BASELINES = ("random", *METHODS)
+SEEDS = (0, 1, 2, 3, 4)  # of `random`
+SINKS = 4
+# Share of a budget that the latest tokens get, whatever their score: of 0.25, 0.5 and 0.75 what loses least on
+# validation books (docs/experiments.md).
+RECENT = {
+    "random": 0.75,
+    "key_norm": 0.75,
+    "keydiff": 0.75,
+    "snapkv": 0.5,
+    "tova": 0.25,
+    "h2o": 0.75,
+    "expected_attention": 0.5,
+}
+
+
+@dataclass
+class Baseline:
+    """A method that keeps the same number of keys in every head; simulated, nothing is freed."""
+
+    lm: Backbone
+    name: str
+    method: Method
+    tokens: int
+    count_from: int
+    protocol: Protocol_
+    kind: str = "rule"
+
+    @property
+    def recent(self) -> float:
+        return RECENT[self.name.partition(":")[0]]
+
+    @property
+    def needs(self) -> str:
+        return "nothing" if self.name.startswith("random") else self.method.needs
+
+    def solved(self, footprint: float) -> Any:
+        if self.protocol == "once":
+            return {"share": footprint, "recent": self.recent}
+        found = Streaming.for_footprint(footprint, self.tokens, self.count_from, self.recent, SINKS)
+        return {"budget": found.budget, "window": found.window, "chunk": found.chunk}
+
+    def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
+        schedule: Schedule
+        if prefill is None:
+            schedule = Streaming(setting["budget"], setting["window"], SINKS, setting["chunk"])
+        else:
+            budget = round(setting["share"] * prefill)
+            schedule = Once(prefill, budget, max(1, int(setting["recent"] * (budget - SINKS))), SINKS)
+        with compressed(self.lm.model, self.method, schedule) as simulation:
+            found = token_losses(self.lm.model, tokens, first)
+        return Reading(*found, float(simulation.footprint_by_head(count_from).mean()), None)
+
+
+def baseline(name: str, lm: Backbone, tokens: int, first: int, protocol: Protocol_, seed: int) -> Baseline:
+    """The baseline of that name.
+
+    Args:
+        tokens: of a window.
+        first: tokens are scored from this one on.
+        seed: of `random`.
+    """
+    if name == "random":
+        return Baseline(lm, f"random:{seed}", Random(seed), tokens, first - 1, protocol)
+    return Baseline(lm, name, METHODS[name](), tokens, first - 1, protocol)

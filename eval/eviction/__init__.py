@@ -1,0 +1,1 @@
+"""Commands that measure what eviction costs on texts: perplexity, compare, auto, gains, recall of facts."""

@@ -1,0 +1,139 @@
+"""`python -m eval auto`: a policy whose windows are chosen layer by layer, from data."""
+
+from pathlib import Path
+
+import yaml
+from matplotlib.figure import Figure
+from rich.progress import track
+from rich.table import Table
+
+from eval.common.console import make_console
+from eval.common.figures import heads_heatmap
+from eval.common.results import save_picture, write_result
+from smartkv.errors import SmartKVError
+from smartkv.gates.bank import GateBank
+from smartkv.io.atomic import write_atomically
+from smartkv.labels.lifespans import check_window
+from smartkv.models.backbone import load_backbone
+from smartkv.models.gguf import PACKAGED
+from smartkv.policies.budgets import Calibration, solve
+from smartkv.policies.hybrid import HybridPolicy, LayerRule
+from smartkv.policy_search import Trade, auto_policy, measure_trade
+from smartkv.texts.sources import SourceConfig
+from smartkv.texts.windows import plan_windows
+
+NEARBY = 0.15  # footprints this much below and above the target, between which the worth of the cache is measured
+
+
+def auto(
+    out: str,
+    gates: str,
+    footprint: float = 0.2,
+    windows: list[int] = [4, 16, 64, 128],  # noqa: B006 - jsonargparse shows it; never changed
+    start: int = 16,
+    local: bool = True,
+    sources: list[SourceConfig] = [SourceConfig("pg19")],  # noqa: B006, B008
+    backbone: str = PACKAGED,
+    dtype: str = "auto",
+    device: str = "cpu",
+    window: int = 1024,
+    texts: int = 4,
+    score_from: int = 256,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> None:
+    """Choose each layer's window, and whether it asks its gates, for a target footprint.
+
+    Args:
+        out: folder for auto.yaml (the policy), auto.json and the picture.
+        gates: folder of exported gates, hub id, or a name of gates that come with SmartKV.
+        footprint: share of the full cache to be kept.
+        windows: sizes to choose from, in tokens.
+        start: the size that all layers have while another is tried in one.
+        local: a layer may also do without gates, and keep recent keys only.
+        sources: the texts, train split.
+        backbone: hub id, local folder, .gguf file or smollm2-135m.
+        dtype: auto, float32, bfloat16 or float16.
+        device: cpu or cuda.
+        window: tokens of a text.
+        texts: how many.
+        score_from: queries of a text count from this one on.
+        seed: of the choice of texts.
+        trust_remote_code: run code that comes with the model.
+    """
+    console = make_console()
+    if start not in windows or min(windows) < 1:
+        raise SmartKVError(f"windows must be at least 1 token each and hold start, got {windows} and {start}")
+    if texts < 1 or not 1 <= score_from < window - 1:
+        raise SmartKVError("texts must be at least 1, and score_from lie between 1 and the window")
+    lm = load_backbone(backbone, dtype, device, trust_remote_code)
+    check_window(lm.model, window)
+    bank = GateBank.from_pretrained(gates, lm.model).to(device)
+    plan = plan_windows(sources, {"train": texts}, lm.tokenizer, window, seed=seed, say=console.print)
+    learn = list(plan.of_split("train"))
+    calibration = Calibration.measure(lm.model, bank, learn, score_from)
+    sizes = sorted(set(windows))
+    options = [LayerRule("all", "gated", size) for size in sizes]
+    if local:
+        options += [LayerRule("all", "window", size) for size in sizes]
+    base = HybridPolicy((LayerRule("all", "gated", start),), name="all-gated")
+    policy = solve(base, footprint, calibration)
+    nearby = [solve(base, footprint * factor, calibration) for factor in (1 - NEARBY, 1 + NEARBY)]
+    trade = measure_trade(
+        lm.model,
+        bank,
+        policy,
+        nearby,
+        options,
+        learn,
+        score_from,
+        lambda layers: track(list(layers), "Layers", console=console),
+    )
+    found = auto_policy(trade, policy, footprint, calibration)
+    folder = Path(out)
+    settings = {"gates": gates, "backbone": backbone, "footprint": footprint, "texts": plan.sources, "window": window}
+    settings |= {"windows": sizes, "start": start, "score_from": score_from, "seed": seed}
+    figures = {
+        "units": {
+            "divergence": "nats a token from the full cache, one layer changed",
+            "footprint": "of the layer",
+            "rate": "nats a token for the whole cache",
+        },
+        "options": [f"{option.rule} {option.window}" for option in trade.options],
+        "divergence": trade.divergence.tolist(),
+        "footprint": trade.footprint.tolist(),
+        "rate": trade.rate,
+        "policy": found.to_dict(),
+    }
+    result = write_result(folder, "auto", settings, figures)
+    left_open = {**found.to_dict(), "price": None} if found.gated else found.to_dict()
+    write_atomically(folder / "auto.yaml", yaml.safe_dump(left_open, sort_keys=False).encode())
+    picture = save_picture(_picture(trade, found), folder / "auto.png")
+    console.print(_table(found, len(trade.footprint)))
+    for path in [folder / "auto.yaml", result, picture]:
+        console.print(f"  {path}", highlight=False)
+
+
+def _table(policy: HybridPolicy, layers: int) -> Table:
+    table = Table(title="rules that were chosen")
+    for name in ("rule", "window", "layers"):
+        table.add_column(name, justify="left" if name == "rule" else "right")
+    for rule in policy.rules:
+        table.add_row(rule.rule, str(rule.window), rule.layers)
+    return table
+
+
+def _picture(trade: Trade, policy: HybridPolicy) -> Figure:
+    """How much each option costs each layer, above its cheapest."""
+    above = trade.divergence - trade.divergence.amin(dim=1, keepdim=True)
+    figure = heads_heatmap(
+        (above * 1000).numpy(),
+        range(len(above)),
+        "divergence above the layer's best option",
+        "thousandths of a nat a token",
+    )
+    axes = figure.axes[0]
+    axes.set_xlabel("option")
+    names = [f"{option.rule}\n{option.window}" for option in trade.options]
+    axes.set_xticks(range(len(names)), names, fontsize=7)
+    return figure

@@ -1,0 +1,270 @@
+"""`python -m eval compare`: gates, rules, nulls and oracles on the same texts, at equal footprint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from eval.common.adapters import adapted
+from eval.common.console import make_console
+from eval.common.resume import Cells, digest, digest_of_model, digests
+from eval.contenders.base import Contender, Protocol_, Reading
+from eval.contenders.registry import ADAPTIVE_BY_GATES, DEFAULT, line_up
+from eval.contenders.solving import solved_setting
+from eval.eviction.compare_report import Row, report
+from eval.eviction.frontier import REFERENCE
+from eval.eviction.recall import Trial, trials
+from smartkv.errors import SmartKVError
+from smartkv.gates.bank import GateBank
+from smartkv.labels.lifespans import check_window
+from smartkv.models.backbone import load_backbone
+from smartkv.models.gguf import PACKAGED
+from smartkv.texts.sources import SourceConfig
+from smartkv.texts.windows import plan_windows
+
+
+@dataclass(frozen=True)
+class Text:
+    """A kind of text that is read.
+
+    Attributes:
+        name: what results call it.
+        sources: the mix, as in configs/harvest.
+        split: train, validation or test.
+        windows: how many.
+    """
+
+    name: str
+    sources: list[SourceConfig]
+    split: str = "test"
+    windows: int = 48
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Facts stated once in text and asked for at its end.
+
+    Attributes:
+        trials: how many; 0: none.
+        tokens: of text around a fact.
+        split: train, validation or test, of the text and of the ways facts are stated.
+    """
+
+    trials: int = 64
+    tokens: int = 1900
+    split: str = "test"
+
+
+BOOKS = SourceConfig("pg19")
+
+
+def compare(
+    out: str,
+    gates: str | None = None,
+    adapter: str | None = None,
+    contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
+    footprints: list[float] = [0.0625, 0.125, 0.25, 0.5],  # noqa: B006
+    others: list[float] | None = None,
+    protocol: Protocol_ = "stream",
+    prefill: int = 1024,
+    texts: list[Text] = [Text("books", [BOOKS])],  # noqa: B006
+    recall: Recall = Recall(),
+    haystack: list[SourceConfig] = [BOOKS],  # noqa: B006
+    calibration: list[SourceConfig] = [BOOKS],  # noqa: B006
+    calibration_windows: int = 6,
+    backbone: str = PACKAGED,
+    dtype: str = "auto",
+    device: str = "cpu",
+    window: int = 2048,
+    score_from: int = 512,
+    windows_per_document: int = 4,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> None:
+    """Compare what decides which keys stay. A run that was killed goes on where it stopped.
+
+    Args:
+        out: folder for compare.json and the pictures.
+        gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: only contenders
+            without.
+        adapter: folder or hub id of a peft adapter that the model gets, such as runs/eit/smollm2/final. Null: none.
+        contenders: `gates` (the policy that goes with them), named policies or YAML files, each also with +8bit or, of
+            keys and of values, +k6v4 behind it (what stays is packed); random, key_norm, keydiff, snapkv, tova, h2o,
+            expected_attention; null:constant, null:position, null:token_table; oracle:lifespan, oracle:attention;
+            quant:fp16, int8, int4, kivi, kivi2, kivi4, adaptive, adaptive_gates (every key stays, in few bits; kivi@32
+            with the latest 32 tokens exact, in place of the scheme's own 128); for protocol once
+            also NVIDIA's presses, and gates in them: press:knorm … press:lifespan (see configs/eval/presses.yaml). The
+            full cache is always measured.
+        footprints: shares of the full cache to be kept (protocol once: shares of the prefill's keys).
+        others: those of contenders that are neither gates nor the sliding window. Null: the same.
+        protocol: stream: keys go while the text is read; once: when the prefill is over, and later ones all stay.
+        prefill: tokens, for protocol once.
+        texts: the kinds of text whose negative log-likelihood is measured.
+        recall: facts that are stated once, and asked for.
+        haystack: the text around them.
+        calibration: the texts, train split, on which prices are solved, and nulls learn.
+        calibration_windows: how many.
+        backbone: hub id, local folder, .gguf file or smollm2-135m.
+        dtype: auto, float32, bfloat16 or float16.
+        device: cpu or cuda.
+        window: tokens a window.
+        score_from: tokens of a window are scored from this one on (protocol once: from prefill on).
+        windows_per_document: most windows from one document.
+        seed: of the choice of windows, of names and numbers.
+        trust_remote_code: run code that comes with the model.
+    """
+    console = make_console()
+    first = score_from if protocol == "stream" else prefill
+    if not 1 <= first < window:
+        name = "score_from" if protocol == "stream" else "prefill"
+        raise SmartKVError(f"{name} must be at least 1 and below the window of {window} tokens, got {first}")
+    if not footprints or not all(0 < f <= 1 for f in [*footprints, *(others or [])]):
+        raise SmartKVError(f"footprints are shares of the full cache above 0 and at most 1, got {footprints}")
+    if calibration_windows < 1 or recall.trials < 0 or (not texts and not recall.trials):
+        raise SmartKVError("calibration_windows must be at least 1, and there must be texts or recall trials")
+    if protocol == "once" and recall.trials and recall.tokens < prefill:
+        raise SmartKVError(f"recall.tokens {recall.tokens} must be at least the prefill of {prefill}")
+    lm = adapted(load_backbone(backbone, dtype, device, trust_remote_code), adapter)
+    check_window(lm.model, window)
+    bank = GateBank.from_pretrained(gates, lm.model).to(device) if gates else None
+
+    def windows_of(sources: list[SourceConfig], split: str, count: int) -> tuple[Tensor, list[int], Any]:
+        counts = {split: count}
+        plan = plan_windows(sources, counts, lm.tokenizer, window, windows_per_document, seed, lambda _: None)
+        return plan.of_split(split), plan.documents_of_split(split), plan.sources
+
+    learn, _, learnt_from = windows_of(calibration, "train", calibration_windows)
+    read = {text.name: windows_of(text.sources, text.split, text.windows) for text in texts}
+    asked: list[Trial] = []
+    if recall.trials:
+        around, _, _ = windows_of(haystack, recall.split, recall.trials)
+        asked = trials(recall.split, recall.trials, recall.tokens, lm.tokenizer, list(around), seed)
+    measured_by = {
+        "backbone": backbone,
+        "model": digest_of_model(lm.model),  # with its adapter
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "device": lm.model.device.type,
+        "protocol": protocol,
+        "prefill": prefill if protocol == "once" else None,
+        "score_from": first,
+    }
+    weights = digests(bank)
+    settings = measured_by | {
+        "adapter": adapter,
+        "weights": weights,
+        "gates": gates,
+        "window": window,
+        "texts": {text.name: _described(text, *read[text.name]) for text in texts},
+        "recall": {"trials": len(asked), "tokens": recall.tokens, "split": recall.split},
+        "calibration": {"windows": len(learn), "sources": learnt_from},
+        "seed": seed,
+    }
+    with Progress(console=console) as progress:
+        prepared = progress.add_task("Calibration", total=None)
+        chosen = line_up(contenders, lm, bank, list(learn), first, protocol, prefill)
+        progress.remove_task(prepared)
+        cells = Cells(Path(out) / "compare.cells", measured_by)
+        runner = Runner(cells, progress, first, prefill if protocol == "once" else None, weights, digest(learn))
+        rows = runner.run(chosen, footprints, footprints if others is None else others, read, asked)
+    report(console, Path(out), settings, rows, {name: owners for name, (_, owners, _) in read.items()})
+
+
+def _described(text: Any, windows: Tensor, owners: list[int], sources: Any) -> dict[str, Any]:
+    """Which windows were read: results of the same ones can be paired."""
+    return {
+        "split": text.split,
+        "windows": len(windows),
+        "sources": sources,
+        "digest": digest(windows),
+        "documents": owners,
+    }
+
+
+class Runner:
+    """Reads every text under every contender at every footprint."""
+
+    def __init__(
+        self,
+        cells: Cells,
+        progress: Progress,
+        first: int,
+        prefill: int | None,
+        weights: dict[str, str],
+        learnt_on: str,
+    ) -> None:
+        self.cells, self.progress, self.first, self.prefill, self.weights = cells, progress, first, prefill, weights
+        self.learnt_on = learnt_on
+
+    def run(
+        self,
+        contenders: Sequence[Contender],
+        footprints: Sequence[float],
+        others: Sequence[float],
+        texts: dict[str, tuple[Tensor, list[int], Any]],
+        asked: Sequence[Trial],
+    ) -> list[Row]:
+        """A row for each contender and footprint that is in its reach; `others`: see `compare`."""
+        solved: list[tuple[Contender, float, Any]] = []
+        task = self.progress.add_task("Prices", total=None)
+        for contender in contenders:
+            foremost = contender.kind == "ours" or contender.name == REFERENCE
+            whole = contender.kind in ("full", "quantised")
+            for target in [1.0] if whole else sorted(set(footprints if foremost else others)):
+                try:
+                    setting = solved_setting(self.cells, contender, target, self.weights, self.learnt_on)
+                    solved.append((contender, target, setting))
+                except SmartKVError as error:  # one footprint out of reach is no reason to lose the others
+                    self.progress.console.print(f"left out: {error}", highlight=False)
+        self.progress.remove_task(task)
+        texts_read = sum(len(windows) for windows, *_ in texts.values())
+        work = texts_read + len(asked)
+        task = self.progress.add_task("Comparing", total=work * len(solved))
+        rows = []
+        for contender, target, setting in solved:
+            self.progress.update(task, description=f"{contender.name} at {target:g}")
+            row = Row(contender.name, contender.kind, contender.needs, target, setting)
+            for name, (windows, *_) in texts.items():
+                row.texts[name] = []
+                for tokens in windows:
+                    row.texts[name].append(self._window(contender, setting, tokens))
+                    self.progress.advance(task)
+            for trial in asked:
+                row.recall.append(self._trial(contender, setting, trial))
+                self.progress.advance(task)
+            if contender.kind == "full":  # what it cannot recall, nobody else is asked
+                asked = [trial for trial, found in zip(asked, row.recall, strict=True) if found["right"]]
+                self.progress.update(task, total=work + (texts_read + len(asked)) * (len(solved) - 1))
+            rows.append(row)
+        return rows
+
+    def _window(self, contender: Contender, setting: Any, tokens: Tensor) -> dict[str, Any]:
+        def measure() -> dict[str, Any]:
+            found = contender.read(setting, tokens, self.first, self.first - 1, self.prefill)
+            return _figures(found)
+
+        return self.cells.measured([*self._settings(contender, setting), digest(tokens)], measure)
+
+    def _trial(self, contender: Contender, setting: Any, trial: Trial) -> dict[str, Any]:
+        tokens = torch.tensor([*trial.context, *trial.question, *trial.answer])
+        prefill = None if self.prefill is None else len(trial.context)
+
+        def measure() -> dict[str, Any]:
+            counted = self.first - 1 if prefill is None else prefill  # before that, all is kept
+            found = contender.read(setting, tokens, len(tokens) - len(trial.answer), counted, prefill)
+            return _figures(found) | {"right": bool((found.rank == 0).all())}
+
+        return self.cells.measured([*self._settings(contender, setting), digest(tokens), len(trial.answer)], measure)
+
+    def _settings(self, contender: Contender, setting: Any) -> list[Any]:
+        """What a cell hangs on besides its text: only who has gates is measured anew for others."""
+        learned = contender.kind == "ours" or contender.name == ADAPTIVE_BY_GATES
+        return [contender.name, setting, self.weights if learned else {}]
+
+
+def _figures(found: Reading) -> dict[str, Any]:
+    figures = {"footprint": found.footprint, "peak_bytes": found.peak_bytes, "stored": found.stored}
+    return {"nll": float(found.nll.double().mean())} | figures

@@ -1,0 +1,258 @@
+"""What `eval compare` makes of its readings: rows, intervals, table and pictures."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from eval.common.figures import frontiers
+from eval.common.results import machine, save_picture, write_result, write_tables
+from eval.eviction.frontier import REFERENCE, equal_loss_ratio, loss_at
+from smartkv.errors import SmartKVError
+from smartkv.metrics.bootstrap import bootstrap, mean_over
+
+ORACLE = "oracle:"
+BYTES = "bytes held: share of the full cache's in float16 (simulated rules: of its keys)"
+KINDS = ("ours", "quantised", "rule", "null", "oracle", "full")
+
+
+@dataclass
+class Row:
+    """One contender at one footprint.
+
+    Attributes:
+        contender, kind, needs: see `eval.contenders.base.Contender`.
+        target: footprint that was asked for.
+        setting: what it was solved to.
+        texts: of each kind of text, the figures of each window: nll, footprint, peak_bytes, stored.
+        recall: the same of each trial, and whether it was right; the full cache's are all trials, others' only those
+            that it gets right.
+    """
+
+    contender: str
+    kind: str
+    needs: str
+    target: float
+    setting: Any
+    texts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    recall: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Curve:
+    """One row on one kind of text, beside the full cache.
+
+    Attributes:
+        footprint, delta_nll, interval: means over windows; 95 % by bootstrap over documents.
+        delta_nll_window: of each window.
+        peak_bytes: largest of the windows; None: a mask, nothing was freed.
+        stored: bytes held at the end over those of a full cache in float16, mean over windows; None: a mask.
+    """
+
+    row: Row
+    footprint: float
+    delta_nll: float
+    interval: tuple[float, float]
+    delta_nll_window: list[float]
+    peak_bytes: int | None
+    stored: float | None = None
+
+
+def curve(row: Row, text: str, full: Row, owners: list[int]) -> Curve:
+    """`owners`: the document of each window."""
+    nll, base = (torch.tensor([w["nll"] for w in r.texts[text]], dtype=torch.float64) for r in (row, full))
+    delta = nll - base
+    interval = bootstrap(len(delta), lambda weight: mean_over(weight, delta), groups=owners)
+    found = row.texts[text]
+    peaks = [w["peak_bytes"] for w in found if w["peak_bytes"] is not None]
+    footprint = sum(w["footprint"] for w in found) / len(found)
+    stored = [w["stored"] for w in found if w.get("stored") is not None]
+    share = sum(stored) / len(stored) if stored else None
+    return Curve(row, footprint, float(delta.mean()), interval, delta.tolist(), max(peaks, default=None), share)
+
+
+def recall_share(row: Row, full: Row) -> dict[str, Any]:
+    """Right answers among the trials that the full cache gets right, with a 95 % interval over trials."""
+    asked = row.recall
+    if len(asked) != sum(theirs["right"] for theirs in full.recall):
+        raise SmartKVError(f"{row.contender} was not asked what the full cache recalls, and only that")
+    if not asked:
+        return {"asked": 0, "right": None, "interval": None, "footprint": None}
+    right = torch.tensor([float(trial["right"]) for trial in asked], dtype=torch.float64)
+    interval = bootstrap(len(right), lambda weight: mean_over(weight, right))
+    footprint = sum(trial["footprint"] for trial in asked) / len(asked)
+    nll = sum(trial["nll"] for trial in asked) / len(asked)
+    share = {"asked": len(asked), "right": float(right.mean()), "interval": list(interval)}
+    return share | {"footprint": footprint, "nll": nll}
+
+
+def seeds_together(rows: list[Row]) -> list[Row]:
+    """Rows of one contender under several seeds (`random:0`, `random:1` …) as one: the mean of each window."""
+    together: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        name, _, seed = row.contender.rpartition(":")
+        together.setdefault((name if name and seed.isdigit() else row.contender, row.target), []).append(row)
+    found = []
+    for (name, target), same in together.items():
+        first = same[0]
+        texts = {text: [_mean(w) for w in zip(*(r.texts[text] for r in same), strict=True)] for text in first.texts}
+        recall = [_mean(trial) for trial in zip(*(r.recall for r in same), strict=True)]
+        found.append(Row(name, first.kind, first.needs, target, first.setting, texts, recall))
+    return found
+
+
+def _mean(figures: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    if len(figures) == 1:
+        return figures[0]
+    names = [name for name, value in figures[0].items() if value is not None]
+    return {"peak_bytes": None} | {name: sum(float(f[name]) for f in figures) / len(figures) for name in names}
+
+
+def report(
+    console: Console, out: Path, settings: dict[str, Any], rows: list[Row], owners: dict[str, list[int]]
+) -> None:
+    """`compare.json`, a table for each kind of text (also in `compare.md`), and the pictures.
+
+    Args:
+        rows: the full cache's among them.
+        owners: of each kind of text, the document of each window.
+    """
+    rows = seeds_together(rows)
+    full = next(row for row in rows if row.kind == "full")
+    rest = sorted((row for row in rows if row is not full), key=lambda row: KINDS.index(row.kind))
+    shares = {id(row): recall_share(row, full) for row in rest} if full.recall else {}
+    alone = {text: [w["nll"] for w in windows] for text, windows in full.texts.items()}
+    whole = {text: {"nll": sum(nll) / len(nll), "nll_window": nll} for text, nll in alone.items()}
+    figures: dict[str, Any] = {
+        "units": UNITS,
+        "machine": machine(settings["device"]),
+        "full": _plain(full) | {"texts": whole},
+        "rows": [],
+    }
+    pictures, tables = [], []
+    curves: dict[str, list[Curve]] = {}
+    for text in full.texts:
+        curves[text] = [curve(row, text, full, owners[text]) for row in rest]
+        series = _series((c.row, c.footprint, c.delta_nll, *c.interval) for c in curves[text])
+        title = f"{settings['backbone']}, {len(owners[text])} windows of {settings['window']:,} tokens: {text}"
+        label = "ΔNLL against the full cache, nats a token"
+        pictures.append(save_picture(frontiers(series, title, label), out / f"frontier_{text}.png"))
+        if any(c.row.kind == "quantised" for c in curves[text]):
+            series = _series((c.row, c.stored or c.footprint, c.delta_nll, *c.interval) for c in curves[text])
+            pictures.append(save_picture(frontiers(series, title, label, axis=BYTES), out / f"bytes_{text}.png"))
+        title = f"{text}; full cache: {whole[text]['nll']:.4f} nats a token"
+        tables.append(_table(title, curves[text], shares, owners[text]))
+    asked = max((share["asked"] for share in shares.values()), default=0)
+    if asked:
+        points = ((r, s["footprint"], s["right"], *s["interval"]) for r in rest if (s := shares[id(r)]))
+        title = f"{settings['backbone']}: {asked} facts of {len(full.recall)} that the full cache recalls"
+        picture = frontiers(_series(points), title, "share recalled", loss=False)
+        pictures.append(save_picture(picture, out / "recall.png"))
+    for number, row in enumerate(rest):
+        entry = _plain(row) | {"recall": shares.get(id(row))}
+        entry["texts"] = {text: _figures(found[number], found, owners[text]) for text, found in curves.items()}
+        figures["rows"].append(entry)
+    result = write_result(out, "compare", settings, figures)
+    for table in tables:
+        console.print(table)
+    for path in [result, write_tables(out / "compare.md", tables), *pictures]:
+        console.print(f"  {path}", highlight=False)
+
+
+UNITS = {
+    "nll": "nats a token of the full cache",
+    "footprint": "keys seen ÷ keys of a full cache, over the queries whose next token is scored",
+    "delta_nll": "nats a token above the full cache",
+    "interval": "95 %, bootstrap over documents (recall: over trials)",
+    "ratio": "footprint ÷ the window's at equal ΔNLL",
+    "gap_recovered": "(window's ΔNLL − own) ÷ (window's − the oracle's) at the own footprint",
+    "recall": "share of the answers right, among those that the full cache gets right",
+    "stored": "bytes held when the text was read ÷ those of its keys and values in float16; null: simulated by a mask",
+    "peak_bytes": "of one sequence's cache, the chunk at work included; null: simulated by a mask",
+}
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    names = ("contender", "kind", "needs", "target", "setting")
+    return {name: getattr(row, name) for name in names} | {"recall_trials": row.recall}
+
+
+def _of(curves: list[Curve], contender: str) -> list[Curve]:
+    return [c for c in curves if c.row.contender == contender]
+
+
+def _figures(own: Curve, curves: list[Curve], owners: list[int]) -> dict[str, Any]:
+    reference = _of(curves, REFERENCE)
+    found: dict[str, Any] = {
+        "footprint": own.footprint,
+        "delta_nll": own.delta_nll,
+        "interval": list(own.interval),
+        "peak_bytes": own.peak_bytes,
+        "stored": own.stored,
+        "delta_nll_window": own.delta_nll_window,
+    }
+    if own.row.contender != REFERENCE and (ratio := equal_loss_ratio(own, reference, owners)):
+        found["ratio"], found["ratio_interval"] = ratio[0], list(ratio[1])
+    if own.row.contender != REFERENCE and own.row.kind != "oracle":
+        found["gap_recovered"] = {
+            name.removeprefix(ORACLE): gap
+            for name in dict.fromkeys(c.row.contender for c in curves if c.row.kind == "oracle")
+            if (gap := _gap(own, reference, _of(curves, name))) is not None
+        }
+    return found
+
+
+def _gap(own: Curve, reference: list[Curve], oracle: list[Curve]) -> float | None:
+    """Oracle gap recovered, at the own footprint; None where one of the curves does not reach it."""
+    window, best = loss_at(own.footprint, reference), loss_at(own.footprint, oracle)
+    if window is None or best is None or window <= best:
+        return None
+    return (window - own.delta_nll) / (window - best)
+
+
+def _series(points: Any) -> dict[str, tuple[str, list[tuple[float, float, float, float]]]]:
+    """Name -> (kind, points)."""
+    found: dict[str, tuple[str, list[tuple[float, float, float, float]]]] = {}
+    for row, *figures in points:
+        found.setdefault(row.contender, (row.kind, []))[1].append(tuple(figures))
+    return found
+
+
+def _table(title: str, curves: list[Curve], shares: dict[int, dict[str, Any]], owners: list[int]) -> Table:
+    table = Table(title=title)
+    for name in (
+        "",
+        "needs",
+        "footprint",
+        "ΔNLL (95 %)",
+        "÷ window's (95 %)",
+        "gap recovered",
+        "recall (95 %)",
+        "stored",
+        "peak",
+    ):
+        table.add_column(name, justify="left" if name in ("", "needs") else "right", no_wrap=True)
+    for number, own in enumerate(curves):
+        if number and own.row.contender != curves[number - 1].row.contender:
+            table.add_section()
+        found, share = _figures(own, curves, owners), shares.get(id(own.row), {})
+        gaps = found.get("gap_recovered", {})
+        table.add_row(
+            own.row.contender,
+            own.row.needs,
+            f"{own.footprint:.3f}",
+            f"{own.delta_nll:+.4f} ({own.interval[0]:+.4f} to {own.interval[1]:+.4f})",
+            f"{found['ratio']:.2f} ({found['ratio_interval'][0]:.2f} to {found['ratio_interval'][1]:.2f})"
+            if "ratio" in found
+            else "",
+            ", ".join(f"{name} {gap:.0%}" for name, gap in gaps.items()),
+            f"{share['right']:.0%} ({share['interval'][0]:.0%} to {share['interval'][1]:.0%})"
+            if share.get("asked")
+            else "",
+            "mask" if own.stored is None else f"{own.stored:.3f}",
+            "mask" if own.peak_bytes is None else f"{own.peak_bytes / 2**20:.1f} MiB",
+        )
+    return table

@@ -1,0 +1,242 @@
+"""`python -m eval gains`: what training changed: `eval compare` of a model before and after, window by window."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor
+
+from eval.common.console import make_console
+from eval.common.figures import COLOURS
+from eval.common.results import read_result, save_picture, write_result, write_tables
+from smartkv.errors import SmartKVError
+from smartkv.metrics.bootstrap import bootstrap
+
+# settings that two results have alike which are compared; what an older one does not say counts as unlike
+SAME = ("backbone", "dtype", "calibration", "seed", "window", "score_from", "protocol", "prefill")
+
+
+@dataclass
+class Gain:
+    """One policy at one footprint, on one kind of text, before and after a training.
+
+    Attributes:
+        footprint, footprint_before: measured; a price is solved on each model's own keys.
+        nll, nll_before: under eviction, nats a token. A cost also falls where a model reads worse with all its keys.
+        nll_change: nll − nll_before; nll_interval: 95 %, bootstrap over documents.
+        cost, cost_before: NLL under eviction less NLL with a full cache, of the same model, nats a token.
+        change: cost − cost_before; change_interval: 95 %, bootstrap over documents.
+        fall: share of the cost before that is gone; interval: 95 %, bootstrap over documents. None where the cost
+            before is not above 0 (95 %): there is nothing to fall.
+    """
+
+    run: str
+    text: str
+    contender: str
+    target: float
+    footprint: float
+    footprint_before: float
+    nll: float
+    nll_before: float
+    nll_change: float
+    nll_interval: tuple[float, float]
+    cost: float
+    cost_before: float
+    change: float
+    change_interval: tuple[float, float]
+    fall: float | None
+    interval: tuple[float, float] | None
+
+
+def gains(out: str, base: str, trained: list[str], against: str | None = None) -> None:
+    """The cost of eviction before and after a training, and what the training did to the model with a full cache.
+
+    Args:
+        out: folder for gains.json, gains.md and the picture.
+        base: folder with the `compare.json` of the model before.
+        trained: folders with those of trained models, on the same windows.
+        against: one of `trained`, such as plain LoRA on the same tokens: costs are compared with its instead of the
+            base's. Null: with the base's.
+    """
+    console = make_console()
+    if against is not None and against not in trained:
+        raise SmartKVError(f"against '{against}' is none of the folders in trained")
+    before = read_result(Path(base) / "compare.json")
+    found, changes = [], []
+    for folder in trained:
+        after = read_result(Path(folder) / "compare.json")
+        _check_same(before, after, base, folder)
+        changes += [_full(folder, text, before, after) for text in before["full"]["texts"]]
+    reference = read_result(Path(against) / "compare.json") if against else before
+    for folder in trained:
+        if folder != against:
+            found += _gains(folder, reference, read_result(Path(folder) / "compare.json"))
+    tables = [_full_table(changes), _table(found, against or base)]
+    arguments = {"base": base, "trained": trained, "against": against}
+    result = write_result(Path(out), "gains", arguments, {"units": UNITS, "full": changes, "gains": _plain(found)})
+    for table in tables:
+        console.print(table)
+    picture = save_picture(_picture(found), Path(out) / "gains.png")
+    for path in (result, write_tables(Path(out) / "gains.md", tables), picture):
+        console.print(f"  {path}", highlight=False)
+
+
+UNITS = {
+    "cost, cost_before": "NLL under eviction − NLL with a full cache, of the same model, nats a token",
+    "change": "cost − cost_before; change_interval: 95 %, bootstrap over documents",
+    "fall": "1 − cost ÷ cost_before; interval: 95 %, bootstrap over documents; null where cost_before is not above 0",
+    "nll, nll_before": "nats a token; of full: with a full cache, of gains: under eviction",
+    "nll_change": "nll − nll_before; nll_interval: 95 %, bootstrap over documents",
+}
+
+
+def _check_same(before: dict[str, Any], after: dict[str, Any], base: str, folder: str) -> None:
+    for where, result in ((base, before), (folder, after)):
+        if "texts" not in result.get("full", {}):
+            raise SmartKVError(f"{where} has no compare.json with the full cache's NLL: run eval compare there again")
+    there, here = before["arguments"], after["arguments"]
+    unlike = [name for name in SAME if name not in there or name not in here or there[name] != here[name]]
+    unlike += [text for text in there["texts"] if here["texts"].get(text) != there["texts"][text]]
+    if unlike:
+        raise SmartKVError(
+            f"{folder} and {base} were not measured alike ({', '.join(unlike)}): give both the same config"
+        )
+
+
+def _over(windows: list[float]) -> Tensor:
+    return torch.tensor(windows, dtype=torch.float64)
+
+
+def _full(folder: str, text: str, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    mine, theirs = (_over(each["full"]["texts"][text]["nll_window"]) for each in (after, before))
+    owners, gap = before["arguments"]["texts"][text]["documents"], mine - theirs
+    interval = bootstrap(len(gap), lambda weight: (weight @ gap) / weight.sum(dim=1), groups=owners)
+    figures = {"nll": float(mine.mean()), "nll_before": float(theirs.mean()), "change": float(gap.mean())}
+    return {"run": folder, "text": text} | figures | {"interval": list(interval)}
+
+
+def _gains(folder: str, before: dict[str, Any], after: dict[str, Any]) -> list[Gain]:
+    """Of every policy and footprint that both have."""
+    there = {(row["contender"], row["target"]): row["texts"] for row in before["rows"]}
+    found = []
+    for row in after["rows"]:
+        for text, figures in row["texts"].items():
+            other = there.get((row["contender"], row["target"]), {}).get(text)
+            if other is None:
+                continue
+            mine, theirs = (_over(each["delta_nll_window"]) for each in (figures, other))
+            wholes = [_over(each["full"]["texts"][text]["nll_window"]) for each in (after, before)]
+            read, read_before = wholes[0] + mine, wholes[1] + theirs  # under eviction
+            owners = before["arguments"]["texts"][text]["documents"]
+
+            def fall(weight: Tensor, mine: Tensor = mine, theirs: Tensor = theirs) -> Tensor:
+                return 1 - (weight @ mine) / (weight @ theirs)
+
+            def mean(weight: Tensor, figures: Tensor) -> Tensor:
+                return (weight @ figures) / weight.sum(dim=1)
+
+            above_0 = bootstrap(len(mine), partial(mean, figures=theirs), groups=owners)[0] > 0
+            known = float(fall(torch.ones(1, len(mine), dtype=torch.float64)))
+            found.append(
+                Gain(
+                    run=folder,
+                    text=text,
+                    contender=row["contender"],
+                    target=row["target"],
+                    footprint=figures["footprint"],
+                    footprint_before=other["footprint"],
+                    nll=float(read.mean()),
+                    nll_before=float(read_before.mean()),
+                    nll_change=float((read - read_before).mean()),
+                    nll_interval=bootstrap(len(mine), partial(mean, figures=read - read_before), groups=owners),
+                    cost=float(mine.mean()),
+                    cost_before=float(theirs.mean()),
+                    change=float((mine - theirs).mean()),
+                    change_interval=bootstrap(len(mine), partial(mean, figures=mine - theirs), groups=owners),
+                    fall=known if above_0 else None,
+                    interval=bootstrap(len(mine), fall, groups=owners) if above_0 else None,
+                )
+            )
+    if not found:
+        raise SmartKVError(f"{folder} has no policy at a footprint that it is to be compared with")
+    return found
+
+
+def _plain(found: list[Gain]) -> list[dict[str, Any]]:
+    return [asdict(gain) for gain in found]
+
+
+def _full_table(changes: list[dict[str, Any]]) -> Table:
+    table = Table(title="with a full cache, nats a token")
+    for name in ("run", "text", "before", "after", "change (95 %)"):
+        table.add_column(name, justify="left" if name in ("run", "text") else "right")
+    for each in changes:
+        nlls = f"{each['nll_before']:.4f}", f"{each['nll']:.4f}"
+        table.add_row(each["run"], each["text"], *nlls, _signed(each["change"], each["interval"]))
+    return table
+
+
+def _signed(change: float, interval: Sequence[float]) -> str:
+    return f"{change:+.4f} ({interval[0]:+.4f} to {interval[1]:+.4f})"
+
+
+def _table(found: list[Gain], reference: str) -> Table:
+    table = Table(title=f"what eviction costs, nats a token; before: {reference}")
+    for name in (
+        "run",
+        "text",
+        "policy",
+        "footprint",
+        "NLL before, after",
+        "its change (95 %)",
+        "cost before",
+        "cost",
+        "its change (95 %)",
+        "fall (95 %)",
+    ):
+        table.add_column(name, justify="left" if name in ("run", "text", "policy") else "right")
+    for number, gain in enumerate(found):
+        if number and found[number - 1].run != gain.run:
+            table.add_section()
+        footprints = f"{gain.footprint_before:.3f}, {gain.footprint:.3f}"
+        change, fall = _signed(gain.change, gain.change_interval), "–"
+        if gain.fall is not None and gain.interval is not None:
+            fall = f"{gain.fall:.0%} ({gain.interval[0]:.0%} to {gain.interval[1]:.0%})"
+        read = f"{gain.nll_before:.4f}, {gain.nll:.4f}", _signed(gain.nll_change, gain.nll_interval)
+        costs = f"{gain.cost_before:.4f}", f"{gain.cost:.4f}"
+        table.add_row(gain.run, gain.text, f"{gain.contender} {gain.target:g}", footprints, *read, *costs, change, fall)
+    return table
+
+
+def _picture(found: list[Gain]) -> Figure:
+    """What is left of the cost before, by policy and run, with its interval; no bar where nothing was lost before."""
+    groups = list(dict.fromkeys((g.text, g.contender, g.target) for g in found))
+    runs = list(dict.fromkeys(g.run for g in found))
+    short = [Path(run).name for run in runs]
+    figure = Figure(figsize=(max(6.0, 0.5 * len(groups) * len(runs) + 2), 4.2), layout="constrained")
+    axes, width = figure.add_subplot(), 0.8 / len(runs)
+    axes.axhline(100, color="#555555", linestyle=":", label="before")
+    for gain in found:
+        if gain.fall is None or gain.interval is None:
+            continue
+        number, group = runs.index(gain.run), groups.index((gain.text, gain.contender, gain.target))
+        left, (most, least) = 100 * (1 - gain.fall), (100 * (1 - fall) for fall in gain.interval)
+        name = short[number] if len(set(short)) == len(short) else gain.run
+        bar = {"color": COLOURS[number % len(COLOURS)], "label": name, "yerr": [[left - least], [most - left]]}
+        axes.bar(group + (number + 0.5) * width - 0.4, left, 0.9 * width, capsize=3, **bar)
+    costs = {(g.text, g.contender, g.target): g.cost_before for g in found}
+    names = [
+        f"{contender} {target:g}\n{text}\nbefore: {costs[text, contender, target]:.4f}"
+        for text, contender, target in groups
+    ]
+    axes.set_xticks(range(len(groups)), names, fontsize=8)
+    axes.set_ylabel("what is left of the cost of eviction, %")
+    axes.set_xlabel("policy and footprint, text, cost before in nats a token")
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one for each run
+    axes.legend(handles.values(), handles.keys(), fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure

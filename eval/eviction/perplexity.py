@@ -1,0 +1,215 @@
+"""`python -m eval perplexity`: what a model loses when keys are evicted, by policy and footprint."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import Progress
+
+from eval.common.console import make_console
+from eval.common.figures import frontier, lines_by_layer
+from eval.common.results import save_picture, write_result
+from eval.common.resume import Cells, digest, digests
+from eval.eviction.frontier import REFERENCE, Point, equal_loss_ratio, frontier_table
+from smartkv.errors import SmartKVError
+from smartkv.gates.bank import GateBank
+from smartkv.labels.lifespans import check_window
+from smartkv.metrics.perplexity import EvictedWindow, evicted_nll, full_cache_bytes, window_nll
+from smartkv.models.backbone import Backbone, load_backbone, read_architecture
+from smartkv.models.gguf import PACKAGED
+from smartkv.policies.budgets import Calibration, solve
+from smartkv.policies.hybrid import HybridPolicy
+from smartkv.policies.named import read_policy
+from smartkv.texts.sources import SourceConfig
+from smartkv.texts.windows import plan_windows
+
+CELLS = "perplexity.cells"
+
+
+def perplexity(
+    out: str,
+    gates: str | None = None,
+    policies: list[str] = ["default", "all-gated", "window"],  # noqa: B006 - jsonargparse shows it; never changed
+    footprints: list[float] = [0.08, 0.12, 0.22, 0.35, 0.5],  # noqa: B006
+    sources: list[SourceConfig] = [SourceConfig("pg19")],  # noqa: B006, B008
+    split: Literal["train", "validation", "test"] = "test",
+    backbone: str = PACKAGED,
+    dtype: str = "auto",
+    device: str = "cpu",
+    window: int = 2048,
+    windows: int = 16,
+    score_from: int = 512,
+    calibration_windows: int = 4,
+    chunk: int = 1024,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> None:
+    """Measure perplexity under eviction, beside the full cache. A run that was killed goes on where it stopped.
+
+    Args:
+        out: folder for perplexity.json and the pictures.
+        gates: folder of exported gates, or hub id. Null: only policies without gates.
+        policies: named ones (default, all-gated, lifespan, window, full) or YAML files.
+        footprints: shares of the full cache that a policy's open figure is solved for; a policy that leaves nothing
+            open is measured as it is.
+        sources: the texts, as in configs/harvest; a folder of your own is {name: mine, path: FOLDER}.
+        split: of the texts that are measured. Prices are solved on train texts (on validation texts for train).
+        backbone: hub id, local folder, .gguf file or smollm2-135m.
+        dtype: auto, float32, bfloat16 or float16.
+        device: cpu or cuda.
+        window: tokens a window.
+        windows: windows to measure.
+        score_from: tokens of a window are scored from this one on.
+        calibration_windows: windows on which the open figure is solved.
+        chunk: tokens of a text that go through the model together.
+        seed: of the choice of windows.
+        trust_remote_code: run code that comes with the model.
+    """
+    console = make_console()
+    if not 1 <= score_from < window:
+        raise SmartKVError(f"score_from must be at least 1 and below the window of {window} tokens, got {score_from}")
+    if min(windows, calibration_windows, chunk) < 1:
+        raise SmartKVError("windows, calibration_windows and chunk must be at least 1")
+    architecture = read_architecture(backbone, trust_remote_code)
+    bank = GateBank.from_pretrained(gates) if gates else None
+    chosen = [read_policy(name, architecture.layers) for name in policies]
+    for policy in chosen:
+        policy.check(architecture, bank)
+    if any(policy.open for policy in chosen) and not (footprints and all(0 < f <= 1 for f in footprints)):
+        raise SmartKVError(f"footprints are shares of the full cache above 0 and at most 1, got {footprints}")
+    lm = load_backbone(backbone, dtype, device, trust_remote_code)
+    check_window(lm.model, window)
+    if bank is not None:
+        lm.fingerprint.check(bank.fingerprint, f"the gates in {gates}")
+        bank = bank.to(device)
+    learn = "validation" if split == "train" else "train"
+    counts = {learn: calibration_windows, split: windows}
+    plan = plan_windows(sources, counts, lm.tokenizer, window, seed=seed, say=console.print)
+    settings = {
+        "backbone": backbone,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "gates": gates,
+        "texts": plan.sources,
+        "split": split,
+        "window": window,
+        "windows": len(plan.of_split(split)),
+        "score_from": score_from,
+        "calibration_windows": len(plan.of_split(learn)),
+        "chunk": chunk,
+        "seed": seed,
+    }
+    wanted = [(policy, target) for policy in chosen for target in (sorted(set(footprints)) if policy.open else [None])]
+    with Progress(console=console) as progress:
+        calibrated = progress.add_task("Calibration", total=None)
+        calibration = Calibration.measure(lm.model, bank, plan.of_split(learn), score_from - 1)
+        progress.remove_task(calibrated)
+        solved = []
+        for policy, target in wanted:
+            try:
+                solved.append((policy if target is None else solve(policy, target, calibration), target))
+            except SmartKVError as error:  # one footprint out of reach is no reason to lose the others
+                progress.console.print(f"left out: {error}", highlight=False)
+        if not solved:
+            raise SmartKVError("no policy can keep any of the footprints that were asked for")
+        runner = _Runner(lm, bank, plan.of_split(split), settings, Path(out), progress, len(solved) + 1)
+        full, points = runner.full(), [runner.point(policy, target) for policy, target in solved]
+    _write(console, Path(out), settings, full, points)
+
+
+class _Runner:
+    """Reads all windows under each policy."""
+
+    def __init__(
+        self,
+        lm: Backbone,
+        gates: GateBank | None,
+        windows: torch.Tensor,
+        settings: dict[str, Any],
+        out: Path,
+        progress: Progress,
+        cells: int,
+    ) -> None:
+        self.lm, self.gates, self.windows, self.settings = lm, gates, windows, settings
+        self.progress, self.task = progress, progress.add_task("Perplexity", total=cells * len(windows))
+        key = {**settings, "weights": digests(gates), "tokens": digest(windows)}
+        self.cells = Cells(out / CELLS, key)
+
+    def _measured(self, key: dict[str, Any], number: int, measure: Any) -> Any:
+        found = self.cells.measured([key, number], lambda: measure(self.windows[number]))
+        self.progress.advance(self.task)
+        return found
+
+    def full(self) -> list[float]:
+        """NLL of each window under the full cache."""
+        self.progress.update(self.task, description="full cache")
+        model, first = self.lm.model, self.settings["score_from"]
+        self.nll = [
+            self._measured({"full": True}, number, lambda tokens: window_nll(model, tokens, first))
+            for number in range(len(self.windows))
+        ]
+        return self.nll
+
+    def point(self, policy: HybridPolicy, target: float | None) -> Point:
+        """The policy over all windows."""
+        self.progress.update(self.task, description=policy.name if target is None else f"{policy.name} at {target:g}")
+        gates = self.gates if policy.gated else None
+
+        def measure(tokens: torch.Tensor) -> dict[str, Any]:
+            found = evicted_nll(
+                self.lm.model, gates, policy, tokens, self.settings["score_from"], self.settings["chunk"]
+            )
+            return {"nll": found.nll, "footprint": found.footprint.tolist(), "peak_bytes": found.peak_bytes}
+
+        cells = [self._measured(policy.to_dict(), number, measure) for number in range(len(self.windows))]
+        found = [EvictedWindow(c["nll"], torch.tensor(c["footprint"]).double(), c["peak_bytes"]) for c in cells]
+        full_bytes = full_cache_bytes(self.lm.model, self.windows.shape[1] - 1)
+        return Point.of(policy, target, self.nll, found, full_bytes)
+
+
+def _write(console: Any, out: Path, settings: dict[str, Any], full: list[float], points: list[Point]) -> None:
+    reference = [point for point in points if point.policy == REFERENCE]
+    rows = []
+    for point in points:
+        ratio = None if point.policy == REFERENCE else equal_loss_ratio(point, reference)
+        found = {"ratio_at_equal_delta_nll": ratio and ratio[0], "ratio_interval_95": ratio and list(ratio[1])}
+        rows.append(point.to_dict() | found)
+    mean = sum(full) / len(full)
+    units = {
+        "delta_nll": "nats a token",
+        "footprint": "keys seen ÷ keys of a full cache, over the queries whose next token is scored",
+        "peak_bytes": "bytes of one sequence's cache, the chunk at work included",
+        "interval": "95 %, bootstrap over windows",
+    }
+    result = write_result(out, "perplexity", settings, {"units": units, "nll_full": mean, "frontier": rows})
+    title = (
+        f"{settings['backbone']}, {settings['windows']} windows of {settings['window']:,} tokens ({settings['split']})"
+    )
+    series: dict[str, list[tuple[float, float, float, float]]] = {}
+    for point in points:
+        series.setdefault(point.policy, []).append((point.footprint, point.delta_nll, *point.interval))
+    shares = {_name(p): [sum(h) / len(h) for h in p.footprint_by_head] for p in _in_the_middle(points)}
+    layers = range(len(points[0].footprint_by_head))
+    pictures = [
+        save_picture(frontier(series, title), out / "frontier.png"),
+        save_picture(
+            lines_by_layer(shares, layers, "Which layers hold the memory", "share of a full cache's keys"),
+            out / "footprint_by_layer.png",
+        ),
+    ]
+    console.print(frontier_table(points, title))
+    console.print(f"full cache: {mean:.4f} nats a token over tokens {settings['score_from']}…", highlight=False)
+    for path in [result, *pictures]:
+        console.print(f"  {path}", highlight=False)
+
+
+def _name(point: Point) -> str:
+    return f"{point.policy}, footprint {point.footprint:.2f}"
+
+
+def _in_the_middle(points: list[Point]) -> list[Point]:
+    """Of each policy the point in the middle of its footprints."""
+    chosen = {}
+    for name in dict.fromkeys(point.policy for point in points):
+        own = [point for point in points if point.policy == name]
+        chosen[name] = own[len(own) // 2]
+    return list(chosen.values())

@@ -1,0 +1,1 @@
+"""Commands that score gates without evicting: R², ranking, objectives, layers."""

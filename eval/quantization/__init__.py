@@ -1,0 +1,1 @@
+"""The command `baselines`: quantised caches beside each other."""

@@ -1,0 +1,298 @@
+"""`python -m eval baselines`: what quantised caches really cost and lose, beside each other."""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from eval.common.console import make_console
+from eval.common.results import machine, write_result
+from eval.contenders.quantised import Quantised
+from eval.quantization.probe import Probe
+from eval.quantization.stand_ins import Loaded, Shape, load_or_stand_in, shape_of
+from smartkv.cache.adaptive_cache import AdaptiveCache
+from smartkv.cache.quantized_cache import QuantizedCache, QuantizedLayer
+from smartkv.errors import SmartKVError
+from smartkv.gates.bank import GateBank
+from smartkv.labels.lifespans import check_window
+from smartkv.metrics.perplexity import window_nll
+from smartkv.quantization.codecs import SCHEMES, Adaptive, Codec
+from smartkv.texts.sources import SourceConfig
+from smartkv.texts.windows import plan_windows
+
+BASELINES = {"FP16": "fp16", "INT8": "int8", "INT4": "int4", "KIVI": "kivi", "SmartKV": "adaptive"}
+MORE = {"KIVI2": "kivi2", "KIVI4": "kivi4"}
+REPEATS = 5
+STEPS = 16  # single tokens whose time is taken
+
+
+def baselines(
+    model: str = "gpt2",
+    baselines: list[str] = list(BASELINES),  # noqa: B006 - jsonargparse shows it; never changed
+    num_prompts: int = 4,
+    device: str = "cpu",
+    memory_only: bool = False,
+    out: str = "experiments/validation",
+    experiment_id: str | None = None,
+    tokens: int = 1024,
+    residual: int | None = None,
+    budget: float = 0.5,
+    gates: str | None = None,
+    sources: list[SourceConfig] = [SourceConfig("pg19", origins=["local", "hub", "builtin"])],  # noqa: B006, B008
+    dtype: str = "float32",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> None:
+    """Memory, error, speed and perplexity of quantised caches.
+
+    Args:
+        model: hub id, local folder, .gguf file or smollm2-135m. gpt2 and gpt2-medium are replaced by random weights of
+            the same shape where they cannot be had; their perplexity then means nothing, and is left out.
+        baselines: FP16, INT8, INT4, KIVI (keys in 2 bits, values in 4), KIVI2, KIVI4, SmartKV (bits by importance).
+        num_prompts: texts.
+        device: cpu or cuda.
+        memory_only: bytes alone, of random keys of the model's shape: no model is loaded.
+        out: folder for <experiment_id>.json and validation.log.
+        experiment_id: name of the result. Null: date and time.
+        tokens: of a text.
+        residual: latest tokens that stay exact. Null: each scheme's own (KIVI 128, SmartKV 64, others 0).
+        budget: of SmartKV, bytes of what is encoded ÷ those in float16, all included: about 0.3 to 0.6.
+        gates: tell SmartKV what is important. Null: attention so far does.
+        sources: the texts, validation split.
+        dtype: of the model; errors are those against its exact attention.
+        seed: of texts and random weights.
+        trust_remote_code: run code that comes with the model.
+    """
+    console = make_console()
+    known = BASELINES | MORE
+    unknown = [name for name in baselines if name not in known]
+    if unknown or not baselines:
+        raise SmartKVError(f"there are no baselines {unknown}: expected some of {', '.join(known)}")
+    if num_prompts < 1 or tokens < 64:
+        raise SmartKVError(f"num_prompts must be at least 1 and tokens at least 64, got {num_prompts} and {tokens}")
+    folder, name = Path(out), experiment_id or datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    log = _log(folder)
+    log.info("experiment %s: %s on %s%s", name, model, device, ", memory only" if memory_only else "")
+    codecs = {each: SCHEMES[known[each]] for each in baselines}
+    if "SmartKV" in codecs:
+        codecs["SmartKV"] = replace(codecs["SmartKV"][0], budget=budget), codecs["SmartKV"][1]
+    codecs = {each: (codec, _residual(codec, usual, residual)) for each, (codec, usual) in codecs.items()}
+    figures: dict[str, dict[str, Any]] = {each: {} for each in baselines}
+    loaded: Loaded | None = None
+    used: list[Any] = []
+    if memory_only:
+        shape = shape_of(model, trust_remote_code)
+    else:
+        loaded = load_or_stand_in(model, dtype, device, seed, trust_remote_code)
+        check_window(loaded.lm.model, tokens)
+        shape = Shape.of(loaded.lm.architecture)
+        if loaded.stand_in:
+            console.print(f"[yellow]{loaded.stand_in}[/]")
+            log.warning(loaded.stand_in)
+    for each, (codec, kept) in codecs.items():
+        figures[each] |= _memory(codec, kept, shape, tokens, seed)
+    if loaded is not None:
+        used = _measure(console, loaded, codecs, figures, gates, sources, num_prompts, tokens, seed)
+    table = _table(figures, model, tokens, loaded)
+    console.print(table)
+    plain = Console(width=140, file=StringIO())
+    plain.print(table)
+    for line in _verdicts(figures):
+        console.print(line)
+        plain.print(line)
+    log.info("\n%s", plain.file.getvalue())  # type: ignore[attr-defined]
+    settings = {"model": model, "device": device, "tokens": tokens, "num_prompts": num_prompts, "seed": seed}
+    settings |= {"memory_only": memory_only, "dtype": dtype, "shape": vars(shape), "gates": gates}
+    settings |= {"budget": budget, "residual": {each: kept for each, (_, kept) in codecs.items()}}
+    extra = {"stand_in": loaded.stand_in if loaded else None, "sources": used, "machine": machine(device)}
+    result = write_result(folder, name, settings, {"units": UNITS} | extra | {"baselines": figures})
+    log.info("written: %s", result)
+    console.print(f"  {result}\n  {folder / 'validation.log'}", highlight=False)
+
+
+UNITS = {
+    "ratio_payload": "bits of the codes ÷ those of float16",
+    "ratio_stored": "bytes held, scales, zeros and residual included, ÷ those of the same tokens in float16",
+    "exact_tokens": "of these, tokens that are not encoded yet: the residual, and a block that is filling up",
+    "error_key, error_value, error_output": "‖found − exact‖ ÷ ‖exact‖ (Frobenius), mean over layers and texts, all "
+    "encoded; SmartKV's bits by the attention that keys have got when they are encoded, or by gates",
+    "encode_ms, decode_ms": "of all layers' keys and values of the text, median",
+    "step_ms": "a forward pass of one token after the text, median",
+    "perplexity": "of the texts' last three quarters, read as decoding would; the exact cache's beside it",
+}
+
+
+def _residual(codec: Codec, usual: int, asked: int | None) -> int:
+    kept = usual if asked is None else asked
+    return kept if codec.block == 1 or kept else codec.block
+
+
+def _log(folder: Path) -> logging.Logger:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / "validation.log", encoding="utf-8")
+    except OSError as error:
+        raise SmartKVError(f"{folder} cannot be written to ({error.strerror}): give another --out") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger("smartkv.validation")
+    for old in log.handlers[:]:
+        log.removeHandler(old)
+        old.close()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    return log
+
+
+def _memory(codec: Codec, residual: int, shape: Shape, tokens: int, seed: int) -> dict[str, Any]:
+    """Bytes of one layer's cache of random keys, in float16 where they are exact; all layers are alike."""
+    random = torch.Generator().manual_seed(seed)
+    layer = QuantizedLayer(codec, residual)
+    key, value = (torch.randn(1, shape.kv_heads, tokens, shape.head_dim, generator=random).half() for _ in range(2))
+    for start in range(0, tokens, max(codec.block, 32)):
+        part = slice(start, start + max(codec.block, 32))
+        if isinstance(codec, Adaptive):  # remembers how important its exact tokens are
+            new = torch.zeros(1, shape.kv_heads, key[:, :, part].shape[2])
+            layer.importance = new if layer.importance is None else torch.cat([layer.importance, new], dim=2)
+        layer.update(key[:, :, part], value[:, :, part])
+    full = 2 * key.numel() * 2
+    found = {"ratio_payload": codec.payload(shape.head_dim), "ratio_stored": layer.storage_bytes / full}
+    found["exact_tokens"] = layer.keys.shape[2]
+    return found | {"bytes": layer.storage_bytes * shape.layers, "bytes_float16": full * shape.layers}
+
+
+def _measure(
+    console: Console,
+    loaded: Loaded,
+    codecs: dict[str, tuple[Codec, int]],
+    figures: dict[str, dict[str, Any]],
+    gates: str | None,
+    sources: list[SourceConfig],
+    num_prompts: int,
+    tokens: int,
+    seed: int,
+) -> list[Any]:
+    """Errors, times and perplexity, into `figures`; where the texts came from."""
+    lm = loaded.lm
+    bank = GateBank.from_pretrained(gates, lm.model).to(lm.model.device) if gates else None
+    plan = plan_windows(sources, {"validation": num_prompts}, lm.tokenizer, tokens, 4, seed, console.print)
+    texts = [text.long() for text in plan.of_split("validation")]
+    first = tokens // 4
+    with Progress(console=console) as progress, torch.inference_mode():
+        task = progress.add_task("Errors", total=1 + len(texts) + len(codecs) * (len(texts) + 1))
+        plain = {name: codec for name, (codec, _) in codecs.items()}
+        kept = max((residual for codec, residual in codecs.values() if isinstance(codec, Adaptive)), default=0)
+        found: list[dict[str, dict[str, float]]] = []
+        for text in texts:
+            with Probe(lm.model, plain, bank, kept) as probe:
+                length = tokens // probe.block * probe.block
+                lm.model.base_model(input_ids=text[None, :length].to(lm.model.device), past_key_values=probe)
+            found.append(probe.errors())
+            progress.advance(task)
+        for name in codecs:
+            figures[name] |= {key: statistics.mean(each[name][key] for each in found) for key in found[0][name]}
+        for name, times in probe.times(REPEATS).items():
+            figures[name] |= times
+        exact = [window_nll(lm.model, text, first) for text in texts]
+        progress.advance(task)
+        for name, (codec, residual) in codecs.items():
+            progress.update(task, description=name)
+            made = _maker(loaded, codec, residual, bank)
+            figures[name]["step_ms"] = _step(loaded, made, texts[0])
+            progress.advance(task)
+            if loaded.stand_in:
+                progress.advance(task, len(texts))
+                continue
+            contender, nll = Quantised(lm, name, made, at_once=min(32, max(codec.block, 8))), []
+            for text in texts:
+                nll.append(float(contender.read(1.0, text, first, first, None).nll.double().mean()))
+                progress.advance(task)
+            mean = torch.tensor([nll, exact], dtype=torch.float64).mean(dim=1).exp().tolist()
+            figures[name]["perplexity"], figures[name]["perplexity_exact"] = mean
+    return plan.sources
+
+
+def _maker(loaded: Loaded, codec: Codec, residual: int, bank: GateBank | None) -> Callable[[], QuantizedCache]:
+    model = loaded.lm.model
+    if isinstance(codec, Adaptive):
+        return lambda: AdaptiveCache(model, bank, codec, residual)
+    return lambda: QuantizedCache(model, codec, residual)
+
+
+def _step(loaded: Loaded, make: Callable[[], QuantizedCache], text: torch.Tensor) -> float:
+    """Milliseconds of one token after the text, median."""
+    model = loaded.lm.model
+    ids, times = text[None].to(model.device), []
+    contender = Quantised(loaded.lm, "", make)
+    with contender.open(1.0, 0) as cache:
+        model.base_model(input_ids=ids[:, :-STEPS], past_key_values=cache)
+        for place in range(ids.shape[1] - STEPS, ids.shape[1]):
+            start = time.perf_counter()
+            model.base_model(input_ids=ids[:, place, None], past_key_values=cache)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+COLUMNS = {
+    "ratio_payload": ("payload", 4),
+    "ratio_stored": ("stored", 4),
+    "error_key": ("key error", 4),
+    "error_value": ("value error", 4),
+    "error_output": ("output error", 4),
+    "encode_ms": ("encode ms", 1),
+    "decode_ms": ("decode ms", 1),
+    "step_ms": ("step ms", 1),
+    "perplexity": ("perplexity", 3),
+}
+
+
+def _table(figures: dict[str, dict[str, Any]], model: str, tokens: int, loaded: Loaded | None) -> Table:
+    table = Table(title=f"{model}, {tokens:,} tokens; ratios of float16's bytes")
+    table.add_column("", style="bold cyan")
+    shown = [key for key in COLUMNS if any(key in row for row in figures.values())]
+    for key in shown:
+        table.add_column(COLUMNS[key][0], justify="right")
+    for name, row in figures.items():
+        table.add_row(name, *(f"{row[key]:.{COLUMNS[key][1]}f}" if key in row else "" for key in shown))
+    exact = next((row["perplexity_exact"] for row in figures.values() if "perplexity_exact" in row), None)
+    if exact is not None:
+        table.caption = f"perplexity of the exact cache: {exact:.3f}"
+    elif loaded is not None:
+        table.caption = "random weights: no perplexity"
+    return table
+
+
+def _verdicts(figures: dict[str, dict[str, Any]]) -> list[str]:
+    """What is expected of errors and bytes, and whether it is so."""
+    found = []
+
+    def ordered(key: str, *names: str) -> None:
+        if all(key in figures.get(name, {}) for name in names):
+            values = [figures[name][key] for name in names]
+            fine = values == sorted(values)
+            mark, colour = ("as expected", "green") if fine else ("NOT as expected", "red")
+            found.append(f"[{colour}]{mark}[/]: {key} {' < '.join(names)} ({', '.join(f'{v:.4f}' for v in values)})")
+
+    ordered("error_output", "FP16", "INT8", "INT4")
+    ordered("error_output", "INT8", "SmartKV", "INT4")
+    ordered("error_key", "FP16", "INT8", "INT4")
+    ordered("ratio_stored", "INT4", "SmartKV", "FP16")
+    if "KIVI" in figures and "INT4" in figures and "error_key" in figures["KIVI"]:
+        kivi, int4 = figures["KIVI"], figures["INT4"]
+        found.append(
+            f"KIVI's keys have 2 bits: their error is {kivi['error_key']:.3f} (INT4 {int4['error_key']:.3f}), that of "
+            f"the output, whose values have 4, {kivi['error_output']:.3f} (INT4 {int4['error_output']:.3f})"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Benchmarks: decoding, harvest, training of gates."""

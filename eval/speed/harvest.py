@@ -1,0 +1,309 @@
+"""`python -m eval speed`: harvest tokens/s and peak memory, beside the way with `output_attentions=True`.
+
+Peak memory is that of a process of its own, which runs one way at one length; speed is measured with all ways of a
+length in one process, in turn, because a machine that is shared is not as fast in one minute as in the next.
+"""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor
+
+from eval.common.console import make_console
+from eval.common.figures import COLOURS
+from eval.common.isolated import apart
+from eval.common.results import machine, measured_by, save_picture, write_result, write_tables
+from smartkv.errors import SmartKVError
+from smartkv.io.locks import hold
+from smartkv.labels.lifespans import LabelSpec, label_window
+from smartkv.models.backbone import Backbone, load_backbone, read_architecture
+from smartkv.models.gguf import PACKAGED
+
+WAYS = ("smartkv", "smartkv_all_labels", "forward", "output_attentions")
+
+
+def speed(
+    out: str,
+    backbone: str = PACKAGED,
+    dtype: str = "auto",
+    lengths: list[int] = [512, 1024, 2048, 4096, 8192],  # noqa: B006 - jsonargparse shows it; it is never changed
+    ways: list[str] = list(WAYS),  # noqa: B006
+    old_way_up_to: int = 2048,
+    rounds: int = 5,
+    rounds_alone: int = 1,
+    threads: int = 2,
+    device: str = "cpu",
+    markdown_file: str | None = None,
+) -> None:
+    """Measure the harvest of one window.
+
+    Args:
+        out: folder for speed.json and the picture.
+        backbone: hub id, local folder, .gguf file or smollm2-135m.
+        dtype: auto, float32, bfloat16 or float16.
+        lengths: tokens a window.
+        ways: smartkv (lifespans for one threshold, block by block), smartkv_all_labels (for three, and future
+            attention), forward (the model alone with SDPA: the limit), output_attentions (eager attention kept for all
+            layers, lifespans for one threshold by a vectorised scan).
+        old_way_up_to: tokens; the way output_attentions is left out of longer windows.
+        rounds: passes of all ways in turn, after one that is not counted; the median is given, of ratios too.
+        rounds_alone: the same, of those longer windows.
+        threads: CPU threads.
+        device: cpu or cuda.
+        markdown_file: where the table goes besides. Null: nowhere.
+    """
+    console = make_console()
+    hold(out)  # now, and not when all is measured
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SmartKVError("device 'cuda' cannot be used here: torch finds none")
+    if unknown := sorted(set(ways) - set(WAYS)):
+        raise SmartKVError(f"ways {', '.join(unknown)} are unknown: expected some of {', '.join(WAYS)}")
+    if not (ways and lengths) or min(rounds, rounds_alone, threads, old_way_up_to) < 1 or min(lengths) < 2:
+        raise SmartKVError(
+            "rounds, rounds_alone, threads and old_way_up_to must be at least 1, lengths 2, and some ways and lengths "
+            f"given; got {rounds}, {rounds_alone}, {threads}, {old_way_up_to}, {lengths} and {ways}"
+        )
+    limit = read_architecture(backbone).max_positions
+    if max(lengths) > limit:
+        raise SmartKVError(
+            f"lengths go up to {max(lengths)} tokens, '{backbone}' has {limit} positions: leave those out"
+        )
+    model = (backbone, dtype, threads, device)
+    figures = []
+    for length in lengths:
+        there = [way for way in ways if way != "output_attentions" or length <= old_way_up_to]
+        rows = [{"way": way, "tokens": length, **apart(_pass, way, *model, length)} for way in there]
+        possible = [row["way"] for row in rows if "note" not in row]
+        found = _timed(possible, model, length, rounds if length <= old_way_up_to else rounds_alone)
+        for row in rows:
+            row |= found.get(row["way"], {})
+            console.print(_line(row), highlight=False)
+        figures += rows
+    arguments = {"backbone": backbone, "dtype": dtype, "rounds": rounds, "threads": threads, "device": device}
+    arguments |= {"rounds_alone": rounds_alone, "old_way_up_to": old_way_up_to, "machine": machine(device)}
+    units = {
+        "tokens_per_second": "tokens/s, median of rounds",
+        "seconds": "of each pass, all ways in turn",
+        "peak_memory": "bytes, of the whole process in one pass; on a GPU what is allocated there",
+        "exponent": "of tokens, with which time grows: slope of a line through the logarithms of all lengths",
+        "bytes_a_token": "slope of a line through peak memory at all lengths",
+        "off_the_line": "largest distance of a peak from that line ÷ the peak: near 0 where memory is linear",
+    }
+    folder = Path(out)
+    growth = {way: _growth(figures, way) for way in ways}
+    result = write_result(folder, "speed", arguments, {"units": units, "harvest": figures, "growth": growth})
+    picture = save_picture(_picture(figures), folder / "harvest_speed.png")
+    tables = [_table(figures), _growth_table(growth)]
+    for table in tables:
+        console.print(table)
+    written = [write_tables(Path(markdown_file), tables, measured_by("speed", arguments))] if markdown_file else []
+    for path in [result, *written, picture]:
+        console.print(f"  {path}", highlight=False)
+
+
+def _pass(way: str, backbone: str, dtype: str, threads: int, device: str, length: int) -> dict[str, Any]:
+    """One pass, for its peak memory."""
+    lm, tokens = _loaded(backbone, dtype, threads, device, length)
+    arch = lm.architecture
+    attentions = arch.layers * arch.query_heads * length**2 * lm.model.dtype.itemsize
+    # eager attention also holds one layer's float32 scores and softmax, and the mask
+    needed = attentions + 3 * arch.query_heads * length**2 * 4
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    if way == "output_attentions" and needed > free:
+        return {"note": f"needs {needed / 2**30:.0f} GiB"}
+    _run(way, lm, tokens)
+    return {"peak_memory": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
+
+
+def _timed(ways: list[str], model: tuple[str, str, int, str], length: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Of each way its seconds and tokens/s, or a note why there are none."""
+    if not ways:
+        return {}
+    found = apart(_seconds, ways, *model, length, rounds)
+    if "note" not in found:
+        taken = {way: found[way] for way in ways}
+        return {way: {"tokens_per_second": length / statistics.median(s), "seconds": s} for way, s in taken.items()}
+    if len(ways) > 1 and "output_attentions" in ways:  # beside the others it had not room enough
+        rest = _timed([way for way in ways if way != "output_attentions"], model, length, rounds)
+        return rest | {"output_attentions": {"note": found["note"]}}
+    return {way: {"note": found["note"]} for way in ways}
+
+
+def _seconds(
+    ways: list[str], backbone: str, dtype: str, threads: int, device: str, length: int, rounds: int
+) -> dict[str, Any]:
+    """Of each way its seconds a pass, all ways in turn, after a round that is not counted."""
+    lm, tokens = _loaded(backbone, dtype, threads, device, length)
+    taken = [[_run(way, lm, tokens) for way in ways] for _ in range(rounds + 1)][1:]
+    return {way: list(column) for way, column in zip(ways, zip(*taken, strict=True), strict=True)}
+
+
+def _loaded(backbone: str, dtype: str, threads: int, device: str, length: int) -> tuple[Backbone, Tensor]:
+    torch.set_num_threads(threads)
+    lm = load_backbone(backbone, dtype, torch.device(device))
+    tokens = torch.randint(lm.model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    return lm, tokens.to(device)
+
+
+def _run(way: str, lm: Backbone, tokens: Tensor) -> float:
+    """Seconds of one pass."""
+    run = {
+        "smartkv": _smartkv,
+        "smartkv_all_labels": _smartkv_all_labels,
+        "forward": _forward,
+        "output_attentions": _output_attentions,
+    }[way]
+    lm.model.set_attn_implementation("eager" if way == "output_attentions" else "sdpa")
+    start = time.perf_counter()
+    with torch.inference_mode():
+        run(lm, tokens)
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _smartkv(lm: Backbone, tokens: Tensor) -> None:
+    label_window(lm.model, tokens, LabelSpec((0.05,), (), len(tokens) // 2))
+
+
+def _smartkv_all_labels(lm: Backbone, tokens: Tensor) -> None:
+    label_window(lm.model, tokens, LabelSpec((0.02, 0.05, 0.11), (128,), len(tokens) // 2))
+
+
+def _forward(lm: Backbone, tokens: Tensor) -> None:
+    lm.model.base_model(input_ids=tokens[None], use_cache=False)
+
+
+def _output_attentions(lm: Backbone, tokens: Tensor) -> list[Tensor]:
+    """The same lifespans for one threshold, from attention matrices that are kept."""
+    output = lm.model.base_model(input_ids=tokens[None], use_cache=False, output_attentions=True)
+    query = torch.arange(len(tokens), device=tokens.device)
+    lifespans = []
+    for attention in output.attentions:  # [1, query_heads, queries, keys]
+        strongest = attention[0].unflatten(0, (lm.architecture.kv_heads, -1)).amax(dim=1)
+        last = torch.where(strongest > 0.05, query[:, None], -1).amax(dim=1)  # [kv_heads, keys]
+        lifespans.append((last - query + 1).clamp(min=1))
+    return lifespans
+
+
+def _line(figure: dict[str, Any]) -> str:
+    head = f"{figure['way']:>18} {figure['tokens']:>6} tokens: "
+    if "note" in figure:
+        return head + figure["note"]
+    return head + f"{figure['tokens_per_second']:.0f} tokens/s, peak {figure['peak_memory'] / 2**30:.2f} GiB"
+
+
+def _beside(figures: list[dict[str, Any]], row: dict[str, Any], way: str, key: str) -> float | None:
+    """A figure ÷ that of another way at the same length, of seconds the median over rounds of that ratio.
+    None: one of them is not there."""
+    other = next((f for f in figures if f["way"] == way and f["tokens"] == row["tokens"] and key in f), None)
+    if other is None or key not in row:
+        return None
+    if key == "seconds":
+        return statistics.median(ours / theirs for ours, theirs in zip(row[key], other[key], strict=True))
+    return row[key] / other[key]
+
+
+def _table(figures: list[dict[str, Any]]) -> Table:
+    table = Table(title="Harvest of one window")
+    columns = (
+        "tokens",
+        "way",
+        "rounds",
+        "tokens/s",
+        "× output_attentions",
+        "time ÷ forward",
+        "peak memory, GiB",
+        "÷ its peak",
+        "note",
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in figures:
+        timed, passed = "seconds" in row, "peak_memory" in row
+        slower = _beside(figures, row, "output_attentions", "seconds")
+        limit = _beside(figures, row, "forward", "seconds")
+        memory = _beside(figures, row, "output_attentions", "peak_memory")
+        table.add_row(
+            f"{row['tokens']:,}",
+            row["way"],
+            str(len(row["seconds"])) if timed else "",
+            f"{row['tokens_per_second']:.0f}" if timed else "",
+            "" if slower is None else f"{1 / slower:.2f}",
+            "" if limit is None else f"{limit:.2f}",
+            f"{row['peak_memory'] / 2**30:.2f}" if passed else "",
+            "" if memory is None else f"{memory:.2f}",
+            row.get("note", ""),
+        )
+    return table
+
+
+def _growth(figures: list[dict[str, Any]], way: str) -> dict[str, float]:
+    """Over all lengths: the exponent of tokens with which time grows, bytes a token, how far these are from a line."""
+    rows = sorted((f for f in figures if f["way"] == way and "note" not in f), key=lambda f: f["tokens"])
+    if len(rows) < 2:
+        return {}
+    tokens, peaks = (np.array([row[name] for row in rows], float) for name in ("tokens", "peak_memory"))
+    seconds = tokens / np.array([row["tokens_per_second"] for row in rows])
+    slope, start = np.polyfit(tokens, peaks, 1)
+    return {
+        "from": rows[0]["tokens"],
+        "to": rows[-1]["tokens"],
+        "lengths": len(rows),
+        "exponent": float(np.polyfit(np.log(tokens), np.log(seconds), 1)[0]),
+        "bytes_a_token": float(slope),
+        "off_the_line": float(np.abs(peaks / (start + slope * tokens) - 1).max()),
+    }
+
+
+def _growth_table(growth: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="Growth with the window")
+    columns = (
+        "way",
+        "tokens",
+        "lengths",
+        "time grows as tokens to the",
+        "memory, KiB a token",
+        "off that line",
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    for way, g in growth.items():
+        if g:
+            span = f"{g['from']:,} to {g['to']:,}"
+            figures = (f"{g['exponent']:.2f}", f"{g['bytes_a_token'] / 2**10:.0f}", f"{g['off_the_line']:.1%}")
+            table.add_row(way, span, str(g["lengths"]), *figures)
+    return table
+
+
+def _picture(figures: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = {"tokens_per_second": ("tokens/s", 1), "peak_memory": ("peak process memory, GiB", 2**30)}
+    for place, (key, (label, unit)) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, 2, place)
+        for number, way in enumerate(dict.fromkeys(row["way"] for row in figures)):
+            rows = [row for row in figures if row["way"] == way and key in row]
+            marker = "osD"[number % 3]
+            axes.plot(
+                [r["tokens"] for r in rows],
+                [r[key] / unit for r in rows],
+                color=COLOURS[number],
+                marker=marker,
+                label=way,
+            )
+        lengths = sorted({row["tokens"] for row in figures})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens a window")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure

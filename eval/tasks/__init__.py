@@ -1,0 +1,1 @@
+"""Commands that measure answers: needle, RULER, LongBench, reasoning."""

@@ -1,0 +1,182 @@
+"""`python -m eval longbench`: LongBench v1, English and code, for every contender at every footprint."""
+
+import ast
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from eval.common.console import make_console
+from eval.common.results import save_picture
+from eval.tasks.answers import Sample, continuation_ids, cut_in_the_middle, prompt_ids
+from eval.tasks.heatmaps import panels
+from eval.tasks.metrics import METRICS
+from eval.tasks.suite import DEFAULT, Calibrating, Row, Suite, all_lengths, group_table, mean, merged
+from smartkv.errors import SmartKVError
+from smartkv.models.gguf import PACKAGED
+
+TASKS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+HUB = "zai-org/LongBench"  # once THUDM/LongBench
+FIELDS = ("input", "context", "answers")
+
+
+def longbench(
+    out: str,
+    gates: str | None = None,
+    contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
+    footprints: list[float] = [0.25],  # noqa: B006
+    tasks: list[str] = list(TASKS),  # noqa: B006
+    data: str = HUB,
+    samples: int | None = None,
+    longest: int = 3500,
+    new_tokens: int | None = None,
+    chat: bool = False,
+    calibration: Calibrating = Calibrating(),  # noqa: B008
+    backbone: str = PACKAGED,
+    dtype: str = "auto",
+    device: str = "cpu",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> None:
+    """LongBench v1 (Bai et al. 2023): its prompts, its truncation in the middle, its metrics.
+
+    Args:
+        out: folder for longbench.json and the picture.
+        gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: contenders without.
+        contenders: as for `compare`, but only what decodes: policies and quantised caches.
+        footprints: shares of the full cache to be kept, for which prices are solved at about each prompt's length.
+        tasks: which of them; the Chinese ones are not there.
+        data: hub id, or a folder with <task>.jsonl in it (fields input, context, answers, all_classes).
+        samples: of each task, the first so many. Null: all.
+        longest: tokens of a prompt; what is longer loses its middle.
+        new_tokens: to generate. Null: as published for each task.
+        chat: in the model's chat template, except for the tasks that LongBench asks without.
+        calibration: texts on which prices are solved.
+        backbone: hub id, local folder, .gguf file or smollm2-135m.
+        dtype: auto, float32, bfloat16 or float16.
+        device: cpu or cuda.
+        seed: of the choice of calibration windows.
+        trust_remote_code: run code that comes with the model.
+    """
+    console = make_console()
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown or not tasks:
+        raise SmartKVError(f"there are no tasks {unknown}: expected some of {', '.join(TASKS)}")
+    if longest < 16 or (samples is not None and samples < 1) or (new_tokens is not None and new_tokens < 1):
+        raise SmartKVError("longest must be at least 16 tokens, samples and new_tokens at least 1")
+    suite = Suite(console, backbone, dtype, device, gates, contenders, footprints, calibration, seed, trust_remote_code)
+    folder, rows, asked = Path(out), [], {}
+    for task in tasks:  # all of them before the first is measured
+        records = read_records(data, task, samples)
+        asked[task] = suite.by_length([_sample(suite, task, record, longest, chat) for record in records])
+        suite.check_lengths(asked[task], new_tokens or TASKS[task]["tokens"])
+    for task in tasks:
+        rows += suite.run(folder, "longbench", asked[task], new_tokens or TASKS[task]["tokens"], _scored)
+    settings = {"tasks": tasks, "data": data, "samples": samples, "longest": longest, "chat": chat}
+    together = all_lengths(rows)
+    table = group_table("LongBench: score by task", together, tasks, "score", 3)
+    suite.leave(folder, "longbench", settings, UNITS, merged(rows), [table], [_picture(folder, together, tasks)])
+
+
+UNITS = {
+    "score": "0 to 1: F1, ROUGE-L, share of classes or numbers, edit similarity, by task; the best of the references",
+    "nll": "nats a token of the first reference",
+    "footprint": "keys seen ÷ keys of a full cache, over the last three quarters of the queries, prompt and reference",
+    "stored": "bytes held after the prompt ÷ those of its keys and values in float16",
+    "group": "task",
+}
+
+
+def read_records(data: str, task: str, samples: int | None) -> Iterator[dict[str, Any]]:
+    """The records of a task, from a folder or from the hub.
+
+    Raises:
+        SmartKVError: not there, or records without the fields.
+    """
+    path = Path(data) / f"{task}.jsonl"
+    if Path(data).is_dir() and not path.is_file():
+        raise SmartKVError(f"{data} has no {task}.jsonl")
+    lines = _lines(path) if path.is_file() else _from_hub(data, task)
+    for number, record in enumerate(lines):
+        if samples is not None and number >= samples:
+            return
+        if not isinstance(record, dict):
+            raise SmartKVError(f"record {number} of '{task}' is no object with fields: {str(record)[:80]}")
+        missing = [name for name in FIELDS if name not in record]
+        if missing or not _listed(record["answers"]):
+            raise SmartKVError(f"record {number} of '{task}' lacks {', '.join(missing) or 'any answer'}")
+        yield record | {"answers": _listed(record["answers"]), "all_classes": _listed(record.get("all_classes"))}
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:  # UnicodeDecodeError is one
+                raise SmartKVError(f"{path}, line {number}, is not JSON: {error}") from error
+
+
+def _from_hub(repository: str, task: str) -> Iterator[Any]:
+    """The hub has one archive with a file a task; its loading script is not run."""
+    from zipfile import BadZipFile, ZipFile
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        archive = hf_hub_download(repository, "data.zip", repo_type="dataset")
+        with ZipFile(archive) as files, files.open(f"data/{task}.jsonl") as file:
+            for line in file:
+                yield json.loads(line)
+    except (OSError, HfHubHTTPError, BadZipFile, KeyError, ValueError) as error:
+        raise SmartKVError(
+            f"'{task}' of {repository} cannot be had ({type(error).__name__}): give --data a folder with {task}.jsonl"
+        ) from error
+
+
+def _listed(value: Any) -> list[str]:
+    """Some copies hold lists as text."""
+    if value is None:
+        return []
+    if isinstance(value, str) and value.startswith(("[", "(")):
+        with suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+    return [str(entry) for entry in value] if isinstance(value, (list, tuple)) else [str(value)]
+
+
+def _sample(suite: Suite, task: str, record: dict[str, Any], longest: int, chat: bool) -> Sample:
+    tokenizer, text = suite.lm.tokenizer, TASKS[task]["prompt"].format(**record)
+    ids = cut_in_the_middle(prompt_ids(tokenizer, text, False), longest)
+    chat = chat and not TASKS[task].get("bare")
+    prompt = prompt_ids(tokenizer, tokenizer.decode(ids, skip_special_tokens=True), chat) if chat else ids
+    answer = continuation_ids(tokenizer, f" {record['answers'][0]}")
+    return Sample(prompt, answer, tuple(record["answers"]), (task,), tuple(record["all_classes"]))
+
+
+def _scored(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
+    task, text = TASKS[sample.group[0]], figures["generated"]
+    if text is None:
+        return {"score": None}
+    if task.get("first_line"):
+        text = text.lstrip("\n").split("\n")[0]
+    scores = [METRICS[task["metric"]](text, reference, sample.classes) for reference in sample.references]
+    return {"score": max(scores)}
+
+
+def _picture(folder: Path, rows: list[Row], tasks: list[str]) -> Path:
+    grid = np.full((len(rows), len(tasks)), np.nan)
+    for place, row in enumerate(rows):
+        for number, task in enumerate(tasks):
+            value = mean([sample["score"] for sample in row.of(task)])
+            grid[place, number] = np.nan if value is None else value
+    labels = [row.label for row in rows]
+    return save_picture(
+        panels({"score": grid}, labels, tasks, ("", "task"), "LongBench", "score"), folder / "longbench.png"
+    )

@@ -1,0 +1,178 @@
+"""`python -m eval needle`: a fact stated once, at every depth of texts of every length, asked for at the end."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from eval.common.console import make_console
+from eval.common.figures import heads_heatmap
+from eval.common.results import save_picture
+from eval.eviction.recall import Trial, trial
+from eval.tasks.answers import Sample
+from eval.tasks.heatmaps import panels
+from eval.tasks.suite import (
+    DEFAULT,
+    Calibrating,
+    Row,
+    Suite,
+    counted,
+    full_of,
+    mean,
+    merged,
+    right_where_full_is,
+    score_table,
+    shown,
+)
+from smartkv.errors import SmartKVError
+from smartkv.models.gguf import PACKAGED
+from smartkv.texts.sources import SourceConfig
+
+SPARE = 96  # tokens of a text's length that the fact, the question and the answer may take
+
+
+def needle(
+    out: str,
+    gates: str | None = None,
+    contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
+    footprints: list[float] = [0.125, 0.25],  # noqa: B006
+    lengths: list[int] = [1024, 2048, 4096],  # noqa: B006
+    depths: int = 8,
+    samples: int = 4,
+    split: str = "test",
+    new_tokens: int = 16,
+    haystack: list[SourceConfig] = [SourceConfig("pg19")],  # noqa: B006, B008
+    calibration: Calibrating = Calibrating(),  # noqa: B008
+    backbone: str = PACKAGED,
+    dtype: str = "auto",
+    device: str = "cpu",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> None:
+    """The needle in the haystack, depth × length, for every contender at every footprint.
+
+    A model that is too small to answer questions is asked to say the sentence again, up to its last word. What counts
+    is the word's likelihood (`nll`, `rank`; right: every token of it is the likeliest) and whether what is generated
+    has it in it. Shares are of the needles that the full cache finds.
+
+    Args:
+        out: folder for needle.json and the pictures.
+        gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: contenders without.
+        contenders: as for `compare`; those that are simulated by a mask generate nothing.
+        footprints: shares of the full cache to be kept, for which prices are solved at each length.
+        lengths: tokens, all included.
+        depths: places of the fact, evenly spread.
+        samples: of each length and depth, each with a text, a name and a number of its own.
+        split: of text and forms: train, validation or test.
+        new_tokens: to generate for each sample; 0: none, which takes half the time.
+        haystack: the text around the facts.
+        calibration: texts on which prices are solved.
+        backbone: hub id, local folder, .gguf file or smollm2-135m.
+        dtype: auto, float32, bfloat16 or float16.
+        device: cpu or cuda.
+        seed: of texts, names and numbers.
+        trust_remote_code: run code that comes with the model.
+    """
+    console = make_console()
+    if not lengths or min(lengths) < 4 * SPARE or min(depths, samples) < 1 or new_tokens < 0:
+        raise SmartKVError(
+            f"lengths must be at least {4 * SPARE} tokens, depths and samples at least 1, new_tokens at least 0, "
+            f"got {lengths}, {depths}, {samples}, {new_tokens}"
+        )
+    suite = Suite(console, backbone, dtype, device, gates, contenders, footprints, calibration, seed, trust_remote_code)
+    places = [round((number + 0.5) / depths, 3) for number in range(depths)]
+    by_length = {length: _samples(suite, haystack, split, length, places, samples) for length in sorted(set(lengths))}
+    folder = Path(out)
+    rows = suite.run(folder, "needle", by_length, new_tokens, _found)
+    settings = {"lengths": sorted(set(lengths)), "depths": places, "samples": samples, "split": split}
+    settings |= {"new_tokens": new_tokens, "haystack": [source.name for source in haystack]}
+    tables, pictures = [_table(rows, new_tokens > 0)], _pictures(folder, rows, places)
+    suite.leave(folder, "needle", settings, UNITS, rows, tables, pictures)
+
+
+UNITS = {
+    "nll": "nats a token of the answer",
+    "rank": "tokens that the model thinks likelier, the worst of the answer's",
+    "right": "every token of the answer is the likeliest",
+    "said": "the generated text has the answer in it",
+    "footprint": "keys seen ÷ keys of a full cache, over the queries of the last three quarters of prompt and answer",
+    "stored": "bytes held after the prompt ÷ those of its keys and values in float16; null: simulated by a mask",
+    "kept": "by layer and KV head, share of the fact's keys that are still held when it is asked for; null: simulated",
+    "group": "length in tokens, depth as a share",
+}
+
+
+def _file_name(label: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "+." else "_" for letter in label)
+
+
+def _samples(
+    suite: Suite, haystack: list[SourceConfig], split: str, length: int, places: list[float], count: int
+) -> list[Sample]:
+    texts = suite.texts(haystack, split, count * len(places), length)
+    random = np.random.default_rng([suite.seed, length])
+    found = []
+    for number, text in enumerate(texts):
+        depth = places[number % len(places)]
+        made = trial(split, number // len(places), depth, suite.lm.tokenizer, text[: length - SPARE], random)
+        found.append(_sample(suite, made, length, text))
+    return found
+
+
+def _sample(suite: Suite, made: Trial, length: int, text: torch.Tensor) -> Sample:
+    """With as much more text at the start as makes it `length` tokens long."""
+    used = len(made.context) + len(made.question) + len(made.answer)
+    more = text[length - SPARE : length - SPARE + max(0, length - used)].tolist()
+    prompt = (*made.context[:1], *more, *made.context[1:], *made.question)
+    body = length - SPARE
+    start = int(made.depth * body) + len(more)
+    marked = (start, start + len(made.context) - body)
+    reference = suite.lm.tokenizer.decode(made.answer).strip()
+    return Sample(prompt, made.answer, (reference,), (length, made.depth), marked=marked)
+
+
+def _found(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
+    text = figures["generated"]
+    return {"said": None if text is None else float(sample.references[0].lower() in text.lower())}
+
+
+def _table(rows: list[Row], generated: bool) -> Table:
+    lines = []
+    for row in sorted(rows, key=lambda r: (r.length, r.kind != "full")):
+        full = full_of(rows, row.length)
+        share, asked = right_where_full_is(row, full, "right")
+        said = counted(*right_where_full_is(row, full, "said")) if generated else ""
+        nll = mean([sample["nll"] for sample in row.samples])
+        rank = float(np.median([sample["rank"] for sample in row.samples]))
+        cells = (f"{row.length:,}", counted(share, asked), said)
+        lines.append((row, (*cells, shown(nll, 3), f"{rank:.0f}")))
+    return score_table("needle", ("tokens", "right", "said", "NLL", "median rank"), lines)
+
+
+def _pictures(folder: Path, rows: list[Row], places: list[float]) -> list[Path]:
+    lengths = sorted({row.length for row in rows})
+    labels = list(dict.fromkeys(row.label for row in rows))
+    names = ("depth of the fact", "length of the text, tokens")
+    found = []
+    for key, title, loss in (("right", "share of needles found", False), ("nll", "NLL of the answer, nats", True)):
+        grids = {}
+        for label in labels:
+            grid = np.full((len(places), len(lengths)), np.nan)
+            for row in (row for row in rows if row.label == label):
+                for number, place in enumerate(places):
+                    value = mean([sample[key] for sample in row.of(row.length, place)])
+                    grid[number, lengths.index(row.length)] = np.nan if value is None else value
+            grids[label] = grid
+        figure = panels(
+            grids, [f"{p:.0%}" for p in places], [f"{n:,}" for n in lengths], names, f"Needle: {title}", title, loss
+        )
+        found.append(save_picture(figure, folder / f"needle_{key}.png"))
+    for row in merged([replace(row, length=0) for row in rows if row.kind == "ours"]):
+        kept = np.mean([sample["kept"] for sample in row.samples], axis=0)
+        title = f"{row.label}: keys of the fact\nheld when it is asked for"
+        figure = heads_heatmap(kept, range(len(kept)), title, "share of the fact's keys")
+        found.append(save_picture(figure, folder / f"needle_kept_{_file_name(row.label)}.png"))
+    return found

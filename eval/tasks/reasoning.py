@@ -1,0 +1,196 @@
+"""`python -m eval reasoning`: maths problems, solved while keys are evicted."""
+
+import re
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from eval.common.console import make_console
+from eval.common.results import save_picture
+from eval.tasks.answers import Sample, continuation_ids, prompt_ids
+from eval.tasks.heatmaps import panels
+from eval.tasks.metrics import same_answer
+from eval.tasks.suite import (
+    DEFAULT,
+    Calibrating,
+    Row,
+    Suite,
+    all_lengths,
+    counted,
+    full_of,
+    mean,
+    merged,
+    right_where_full_is,
+    score_table,
+    shown,
+)
+from smartkv.errors import SmartKVError
+from smartkv.models.gguf import PACKAGED
+from smartkv.texts.sources import SourceConfig, resolve
+
+SHOTS = {"gsm8k": 8, "math500": 4, "aime24": 0}  # as is usual
+NEW_TOKENS = {"gsm8k": 256, "math500": 512, "aime24": 1024}
+SETS = {"gsm8k": "\nAnswer: ", "math500": "\nSolution: ", "aime24": "\nSolution: "}  # what stands before a solution
+
+
+def reasoning(
+    out: str,
+    gates: str | None = None,
+    contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
+    footprints: list[float] = [0.25],  # noqa: B006
+    sets: list[str] = list(SETS),  # noqa: B006
+    samples: int | None = 20,
+    shots: int | dict[str, int] = SHOTS,
+    new_tokens: int | dict[str, int] = NEW_TOKENS,
+    chat: bool = False,
+    split: str = "test",
+    origins: list[str] = ["local", "hub"],  # noqa: B006
+    calibration: Calibrating = Calibrating(),  # noqa: B008
+    backbone: str = PACKAGED,
+    dtype: str = "auto",
+    device: str = "cpu",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> None:
+    """GSM8K, MATH-500 and AIME 2024: exact match of generated solutions, and the likelihood of the reference solution.
+
+    Problems are of a split that was never harvested, the examples before them of the train split. Keys are evicted
+    while the examples are read and while the solution is decoded. Small models solve hardly any: there, likelihood is
+    what counts.
+
+    Args:
+        out: folder for reasoning.json and the picture.
+        gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: contenders without.
+        contenders: as for `compare`; those that are simulated by a mask generate nothing.
+        footprints: shares of the full cache to be kept, for which prices are solved at about each problem's length.
+        sets: gsm8k, math500, aime24.
+        samples: of each set, the first so many. Null: all.
+        shots: solved problems before each, of the same set's train split; of each set, or one figure for all.
+        new_tokens: to generate; 0: none. Of each set, or one figure for all.
+        chat: in the model's chat template.
+        split: train (its problems after those that are shown), validation or test.
+        origins: where the sets are taken from: local ($SMARTKV_DATA), hub.
+        calibration: texts on which prices are solved.
+        backbone: hub id, local folder, .gguf file or smollm2-135m.
+        dtype: auto, float32, bfloat16 or float16.
+        device: cpu or cuda.
+        seed: of the choice of calibration windows.
+        trust_remote_code: run code that comes with the model.
+    """
+    console = make_console()
+    if not sets or any(name not in SETS for name in sets):
+        raise SmartKVError(f"sets must be some of {', '.join(SETS)}, got {sets}")
+    shown_first, said = _of_sets("shots", shots, sets), _of_sets("new_tokens", new_tokens, sets)
+    if samples is not None and samples < 1:
+        raise SmartKVError(f"samples must be at least 1, got {samples}")
+    suite = Suite(console, backbone, dtype, device, gates, contenders, footprints, calibration, seed, trust_remote_code)
+    folder, rows = Path(out), []
+    asked = {
+        name: suite.by_length(_samples(suite, name, split, samples, shown_first[name], chat, origins)) for name in sets
+    }
+    for name in sets:  # all of them before the first is measured
+        suite.check_lengths(asked[name], said[name])
+    for name in sets:
+        rows += suite.run(folder, "reasoning", asked[name], said[name], _scored)
+    settings = {"sets": sets, "samples": samples, "shots": shown_first, "new_tokens": said}
+    settings |= {"chat": chat, "split": split}
+    together = all_lengths(rows)
+    tables, pictures = [_table(together, sets, max(said.values()) > 0)], [_picture(folder, together, sets)]
+    suite.leave(folder, "reasoning", settings, UNITS, merged(rows), tables, pictures)
+
+
+UNITS = {
+    "score": "1 where the generated solution comes to the reference's answer (math-verify), else 0",
+    "ended": "the solution came to its end within `new_tokens`",
+    "nll": "nats a token of the reference solution",
+    "footprint": "keys seen ÷ keys of a full cache, over the last three quarters of the queries, prompt and reference",
+    "stored": "bytes held after the prompt ÷ those of its keys and values in float16; null: simulated by a mask",
+    "group": "set",
+}
+
+
+def _of_sets(name: str, given: int | dict[str, int], sets: list[str]) -> dict[str, int]:
+    found = dict.fromkeys(sets, given) if isinstance(given, int) else {each: given.get(each, -1) for each in sets}
+    if min(found.values()) < 0:
+        raise SmartKVError(f"{name} must be at least 0, one figure, or one for each of {', '.join(sets)}; got {given}")
+    return found
+
+
+def _problems(name: str, split: str, origins: list[str], most: int | None, after: int = 0) -> list[tuple[str, str]]:
+    """Problems, up to what stands before a solution, and solutions; the first few, which are shown, left out."""
+    source = resolve(SourceConfig(name, origins=list(origins)), lambda *_: None)
+    parts = (document.text.partition(SETS[name]) for document in source.documents(split))
+    solved = ((problem + mark.rstrip(), solution.strip()) for problem, mark, solution in parts if mark)
+    found = list(islice(solved, after, None if most is None else after + most))
+    if not found:
+        raise SmartKVError(
+            f"'{name}' has no problems in its {split} split" + (f" after the first {after}" if after else "")
+        )
+    return found
+
+
+def _samples(
+    suite: Suite, name: str, split: str, count: int | None, shots: int, chat: bool, origins: list[str]
+) -> list[Sample]:
+    shown_first = _problems(name, "train", origins, shots) if shots else []
+    examples = "".join(f"{problem} {solution}\n\n" for problem, solution in shown_first)
+    tokenizer, found = suite.lm.tokenizer, []
+    for problem, solution in _problems(name, split, origins, count, after=shots if split == "train" else 0):
+        prompt = prompt_ids(tokenizer, examples + problem, chat)
+        found.append(Sample(prompt, continuation_ids(tokenizer, f" {solution}"), (solution,), (name,)))
+    return found
+
+
+def _scored(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
+    text = figures["generated"]
+    if text is None:
+        return {"score": None}
+    solution = first_solution(text, sample.group[0])
+    return {
+        "score": same_answer(solution, sample.references[0]),
+        "ended": figures["ended"] or len(solution) < len(text),
+    }
+
+
+def first_solution(text: str, name: str) -> str:
+    """Without the next problems that a model goes on with; GSM8K's solutions end with `#### number`,
+    which elsewhere is a heading."""
+    solution = re.split(r"\n+(?:Question|Problem):", text)[0]
+    end = re.search(r"####[ \t]*\$?[ \t]*-?\d[\d.,]*", solution) if name == "gsm8k" else None
+    return solution[: end.end()] if end else solution
+
+
+def _table(rows: list[Row], sets: list[str], generated: bool) -> Table:
+    full, lines = full_of(rows, rows[0].length), []
+    for row in rows:
+        cells = []
+        for name in sets:
+            if generated:
+                share, asked = right_where_full_is(row, full, "score", name)
+                score, ended = (mean([sample[key] for sample in row.of(name)]) for key in ("score", "ended"))
+                said = shown(score, percent=True), shown(ended, percent=True)
+                cells += [*said, counted(share, asked)]
+            here, there = ([sample["nll"] for sample in r.of(name)] for r in (row, full))
+            gap = mean([mine - theirs for mine, theirs in zip(here, there, strict=True)]) if here else None
+            cells += [shown(mean(here), 3), "" if row is full or gap is None else f"{gap:+.4f}"]
+        lines.append((row, cells))
+    names = [part for name in sets for part in _columns(f"{name} ({len(full.of(name))})", generated)]
+    return score_table("Reasoning", names, lines)
+
+
+def _columns(name: str, generated: bool) -> list[str]:
+    return [*([name, "ended", "where full is"] if generated else []), f"NLL {name}", "ΔNLL"]
+
+
+def _picture(folder: Path, rows: list[Row], sets: list[str]) -> Path:
+    grid = np.full((len(rows), len(sets)), np.nan)
+    for place, row in enumerate(rows):
+        for number, name in enumerate(sets):
+            value = mean([sample["nll"] for sample in row.of(name)])
+            grid[place, number] = np.nan if value is None else value
+    label = "NLL of the reference solution, nats a token"
+    figure = panels({label: grid}, [row.label for row in rows], sets, ("", "set"), "Reasoning", label, loss=True)
+    return save_picture(figure, folder / "reasoning.png")

@@ -1,0 +1,8 @@
+"""Caches: every `transformers.Cache` of SmartKV and the attention they need. Decides nothing that a policy decides."""
+
+from smartkv.cache.adaptive_cache import AdaptiveCache
+from smartkv.cache.lifespan_cache import LifespanCache
+from smartkv.cache.quantized_cache import QuantizedCache
+from smartkv.cache.serialization import load_cache, save_cache
+
+__all__ = ["AdaptiveCache", "LifespanCache", "QuantizedCache", "load_cache", "save_cache"]

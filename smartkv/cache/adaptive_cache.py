@@ -1,0 +1,163 @@
+"""AdaptiveCache: every key is kept, and those that matter in more bits.
+
+What matters is told by attention so far (which takes its weights), or by gates (which takes the keys alone).
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smartkv.cache.attached import AttachedCache
+from smartkv.cache.model_patch import EvictionStep
+from smartkv.cache.quantized_cache import QuantizedCache, QuantizedLayer
+from smartkv.cache.ragged import storage_bytes
+from smartkv.errors import SmartKVError
+from smartkv.gates.bank import GateBank
+from smartkv.gates.objectives import Log4Lifespan, OrdinalAges
+from smartkv.quantization.codecs import SCHEMES, Adaptive
+
+ELEMENTS = 2**22  # of probabilities held at once
+
+
+def importance_by(gates: GateBank, layer: int, keys: Tensor) -> Tensor:
+    """Of tokens, as gates see it: what they predict, no longer as a logarithm.
+
+    Args:
+        keys: before the rotary embedding, `[batch, kv_heads, tokens, head_dim]`.
+
+    Returns:
+        float32 `[batch, kv_heads, tokens]`, above 0.
+    """
+    score = gates.score(layer, keys)
+    score = score[..., -1] if gates.ages else score
+    in_log4 = gates.details.get("target") in (Log4Lifespan.target, OrdinalAges.target)
+    return torch.exp(score * (math.log(4) if in_log4 else 1.0))
+
+
+class AdaptiveCache(QuantizedCache, AttachedCache):
+    """A cache for `model(...)` and `model.generate(...)`.
+
+    Args:
+        model: a causal LM of a supported family.
+        gates: what they predict is a token's importance; None: the attention that it has got when it is encoded.
+        codec: its budget, blocks and levels.
+        residual: latest tokens that stay exact; None: a block.
+        chunk: tokens of a prompt that go through the model together.
+
+    Raises:
+        SmartKVError: gates of another model, or lacking for a layer.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        gates: GateBank | None = None,
+        codec: Adaptive = SCHEMES["adaptive"][0],  # type: ignore[assignment]
+        residual: int | None = None,
+        chunk: int = 1024,
+    ) -> None:
+        self.codec = codec
+        if gates is not None:
+            gates.check(model)
+            missing = sorted(set(range(model.config.num_hidden_layers)) - set(gates.layers))
+            if missing:
+                raise SmartKVError(f"these gates have none for layers {missing}: importance is asked of every layer")
+        self.gates = gates
+        self.real: Tensor | None = None  # bool `[batch, tokens]`, False for padding; None: there is none
+        self.storage = [
+            QuantizedLayer(codec, codec.block if residual is None else residual)
+            for _ in range(model.config.num_hidden_layers)
+        ]
+        AttachedCache.__init__(self, model, list(self.storage), chunk)
+
+    def attend(self, layer: int, step: EvictionStep) -> Tensor:
+        """Attention of one layer over all keys, as they are stored; `[batch, query_heads, tokens, head_dim]`.
+
+        No gradient flows through it.
+        """
+        storage = self.storage[layer]
+        before, tokens = storage.get_seq_length(), step.key.shape[2]
+        self._note(layer, step, before)
+        new = self._importance(layer, step.pre_rope)
+        importance = new if storage.importance is None else torch.cat([storage.importance, new], dim=2)
+        storage.importance = importance
+        key, value = storage.update(step.key, step.value)
+        exact, total = storage.keys.shape[2], before + tokens
+        kv_heads = key.shape[1]
+        grouped = step.query.unflatten(1, (kv_heads, -1))  # [batch, kv_heads, group, tokens, head_dim]
+        output = torch.empty_like(grouped)
+        index = torch.arange(total, device=key.device)
+        size = max(1, ELEMENTS // (step.query.shape[0] * step.query.shape[1] * total))
+        for start in range(0, tokens, size):
+            here = slice(start, min(start + size, tokens))
+            at = index[before:][here, None]
+            seen = index <= at
+            if step.sliding_window is not None:
+                seen &= index > at - step.sliding_window
+            seen = seen[None, None, None]
+            if self.real is not None:  # a query of padding sees itself, or its softmax would be NaN
+                seen = seen & (self.real[:, None, None, None] | (index == at))
+            scores = (grouped[..., here, :] @ key[:, :, None].transpose(-1, -2)).float() * step.scaling
+            weights = scores.masked_fill_(~seen, -math.inf).softmax(dim=-1)
+            output[..., here, :] = weights.to(value.dtype) @ value[:, :, None]
+            if self.gates is None and storage.importance is not None:
+                if self.real is not None:  # what padding looks at does not matter
+                    weights = weights * self.real[:, None, None, before:][..., here, None]
+                storage.importance += weights[..., total - exact :].sum(dim=(2, 3))
+        return output.flatten(1, 2)
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of all tensors, as allocated."""
+        return super().storage_bytes + (0 if self.real is None else storage_bytes([self.real]))
+
+    def _note(self, layer: int, step: EvictionStep, before: int) -> None:
+        """Remember which tokens are padding, once a pass."""
+        if layer or (self.real is None and step.real is None):
+            return
+        rows, tokens = step.key.shape[0], step.key.shape[2]
+        old = step.key.new_ones(rows, before, dtype=torch.bool) if self.real is None else self.real
+        new = step.key.new_ones(rows, tokens, dtype=torch.bool) if step.real is None else step.real
+        self.real = torch.cat([old, new], dim=1)
+
+    def _importance(self, layer: int, keys: Tensor) -> Tensor:
+        """Of new tokens, float32 `[batch, kv_heads, tokens]`."""
+        if self.gates is None:
+            return torch.zeros(keys.shape[:3], device=keys.device)
+        return importance_by(self.gates, layer, keys)
+
+    # -- rows of the batch --------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget everything, as if new."""
+        super().reset()
+        self.real = None
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Beam search goes on with other rows."""
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows: indices, or bool `[batch]`."""
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        if self.real is not None:
+            self.real = self.real.repeat_interleave(repeats, dim=0)
+
+    def _select(self, rows: Tensor) -> None:
+        if self.real is not None:
+            self.real = self.real[rows.to(self.real.device)]
+
+    def crop(self, max_length: int) -> None:
+        """Forget the latest tokens. Raises as `QuantizedLayer.crop`."""
+        super().crop(max_length)
+        if self.real is not None:
+            self.real = self.real[:, : self.get_seq_length()]

@@ -1,0 +1,120 @@
+"""A cache that does its model's attention itself."""
+
+import weakref
+from abc import ABC, abstractmethod
+from copy import deepcopy
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from smartkv.cache.model_patch import EvictionStep, follow_cache, works_on
+from smartkv.errors import SmartKVError
+from smartkv.models.architecture import Architecture
+
+
+class AttachedCache(Cache, ABC):
+    """The model follows it for as long as it lives, or until `detach`, and is as it was afterwards.
+
+    Args:
+        model: a causal LM of a supported family.
+        layers: of the cache, one a layer of the model.
+        chunk: tokens of a prompt that go through the model together.
+
+    Raises:
+        SmartKVError: a chunk that is no number of tokens, or a family that is not supported.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: list[Any], chunk: int) -> None:
+        if type(chunk) is not int or chunk < 1:
+            raise SmartKVError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
+        super().__init__(layers=layers)
+        self.model, self.architecture, self.chunk = model, Architecture.of(model.config), chunk
+        self.attach()
+
+    # -- attach and detach --------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Let the model take this cache; done by the constructor."""
+        self._undo = follow_cache(self.model, AttachedCache)
+        self._finalizer = weakref.finalize(self, self._undo)
+        self.attached = True
+
+    def detach(self) -> None:
+        """Leave the model as it was; what is stored stays. Called again, it does nothing."""
+        self.attached = False
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        if not self.attached:
+            self.attach()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The same keys once more, for the same model and gates: to go on from one prompt in several ways."""
+        for shared in (self.model, getattr(self, "gates", None)):
+            memo[id(shared)] = shared
+        own = ("attached", "_undo", "_finalizer")
+        twin = object.__new__(type(self))
+        twin.__dict__ = {name: deepcopy(value, memo) for name, value in self.__dict__.items() if name not in own}
+        twin.attached = False
+        if self.attached:
+            twin.attach()
+        return twin
+
+    # -- a forward pass -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def attend(self, layer: int, step: EvictionStep) -> Tensor:
+        """Attention of one layer over the tokens of a forward pass; `[batch, query_heads, tokens, head_dim]`."""
+
+    def check_call(self, decoder: nn.Module, tokens: int) -> None:
+        """Called before a forward pass of `decoder` over so many tokens.
+
+        Raises:
+            SmartKVError: the cache is not attached, the model is not its own or has no positions for them, or the
+                pass before was broken off.
+        """
+        if not self.attached:
+            raise SmartKVError("the cache was detached from its model: call cache.attach(), or use it in `with cache:`")
+        if decoder is not self.model.base_model:
+            raise self._other_model()
+        if any(self.get_seq_length(layer) != self.get_seq_length() for layer in range(len(self.layers))):
+            raise SmartKVError("a forward pass was broken off and only some layers hold its tokens: call cache.reset()")
+        self.check_length(self.get_seq_length() + tokens)
+
+    def check_length(self, tokens: int) -> None:
+        """
+        Raises:
+            SmartKVError: the model has no positions for so many tokens.
+        """
+        if tokens > self.architecture.max_positions:
+            raise SmartKVError(
+                f"prompt and answer come to {tokens} tokens, the model has {self.architecture.max_positions} positions "
+                f"({self.get_seq_length()} are in the cache): shorten the prompt, or lower max_new_tokens"
+            )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by the model just before attention, which hands the keys to `attend`.
+
+        Raises:
+            SmartKVError: the cache is not attached to this model, whose attention would see nothing of it.
+        """
+        if not works_on(self.model, self):
+            self.check_call(self.model.base_model, 0)
+            raise self._other_model()
+        return key_states, value_states
+
+    def _other_model(self) -> SmartKVError:
+        return SmartKVError(
+            "the cache was made for another model than it was given to: "
+            f"make one of its own, {type(self).__name__}(model, …)"
+        )

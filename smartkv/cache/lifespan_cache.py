@@ -1,0 +1,228 @@
+"""LifespanCache: a KV cache from which keys are freed when their time to live is up.
+
+    model.generate(**inputs, past_key_values=LifespanCache(model, gates, policy))
+
+Gates decide the TTL of new keys, queries attend to what is visible to them, and what no later query can see is freed:
+after every 256 tokens of a prompt, and every few tokens while decoding.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smartkv.cache.attached import AttachedCache
+from smartkv.cache.layer import LifespanLayer
+from smartkv.cache.model_patch import EvictionStep
+from smartkv.cache.ragged import Fields
+from smartkv.cache.usage import Holdings
+from smartkv.errors import SmartKVError
+from smartkv.gates.bank import GateBank
+from smartkv.models.architecture import Architecture
+from smartkv.policies.hybrid import HybridPolicy
+from smartkv.policies.lifetimes import FOREVER, HOLE
+from smartkv.quantization.per_token import Bits
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _outside_autograd(function: F) -> F:
+    """No gradients, and plain tensors also in `torch.inference_mode`: what is stored there may be changed outside."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+class LifespanCache(Holdings, AttachedCache):
+    """A cache for `model(...)` and `model.generate(...)`.
+
+    The model is changed while it works on the cache and not between. It keeps a forward of ours for as long as such a
+    cache lives; `with cache:` takes that away at the block's end, `detach()` at once.
+
+    Args:
+        model: a causal LM of a supported family.
+        gates: its gates; None for a policy that needs none.
+        policy: what each layer keeps; nothing may be left open in it.
+        chunk: tokens of a prompt that go through the model together, each layer freeing what is dead after every 256 of
+            them; no logit depends on it beyond rounding.
+        count_from: position of the first query that `footprint` counts.
+        bits: of each number of keys and values, 2 to 8, or of keys and of values, (6, 4), packed (see
+            `smartkv.quantization.per_token`); None: the model's dtype.
+
+    Raises:
+        SmartKVError: model, gates and policy do not fit together, or other bits.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        gates: GateBank | None,
+        policy: HybridPolicy,
+        chunk: int = 1024,
+        count_from: int = 0,
+        bits: Bits | None = None,
+    ) -> None:
+        architecture = Architecture.of(model.config)
+        if gates is not None:
+            gates.check(model)
+        rules = policy.check(architecture, gates)
+        if policy.open:
+            raise SmartKVError(
+                f"policy '{policy.name}' leaves its {policy.open} open: give it, or solve it for a footprint"
+            )
+        caps = policy.caps(architecture)
+        self.storage = [
+            LifespanLayer(cap.window if cap else rule.window or FOREVER, cap, count_from, bits)
+            for rule, cap in zip(rules, caps, strict=True)
+        ]
+        self.policy, self.gates, self.rules, self.count_from, self.bits = policy, gates, rules, count_from, bits
+        super().__init__(model, list(self.storage), chunk)
+
+    # -- the rule -----------------------------------------------------------------------------------------------------
+
+    def times_to_live(self, layer: int, keys: Tensor, position: Tensor) -> Tensor | int:
+        """TTL of new keys, in tokens: what a subclass overrides to decide otherwise.
+
+        Args:
+            layer: index of the layer.
+            keys: before the rotary embedding, `[batch, kv_heads, tokens, head_dim]`.
+            position: int64 `[batch, tokens]`, each token's place among the real tokens of its row.
+
+        Returns:
+            int64 `[batch, kv_heads, tokens]`, 0 … `FOREVER`; or one figure for all. The layer's window comes on top.
+        """
+        rule = self.rules[layer]
+        if rule.rule != "gated" or self.gates is None:
+            return self.policy.times_to_live(rule, None)
+        return self.policy.times_to_live(rule, self.scores(layer, keys), self.gates.ages)
+
+    def scores(self, layer: int, keys: Tensor) -> Tensor | None:
+        """What the layer's gates say (see `GateBank.score`), float32 `[batch, kv_heads, tokens]`, or `[…, ages]`; None
+        where it has none."""
+        if self.gates is None or layer not in self.gates.layers:
+            return None
+        return self.gates.score(layer, keys)
+
+    def expiry(self, layer: int, keys: Tensor, position: Tensor, sliding_window: int | None) -> Tensor:
+        """First position whose query does not see each new key, int64 `[batch, kv_heads, tokens]`. Arguments as above;
+        `sliding_window`: the model's own, which hides sinks too."""
+        ttl, born = self.times_to_live(layer, keys, position), position[:, None]
+        lifetime = self.policy.lifetime(self.rules[layer], ttl, born)
+        if sliding_window is not None:
+            lifetime = lifetime.clamp(max=sliding_window)
+        return (born + lifetime).clamp(max=FOREVER).expand(keys.shape[:3])
+
+    # -- a forward pass -----------------------------------------------------------------------------------------------
+
+    def attend(self, layer: int, step: EvictionStep) -> Tensor:
+        """Attention of one layer over the tokens of a forward pass; `[batch, query_heads, tokens, head_dim]`.
+
+        No gradient flows through it.
+
+        Raises:
+            SmartKVError: another number of rows, or another dtype, than what the cache holds.
+        """
+        storage, tokens = self.storage[layer], step.key.shape[2]
+        if not storage.is_initialized:
+            storage.lazy_initialization(step.key, step.value)
+            storage.begin_sliding(step.sliding_window or FOREVER)
+        if len(storage.seen) != len(step.key) or storage.dtype != step.key.dtype:
+            raise SmartKVError(
+                f"the cache holds {len(storage.seen)} rows in {storage.dtype}, "
+                f"the model was given {len(step.key)} rows and computes in {step.key.dtype}"
+            )
+        if tokens == 1 and step.real is None:
+            if not storage.ready:
+                self._settle(layer, pack=True)
+            storage.unjudged.append(step.pre_rope)
+            return storage.step(step.query, step.key, step.value, step.scaling)
+        self._settle(layer, pack=False)
+        real = step.real if step.real is not None else step.key.new_ones(len(step.key), tokens, dtype=torch.bool)
+        position = storage.seen[:, None] + real.cumsum(dim=1) - 1
+        expiry, score = self._judged(layer, step.pre_rope, position)
+        position = position.masked_fill(~real, HOLE)[:, None].expand(expiry.shape)
+        new = Fields(step.key, step.value, position.int(), expiry.int(), score).map(lambda tensor: tensor.flatten(0, 1))
+        output = storage.chunk(step.query, new, step.real, step.scaling)
+        self.note_work_of(storage)
+        return output
+
+    def _judged(self, layer: int, keys: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Expiry and, where a cap asks for it, score of new keys; arguments as `times_to_live`."""
+        storage = self.storage[layer]
+        limit = None if storage.sliding_window == FOREVER else storage.sliding_window
+        expiry, score = self.expiry(layer, keys, position, limit), None
+        if storage.store.fields.score is not None:
+            score = self.scores(layer, keys)
+            if score is None:
+                score = torch.zeros(expiry.shape, device=keys.device)
+            elif score.dim() > expiry.dim():  # of several ages, the last: to stay for good
+                score = score[..., -1]
+        return expiry, score
+
+    def _settle(self, layer: int, pack: bool) -> None:
+        """Judge the layer's latest tokens, and free what died."""
+        storage = self.storage[layer]
+        if storage.settled and not pack:
+            return
+        expiry = score = None
+        if storage.pending:
+            keys = torch.cat(storage.unjudged, dim=2)
+            position = storage.seen[:, None] + torch.arange(storage.pending, device=keys.device)
+            expiry, score = self._judged(layer, keys, position)
+        storage.settle(expiry, score, pack)
+        self.note_work_of(storage)
+
+    @_outside_autograd
+    def settle(self) -> None:
+        """Free now what is dead, in all layers; decoding does it every few tokens by itself."""
+        for layer, storage in enumerate(self.storage):
+            if storage.is_initialized:
+                self._settle(layer, pack=False)
+
+    def reset(self) -> None:
+        """Forget everything, as if new."""
+        super().reset()
+        self.fullest = 0
+
+    # -- rows of the batch --------------------------------------------------------------------------------------------
+
+    @_outside_autograd
+    def select_rows(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, int64 `[rows]`; any may come twice."""
+        self.settle()
+        for storage in self.storage:
+            storage.select(rows.to(self.model.device))
+            self.note_work_of(storage)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search goes on with other rows."""
+        self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows: indices, or bool `[batch]`."""
+        self.select_rows(torch.arange(self._rows, device=indices.device)[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self.select_rows(torch.arange(self._rows).repeat_interleave(repeats))
+
+    @property
+    def _rows(self) -> int:
+        return len(self.storage[0].seen) if self.storage[0].is_initialized else 0
+
+    def crop(self, *_: Any) -> None:
+        """
+        Raises:
+            SmartKVError: always; what was freed cannot come back.
+        """
+        raise SmartKVError(
+            "a LifespanCache cannot be cropped (assisted generation and prompt lookup ask for it): "
+            "keys that were freed cannot come back"
+        )

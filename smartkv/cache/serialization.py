@@ -1,0 +1,141 @@
+"""A cache in a file: what a long prompt left, to go on from another time.
+
+One safetensors file. Of each layer `L` it holds `L.key` and `L.value` `[keys, head_dim]`, `L.position` and `L.expiry`
+int32 `[keys]`, `L.score` float32 `[keys]` (where a cap for a whole layer asks for it), `L.counts` int64 `[pairs]`,
+`L.seen` int64 `[batch]`, `L.visible` int64 `[batch, kv_heads]` and `L.held` int64 `[batch]`, as in
+`smartkv.cache.paged` and `smartkv.cache.layer`; where keys are packed, they are uint8 `[keys, row bytes]`, and
+`L.centre` is float32 `[pairs, head_dim]`. The header names the model, the policy and the gates.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smartkv.cache.lifespan_cache import LifespanCache
+from smartkv.cache.ragged import Fields, Ragged
+from smartkv.errors import SmartKVError
+from smartkv.gates.bank import GateBank
+from smartkv.io.atomic import write_atomically
+from smartkv.models.architecture import Fingerprint
+from smartkv.policies.hybrid import HybridPolicy
+
+FORMAT_VERSION = 2
+
+
+def save_cache(cache: LifespanCache, path: str | Path) -> None:
+    """Write what a cache holds. It is settled first, so that it and what is loaded go on alike, bit for bit.
+
+    Raises:
+        SmartKVError: it has seen no token, or the file cannot be written.
+    """
+    if not all(layer.is_initialized for layer in cache.storage):
+        raise SmartKVError("the cache has not seen a token yet: there is nothing to save")
+    cache.settle()
+    header = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": asdict(Fingerprint.of(cache.model)),
+        "policy": cache.policy.to_dict(),
+        "gates": _digest(cache.gates),
+        "columns": cache.get_seq_length(),
+        "sliding_window": [layer.sliding_window for layer in cache.storage],
+        "chunk": cache.chunk,
+        "count_from": cache.count_from,
+        "bits": cache.bits,
+        "dtype": str(cache.storage[0].dtype).removeprefix("torch."),
+    }
+    tensors: dict[str, Tensor] = {}
+    for number, layer in enumerate(cache.storage):
+        store = layer.store
+        held = {**store.fields._asdict(), "counts": store.counts, "seen": layer.seen}
+        held |= {"visible": layer.visible, "held": layer.held, "centre": layer.packed.centre if layer.packed else None}
+        tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in held.items() if t is not None}
+    write_atomically(Path(path), save(tensors, metadata={"smartkv_cache": json.dumps(header, sort_keys=True)}))
+
+
+def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | None = None) -> LifespanCache:
+    """A cache as it was saved, for the same model and gates, on the model's device.
+
+    Raises:
+        SmartKVError: not there, damaged, or of another model, dtype or gates.
+    """
+    path = Path(path)
+    header, tensors = _read(path)
+    try:
+        if header["format_version"] != FORMAT_VERSION:
+            raise SmartKVError(
+                f"{path} has format version {header['format_version']}, this SmartKV reads {FORMAT_VERSION}"
+            )
+        fingerprint, here = Fingerprint(**header["fingerprint"]), Fingerprint.of(model)
+        here.check(fingerprint, f"the keys in {path}")
+        if fingerprint != here:
+            raise SmartKVError(f"the keys in {path} were computed by other weights of the same architecture")
+        policy = HybridPolicy.from_dict(header["policy"])
+        if policy.gated and header["gates"] != _digest(gates):
+            raise SmartKVError(f"{path} was saved with other gates: load those it was made with")
+        if f"torch.{header['dtype']}" != str(model.dtype):
+            raise SmartKVError(f"{path} holds keys for {header['dtype']}, the model computes in {model.dtype}")
+        cache = LifespanCache(model, gates, policy, header["chunk"], header["count_from"], header["bits"])
+        for number, layer in enumerate(cache.storage):
+            mine = {name.partition(".")[2]: t.to(model.device) for name, t in tensors.items() if _layer(name) == number}
+            fields = Fields(mine["key"], mine["value"], mine["position"], mine["expiry"], mine.get("score"))
+            _check(path, number, fields, mine["counts"], mine["seen"])
+            layer.restore(Ragged(fields, mine["counts"]), mine["seen"], model.dtype)
+            if layer.packed is not None:
+                layer.packed.centre = mine["centre"]
+                if mine["centre"].shape != (len(mine["counts"]), cache.architecture.head_dim):
+                    raise SmartKVError(f"{path} does not hold a whole cache: the centre of layer {number} does not fit")
+            layer.visible, layer.held = mine["visible"], mine["held"]
+            layer.begin_sliding(header["sliding_window"][number])
+            layer.columns = header["columns"]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise SmartKVError(f"{path} does not hold a whole cache ({type(error).__name__}: {error})") from error
+    return cache
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        data = path.read_bytes()
+        tensors = load(data)  # checks that the file is whole
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+        return json.loads(metadata["smartkv_cache"]), tensors
+    except OSError as error:
+        raise SmartKVError(f"{path} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise SmartKVError(f"{path} is damaged, or no safetensors file ({error})") from error
+    except (KeyError, ValueError) as error:
+        raise SmartKVError(f"{path} is a safetensors file, but not a cache that SmartKV saved") from error
+
+
+def _layer(name: str) -> int:
+    return int(name.partition(".")[0])
+
+
+def _check(path: Path, layer: int, fields: Fields, counts: Tensor, seen: Tensor) -> None:
+    """Refuse tensors that do not fit together: they would be read beyond their ends later."""
+    keys = int(counts.sum())
+    fits = bool((counts >= 0).all()) and len(seen) > 0 and len(counts) % len(seen) == 0
+    fits &= all(tensor is None or tensor.shape[0] == keys for tensor in fields)
+    fits &= fields.key.dim() == fields.value.dim() == 2
+    if fields.key.dtype != torch.uint8:  # packed ones may have fewer bits in values
+        fits &= fields.key.shape == fields.value.shape
+    if not fits:
+        raise SmartKVError(f"{path} does not hold a whole cache: the tensors of layer {layer} do not fit together")
+
+
+def _digest(gates: GateBank | None) -> str | None:
+    """Hash of the gates' weights."""
+    if gates is None:
+        return None
+    digest = hashlib.sha256()
+    for _, tensor in sorted(gates.state_dict().items()):
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,6 @@
+"""Distillation: soft eviction and its loss, through which gates learn. Knows no Trainer."""
+
+from smartkv.distillation.kl_divergence import divergence
+from smartkv.distillation.soft_keep import footprint, keep_share
+
+__all__ = ["divergence", "footprint", "keep_share"]

@@ -1,0 +1,193 @@
+"""A policy's free figure, solved for a target footprint on calibration text.
+
+How many keys are visible to which queries follows from predictions alone, so the LM is run once for each calibration
+window, with a full cache, and the figure is found by bisection over the predictions. (Under eviction later layers' keys
+differ a little from the full cache's; what a cache really held is measured where it is used.)
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smartkv.errors import SmartKVError
+from smartkv.gates.bank import GateBank
+from smartkv.models.architecture import Architecture
+from smartkv.models.key_hooks import read_keys
+from smartkv.policies.hybrid import HybridPolicy, LayerRule
+
+STEPS = 32  # of bisection: more than float32 predictions can tell apart
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What gates say of the keys of some windows.
+
+    Attributes:
+        predictions: float32 `[windows, kv_heads, tokens]` of each gated layer; `[…, ages]` where gates judge for ages.
+        layers: of the model.
+        tokens: a window.
+        first, last: the queries that count, `first ≤ i < last`.
+        ages: tokens, for which the gates judge.
+    """
+
+    predictions: dict[int, Tensor]
+    layers: int
+    tokens: int
+    first: int
+    last: int
+    ages: tuple[int, ...] = ()
+
+    @classmethod
+    @torch.inference_mode()
+    def measure(
+        cls, model: PreTrainedModel, gates: GateBank | None, windows: Iterable[Tensor], first: int = 0
+    ) -> "Calibration":
+        """Run `model` over `windows` (ids `[tokens]`, all of one length) with a full cache.
+
+        Args:
+            first: the first query that counts; the last is the last but one, which predicts the window's last token.
+
+        Raises:
+            SmartKVError: no window, or none of its queries counts.
+        """
+        windows = list(windows)
+        if not windows or not 0 <= first < len(windows[0]) - 1:
+            raise SmartKVError(f"calibration needs windows of more than {first + 1} tokens")
+        if gates is not None:
+            return cls.of(gates, [read_keys(model, ids) for ids in windows], first)
+        return cls.without_gates(Architecture.of(model.config).layers, len(windows[0]), first)
+
+    @classmethod
+    def without_gates(cls, layers: int, tokens: int, first: int = 0) -> "Calibration":
+        """For policies that ask no gates: what they keep is the same in every window of `tokens`."""
+        return cls({}, layers, tokens, first, tokens - 1)
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, gates: GateBank, keys: list[list[Tensor]], first: int = 0) -> "Calibration":
+        """The same from keys that were read before: of each window, of each layer `[1, kv_heads, tokens, head_dim]`."""
+        predictions = {
+            layer: torch.cat([gates.score(layer, window[layer]).cpu() for window in keys]) for layer in gates.layers
+        }
+        tokens = keys[0][0].shape[2]
+        return cls(predictions, gates.fingerprint.layers, tokens, first, tokens - 1, gates.ages)
+
+    def footprint(self, policy: HybridPolicy) -> float:
+        """Σ visible keys ÷ Σ keys of a full cache, over layers, heads, windows and the counted queries."""
+        shares = [self._layer(policy, rule, layer) for layer, rule in enumerate(policy.by_layer(self.layers))]
+        return sum(shares) / len(shares)
+
+    def _layer(self, policy: HybridPolicy, rule: LayerRule, layer: int) -> float:
+        position = torch.arange(self.tokens)
+        if rule.rule == "gated" and layer not in self.predictions:
+            raise SmartKVError(f"policy '{policy.name}' gates layer {layer}, but there are no gates for it")
+        ttl = policy.times_to_live(rule, self.predictions.get(layer), self.ages)
+        lifetime = policy.lifetime(rule, ttl, position)
+        visible = self._queries(position, (position + lifetime).clamp(max=self.last))
+        full = self._queries(position, torch.tensor(self.last))
+        return float(visible.double().reshape(-1, self.tokens).mean(dim=0).sum() / full.sum())
+
+    def _queries(self, born: Tensor, end: Tensor) -> Tensor:
+        """Counted queries in `[born, end)`."""
+        return (end - born.clamp(min=self.first)).clamp(min=0)
+
+
+def solve(policy: HybridPolicy, footprint: float, calibration: Calibration) -> HybridPolicy:
+    """The policy with what it leaves open (windows, price or multiple) such that it keeps `footprint` of a full cache.
+
+    Where both windows and gates are open, the windows get `policy.window_share` of the footprint, the gates the rest.
+
+    Raises:
+        SmartKVError: nothing is open, or no value of it gives that footprint.
+    """
+    if not 0 < footprint <= 1:
+        raise SmartKVError(f"a footprint is a share of the full cache above 0 and at most 1, got {footprint}")
+    if policy.max_tokens is not None:
+        raise SmartKVError(f"policy '{policy.name}' has a cap: it keeps max_tokens, not a share of the cache")
+    if policy.open is None:
+        raise SmartKVError(f"policy '{policy.name}' leaves nothing open that could be solved for a footprint")
+    if policy.open == "window":
+        if not policy.gated:
+            return _bisect(policy, footprint, calibration, 1, calibration.tokens)
+        # what windows keep while nothing else stays
+        alone = replace(policy, rules=tuple(replace(r, price=None) for r in policy.rules), price=math.inf, multiple=1.0)
+        share = _bisect(alone, policy.window_share * footprint, calibration, 1, calibration.tokens)
+        windows = [rule.window for rule in share.rules]
+        rules = (replace(rule, window=window) for rule, window in zip(policy.rules, windows, strict=True))
+        policy = replace(policy, rules=tuple(rules))
+    if policy.open == "multiple":
+        return _bisect(policy, footprint, calibration, 1e-6, 1e9)
+    if policy.open is None:
+        return policy
+    low = min(float(prediction.min()) for prediction in calibration.predictions.values())
+    high = max(float(prediction.max()) for prediction in calibration.predictions.values())
+    return _bisect(policy, footprint, calibration, high, math.nextafter(low, -math.inf))  # a lower price keeps more
+
+
+def _bisect(policy: HybridPolicy, footprint: float, calibration: Calibration, low: float, high: float) -> HybridPolicy:
+    """Give what is open the value between `low` (smallest footprint) and `high` that comes up to `footprint`."""
+    smallest, largest = (calibration.footprint(policy.closed(value)) for value in (low, high))
+    if not smallest <= footprint <= largest:
+        raise SmartKVError(
+            f"policy '{policy.name}' cannot keep {footprint:.3g} of the cache: "
+            f"with its {policy.open} open it keeps {smallest:.3g} to {largest:.3g}"
+        )
+    for _ in range(STEPS):
+        if policy.open == "window" and int(low) == int(high):
+            break
+        middle = math.sqrt(low * high) if policy.open == "multiple" else (low + high) / 2
+        if calibration.footprint(policy.closed(middle)) > footprint:
+            high = middle
+        else:
+            low = middle
+    return policy.closed(low)
+
+
+FOOTPRINTS = tuple(2 ** (-half / 2) for half in range(1, 10))  # for which gates remember a price: 0.71 … 0.044
+
+
+def price_curve(policy: HybridPolicy, calibration: Calibration) -> list[list[float]]:
+    """Footprint and price, for the figures of `FOOTPRINTS` that the policy can keep; what gates remember."""
+    found = []
+    for footprint in FOOTPRINTS:
+        try:
+            solved = solve(policy, footprint, calibration)
+        except SmartKVError:  # windows alone keep more
+            continue
+        if solved.price is not None:
+            found.append([footprint, solved.price])
+    return found
+
+
+def policy_of(gates: GateBank, footprint: float) -> HybridPolicy:
+    """The policy that goes with some gates, at a footprint, by the prices that they remember from their training text.
+
+    What a cache keeps depends on the text, and on how long it is: prices are for the windows the gates were trained on.
+    To have them for text of your own, `solve` a policy with a `Calibration`.
+
+    Args:
+        footprint: share of the full cache to be kept.
+
+    Raises:
+        SmartKVError: the gates remember no policy or prices, or none for such a footprint.
+    """
+    curve = sorted(gates.details.get("prices", []))
+    if "policy" not in gates.details or not curve:
+        raise SmartKVError(
+            "these gates remember no policy with prices: solve one with smartkv.policies.budgets.Calibration"
+        )
+    policy = HybridPolicy.from_dict(gates.details["policy"])
+    if not curve[0][0] <= footprint <= curve[-1][0]:
+        raise SmartKVError(
+            f"these gates have prices for footprints from {curve[0][0]:.3g} to {curve[-1][0]:.3g}, not for {footprint}"
+        )
+    for (low, dear), (high, cheap) in pairwise(curve):
+        if footprint <= high:
+            share = math.log(footprint / low) / math.log(high / low)
+            return replace(policy, price=dear + share * (cheap - dear))
+    return replace(policy, price=curve[-1][1])

@@ -1,0 +1,72 @@
+"""Policies by name or from a YAML file."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from smartkv.errors import SmartKVError
+from smartkv.models.layer_ranges import format_layers
+from smartkv.policies.hybrid import HybridPolicy, LayerRule
+
+NAMED = ("default", "all-gated", "lifespan", "window", "full")
+LIFESPAN_WINDOW = EARLY_WINDOW = 32  # tokens
+
+
+def read_policy(name_or_file: str | Path, layers: int) -> HybridPolicy:
+    """A named policy (`default`, `all-gated`, `lifespan`, `window`, `full`), or one from a YAML file.
+
+    Args:
+        name_or_file: a name, or the path of a file as in configs/policies.
+        layers: number of layers of the model; the named default scales with it.
+
+    Raises:
+        SmartKVError: neither a name nor a file that holds a policy.
+    """
+    if name_or_file in NAMED:
+        return named_policy(str(name_or_file), layers)
+    path = Path(name_or_file)
+    if not path.is_file():
+        raise SmartKVError(f"policy '{name_or_file}' is neither one of {', '.join(NAMED)} nor a YAML file")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SmartKVError(f"{path} is no YAML: {str(error).splitlines()[0]}") from error
+    if isinstance(content, dict):
+        content = {"name": path.stem} | content
+    return HybridPolicy.from_dict(content)
+
+
+def named_policy(name: str, layers: int) -> HybridPolicy:
+    """A policy by its name, for a model of that depth; what a target footprint decides is left open.
+
+    * `default`: short windows in the first layers and recent keys in the last, gates where memory lives, in between;
+    * `all-gated`: gates everywhere;
+    * `lifespan`: every key has the TTL `c · 4^y`;
+    * `window`: sinks and the most recent keys; `full`: everything. Both need no gates.
+    """
+    if name == "lifespan":
+        rules = [LayerRule("all", "gated", LIFESPAN_WINDOW)]
+        return HybridPolicy(tuple(rules), price=-math.inf, multiple=None, name=name)
+    if name == "all-gated":
+        rules = [LayerRule("all", "gated")]
+    elif name == "default":
+        first, last = _depth_ranges(layers)
+        parts = [
+            (range(0, first), LayerRule("", "window", EARLY_WINDOW)),
+            (range(first, last), LayerRule("", "gated")),
+            (range(last, layers), LayerRule("", "window")),
+        ]
+        rules = [replace(rule, layers=format_layers(list(part))) for part, rule in parts if part]
+    elif name in NAMED:  # window or full
+        rules = [LayerRule("all", "full" if name == "full" else "window")]
+    else:
+        raise SmartKVError(f"policy '{name}' is unknown: expected one of {', '.join(NAMED)}")
+    return HybridPolicy(tuple(rules), name=name)
+
+
+def _depth_ranges(layers: int) -> tuple[int, int]:
+    """First gated layer, and first late one: 3 and 20 in models of 24 to 28 layers, in proportion in others."""
+    reference = min(max(layers, 24), 28)
+    return round(3 * layers / reference), round(20 * layers / reference)

@@ -1,0 +1,108 @@
+"""Labelled rows: the keys of shards that a gate is trained and scored on, with their targets."""
+
+import torch
+from torch import Tensor
+
+from smartkv.errors import SmartKVError
+from smartkv.io.checks import all_finite
+from smartkv.labels.key_labels import Labels
+from smartkv.labels.lifespans import log4_lifespan
+from smartkv.models.layer_ranges import parse_layers
+from smartkv.shards.in_memory import HeldBlocks
+from smartkv.shards.manifest import Block, Manifest
+from smartkv.shards.reader import ShardReader
+
+INPUTS = ("keys", "keys_post_rope")
+
+
+class LabelledRows:
+    """Keys with horizon ≥ `follow_up` that are no sinks, of some layers, for one threshold.
+
+    Args:
+        manifest: of the shards.
+        threshold: attention probability that counts as a hit; one of those harvested.
+        follow_up: tokens; None: what the harvest had.
+        inputs: keys (before the rotary embedding) or keys_post_rope.
+        layers: ranges such as "0-2,20-29"; None: all.
+        reader: of the keys and labels; None: of the manifest's folder.
+
+    Raises:
+        SmartKVError: a threshold, layer or input that the shards do not have, or a follow-up that leaves no key.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        threshold: float = 0.05,
+        follow_up: int | None = None,
+        inputs: str = "keys",
+        layers: str | None = None,
+        reader: HeldBlocks | None = None,
+    ) -> None:
+        if inputs not in INPUTS:
+            raise SmartKVError(f"inputs '{inputs}' is unknown: expected {' or '.join(INPUTS)}")
+        self.manifest, self.threshold, self.inputs = manifest, threshold, inputs
+        self.follow_up = manifest.spec.follow_up if follow_up is None else follow_up
+        if not 1 <= self.follow_up < manifest.window - manifest.sinks:
+            raise SmartKVError(
+                f"follow_up {self.follow_up} leaves no key of a window of {manifest.window} tokens: "
+                f"choose less than {manifest.window - manifest.sinks}"
+            )
+        self.layers = parse_layers(layers, manifest.fingerprint.layers)
+        self.gates = len(self.layers) * manifest.fingerprint.kv_heads
+        self._threshold_row = manifest.threshold_index(threshold)
+        self._layers = None if len(self.layers) == manifest.fingerprint.layers else self.layers
+        self._reader = ShardReader(manifest.folder) if reader is None else reader
+
+    def blocks(self, split: str, size: int | None = None) -> list[Block]:
+        """Blocks of at most `size` tokens; None: one a window.
+
+        Raises:
+            SmartKVError: the shards have no window of this split.
+        """
+        if not self.manifest.of_split(split):
+            raise SmartKVError(f"{self.manifest.folder} has no {split} windows: harvest some")
+        return self.manifest.labelled(split, size or self.manifest.window, self.follow_up)
+
+    def keys(self, *blocks: Block) -> Tensor:
+        """A copy, of these blocks (one at least) one after another: float16 `[gates, rows, head_dim]`."""
+        return torch.cat([self._reader.read(block, self.inputs, self._layers) for block in blocks], dim=2).flatten(0, 1)
+
+    def checked_keys(self, block: Block) -> Tensor:
+        """The same, and finite.
+
+        Raises:
+            SmartKVError: NaN or infinite keys, naming the file.
+        """
+        keys = self.keys(block)
+        if not all_finite(keys):
+            raise SmartKVError(
+                f"{self.manifest.folder / block.file} holds {self.inputs} that are NaN or infinite: "
+                "delete it and run the same harvest again"
+            )
+        return keys
+
+    def target(self, *blocks: Block) -> Tensor:
+        """log4 lifespan capped at the follow-up, float32 `[gates, rows]`."""
+        lifespans = [self._reader.read(block, "lifespan", self._layers)[self._threshold_row] for block in blocks]
+        return log4_lifespan(torch.cat(lifespans, dim=2).flatten(0, 1), self.follow_up)
+
+    def labels(self, *blocks: Block) -> Labels:
+        """All labels of the blocks' keys, as objectives want them."""
+        ages = self.manifest.spec.ages
+        if not ages:
+            return Labels(self.target(*blocks))
+        future = torch.cat([self._reader.read(block, "future_attention", self._layers) for block in blocks], dim=3)
+        return Labels(self.target(*blocks), future.flatten(1, 2), ages)
+
+    def position(self, *blocks: Block) -> Tensor:
+        """Place in the window, int32 `[rows]`."""
+        return torch.cat([self._reader.read(block, "position") for block in blocks], dim=0)
+
+    def token(self, *blocks: Block) -> Tensor:
+        """Token ids, int32 `[rows]`."""
+        return torch.cat([self._reader.read(block, "token") for block in blocks], dim=0)
+
+    def document(self, block: Block) -> Tensor:
+        """Index into the manifest's documents, int32 `[rows]`."""
+        return self._reader.read(block, "document").clone()

@@ -1,0 +1,162 @@
+"""`python -m eval generate` on a tiny backbone: text, figures, page, and mistakes."""
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from eval.__main__ import main
+from smartkv import load_backbone
+from smartkv.metrics.perplexity import full_cache_bytes
+from tests.eval.chat.test_conversation import PROMPT, STATUS, lines
+from tests.eval.chat.test_page import embedded
+from tests.lightning_fixtures import ROOT
+
+# -- a text -----------------------------------------------------------------------------------------------------------
+
+
+def test_stdout_is_the_answer_and_stderr_one_line(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    written = run(prompt=PROMPT)
+    said = capsys.readouterr()
+    assert said.out == written["turns"][0]["answer"] + "\n" and written["turns"][0]["answer"]
+    assert re.fullmatch(rf"{STATUS} · \S+/lifespans\.html\n", said.err)
+    assert not re.search(r"[\x1b\r]", said.out + said.err), "control codes where there is no terminal"
+
+
+def test_the_json_tells_what_the_cache_held(run: Any, tiny_backbone: Path) -> None:
+    written = run(prompt=PROMPT)
+    tokens = written["tokens"]
+    assert tokens == len(PROMPT) + 19  # a byte is a token; the last one is never read
+    lm = load_backbone(str(tiny_backbone), "float32")
+    sizes = written["kv_bytes"]
+    assert sizes["full"] == full_cache_bytes(lm.model, tokens)
+    assert 0 < sizes["live"] <= sizes["peak"] and written["ms_per_token"] > 0
+    assert written["text"] == PROMPT + written["turns"][0]["answer"]
+    assert sum(written["bytes_by_layer"]) == written["kv_bytes"]["live"]
+    assert len(written["live_keys_by_layer"]) == 2 and all(0 < live <= tokens for live in written["live_keys_by_layer"])
+    turn = written["turns"][0]
+    assert (turn["prompt_tokens"], turn["new_tokens"], turn["stopped"]) == (len(PROMPT), 20, "length")
+    assert written["arguments"]["policy"]["price"] is not None
+
+
+CAPPED = """
+sinks: 4
+price: -0.02
+rules: [{layers: all, rule: gated, window: 8}]
+max_tokens: """
+
+
+@pytest.mark.parametrize("policy", ["all-gated", f"{CAPPED} 40", f"{CAPPED} 50\nmax_tokens_per: layer", "window"])
+def test_the_page_tells_the_same_footprint_as_the_cache(policy: str, run: Any, tmp_path: Path) -> None:
+    if "\n" in policy:
+        (tmp_path / "capped.yaml").write_text(policy)
+        policy = str(tmp_path / "capped.yaml")
+    written = run(prompt=PROMPT * 3, policy=policy)
+    data = embedded(tmp_path / "out/lifespans.html")
+    assert "".join(data["tokens"]) == written["text"] and data["generated"].count("1") == 20
+    ends = np.frombuffer(base64.b64decode(data["expiry"]), "<u2").reshape(4, -1).astype(int)
+    tokens = written["tokens"]
+    seen = sum(int((ends[:, : t + 1] > t).sum()) for t in range(tokens))
+    assert seen / (4 * sum(range(1, tokens + 1))) == pytest.approx(written["footprint"], abs=1e-9)
+    assert written["footprint"] < 0.6, "nothing was evicted: the test shows nothing"
+    held = [(ends[2 * layer : 2 * layer + 2, :tokens] > tokens).sum() / 2 for layer in range(2)]
+    assert written["live_keys_by_layer"] == held
+
+
+def test_a_prompt_alone_is_read_where_nothing_shall_be_answered(
+    run: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    written = run(prompt=PROMPT, max_new_tokens=0)
+    assert written["tokens"] == len(PROMPT) and capsys.readouterr().out == ""
+    assert embedded(tmp_path / "out/lifespans.html")["tokens"] == list(PROMPT)
+
+
+def test_a_full_policy_without_gates_says_what_the_model_says(run: Any, tiny_backbone: Path) -> None:
+    answer = run(prompt=PROMPT, policy="full", gates=None)["turns"][0]["answer"]
+    lm = load_backbone(str(tiny_backbone), "float32")
+    inputs = lm.tokenizer(PROMPT, return_tensors="pt")
+    plain = lm.model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer == lm.tokenizer.decode(plain, skip_special_tokens=True)
+
+
+def test_a_file_is_a_prompt_like_any_other(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT)
+    assert run(prompt_file=file)["text"] == run(prompt=PROMPT)["text"]
+
+
+@pytest.mark.parametrize("prompt", ["5", "a: b", "[1, 2]", "{x", "two\nlines", "true", "été 🐈"])
+def test_a_prompt_is_taken_as_it_is_written(prompt: str, run: Any, tmp_path: Path) -> None:
+    assert run(prompt=prompt, max_new_tokens=1)["turns"][0]["prompt"] == prompt
+    assert "".join(embedded(tmp_path / "out/lifespans.html")["tokens"]).startswith(prompt)
+
+
+def test_sampling_follows_the_seed(run: Any) -> None:
+    hot = [run(prompt=PROMPT, temperature=2.0, seed=seed)["text"] for seed in (1, 1, 2)]
+    assert hot[0] == hot[1] != hot[2]
+    assert run(prompt=PROMPT, temperature=2.0, top_p=1e-9)["text"] == run(prompt=PROMPT)["text"]
+
+
+def test_a_price_takes_the_place_of_the_solved_one(run: Any) -> None:
+    dear, cheap = (run(prompt=PROMPT * 3, price=price) for price in (99, -99))
+    assert dear["arguments"]["policy"]["price"] == 99 and cheap["footprint"] == 1 > dear["footprint"]
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_new_tokens": 500}, "are more than the model's 512 positions"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more, got -1"),
+        ({"prompt_file": "x.txt"}, "prompt and prompt_file are both given"),
+        ({"prompt": None, "prompt_file": "/no/such/file"}, "/no/such/file cannot be read (FileNotFoundError)"),
+        ({"prompt": None, "prompt_file": "."}, ". cannot be read (IsADirectoryError)"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": " \n "}, "the prompt is empty"),
+        ({"policy": "alll-gated"}, "policy 'alll-gated' is neither one of"),
+        ({"gates": None}, "but no gates were given"),
+        ({"temperature": -0.5}, "temperature must be 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
+        ({"footprint": 0.0}, "a footprint is a share"),
+        ({"footprint": 1e-6}, "cannot keep 6e-07 of the cache"),
+        ({"policy": "window", "price": 2.0}, "policy 'window' asks no gates"),
+        ({"chat": "true"}, "has no chat template"),
+        ({"calibration_windows": 0}, "calibration needs at least 1 window"),
+        ({"calibration_window": 600}, "longer than the model's 512 positions"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_token(
+    changes: dict[str, Any], said: str, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(**{"prompt": PROMPT} | changes)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == "" and not (tmp_path / "out").exists()
+    assert captured.err.startswith("error: ") and said in captured.err and captured.err.count("\n") == 1
+
+
+def test_the_config_runs(
+    tmp_path: Path, chatty: Path, train_texts: Path, random_gates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = yaml.safe_load((ROOT / "configs/eval/generate.yaml").read_text())
+    small = {
+        "out": str(tmp_path / "out"),
+        "gates": str(random_gates),
+        "backbone": str(chatty),
+        "calibration_window": 64,
+    }
+    config = tmp_path / "config.yaml"
+    sources = [{"name": "mine", "path": str(train_texts)}]
+    config.write_text(yaml.safe_dump(written | small | {"sources": sources, "footprint": 0.4, "max_new_tokens": 5}))
+    lines(monkeypatch, "hello")
+    main(["generate", "--config", str(config)])
+    assert len(json.loads((tmp_path / "out/generate.json").read_text())["turns"]) == 1
+    assert (tmp_path / "out/lifespans.html").stat().st_size > 10_000

@@ -1,0 +1,150 @@
+"""`python -m eval baselines`: bytes, errors, times and perplexity of quantised caches."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from eval.__main__ import main
+from eval.common.aliases import spelled_out
+from eval.quantization import stand_ins as models
+from eval.quantization.probe import Probe
+from smartkv.quantization.codecs import Adaptive, Half, Uniform
+from tests.lightning_fixtures import write_texts
+from tests.models import FAMILIES, token_ids
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"), splits=["validation"])
+
+
+def result(out: Path) -> dict[str, Any]:
+    (path,) = out.glob("*.json")
+    return json.loads(path.read_text())
+
+
+def test_memory_alone_needs_no_model_and_gives_nominal_and_stored_ratios(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_backbone", lambda *_: pytest.fail("a model was loaded"))
+    everything = ["--baselines", "FP16", "INT8", "INT4", "KIVI", "KIVI2", "KIVI4", "SmartKV"]
+    main(["baselines", "--memory-only", *everything, "--tokens", "2048", "--out", str(tmp_path)])
+    found = result(tmp_path)["baselines"]
+    payload = {name: row["ratio_payload"] for name, row in found.items()}
+    assert payload.pop("SmartKV") == pytest.approx(0.45, abs=0.02)
+    assert payload == {"FP16": 1.0, "INT8": 0.5, "INT4": 0.25, "KIVI": 0.1875, "KIVI2": 0.125, "KIVI4": 0.25}
+    stored = {name: row["ratio_stored"] for name, row in found.items()}
+    assert stored["INT8"] == 0.5625 and stored["INT4"] == 0.3125 and stored["FP16"] == 1.0
+    # residuals of 128 to 160 and 64 to 128 tokens stay in float16
+    assert 0.25 < stored["KIVI"] < 0.25 + 160 / 2048 and 0.48 < stored["SmartKV"] < 0.5 + 128 / 2048
+    assert found["INT8"]["bytes_float16"] == 2 * 2 * 12 * 12 * 64 * 2048
+    log = (tmp_path / "validation.log").read_text()
+    assert "INT4" in log and "written:" in log
+
+
+def test_a_model_is_measured(tmp_path: Path, tiny_backbone: Path, texts: Path) -> None:
+    sources = json.dumps([{"name": "mine", "path": str(texts)}])
+    arguments = ["--baselines", "FP16", "INT8", "INT4", "KIVI4", "SmartKV", "--num-prompts", "2", "--tokens", "256"]
+    arguments += ["--residual", "64", "--budget", "0.6"]
+    written = ["--out", str(tmp_path), "--experiment-id", "mine"]
+    main(["baselines", "--model", str(tiny_backbone), *arguments, "--sources", sources, *written])
+    found = json.loads((tmp_path / "mine.json").read_text())["baselines"]
+    for key in ("error_key", "error_value", "error_output"):
+        assert found["FP16"][key] < found["INT8"][key] < found["INT4"][key] < 0.5
+        assert found["FP16"][key] < found["SmartKV"][key] < found["INT4"][key] and 0 < found["KIVI4"][key] < 0.5
+    for row in found.values():
+        assert row["encode_ms"] > 0 and row["decode_ms"] > 0 and row["step_ms"] > 0
+        assert row["perplexity"] == pytest.approx(row["perplexity_exact"], rel=0.1)
+    assert found["FP16"]["perplexity"] == pytest.approx(found["FP16"]["perplexity_exact"], rel=1e-4)
+
+
+def test_where_gpt2_cannot_be_had_its_shape_stands_in_and_says_so(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(*_: Any) -> Any:
+        raise models.SmartKVError("no network")
+
+    monkeypatch.setattr(models, "load_backbone", gone)
+    monkeypatch.setitem(models.SHAPES, "gpt2", models.Shape(2, 2, 16))
+    sources = json.dumps([{"name": "mine", "path": str(texts)}])
+    options = ["--num-prompts", "1", "--tokens", "128", "--sources", sources, "--out", str(tmp_path)]
+    main(["baselines", "--baselines", "INT8", *options])
+    found = result(tmp_path)
+    assert "random weights" in found["stand_in"] and "perplexity" not in found["baselines"]["INT8"]
+    assert "their perplexity means nothing" in capsys.readouterr().out.replace("\n", " ")
+    assert found["baselines"]["INT8"]["error_output"] > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_probe_attends_exactly_and_measures_the_error_of_the_output(family: str) -> None:
+    model, ids = FAMILIES[family](), token_ids(40)[None]
+    with torch.inference_mode():
+        want = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+        with Probe(
+            model, {"half": Half(), "int4": Uniform(4), "bits": Adaptive(0.9, block=8, levels=(2, 4, 8))}
+        ) as probe:
+            found = model(ids, past_key_values=probe).logits
+    assert torch.allclose(found, want, atol=1e-4)
+    errors = probe.errors()
+    assert 0 < errors["half"]["error_output"] < 2e-3 < errors["int4"]["error_output"] < 0.5
+    key, value, importance = probe.held[0]
+    mine, _ = Uniform(4).decode(Uniform(4).encode(key, value, None), torch.float32)
+    first = float((mine - key).norm() / key.norm())
+    assert probe.found["int4"]["error_key"][0] == pytest.approx(first, rel=1e-5)
+    # a block's bits are chosen when it is full: by then its queries, and earlier ones, have looked at it
+    assert importance["half"] is None and importance["bits"][..., :8].sum() == pytest.approx(
+        8 * model.config.num_attention_heads, rel=1e-4
+    )
+
+
+def test_the_old_spelling_is_understood() -> None:
+    given = ["baselines", "--baselines", "FP16", "KIVI", "--num-prompts", "3", "--memory-only", "--device=cpu"]
+    want = ["baselines", "--baselines", '["FP16", "KIVI"]', "--num_prompts", "3", "--memory_only", "true"]
+    assert spelled_out(given) == [*want, "--device", "cpu"]
+    assert spelled_out(want) == want
+    assert spelled_out(["compare", "--memory-only"]) == ["compare", "--memory-only"]
+    presses = spelled_out(["presses", "--seed", "1"])
+    assert presses[:2] == ["compare", "--config"] and Path(presses[2]).is_file() and presses[3:] == ["--seed", "1"]
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "smartkv.experiments.validate_baselines", "--memory-only"], ["scripts/test_validation.py"]]
+)
+def test_the_old_names_answer(command: list[str], tmp_path: Path) -> None:
+    options = ["--baselines", "FP16", "INT4", "--tokens", "64", "--out", str(tmp_path)]
+    run = subprocess.run([sys.executable, *command, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert result(tmp_path)["baselines"]["INT4"]["ratio_payload"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["--baselines", "INT5"], "there are no baselines ['INT5']"),
+        (["--num-prompts", "0"], "num_prompts must be at least 1"),
+        (["--model", "no/such"], "could not be loaded"),
+        (["--budget", "0.1", "--memory-only"], "budget"),
+        (["--model", "TINY", "--tokens", "513"], "longer than the model's 512 positions"),
+    ],
+)
+def test_mistakes_are_told(
+    changes: list[str],
+    says: str,
+    tmp_path: Path,
+    tiny_backbone: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    changes = [str(tiny_backbone) if each == "TINY" else each for each in changes]
+    with pytest.raises(SystemExit):
+        main(["baselines", "--out", str(tmp_path), *changes])
+    assert says in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""What the tests of needle, RULER, LongBench and reasoning share: a tiny backbone of many positions, gates, texts."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.__main__ import main
+from smartkv import load_backbone
+from tests.eval.tasks.test_ruler_generator import many_words
+from tests.models import save_random_gates, save_tiny_backbone
+
+
+def contenders(found: dict[str, Any]) -> set[str]:
+    return {row["contender"] for row in found["rows"]}
+
+
+ALL = {"full", "all-gated", "window", "all-gated+4bit", "quant:int4", "key_norm"}
+
+
+@pytest.fixture(scope="session")
+def long_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token is a byte here: texts are long."""
+    return save_tiny_backbone(tmp_path_factory.mktemp("long") / "backbone", max_positions=4096)
+
+
+@pytest.fixture(scope="session")
+def long_gates(tmp_path_factory: pytest.TempPathFactory, long_backbone: Path) -> Path:
+    return save_random_gates(long_backbone, tmp_path_factory.mktemp("gates"))
+
+
+@pytest.fixture(scope="session")
+def long_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of many different words."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number, split in enumerate(("train", "test")):
+        for file in range(3):
+            path = folder / split / f"{split}{file}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(many_words(1300, 10 * number + file))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lm(long_backbone: Path) -> Any:
+    return load_backbone(str(long_backbone), "float32")
+
+
+@pytest.fixture
+def run_task(long_backbone: Path, long_gates: Path, long_texts: Path) -> Callable[..., dict[str, Any]]:
+    def run(command: str, out: Path, **changes: Any) -> dict[str, Any]:
+        mine = [{"name": "mine", "path": str(long_texts)}]
+        settings = (
+            ({"config": changes.pop("config")} if "config" in changes else {})
+            | {
+                "out": out,
+                "backbone": long_backbone,
+                "gates": long_gates,
+                "dtype": "float32",
+                "contenders": '["all-gated", "window", "all-gated+4bit", "quant:int4", "key_norm"]',
+                "footprints": "[0.5]",
+                "calibration": json.dumps({"sources": mine, "windows": 1}),
+            }
+            | changes
+        )
+        if command in ("needle", "ruler"):
+            settings["haystack"] = json.dumps(mine)
+        main([command, *(part for name, value in settings.items() for part in (f"--{name}", str(value)))])
+        return json.loads((out / f"{command}.json").read_text())
+
+    return run

@@ -1,0 +1,266 @@
+"""Caches that keep every key in few bits."""
+
+import gc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from smartkv.cache.adaptive_cache import AdaptiveCache
+from smartkv.cache.quantized_cache import QuantizedCache
+from smartkv.cache.ragged import storage_bytes
+from smartkv.errors import SmartKVError
+from smartkv.models.observation import observe_attention
+from smartkv.quantization.codecs import Adaptive, Codec, Half, Kivi, Uniform
+from tests.models import FAMILIES, llama, token_ids
+from tests.smartkv.cache.fixtures import random_gates, state
+
+TOKENS = 40
+MODELS = {name: make(**({"head_dim": 16} if name == "qwen3" else {})) for name, make in FAMILIES.items()}
+CODECS: dict[str, tuple[Codec, int]] = {
+    "half": (Half(), 0),
+    "int8": (Uniform(8), 0),
+    "int4": (Uniform(4), 0),
+    "kivi": (Kivi(2, 4, group=4), 8),
+    "kivi4": (Kivi(4, 4, group=8), 16),
+}
+ADAPTIVE = Adaptive(0.6, block=8)
+
+
+class Naive(DynamicLayer):
+    """Remembers everything exactly, and works out anew for each token what a query reads."""
+
+    codec: Codec
+    residual: int
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        before = self.get_seq_length()
+        key, value = super().update(key_states, value_states)
+        exact_from = before - self.residual if self.residual else before + 1
+        block = self.codec.block
+        read_key, read_value = key.clone(), value.clone()
+        for start in range(0, max(0, exact_from) // block * block, block):
+            here = slice(start, start + block)
+            parts = self.codec.encode(key[:, :, here], value[:, :, here], None)
+            read_key[:, :, here], read_value[:, :, here] = self.codec.decode(parts, key.dtype)
+        return read_key, read_value
+
+
+def naive(model: PreTrainedModel, codec: Codec, residual: int) -> Cache:
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = None
+    for _ in range(model.config.num_hidden_layers):
+        layer = Naive()
+        layer.codec, layer.residual = codec, residual
+        cache.layers.append(layer)
+    return cache
+
+
+@torch.inference_mode()
+def fed(model: PreTrainedModel, ids: Tensor, cache: Cache, sizes: int = 1) -> Tensor:
+    """Logits `[batch, tokens, vocabulary]`, so many tokens at a time."""
+    parts = [model(part, past_key_values=cache).logits for part in ids.split(sizes, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", CODECS)
+def test_logits_are_those_of_a_cache_that_works_everything_out_anew(family: str, name: str) -> None:
+    model, ids = MODELS[family], token_ids(2 * TOKENS).view(2, -1)
+    codec, residual = CODECS[name]
+    cache = QuantizedCache(model, codec, residual)
+    found = fed(model, ids, cache)
+    assert torch.allclose(found, fed(model, ids, naive(model, codec, residual)), atol=1e-5)
+    assert cache.get_seq_length() == TOKENS
+    if name != "half" and not (residual and family == "mistral_sliding"):  # whose queries see exact keys alone
+        assert not torch.allclose(found, model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_blocks_of_tokens_give_the_logits_of_single_ones(name: str) -> None:
+    model, ids = MODELS["llama"], token_ids(TOKENS)[None]
+    codec, residual = CODECS[name]
+    single = fed(model, ids, QuantizedCache(model, codec, residual))
+    together = fed(model, ids, QuantizedCache(model, codec, residual), sizes=4)
+    assert torch.allclose(single, together, atol=1e-5)
+
+
+def test_what_was_encoded_is_never_touched_again() -> None:
+    model, ids = MODELS["llama"], token_ids(200)[None]
+    cache = QuantizedCache(model, Kivi(2, 2, group=8), 8)
+    fed(model, ids[:, :60], cache, 4)
+    first = {name: tensor.clone() for name, tensor in cache.storage[1].parts.items()}
+    key = cache.storage[1].read()[0][:, :, :40].clone()
+    fed(model, ids[:, 60:], cache, 4)
+    for name, tensor in first.items():
+        assert torch.equal(cache.storage[1].parts[name][:, :, : tensor.shape[2]], tensor)
+    assert torch.equal(cache.storage[1].read()[0][:, :, :40], key)
+
+
+@pytest.mark.parametrize(
+    ("name", "payload", "stored"),
+    [
+        # a scale and a zero of 2 bytes each for every 32 values of head_dim 64
+        ("fp16", 1.0, 1.0),
+        ("int8", 0.5, 0.5 + 4 / 64),
+        ("int4", 0.25, 0.25 + 4 / 64),
+        ("kivi", 0.1875, 0.1875 + 4 / 64),
+        ("kivi2", 0.125, 0.125 + 4 / 64),
+        ("kivi4", 0.25, 0.25 + 4 / 64),
+    ],
+)
+def test_bytes_are_those_of_codes_scales_and_residual(name: str, payload: float, stored: float) -> None:
+    model = llama(head_dim=64, num_hidden_layers=1, max_position_embeddings=1024)
+    cache = QuantizedCache(model, name)
+    fed(model, token_ids(1024)[None], cache, 128)
+    assert cache.ratio_payload == payload
+    exact = cache.get_seq_length() - cache.storage[0].encoded
+    residual = 0 if name in ("fp16", "int8", "int4") else 256  # the last 128 tokens came with 128 before them
+    assert exact == residual
+    share = residual / 1024
+    assert cache.ratio_stored == pytest.approx(share * 2 + (1 - share) * stored)  # the model computes in float32
+    assert cache.storage_bytes == sum(
+        storage_bytes([*layer.parts.values(), layer.keys, layer.values]) for layer in cache.storage
+    )
+
+
+def makers() -> dict[str, Callable[[PreTrainedModel], QuantizedCache]]:
+    return {
+        "int4": lambda model: QuantizedCache(model, "int4"),
+        "kivi": lambda model: QuantizedCache(model, Kivi(4, 4, group=4), 8),
+        "adaptive": lambda model: AdaptiveCache(model, None, ADAPTIVE),
+        "by_gates": lambda model: AdaptiveCache(model, random_gates(model), ADAPTIVE),
+    }
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "mistral_sliding"])
+@pytest.mark.parametrize("name", makers())
+def test_generate_takes_it_greedily_and_by_beams(family: str, name: str) -> None:
+    model, ids = MODELS[family], token_ids(30).clamp(min=1)[None]
+    call = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    cache = makers()[name](model)
+    assert model.generate(ids, past_key_values=cache, **call).shape == (1, 50)
+    assert cache.get_seq_length() == 49 and cache.storage[0].encoded >= 30
+    beams = model.generate(ids, past_key_values=makers()[name](model), num_beams=3, **call)
+    assert beams.shape == (1, 50)
+
+
+@pytest.mark.parametrize("name", makers())
+def test_a_row_with_padding_has_the_logits_of_the_row_alone(name: str) -> None:
+    tokens = 24 if name == "int4" else 12  # blocks hold padding too: only exact tokens are alike
+    model, ids = MODELS["llama"], token_ids(tokens).clamp(min=1)[None]
+    padded = torch.cat([ids.new_zeros(1, 5), ids], dim=1)
+    mask = (torch.arange(tokens + 5) >= 5).long()[None]
+    both, lines = torch.cat([padded, padded]), torch.cat([mask, torch.ones_like(mask)])
+    with torch.inference_mode():
+        alone = model(ids, past_key_values=makers()[name](model)).logits
+        cache = makers()[name](model)
+        position = (lines.cumsum(1) - 1).clamp(min=0)
+        found = model(both, attention_mask=lines, position_ids=position, past_key_values=cache).logits
+    assert torch.allclose(found[0, 5:], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("source", ["attention", "gates"])
+def test_adaptive_with_nothing_encoded_yet_is_a_full_cache_and_leaves_the_model_as_it_was(
+    family: str, source: str
+) -> None:
+    model, ids = MODELS[family], token_ids(2 * TOKENS).view(2, -1)
+    before = state(model)
+    gates = random_gates(model) if source == "gates" else None
+    with torch.inference_mode():
+        want = model(ids).logits
+    cache = AdaptiveCache(model, gates, ADAPTIVE, residual=64)
+    assert torch.allclose(fed(model, ids, cache, 7), want, atol=1e-4)
+    cache.reset()
+    assert torch.allclose(fed(model, ids, cache, TOKENS), want, atol=1e-4)
+    del cache
+    gc.collect()
+    assert state(model) == before
+
+
+def test_importance_by_attention_is_what_a_key_was_given_so_far() -> None:
+    model, ids = MODELS["qwen2"], token_ids(TOKENS)[None]
+    cache = AdaptiveCache(model, None, ADAPTIVE, residual=64)
+    fed(model, ids, cache, 3)
+    total: dict[int, Tensor] = {}
+
+    class Observer:
+        def on_keys(self, *_: Any) -> None: ...
+
+        def on_rotated_keys(self, *_: Any) -> None: ...
+
+        def on_block(self, layer: int, first_query: int, probabilities: Tensor) -> None:
+            padded = torch.nn.functional.pad(probabilities.sum(dim=(1, 2)), (0, TOKENS - probabilities.shape[-1]))
+            total[layer] = total.get(layer, 0) + padded
+
+    with torch.inference_mode(), observe_attention(model, Observer()):
+        model(ids, use_cache=False)
+    for layer, storage in enumerate(cache.storage):
+        assert torch.allclose(storage.importance[0], total[layer], atol=1e-4)
+
+
+def test_importance_by_gates_is_their_prediction() -> None:
+    model, ids = MODELS["llama"], token_ids(TOKENS)[None]
+    gates, seen = random_gates(model), {}
+    gates.details["target"] = "log4 lifespan"
+    score = gates.score
+    gates.score = lambda layer, keys: seen.setdefault(layer, score(layer, keys))  # type: ignore[method-assign]
+    cache = AdaptiveCache(model, gates, ADAPTIVE, residual=64)
+    fed(model, ids, cache, TOKENS)
+    for layer, storage in enumerate(cache.storage):
+        assert torch.allclose(storage.importance, 4.0 ** seen[layer])
+
+
+@pytest.mark.parametrize("source", ["attention", "gates"])
+def test_adaptive_stays_within_its_budget(source: str) -> None:
+    model = llama(head_dim=64, num_hidden_layers=1, max_position_embeddings=600)
+    cache = AdaptiveCache(model, random_gates(model) if source == "gates" else None, Adaptive(0.4), residual=64)
+    fed(model, token_ids(576)[None], cache, 64)
+    encoded = cache.storage[0].encoded
+    stored = storage_bytes(cache.storage[0].parts.values())
+    assert encoded == 448 and stored <= 0.4 * encoded * 2 * 2 * 64 * 2
+    assert stored > 0.38 * encoded * 2 * 2 * 64 * 2
+
+
+def test_the_latest_exact_tokens_can_be_cropped_and_no_others() -> None:
+    model, ids = MODELS["llama"], token_ids(TOKENS)[None]
+    for make in (lambda: QuantizedCache(model, Kivi(4, 4, group=4), 8), lambda: AdaptiveCache(model, None, ADAPTIVE)):
+        cache = make()
+        fed(model, ids, cache, 4)
+        cache.crop(TOKENS - 3)
+        assert cache.get_seq_length() == TOKENS - 3
+        with pytest.raises(SmartKVError, match="encoded"):
+            cache.crop(4)
+
+
+def test_mistakes_are_told() -> None:
+    model = MODELS["llama"]
+    lacking = random_gates(model)
+    lacking.layers = lacking.layers[:1]
+    for call in (
+        lambda: QuantizedCache(model, "int5"),
+        lambda: QuantizedCache(model, "int8", residual=-1),
+        lambda: QuantizedCache(model, Kivi(), residual=0),
+        lambda: AdaptiveCache(model, random_gates(MODELS["gpt2"])),
+        lambda: AdaptiveCache(model, random_gates(model).to("meta")),
+        lambda: AdaptiveCache(model, lacking),
+        lambda: QuantizedCache(model, "int8").ratio_stored,
+    ):
+        with pytest.raises(SmartKVError):
+            call()
+
+
+def test_a_reset_cache_is_as_new() -> None:
+    model, ids = MODELS["llama"], token_ids(TOKENS)[None]
+    for make in makers().values():
+        cache = make(model)
+        first = fed(model, ids, cache, 4)
+        cache.reset()
+        assert cache.get_seq_length() == 0 and math.isclose(cache.storage_bytes, 0)
+        assert torch.allclose(fed(model, ids, cache, 4), first, atol=1e-5)

@@ -1,0 +1,132 @@
+"""A cache that is saved, loaded and gone on with."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smartkv.cache.lifespan_cache import LifespanCache
+from smartkv.cache.serialization import load_cache, save_cache
+from smartkv.errors import SmartKVError
+from smartkv.gates.bank import GateBank
+from smartkv.models.architecture import Fingerprint
+from smartkv.policies.hybrid import HybridPolicy, LayerRule
+from tests.models import FAMILIES, llama, token_ids
+from tests.smartkv.cache.fixtures import MODELS, recent
+
+POLICY = HybridPolicy((LayerRule("0", "gated", 4), LayerRule("1", "window", 6)), sinks=2, price=0.0, multiple=3.0)
+
+
+def gates_of(model: PreTrainedModel, seed: int = 1) -> GateBank:
+    torch.manual_seed(seed)
+    return GateBank(Fingerprint.of(model))
+
+
+@torch.inference_mode()
+def go_on(model: PreTrainedModel, cache: LifespanCache, ids: Tensor) -> Tensor:
+    """A chunk, then token by token, past a packing."""
+    parts = [model(ids[:, :7], past_key_values=cache).logits]
+    parts += [model(ids[:, place : place + 1], past_key_values=cache).logits for place in range(7, ids.shape[1])]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("policy", [POLICY, replace(POLICY, max_tokens=20, max_tokens_per="layer")], ids=["", "capped"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_cache_goes_on_bit_for_bit(family: str, policy: HybridPolicy, tmp_path: Path) -> None:
+    model = MODELS[family]
+    if policy.max_tokens is not None and Fingerprint.of(model).kv_heads > 2:
+        policy = replace(policy, max_tokens=40)
+    gates, prompt, more = gates_of(model), token_ids(60).view(2, 30), token_ids(50, 1).view(2, 25)
+    cache = LifespanCache(model, gates, policy, chunk=8, count_from=3)
+    with torch.inference_mode():
+        model(prompt[:, :29], past_key_values=cache)
+        model(prompt[:, 29:], past_key_values=cache)
+    save_cache(cache, tmp_path / "prompt.safetensors")
+    loaded = load_cache(tmp_path / "prompt.safetensors", model, gates)
+    assert loaded.get_seq_length() == 30 and loaded.storage_bytes == cache.storage_bytes
+    assert torch.equal(go_on(model, loaded, more), go_on(model, cache, more))
+    assert torch.equal(loaded.footprint_by_head, cache.footprint_by_head)
+    assert torch.equal(loaded.live_keys, cache.live_keys)
+
+
+def test_the_file_holds_the_live_keys_and_little_else(tmp_path: Path) -> None:
+    model, cache = MODELS["llama"], LifespanCache(MODELS["llama"], None, recent(16))
+    model(token_ids(200)[None], past_key_values=cache)
+    save_cache(cache, tmp_path / "c.safetensors")
+    assert (tmp_path / "c.safetensors").stat().st_size < cache.live_bytes * 1.2 + 4096
+
+
+def saved(folder: Path, model: PreTrainedModel, gates: GateBank | None = None) -> Path:
+    cache = LifespanCache(model, gates, POLICY if gates else recent(4))
+    model(token_ids(20)[None], past_key_values=cache)
+    save_cache(cache, folder / "c.safetensors")
+    return folder / "c.safetensors"
+
+
+def test_a_cache_that_saw_nothing_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(SmartKVError, match="not seen a token"):
+        save_cache(LifespanCache(MODELS["llama"], None, recent(4)), tmp_path / "c.safetensors")
+
+
+def test_keys_of_another_architecture_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(SmartKVError, match=r"gpt2.*llama"):
+        load_cache(saved(tmp_path, MODELS["gpt2"]), MODELS["llama"])
+
+
+def test_keys_of_other_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SmartKVError, match="other weights"):
+        load_cache(saved(tmp_path, MODELS["llama"]), llama(seed=5))
+
+
+def test_keys_in_another_dtype_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SmartKVError, match=r"float32.*bfloat16"):
+        load_cache(saved(tmp_path, MODELS["llama"]), llama().bfloat16())
+
+
+@pytest.mark.parametrize("seed", [None, 2])
+def test_other_gates_are_refused(seed: int | None, tmp_path: Path) -> None:
+    model = MODELS["llama"]
+    path = saved(tmp_path, model, gates_of(model))
+    with pytest.raises(SmartKVError, match="other gates"):
+        load_cache(path, model, None if seed is None else gates_of(model, seed))
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SmartKVError, match="cannot be read"):
+        load_cache(tmp_path / "none.safetensors", MODELS["llama"])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_file_is_refused(share: float, tmp_path: Path) -> None:
+    path = saved(tmp_path, MODELS["llama"])
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(SmartKVError, match="damaged"):
+        load_cache(path, MODELS["llama"])
+
+
+def test_a_safetensors_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(SmartKVError, match="not a cache"):
+        load_cache(tmp_path / "a.safetensors", MODELS["llama"])
+
+
+@pytest.mark.parametrize("name", ["0.counts", "1.key", "1.seen", "0.position"])
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_tensors_that_do_not_fit_together_are_refused(name: str, damage: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, MODELS["llama"])
+    tensors = load_file(path)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    metadata = json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]
+    if damage == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(SmartKVError, match="whole cache"):
+        load_cache(path, MODELS["llama"])

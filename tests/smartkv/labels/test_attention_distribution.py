@@ -1,0 +1,119 @@
+"""The distribution of attention against numpy on all probabilities, and the check of where the pre-RoPE key is."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from smartkv.errors import SmartKVError
+from smartkv.labels.attention_distribution import PERCENTILES, AttentionDistribution, CalibrationObserver
+from smartkv.labels.lifespans import LabelSpec, label_window
+from smartkv.models import architecture, key_hooks, key_site_check
+from smartkv.models.architecture import KEY_SITES
+from smartkv.models.backbone import freeze
+from smartkv.models.key_site_check import check_key_site
+from smartkv.models.observation import observe_attention
+from tests.models import FAMILIES, llama, tiny_tokenizer, token_ids
+
+LENGTH, SINKS = 150, 4  # more than a block of queries
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[CalibrationObserver, np.ndarray]:
+    """An observer after one window, and every causal probability of every layer `[layers, pairs]`."""
+    model, tokens = llama(), token_ids(LENGTH)
+    observer = CalibrationObserver(2, LabelSpec((0.05,), (), 32), SINKS)
+    observer.run(freeze(model, tiny_tokenizer(), "tiny"), tokens)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(tokens[None], output_attentions=True).attentions
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    return observer, np.stack([attention[0][:, causal].flatten().double().numpy() for attention in attentions])
+
+
+@pytest.mark.parametrize("percent", PERCENTILES)
+def test_percentiles_are_within_a_thousandth_of_numpys(percent: float, measured: tuple) -> None:
+    observer, pairs = measured
+    for distribution, values in zip(observer.distributions, pairs, strict=True):
+        low, high = (np.percentile(values, percent, method=side) for side in ("lower", "higher"))
+        assert low * 0.999 <= distribution.percentile(percent) <= high * 1.001
+
+
+def test_extremes_mean_and_count_are_exact(measured: tuple) -> None:
+    observer, pairs = measured
+    for distribution, values in zip(observer.distributions, pairs, strict=True):
+        summary = distribution.summary([0.05])
+        assert summary["pairs"] == values.size
+        assert summary["min"] == pytest.approx(values.min(), rel=1e-4)
+        assert summary["max"] == pytest.approx(values.max(), rel=1e-4)
+        assert summary["mean"] == pytest.approx(2 / (LENGTH + 1), rel=1e-5)  # rows sum to 1
+
+
+def test_all_heads_are_the_layers_together(measured: tuple) -> None:
+    observer, pairs = measured
+    merged = AttentionDistribution.merged(observer.distributions)
+    assert merged.percentile(99) == pytest.approx(np.percentile(pairs, 99), rel=2e-3)
+    assert merged.high == max(d.high for d in observer.distributions)
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.05, 0.1])
+def test_shares_above_a_threshold_are_those_of_a_count(threshold: float, measured: tuple) -> None:
+    observer, pairs = measured
+    share = observer.distributions[1].share_above(threshold)
+    above = pairs[1][pairs[1] > threshold]
+    assert share["pairs"] == pytest.approx(above.size / pairs[1].size, abs=1e-3)
+    assert share["attention"] == pytest.approx(above.sum() / pairs[1].sum(), abs=2e-3)
+
+
+def test_the_suggestion_is_the_99th_percentile(measured: tuple) -> None:
+    distribution = measured[0].distributions[0]
+    assert distribution.summary([])["suggested_threshold"] == distribution.percentile(99)
+
+
+def test_attention_on_sinks_is_that_of_the_first_keys(measured: tuple) -> None:
+    observer, _ = measured
+    model, tokens = llama(), token_ids(LENGTH)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention = model(tokens[None], output_attentions=True).attentions[0][0]
+    expected = float(attention[..., :SINKS].sum() / attention.sum())
+    assert observer.distributions[0].summary([])["share_on_sinks"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_lifespans_are_those_of_a_harvest(measured: tuple) -> None:
+    labels = label_window(llama(), token_ids(LENGTH), LabelSpec((0.05,), (), 32))
+    assert torch.equal(measured[0].lifespans[0], labels.lifespan)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_key_site_of_every_family_passes_its_check(family: str) -> None:
+    site = check_key_site(freeze(FAMILIES[family](), tiny_tokenizer(), family))
+    assert site["difference_after_rotation"] < 1e-5
+    assert site["rotary"] == (family != "gpt2")
+
+
+def test_a_wrong_key_site_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = replace(KEY_SITES["llama"], module="v_proj")
+    for module in (architecture, key_hooks, key_site_check):
+        monkeypatch.setitem(module.KEY_SITES, "llama", wrong)
+    with pytest.raises(SmartKVError, match=r"v_proj .* is not the pre-RoPE key"):
+        check_key_site(freeze(llama(), tiny_tokenizer(), "tiny"))
+
+
+def test_observers_of_another_kind_can_look_too() -> None:
+    """The protocol is all that `observe_attention` asks for."""
+    seen: list[int] = []
+
+    class Looker:
+        def on_keys(self, layer: int, keys: torch.Tensor) -> None:
+            seen.append(layer)
+
+        def on_rotated_keys(self, layer: int, keys: torch.Tensor) -> None: ...
+
+        def on_block(self, layer: int, first_query: int, probabilities: torch.Tensor) -> None: ...
+
+    model = llama()
+    with torch.no_grad(), observe_attention(model, Looker()):
+        model(token_ids(8)[None], use_cache=False)
+    assert seen == [0, 1]

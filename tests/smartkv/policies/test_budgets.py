@@ -1,0 +1,163 @@
+"""Calibration and solving against plain loops."""
+
+import math
+
+import pytest
+import torch
+
+from smartkv.cache.lifespan_cache import LifespanCache
+from smartkv.errors import SmartKVError
+from smartkv.gates.bank import GateBank
+from smartkv.models.architecture import Fingerprint
+from smartkv.policies.budgets import Calibration, policy_of, price_curve, solve
+from smartkv.policies.hybrid import HybridPolicy, LayerRule
+from tests.models import llama, token_ids
+
+TOKENS, FIRST = 24, 5
+GATED = LayerRule("all", "gated", 3)
+
+
+def random_calibration(seed: int = 0) -> Calibration:
+    """Two layers, two windows, two heads."""
+    generator = torch.Generator().manual_seed(seed)
+    predictions = {layer: torch.randn(2, 2, TOKENS, generator=generator) for layer in range(2)}
+    return Calibration(predictions, 2, TOKENS, FIRST, TOKENS - 1)
+
+
+def counted(policy: HybridPolicy, calibration: Calibration) -> float:
+    """The footprint, key by key and query by query."""
+    visible = held = 0
+    for layer, rule in enumerate(policy.by_layer(2)):
+        for prediction in calibration.predictions[layer].flatten(0, 1).tolist():
+            for query in range(calibration.first, calibration.last):
+                for key in range(query + 1):
+                    ttl = math.inf if rule.rule == "full" else 0.0
+                    price = policy.price if rule.price is None else rule.price
+                    if rule.rule == "gated" and price is not None and prediction[key] > price:
+                        ttl = (
+                            math.ceil((policy.multiple or math.inf) * 4.0 ** prediction[key])
+                            if (math.isfinite(policy.multiple or math.inf))
+                            else math.inf
+                        )
+                    visible += key < policy.sinks or query - key < max(ttl, rule.window or 0)
+                    held += 1
+    return visible / held
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        HybridPolicy((GATED,), sinks=2, price=0.3),
+        HybridPolicy((GATED,), sinks=0, price=0.3, multiple=2.5),
+        HybridPolicy((LayerRule("0", "window", 6), LayerRule("1", "full")), sinks=2),
+        HybridPolicy((LayerRule("0", "gated", 1, price=-0.5), LayerRule("1", "gated", 4)), sinks=1, price=0.5),
+    ],
+)
+def test_the_footprint_is_a_plain_count(policy: HybridPolicy) -> None:
+    calibration = random_calibration()
+    assert calibration.footprint(policy) == pytest.approx(counted(policy, calibration), abs=1e-12)
+
+
+def test_the_footprint_of_gates_that_judge_for_ages_is_a_plain_count() -> None:
+    predictions = torch.randn(1, 2, TOKENS, 2, generator=torch.Generator().manual_seed(0)).cummin(dim=-1).values
+    calibration = Calibration({0: predictions}, 1, TOKENS, FIRST, TOKENS - 1, ages=(3, 7))
+    visible = 0
+    for number, (first, second) in enumerate(predictions.flatten(0, 2).tolist()):
+        key = number % TOKENS
+        for query in range(max(FIRST, key), TOKENS - 1):
+            ttl = math.inf if second > 0.1 else 7 if first > 0.1 else 3
+            visible += key < 1 or query - key < ttl
+    full = 2 * sum(query + 1 for query in range(FIRST, TOKENS - 1))
+    policy = HybridPolicy((GATED,), sinks=1, price=0.1)
+    assert calibration.footprint(policy) == pytest.approx(visible / full, abs=1e-12)
+
+
+@pytest.mark.parametrize("target", [0.4, 0.6])
+@pytest.mark.parametrize("figures", [{"price": None}, {"price": -math.inf, "multiple": None}])
+def test_solving_comes_up_to_the_target_within_one_key(figures: dict[str, float | None], target: float) -> None:
+    calibration = random_calibration()
+    found = calibration.footprint(solve(HybridPolicy((GATED,), sinks=1, **figures), target, calibration))
+    queries = range(FIRST, TOKENS - 1)
+    one_key = len(queries) / (8 * sum(query + 1 for query in queries))  # all queries see it, in one of eight heads
+    assert target - one_key <= found <= target
+
+
+def test_a_solved_window_is_the_largest_that_fits() -> None:
+    calibration, policy = random_calibration(), HybridPolicy((LayerRule("all", "window"),), sinks=1)
+    window = solve(policy, 0.5, calibration).rules[0].window
+    assert window is not None
+    assert calibration.footprint(policy.closed(window)) <= 0.5 < calibration.footprint(policy.closed(window + 1))
+
+
+def test_a_range_with_a_price_of_its_own_keeps_it() -> None:
+    policy = HybridPolicy((LayerRule("0", "gated", 3, price=0.9), LayerRule("1", "gated", 3)))
+    solved = solve(policy, 0.65, random_calibration())
+    assert [rule.price for rule in solved.rules] == [0.9, None]
+    assert solved.price is not None
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_open_windows_take_their_share_and_gates_the_rest(share: float) -> None:
+    calibration, target = random_calibration(), 0.7
+    open_both = HybridPolicy((LayerRule("all", "gated"),), sinks=1, window_share=share)
+    policy = solve(open_both, target, calibration)
+
+    def windows_only(window: int) -> float:
+        return calibration.footprint(HybridPolicy((LayerRule("all", "window", window),), sinks=1))
+
+    window = policy.rules[0].window
+    assert window is not None
+    assert windows_only(window) <= share * target < windows_only(window + 1)
+    assert calibration.footprint(policy) == pytest.approx(target, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"), [(0, "above 0 and at most 1"), (1.5, "above 0 and at most 1"), (0.01, "cannot keep 0.01")]
+)
+def test_a_footprint_out_of_reach_is_refused(target: float, message: str) -> None:
+    with pytest.raises(SmartKVError, match=message):
+        solve(HybridPolicy((GATED,)), target, random_calibration())
+
+
+def test_nothing_open_and_nothing_to_calibrate_on_are_refused() -> None:
+    with pytest.raises(SmartKVError, match="nothing open"):
+        solve(HybridPolicy((GATED,), price=0.0), 0.5, random_calibration())
+    with pytest.raises(SmartKVError, match="calibration needs windows"):
+        Calibration.measure(llama(), None, [])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", [LayerRule("all", "window", 6), GATED])
+def test_a_measured_calibration_gives_what_a_cache_holds(rule: LayerRule) -> None:
+    """Exactly so at layer 0, whose keys do not depend on eviction; in all layers where no gate decides."""
+    model, ids = llama(), token_ids(TOKENS)
+    torch.manual_seed(0)
+    gates = GateBank(Fingerprint.of(model), hidden=4)
+    calibration = Calibration.measure(model, gates, [ids], first=FIRST)
+    price = float(calibration.predictions[0].median()) + 1e-5
+    policy = HybridPolicy((rule,), sinks=1, price=price)
+    cache = LifespanCache(model, gates, policy, chunk=7, count_from=FIRST)
+    with cache:
+        model(ids[None, :-1], past_key_values=cache)
+    layer0 = Calibration(calibration.predictions, 1, TOKENS, FIRST, TOKENS - 1)
+    assert layer0.footprint(policy) == pytest.approx(float(cache.footprint_by_head[0].mean()), abs=1e-12)
+    assert 0 < layer0.footprint(policy) < 1
+    if rule.rule == "window":
+        assert calibration.footprint(policy) == pytest.approx(cache.footprint, abs=1e-12)
+
+
+def test_gates_remember_prices_and_give_their_policy_at_a_footprint() -> None:
+    calibration = random_calibration()
+    open_policy = HybridPolicy((GATED,), sinks=1)
+    curve = price_curve(open_policy, calibration)
+    assert len(curve) >= 3 and [f for f, _ in curve] == sorted((f for f, _ in curve), reverse=True)
+    gates = GateBank(Fingerprint("llama", 2, 2, 4, ""), details={"policy": open_policy.to_dict(), "prices": curve})
+    for footprint, price in curve:
+        assert policy_of(gates, footprint) == solve(open_policy, footprint, calibration)
+        assert policy_of(gates, footprint).price == pytest.approx(price)
+    between = (curve[0][0] * curve[1][0]) ** 0.5
+    assert policy_of(gates, between).price == pytest.approx((curve[0][1] + curve[1][1]) / 2)
+    with pytest.raises(SmartKVError, match=r"have prices for footprints from 0\.\d+ to 0\.707, not for 0\.9"):
+        policy_of(gates, 0.9)
+    with pytest.raises(SmartKVError, match="remember no policy with prices"):
+        policy_of(GateBank(gates.fingerprint), 0.5)
