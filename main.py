@@ -29,10 +29,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: E402
 import callbacks  # noqa: F401, E402 - these three are imported so that configs name classes without their module
 import datamodules  # noqa: F401, E402
 import lightning_modules  # noqa: F401, E402
-from lightning_modules.checkpoint_io import CheckpointFiles, read_checkpoint  # noqa: E402
-from smartkv.errors import SmartKVError, said_in_one_line  # noqa: E402
-from smartkv.io.hub import answer_in_time  # noqa: E402
-from smartkv.io.locks import hold  # noqa: E402
+from lightning_modules.checkpoint_io import AtomicCheckpointIO, read_checkpoint  # noqa: E402
+from smartkv.errors import SmartKVError, one_line_errors  # noqa: E402
+from smartkv.io.hub import limit_hub_waiting  # noqa: E402
+from smartkv.io.locks import lock_folder  # noqa: E402
 
 
 class CLI(LightningCLI):
@@ -50,16 +50,16 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no other was asked for
-            trainer.strategy.checkpoint_io = CheckpointFiles()
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     @rank_zero_only
     def before_fit(self) -> None:
-        hold(self.trainer.default_root_dir)
+        lock_folder(self.trainer.default_root_dir)
 
     @rank_zero_only
     def before_predict(self) -> None:
-        hold(self.datamodule.out)
+        lock_folder(self.datamodule.out)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
@@ -104,8 +104,8 @@ def main(args: list[str] | None = None) -> None:
 
     A user's mistake ends with one line on stderr and status 2.
     """
-    with said_in_one_line():
-        answer_in_time()
+    with one_line_errors():
+        limit_hub_waiting()
         CLI(
             L.LightningModule,
             L.LightningDataModule,

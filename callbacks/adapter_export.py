@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.eviction_tuning import EvictionTuning
-from smartkv.io.atomic import sweep, write_atomically
+from smartkv.io.atomic import delete_partial_files, write_atomically
 
 DONE = "training.json"  # written last: a folder that has it is whole
 
@@ -44,7 +44,7 @@ class AdapterExport(L.Callback):
         if trainer.fast_dev_run:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        sweep(self.out)
+        delete_partial_files(self.out)
         (self.out / DONE).unlink(missing_ok=True)
         pl_module.student.save_pretrained(self.out)
         pl_module.lm.tokenizer.save_pretrained(self.out)

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_modules.distillation import DistilledGates
 from lightning_modules.gates import LifespanGates
 from smartkv.errors import SmartKVError
-from smartkv.io.atomic import sweep
+from smartkv.io.atomic import delete_partial_files
 
 
 class GateExport(L.Callback):
@@ -51,7 +51,7 @@ class GateExport(L.Callback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
-        sweep(self.out)
+        delete_partial_files(self.out)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":

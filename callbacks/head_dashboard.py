@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.table import Table
 
-from datamodules.distributed import add_up, process_of
+from datamodules.distributed import process_of, sum_over_processes
 from datamodules.lifespan_shards import LifespanShards
 from eval.common.console import make_console
 from eval.common.figures import heads_heatmap, predicted_against_true
@@ -47,7 +47,7 @@ class HeadDashboard(L.Callback):
         if isinstance(trainer.datamodule, LifespanShards):  # online, keys are gone before nulls could learn from them
             # each process reads its share: were it one alone, the others would give up waiting for it in a long run
             rank, world = process_of(trainer)
-            together = {"share": slice(rank, None, world), "add_up": partial(add_up, trainer)}
+            together = {"share": slice(rank, None, world), "add_up": partial(sum_over_processes, trainer)}
             scores = score_nulls(trainer.datamodule.rows, pooled=True, **together)
             self.nulls = {name: sums.r2() for name, sums in scores.items()}
         writer = tensorboard_writer(trainer)
@@ -71,7 +71,7 @@ class HeadDashboard(L.Callback):
     @torch.no_grad()
     def _histograms(self, trainer: L.Trainer, module: LifespanGates) -> Any:
         rows = trainer.datamodule.rows
-        blocks = trainer.datamodule.at_first("validation")[: self.sample_windows]
+        blocks = trainer.datamodule.first_blocks("validation")[: self.sample_windows]
         prediction = torch.cat([module(rows.keys(block).to(module.device)).cpu() for block in blocks], dim=1).numpy()
         truth = rows.target(*blocks).numpy()
         order = module.val_r2_head.argsort().tolist()

@@ -9,10 +9,10 @@ from torch import Tensor
 from callbacks.head_dashboard import tensorboard_writer
 from eval.common.figures import frontier
 from lightning_modules.gates import LifespanGates
-from smartkv.errors import SmartKVError
+from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.metrics.bootstrap import bootstrap, mean_over
-from smartkv.metrics.perplexity import evicted_nll, full_cache_bytes, window_nll
+from smartkv.metrics.perplexity import evicted_nll, full_cache_bytes, query_before, window_nll
 from smartkv.models.backbone import Backbone, load_backbone
 from smartkv.models.key_hooks import read_keys
 from smartkv.policies.budgets import Calibration, solve
@@ -71,10 +71,10 @@ class HybridCachePerplexity(L.Callback):
             raise SmartKVError(f"max_share is a share of the run's time from 0 to 1, got {self.max_share}")
         rows = trainer.datamodule.rows
         window, fingerprint = rows.manifest.window, rows.manifest.fingerprint
-        self.first = window // 2 if self.score_from is None else self.score_from
-        if not 1 <= self.first < window:
+        self.first_token = window // 2 if self.score_from is None else self.score_from
+        if not 1 <= self.first_token < window:
             raise SmartKVError(
-                f"score_from must be at least 1 and below the window of {window} tokens, got {self.first}"
+                f"score_from must be at least 1 and below the window of {window} tokens, got {self.first_token}"
             )
         self.policy = read_policy(self.policy_name, fingerprint.layers)
         with torch.device("meta"):  # gates to come: no weights yet, and no random numbers drawn before the module's
@@ -117,12 +117,12 @@ class HybridCachePerplexity(L.Callback):
         if self.lm is None:
             self._prepare(trainer, pl_module)
         gates = pl_module.gates().to(pl_module.device).eval()
-        calibration = Calibration.of(gates, self.keys, self.first - 1)
+        calibration = Calibration.of(gates, self.keys, query_before(self.first_token))
         measured = {"full": self.full, **self.reference}
         for footprint in self.footprints:
             try:
                 policy = solve(self.policy, footprint, calibration)
-            except SmartKVError:  # gates of an early epoch may not be able to keep that little, or that much
+            except FootprintOutOfReach:  # gates of an early epoch may not be able to keep that little, or that much
                 continue
             measured[f"{policy.name}_{footprint:g}"] = self._windows(trainer, gates, policy)
         self._draw(trainer, measured)
@@ -137,7 +137,7 @@ class HybridCachePerplexity(L.Callback):
         self.keys = [read_keys(self.lm.model, window) for window in self.learn]
         self.full = self._windows(trainer, None, None)
         tokens, layers = self.held_out.shape[1], manifest.fingerprint.layers
-        calibration = Calibration.without_gates(layers, tokens, self.first - 1)
+        calibration = Calibration.without_gates(layers, tokens, query_before(self.first_token))
         self.reference = {}
         for footprint in self.footprints:
             policy = solve(named_policy("window", layers), footprint, calibration)
@@ -153,9 +153,9 @@ class HybridCachePerplexity(L.Callback):
         for number in range(rank, len(self.held_out), world):
             tokens = self.held_out[number]
             if policy is None:
-                row = (window_nll(model, tokens, self.first), 1.0, full_cache_bytes(model, len(tokens) - 1))
+                row = (window_nll(model, tokens, self.first_token), 1.0, full_cache_bytes(model, len(tokens) - 1))
             else:
-                own = evicted_nll(model, gates if policy.gated else None, policy, tokens, self.first, self.chunk)
+                own = evicted_nll(model, gates if policy.gated else None, policy, tokens, self.first_token, self.chunk)
                 row = (own.nll, float(own.footprint.mean()), own.peak_bytes)
             found[number] = torch.tensor(row, dtype=torch.float64)
         return trainer.strategy.reduce(found, reduce_op="sum").cpu()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from smartkv.labels.key_labels import Labels
-from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Block
 
 
@@ -43,7 +43,7 @@ class KeyBatch:
 class BlockReader(Dataset):
     """Reads a list of blocks as one `KeyBatch`. `__getitem__` takes (blocks of this process, rows of all)."""
 
-    def __init__(self, rows: LabelledRows) -> None:
+    def __init__(self, rows: LabelledKeys) -> None:
         self.rows = rows
         self.empty = Block(rows.manifest.shards[0].file, 0, 0, 0)
 

@@ -18,7 +18,7 @@ def process_of(trainer: L.Trainer | None) -> tuple[int, int]:
     return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
 
-def add_up(trainer: L.Trainer, totals: Iterable[Tensor]) -> None:
+def sum_over_processes(trainer: L.Trainer, totals: Iterable[Tensor]) -> None:
     """Sum each tensor over all processes, in place, on whichever device it is. All call it, with the same shapes."""
     if trainer.world_size == 1:
         return

@@ -16,7 +16,7 @@ from datamodules.shard_plan import WindowRun, WindowRuns, shard_runs
 from smartkv.errors import SmartKVError
 from smartkv.models.backbone import load_tokenizer, read_architecture
 from smartkv.models.gguf import PACKAGED
-from smartkv.shards.manifest import ShardEntry, entry_of, recorded_shards
+from smartkv.shards.manifest import ShardEntry, recorded_shards, shard_entry
 from smartkv.shards.shard_file import DamagedFile, digests, open_tensors, read_header, write_shard
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import PLAN, WindowCounts, WindowPlan, plan_windows, read_plan
@@ -138,7 +138,7 @@ class DocumentWindows(L.LightningDataModule):
 
     def entry(self, run: WindowRun) -> ShardEntry:
         """The manifest's line for a shard that is there."""
-        return entry_of(self.out / run.file, run.split, run.windows, run.windows * self.window)
+        return shard_entry(self.out / run.file, run.split, run.windows, run.windows * self.window)
 
     def check_shards(self, header: dict[str, Any]) -> None:
         """Refuse to add to shards that were made with other settings or another model.

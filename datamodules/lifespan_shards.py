@@ -12,7 +12,7 @@ from datamodules.block_loader import BlockLoader, BlockReader
 from datamodules.distributed import check_resumed, failing_together, process_of
 from smartkv.errors import SmartKVError
 from smartkv.models.layer_ranges import format_layers
-from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Block, Manifest
 from smartkv.texts.windows import WindowPlan, read_plan
 
@@ -62,7 +62,7 @@ class LifespanShards(L.LightningDataModule):
             read = manifest.shards if stage == "fit" else manifest.of_split("validation")
             with failing_together():
                 manifest.verify(read[rank::world])
-        self.rows = LabelledRows(manifest, self.threshold, self.follow_up, self.inputs, self.layers)
+        self.rows = LabelledKeys(manifest, self.threshold, self.follow_up, self.inputs, self.layers)
         self.dataset = BlockReader(self.rows)
         for split in ("train", "validation"):
             self.blocks(split)  # both are needed, so say at once if one is missing
@@ -75,7 +75,7 @@ class LifespanShards(L.LightningDataModule):
     def blocks(self, split: str) -> list[Block]:
         return self.rows.blocks(split, min(self.block, self.batch_size))
 
-    def at_first(self, split: str) -> list[Block]:
+    def first_blocks(self, split: str) -> list[Block]:
         """What this process checks, and averages, before the first step: its part of whole windows."""
         rank, world = process_of(self.trainer)
         return self.rows.blocks(split)[rank::world]

@@ -22,8 +22,8 @@ from smartkv.labels.lifespans import LabelSpec, check_window, label_window
 from smartkv.models.backbone import Backbone, load_backbone
 from smartkv.models.gguf import PACKAGED
 from smartkv.models.layer_ranges import format_layers
-from smartkv.shards.in_memory import HeldBlocks
-from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.in_memory import InMemoryRows
+from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Block, Manifest, ShardEntry
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import WindowCounts, WindowPlan, check_counts, plan_windows
@@ -105,8 +105,8 @@ class OnlineKeys(L.LightningDataModule):
         self.plan = plan_windows(
             self.sources, self.counts, self.lm.tokenizer, self.window, self.windows_per_document, self.seed, say
         )
-        self.held = HeldBlocks(self.lm.fingerprint, self.spec)
-        self.rows = LabelledRows(self._manifest(), self.threshold, None, self.inputs, self.layers, self.held)
+        self.held = InMemoryRows(self.lm.fingerprint, self.spec)
+        self.rows = LabelledKeys(self._manifest(), self.threshold, None, self.inputs, self.layers, self.held)
         self.dataset = BlockReader(self.rows)
         self.tokens = {split: self.plan.of_split(split) for split in ("train", "validation")}
         validation = self.rows.blocks("validation")  # one a window
@@ -145,7 +145,7 @@ class OnlineKeys(L.LightningDataModule):
         """Those that this process holds."""
         return [block for block in blocks if self.owns(_number(block))]
 
-    def at_first(self, split: str) -> list[Block]:
+    def first_blocks(self, split: str) -> list[Block]:
         """What this process checks, and averages, before the first step: validation, and the first windows of the
         buffer, which are then there already when the first step asks for them."""
         if split == "train":
@@ -182,7 +182,7 @@ class OnlineKeys(L.LightningDataModule):
         labels = label_window(self.lm.model, tokens, self.spec, self.inputs == "keys_post_rope")
         self.held.hold(blocks, labels, tokens)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """What an epoch that was cut short has left, but for the windows with which an epoch begins."""
         for number, blocks in enumerate(self.blocks):
             held = [block for block in blocks if block in self.held]
@@ -257,7 +257,7 @@ class ReplayLoader(Resumable):
             self.consumed = 0
         behind = self.consumed
         if not behind:
-            data.let_go()
+            data.release()
         for number, step in enumerate(replay):
             if number < behind:
                 if number == behind - 1:  # what the buffer holds now

@@ -7,7 +7,7 @@ from jsonargparse import auto_cli
 from eval.attention.anchors import anchors
 from eval.attention.calibrate import calibrate
 from eval.chat.generate import generate
-from eval.common.aliases import spelled_out
+from eval.common.aliases import expand_aliases
 from eval.eviction.auto import auto
 from eval.eviction.compare import compare
 from eval.eviction.gains import gains
@@ -24,8 +24,8 @@ from eval.tasks.longbench import longbench
 from eval.tasks.needle import needle
 from eval.tasks.reasoning import reasoning
 from eval.tasks.ruler import ruler
-from smartkv.errors import said_in_one_line
-from smartkv.io.hub import answer_in_time
+from smartkv.errors import one_line_errors
+from smartkv.io.hub import limit_hub_waiting
 
 COMMANDS = {
     "anchors": anchors,
@@ -52,9 +52,9 @@ COMMANDS = {
 
 def main(args: list[str] | None = None) -> None:
     """Run one command; a user's mistake ends with one line on stderr and status 2."""
-    with said_in_one_line():
-        answer_in_time()
-        given = spelled_out(sys.argv[1:] if args is None else args)
+    with one_line_errors():
+        limit_hub_waiting()
+        given = expand_aliases(sys.argv[1:] if args is None else args)
         auto_cli(COMMANDS, args=given, as_positional=False, prog="python -m eval")
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from eval.common.console import make_console
 from eval.common.results import read_result, write_result
-from eval.eviction.frontier import frontier_table, read_points, won
+from eval.eviction.frontier import frontier_table, read_points, summary_line
 from smartkv.errors import SmartKVError
 from smartkv.metrics.perplexity import window_nll
 from smartkv.models.backbone import load_backbone
@@ -95,4 +95,4 @@ def _show(console: Console, folder: Path, path: Path) -> None:
         console.print(
             frontier_table(points, "What is lost when keys are evicted, by share of the KV cache that is kept")
         )
-        console.print(won(points), highlight=False)
+        console.print(summary_line(points), highlight=False)

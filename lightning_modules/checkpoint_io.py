@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from smartkv.errors import SmartKVError
-from smartkv.io.atomic import sweep, write_atomically
+from smartkv.io.atomic import delete_partial_files, write_atomically
 
 PARTS = ("state_dict", "pytorch-lightning_version")  # what every checkpoint of Lightning's has
 
@@ -46,7 +46,7 @@ def _damaged(path: Path | str, error: Exception) -> SmartKVError:
     return SmartKVError(f"{path} is damaged, or no checkpoint ({said}): give another one")
 
 
-class CheckpointFiles(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's own go through a folder for temporary files: where that is on another disk, a run that is killed
     while the file is copied has lost the checkpoint before too. These are written beside the one they replace."""
 
@@ -55,7 +55,7 @@ class CheckpointFiles(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        sweep(path.parent, path.name)
+        delete_partial_files(path.parent, path.name)
         buffer = io.BytesIO()  # torch.save hides what the disk says
         torch.save(checkpoint, buffer)
         write_atomically(path, buffer.getbuffer())

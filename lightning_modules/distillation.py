@@ -11,9 +11,9 @@ from datamodules.token_windows import TokenWindows, WindowBatch
 from lightning_modules.lr_schedules import total_steps, warmup_then_cosine
 from lightning_modules.resuming import Resuming
 from smartkv.distillation.kl_divergence import divergence
-from smartkv.distillation.soft_attention import HIDDEN, softly_evicted
-from smartkv.distillation.soft_keep import footprint, keep_share, stays
-from smartkv.distillation.warm_start import for_ages, plain
+from smartkv.distillation.soft_attention import HIDDEN, soft_eviction
+from smartkv.distillation.soft_keep import footprint, hard_keep, keep_share
+from smartkv.distillation.warm_start import one_output_per_age, single_output
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.models.backbone import Backbone, load_backbone
@@ -101,7 +101,7 @@ class DistilledGates(Resuming):
         device = self.trainer.strategy.root_device
         self.frozen.append(load_backbone(h.backbone, h.dtype, device, trust_remote_code=h.trust_remote_code))
         self.lm.model.requires_grad_(False)
-        start = plain(GateBank.from_pretrained(h.gates, self.lm.model)).to(device)
+        start = single_output(GateBank.from_pretrained(h.gates, self.lm.model)).to(device)
         if start.ages and start.ages != tuple(h.ages):
             raise SmartKVError(f"the gates in {h.gates} judge for ages {list(start.ages)}, not for {list(h.ages)}")
         if start.outputs not in (1, len(h.ages)) or len(start.layers) != self.lm.architecture.layers:
@@ -111,7 +111,7 @@ class DistilledGates(Resuming):
             )
         if start.details.get("target") != TARGET:
             self._in_nats(start)
-        self.bank = for_ages(start, h.ages, h.hidden).requires_grad_(True).train()
+        self.bank = one_output_per_age(start, h.ages, h.hidden).requires_grad_(True).train()
 
     def setup(self, stage: str) -> None:
         data: TokenWindows = self.trainer.datamodule
@@ -120,18 +120,20 @@ class DistilledGates(Resuming):
                 f"model.backbone is '{self.hparams.backbone}', data.backbone '{data.backbone}': they must be the same"
             )
         first = self.hparams.score_from
-        self.first = data.window // 4 if first is None else first
-        if not self.hparams.sinks <= self.first < data.window - 1:
-            raise SmartKVError(f"score_from must lie between sinks and the window of {data.window}, got {self.first}")
+        self.first_query = data.window // 4 if first is None else first
+        if not self.hparams.sinks <= self.first_query < data.window - 1:
+            raise SmartKVError(
+                f"score_from must lie between sinks and the window of {data.window}, got {self.first_query}"
+            )
 
     @torch.no_grad()
     def _in_nats(self, gates: GateBank) -> None:
         """Bring the figures of gates that predict something else to the unit of prices, by a straight line, so that
         they keep the shares `START` at the highest and the lowest price."""
         h, keys = self.hparams, self._keys()
-        calibration = Calibration.of(gates, keys, self.first)
+        calibration = Calibration.of(gates, keys, self.first_query)
         policy = HybridPolicy((LayerRule("all", "gated", h.ages[0]),), sinks=h.sinks)
-        in_full = float(footprint(torch.zeros(1, keys[0][0].shape[2], 1), h.ages[:1], h.sinks, self.first))
+        in_full = float(footprint(torch.zeros(1, keys[0][0].shape[2], 1), h.ages[:1], h.sinks, self.first_query))
         prices = {
             name: solve(policy, in_full + share * (1 - in_full), calibration).price for name, share in START.items()
         }
@@ -159,7 +161,7 @@ class DistilledGates(Resuming):
             "sinks": h.sinks,
             "inputs": "keys",
             "policy": policy.to_dict(),
-            "prices": price_curve(policy, Calibration.of(self.bank, self._keys(), self.first)),
+            "prices": price_curve(policy, Calibration.of(self.bank, self._keys(), self.first_query)),
             "training": {
                 "backbone": h.backbone,
                 "sources": data.plan.sources,
@@ -193,7 +195,7 @@ class DistilledGates(Resuming):
         def log_keep(layer: int, keys: Tensor) -> Tensor:
             worth = self.bank.predict(layer, keys.detach())
             if temperature is None:
-                keep = stays(worth, price).float()
+                keep = hard_keep(worth, price).float()
                 log = HIDDEN * (1 - keep)
             else:
                 keep, log = keep_share(worth, price, temperature)
@@ -202,10 +204,10 @@ class DistilledGates(Resuming):
 
         base = self.lm.model.base_model
         teacher = self.full(ids) if teacher is None else teacher
-        with softly_evicted(self.lm.model, log_keep, h.ages, h.sinks):
+        with soft_eviction(self.lm.model, log_keep, h.ages, h.sinks):
             hidden = base(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         lost = divergence(hidden[places], teacher[places], self.lm.model.get_output_embeddings())
-        return lost, footprint(torch.cat(kept), h.ages, h.sinks, self.first)
+        return lost, footprint(torch.cat(kept), h.ages, h.sinks, self.first_query)
 
     @torch.no_grad()
     def full(self, ids: Tensor) -> Tensor:
@@ -220,7 +222,7 @@ class DistilledGates(Resuming):
             # what is drawn depends on the step and the window alone, not on how many processes there are
             generator = torch.Generator().manual_seed(self.global_step * 1_000_003 + number)
             price = low + (high - low) * float(torch.rand((), generator=generator))
-            places = torch.arange(self.first, len(ids))
+            places = torch.arange(self.first_query, len(ids))
             if self.hparams.scored_tokens is not None:
                 places = places[torch.randperm(len(places), generator=generator)[: self.hparams.scored_tokens]].sort()[
                     0
@@ -237,7 +239,7 @@ class DistilledGates(Resuming):
         """At the lowest, the middle and the highest price, keys staying or going as in the cache."""
         low, high = math.log(self.hparams.price_low), math.log(self.hparams.price_high)
         for ids in batch.tokens:
-            places, total = torch.arange(self.first, len(ids), device=ids.device), 0.0
+            places, total = torch.arange(self.first_query, len(ids), device=ids.device), 0.0
             teacher = self.full(ids)
             for name, price in (("low", low), ("middle", (low + high) / 2), ("high", high)):
                 lost, kept = self.losses(ids, price, places, temperature=None, teacher=teacher)

@@ -28,7 +28,7 @@ from smartkv.policies.budgets import Calibration, price_curve
 from smartkv.policies.hybrid import HybridPolicy
 from smartkv.sparsity import Linear, Schedule
 from smartkv.sparsity.dropping import Dropping, RandomDropping
-from smartkv.sparsity.key_dropout import windowed
+from smartkv.sparsity.key_dropout import window_attention
 from smartkv.sparsity.losses import hidden_distance, student_loss
 
 UNLIKE = ("threads", "trust_remote_code", "gradient_checkpointing")  # settings that a resumed run may have otherwise
@@ -235,7 +235,7 @@ class EvictionTuning(Resuming):
         full = self._nll(ids)
         with self.dropping.inside(self.lm, ids, self.keep_ratio(), batch.number.tolist()):
             dropped = self._nll(ids)
-        with windowed(self.lm.model, max(1, ids.shape[1] // 8), SINKS, *ids.shape):
+        with window_attention(self.lm.model, max(1, ids.shape[1] // 8), SINKS, *ids.shape):
             narrow = self._nll(ids)
         return {"val_nll": full, "val_nll_dropped": dropped, "val_cost": dropped - full, "val_nll_window": narrow}
 

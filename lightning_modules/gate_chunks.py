@@ -15,7 +15,7 @@ from smartkv.gates.bank import GateBank
 Predict = Callable[[Tensor], Tensor]
 
 
-def in_parts(bank: GateBank, losses: Callable[[Predict, slice], Tensor], size: int) -> tuple[Tensor, Tensor]:
+def in_chunks(bank: GateBank, losses: Callable[[Predict, slice], Tensor], size: int) -> tuple[Tensor, Tensor]:
     """Forward and backward pass, `size` gates at a time.
 
     Args:

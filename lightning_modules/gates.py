@@ -7,10 +7,10 @@ from torch import Tensor
 from torchmetrics import R2Score
 
 from datamodules.block_loader import KeyBatch
-from datamodules.distributed import add_up, failing_together
+from datamodules.distributed import failing_together, sum_over_processes
 from datamodules.lifespan_shards import LifespanShards
 from datamodules.online_keys import OnlineKeys
-from lightning_modules.gate_chunks import Predict, in_parts
+from lightning_modules.gate_chunks import Predict, in_chunks
 from lightning_modules.head_metrics import HeadMean
 from lightning_modules.lr_schedules import warmup_then_cosine
 from lightning_modules.resuming import Resuming
@@ -75,7 +75,7 @@ class LifespanGates(Resuming):
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
         with failing_together():
-            for block in data.at_first("validation"):
+            for block in data.first_blocks("validation"):
                 data.rows.checked_keys(block)  # those of training are checked while they are averaged
 
     @torch.no_grad()
@@ -88,9 +88,9 @@ class LifespanGates(Resuming):
         data: LifespanShards | OnlineKeys = self.trainer.datamodule
         moments = Moments.zeros(len(self.bank), self.bank.fingerprint.head_dim, self.bank.outputs)
         with failing_together():
-            for block in data.at_first("train"):
+            for block in data.first_blocks("train"):
                 moments.update(data.rows.checked_keys(block), self.objective.targets(data.rows.labels(block)))
-        add_up(self.trainer, moments.tensors())
+        sum_over_processes(self.trainer, moments.tensors())
         mean, std, target = moments.result()
         self.key_mean.copy_(mean)
         self.key_std.copy_(std)
@@ -151,7 +151,7 @@ class LifespanGates(Resuming):
         def row_losses(predict: Predict, gates: slice) -> Tensor:
             return self.objective.row_loss(predict(self._standardise(batch.keys[gates], gates)), target[gates])
 
-        losses, total = in_parts(self.bank, row_losses, self._gates_at_once(batch.keys))
+        losses, total = in_chunks(self.bank, row_losses, self._gates_at_once(batch.keys))
         self.train_loss_head.update(losses)
         # DDP averages gradients over processes; dividing by all rows makes that the mean over the whole batch
         loss = total * self.trainer.world_size / batch.global_rows

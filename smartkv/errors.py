@@ -19,7 +19,14 @@ class SmartKVError(Exception):
     """
 
 
-def told(error: Exception) -> str | None:
+class FootprintOutOfReach(SmartKVError):
+    """A policy or a contender cannot keep the share of the cache that was asked for.
+
+    Commands that measure several footprints leave this one out and go on; anything else that is wrong ends them.
+    """
+
+
+def error_line(error: Exception) -> str | None:
     """What is said in a line of a mistake, of one in a forked process, of a full disk or of a folder that is not ours;
     None: the error is another."""
     if isinstance(error, SmartKVError):
@@ -27,18 +34,24 @@ def told(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return f"{error.filename or 'a file'} could not be written: {error.strerror}"
     if isinstance(error, ProcessRaisedException):  # its message is the other process's traceback
-        found = re.search(rf"^{__name__}\.SmartKVError: (.*)", str(error), re.MULTILINE)
+        names = "|".join(f"{kind.__module__}.{kind.__qualname__}" for kind in _kinds(SmartKVError))
+        found = re.search(rf"^(?:{names}): (.*)", str(error), re.MULTILINE)
         return found and found[1]
     return None
 
 
+def _kinds(error: type[Exception]) -> list[type[Exception]]:
+    """The class and all that derive from it."""
+    return [error, *(kind for derived in error.__subclasses__() for kind in _kinds(derived))]
+
+
 @contextmanager
-def said_in_one_line() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """What a command runs in: an error that can be told ends it with one line on stderr and status 2."""
     try:
         yield
     except Exception as error:
-        said = told(error)
+        said = error_line(error)
         if said is None:
             raise
         print(f"error: {said}", file=sys.stderr)

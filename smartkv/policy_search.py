@@ -55,7 +55,7 @@ def measure_trade(
     nearby: Sequence[HybridPolicy],
     options: Sequence[LayerRule],
     windows: Sequence[Tensor],
-    first: int,
+    first_query: int,
     tracked: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Trade:
     """Try each option in each layer.
@@ -65,7 +65,7 @@ def measure_trade(
         nearby: the same with a higher and with a lower price.
         options: their `layers` is not read; those that ask gates share the policy's price.
         windows: calibration texts, ids `[tokens]` each.
-        first: queries from this one on count.
+        first_query: queries from this one on count.
         tracked: wraps the loop over layers, for a progress bar.
 
     Raises:
@@ -78,14 +78,14 @@ def measure_trade(
     layers = model.config.num_hidden_layers
     shape = (layers, len(everywhere))
     moved, kept = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
-    teachers = [_hidden(model, ids, None)[first:] for ids in windows]
+    teachers = [_hidden(model, ids, None)[first_query:] for ids in windows]
     head = model.get_output_embeddings()
 
     def read(tried: HybridPolicy) -> tuple[float, Tensor]:
         lost, by_layer = 0.0, torch.zeros(layers, dtype=torch.float64)
         for ids, teacher in zip(windows, teachers, strict=True):
-            with LifespanCache(model, gates, tried, count_from=first) as cache:
-                hidden = _hidden(model, ids, cache)[first:]
+            with LifespanCache(model, gates, tried, first_query=first_query) as cache:
+                hidden = _hidden(model, ids, cache)[first_query:]
                 by_layer += cache.footprint_by_head.mean(dim=1).cpu() / len(windows)
             lost += float(divergence(hidden, teacher, head)) / len(windows)
         return lost, by_layer

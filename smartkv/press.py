@@ -84,8 +84,7 @@ class LifespanPress(ScorerPress):
                 f"{keys.shape[2]} keys: put it first in a ComposedPress, and use a DMSPress in place of a DecodingPress"
             )
         layer: int = module.layer_idx  # type: ignore[assignment]
-        score = self.bank.score(layer, get_prerope_key_states(module, hidden_states))
-        score = score[..., -1] if self.bank.ages else score
+        score = self.bank.single_score(self.bank.score(layer, get_prerope_key_states(module, hidden_states)))
         new = score.shape[-1]
         last = int(kwargs["cache_position"][-1]) + 1 if "cache_position" in kwargs else new
         position = torch.arange(last - new, last, device=score.device)

@@ -24,7 +24,7 @@ from datamodules.lifespan_shards import LifespanShards
 from lightning_modules import Harvest, LifespanGates
 from smartkv.labels.lifespans import LabelSpec
 from smartkv.models.architecture import Fingerprint
-from smartkv.shards.manifest import SPLITS, Manifest, ShardEntry, entry_of, shard_header
+from smartkv.shards.manifest import SPLITS, Manifest, ShardEntry, shard_entry, shard_header
 from smartkv.shards.shard_file import write_shard
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import WindowCounts
@@ -330,7 +330,7 @@ def write_made_shards(
                 tensors["keys_post_rope"] = rotated[split][number].half()
             path = folder / f"{split}-{number:05d}.safetensors"
             write_shard(path, tensors, shard_header(fingerprint, spec, window, sinks))
-            entries.append(entry_of(path, split, 1, tokens))
+            entries.append(shard_entry(path, split, 1, tokens))
     documents = [f"made/{number}" for number in range(len(entries))]
     Manifest(folder, fingerprint, spec, window, sinks, [], documents, {"backbone": "made"}, entries).write()
     return folder

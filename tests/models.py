@@ -23,7 +23,7 @@ from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import LabelSpec
 from smartkv.models.architecture import Fingerprint
 from smartkv.models.backbone import load_backbone
-from smartkv.shards.manifest import Manifest, ShardEntry, entry_of, shard_header
+from smartkv.shards.manifest import Manifest, ShardEntry, shard_entry, shard_header
 from smartkv.shards.shard_file import write_shard
 
 SHAPE = {
@@ -182,7 +182,7 @@ def write_tiny_shards(
         layers, kv_heads, _, head_dim = tensors["keys"].shape
         fingerprint = Fingerprint("llama", layers, kv_heads, head_dim, "0123456789abcdef")
         write_shard(path, tensors, shard_header(fingerprint, spec, window, sinks) | {"number": number})
-        entries.append(entry_of(path, split, windows, windows * window))
+        entries.append(shard_entry(path, split, windows, windows * window))
     Manifest(folder, fingerprint, spec, window, sinks, [], ["a", "b"], {"model": "tiny"}, entries).write()
     return Manifest.read(folder)
 

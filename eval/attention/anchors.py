@@ -29,8 +29,8 @@ NAMES = (SINK, RECENT, *CLASSES)
 class _Shares:
     """Adds up, layer by layer, the attention that goes to each kind of key, and how many of the keys are of it."""
 
-    def __init__(self, layers: int, kinds: Tensor, sinks: int, recent: int, first: int) -> None:
-        self.kinds, self.sinks, self.recent, self.first = kinds, sinks, recent, first
+    def __init__(self, layers: int, kinds: Tensor, sinks: int, recent: int, first_query: int) -> None:
+        self.kinds, self.sinks, self.recent, self.first_query = kinds, sinks, recent, first_query
         self.attention = torch.zeros(layers, len(NAMES), dtype=torch.float64)
         self.keys = torch.zeros(len(NAMES), dtype=torch.float64)
 
@@ -40,14 +40,14 @@ class _Shares:
     def on_rotated_keys(self, layer: int, keys: Tensor) -> None:
         return
 
-    def on_block(self, layer: int, first_query: int, probabilities: Tensor) -> None:
+    def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
         queries, keys = probabilities.shape[2:]
         query = torch.arange(first_query, first_query + queries)[:, None]
         key = torch.arange(keys)
         kind = (self.kinds[:keys] + 2).expand(queries, keys).clone()
         kind[query - key < self.recent] = NAMES.index(RECENT)
         kind[:, : self.sinks] = NAMES.index(SINK)
-        counted = (query >= self.first) & (key <= query)
+        counted = (query >= self.first_query) & (key <= query)
         mean = (probabilities.mean(dim=(0, 1)).cpu().double() * counted).flatten()
         self.attention[layer] += torch.bincount(kind.flatten(), mean, minlength=len(NAMES))
         if layer == 0:
@@ -94,12 +94,12 @@ def anchors(
         raise SmartKVError("windows and recent must be at least 1, and windows longer than sinks and recent tokens")
     lm = load_backbone(backbone, dtype, device, trust_remote_code)
     check_window(lm.model, window)
-    plan = plan_windows(sources, {split: windows}, lm.tokenizer, window, 4, seed, lambda _: None)
-    classes, first = token_classes(lm.tokenizer), window // 4
+    plan = plan_windows(sources, {split: windows}, lm.tokenizer, window, 4, seed, console.print)
+    classes, first_query = token_classes(lm.tokenizer), window // 4
     attention = torch.zeros(lm.architecture.layers, len(NAMES), dtype=torch.float64)
     keys = torch.zeros(len(NAMES), dtype=torch.float64)
     for ids in track(plan.of_split(split), "Reading", console=console):
-        observer = _Shares(lm.architecture.layers, classes[ids.long()], sinks, recent, first)
+        observer = _Shares(lm.architecture.layers, classes[ids.long()], sinks, recent, first_query)
         with observe_attention(lm.model, observer):
             lm.model.base_model(input_ids=ids.long()[None].to(device), use_cache=False)
         attention += observer.attention

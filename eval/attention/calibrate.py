@@ -12,7 +12,12 @@ from torch import Tensor
 from eval.common.console import make_console
 from eval.common.figures import heads_heatmap, lines_by_layer, survival
 from eval.common.results import save_picture, write_result
-from smartkv.labels.attention_distribution import PERCENTILES, SUGGESTED, AttentionDistribution, CalibrationObserver
+from smartkv.labels.attention_distribution import (
+    PERCENTILES,
+    SUGGESTED,
+    AttentionDistribution,
+    AttentionDistributionObserver,
+)
 from smartkv.labels.lifespans import LabelSpec, check_window, log4_lifespan
 from smartkv.models.backbone import load_backbone
 from smartkv.models.gguf import PACKAGED
@@ -59,7 +64,7 @@ def calibrate(
     check_window(lm.model, window)
     site = check_key_site(lm)
     plan = plan_windows(sources, {"validation": windows}, lm.tokenizer, window, seed=seed, say=console.print)
-    observer = CalibrationObserver(lm.architecture.layers, spec, sinks)
+    observer = AttentionDistributionObserver(lm.architecture.layers, spec, sinks)
     for tokens in track(plan.tokens, "Reading attention", console=console):
         observer.run(lm, tokens)
 

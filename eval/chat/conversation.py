@@ -32,11 +32,12 @@ class RecordingCache(LifespanCache):
     @torch.no_grad()
     def expiry(self, layer: int, keys: Tensor, position: Tensor, sliding_window: int | None) -> Tensor:
         """As the cache's own; recorded beside what the gates say, also of layers whose rule does not ask them."""
-        expiry, prediction = super().expiry(layer, keys, position, sliding_window), self.scores(layer, keys)
+        expiry = super().expiry(layer, keys, position, sliding_window)
+        prediction = self._scores_once(layer, keys)
         if prediction is None:
             prediction = torch.full(expiry.shape, torch.nan)
-        elif prediction.dim() > expiry.dim():  # for several ages: the last, to stay for good
-            prediction = prediction[..., -1]
+        elif self.gates is not None:
+            prediction = self.gates.single_score(prediction)
         self.recorded[layer].append((position[0].cpu(), prediction[0].float().cpu(), expiry[0].cpu()))
         return expiry
 

@@ -10,7 +10,7 @@ from smartkv.errors import SmartKVError
 from smartkv.models.backbone import Backbone
 
 
-def adapted(lm: Backbone, adapter: str | None) -> Backbone:
+def with_adapter(lm: Backbone, adapter: str | None) -> Backbone:
     """`lm` with the adapter in it, in place; it is not merged: in bfloat16 its small changes would be rounded away.
 
     Args:

@@ -9,7 +9,7 @@ FLAG = "--memory-only"
 LIST = "--baselines"
 
 
-def spelled_out(args: list[str]) -> list[str]:
+def expand_aliases(args: list[str]) -> list[str]:
     """`presses …` as `compare` with its config; `baselines --baselines FP16 INT8 --num-prompts 4 --memory-only` as the
     other commands have it. What is of no such command, or spelled so already, is left as it is."""
     if args and args[0] == "presses":

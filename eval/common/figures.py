@@ -109,7 +109,7 @@ def frontier(series: Mapping[str, Sequence[tuple[float, float, float, float]]], 
     return figure
 
 
-def frontiers(
+def contenders_figure(
     series: Mapping[str, tuple[str, Sequence[tuple[float, float, float, float]]]],
     title: str,
     label: str,

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from smartkv.errors import SmartKVError, told
+from smartkv.errors import SmartKVError, error_line
 
 
-def apart(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+def run_isolated(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """What `measure(*arguments)` returns in a new process, with `peak_memory` in bytes; {"note": …} where it had not
     enough memory.
 
@@ -50,7 +50,7 @@ def _send(sender: Any, measure: Callable[..., dict[str, Any]], arguments: tuple[
     try:
         figures = measure(*arguments)
     except Exception as error:
-        if (said := told(error)) is not None:
+        if (said := error_line(error)) is not None:
             figures = {"error": said}
         elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             figures = {"note": f"out of memory: {str(error).partition(chr(10))[0]}"}

@@ -72,7 +72,7 @@ def write_tables(path: Path, tables: Sequence[Table], introduction: str = "") ->
     return path
 
 
-def measured_by(command: str, arguments: dict[str, Any]) -> str:
+def provenance(command: str, arguments: dict[str, Any]) -> str:
     """A line for a page of tables: the command, its arguments, the machine among them."""
     said = ", ".join(f"{name} {value}" for name, value in arguments.items() if name != "machine")
     where = ", ".join(f"{name} {value}" for name, value in arguments["machine"].items())

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from eval.common.results import read_result
 from smartkv.gates.bank import GateBank
 from smartkv.io.atomic import write_atomically
-from smartkv.io.locks import hold
+from smartkv.io.locks import lock_folder
 
 SAMPLED = 256  # figures of a weight that its model's digest is made of
 
 
-class Cells:
+class Measurements:
     """Measured figures; one that is there is not measured again.
 
     Args:
@@ -26,7 +26,7 @@ class Cells:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        hold(path.parent)  # another run's figures would be lost
+        lock_folder(path.parent)  # another run's figures would be lost
         self.path, self.settings = path, settings
         self.done: dict[str, Any] = read_result(path) if path.exists() else {}
 

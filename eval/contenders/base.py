@@ -11,7 +11,7 @@ from smartkv.cache.quantized_cache import QuantizedCache
 from smartkv.metrics.perplexity import token_losses
 from smartkv.models.backbone import Backbone
 
-Protocol_ = Literal["stream", "once"]
+EvictionProtocol = Literal["stream", "once"]
 
 
 class Reading(NamedTuple):
@@ -50,15 +50,15 @@ class Contender(Protocol):
         """What it is to be set to, for JSON, to keep that share: of the cache (`stream`) or of the prefill (`once`).
 
         Raises:
-            SmartKVError: out of its reach.
+            FootprintOutOfReach: no setting keeps that share.
         """
 
-    def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
-        """Read `tokens` (ids `[tokens]`) and score those from `first` on.
+    def read(self, setting: Any, tokens: Tensor, first_token: int, first_query: int, prefill: int | None) -> Reading:
+        """Read `tokens` (ids `[tokens]`) and score those from `first_token` on.
 
         Args:
             setting: what `solved` found.
-            count_from: queries from this one on count for the footprint.
+            first_query: queries from this one on count for the footprint.
             prefill: tokens after which keys go, for `once`; None: `stream`.
         """
 
@@ -72,11 +72,11 @@ class Decoding(Protocol):
 
     at_once: int | None
 
-    def open(self, setting: Any, count_from: int) -> AbstractContextManager[Cache]:
+    def open(self, setting: Any, first_query: int) -> AbstractContextManager[Cache]:
         """A new cache for the model, for the time inside."""
 
 
-class Full:
+class FullCache:
     """A full cache."""
 
     at_once: int | None = None
@@ -89,10 +89,10 @@ class Full:
     def solved(self, footprint: float) -> Any:
         return 1.0
 
-    def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
-        return Reading(*token_losses(self.lm.model, tokens, first), 1.0, None)
+    def read(self, setting: Any, tokens: Tensor, first_token: int, first_query: int, prefill: int | None) -> Reading:
+        return Reading(*token_losses(self.lm.model, tokens, first_token), 1.0, None)
 
-    def open(self, setting: Any, count_from: int) -> AbstractContextManager[Cache]:
+    def open(self, setting: Any, first_query: int) -> AbstractContextManager[Cache]:
         return nullcontext(DynamicCache())
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eval.contenders.base import Protocol_, Reading
+from eval.contenders.base import EvictionProtocol, Reading
 from smartkv.baselines import (
     H2O,
     TOVA,
@@ -19,9 +19,10 @@ from smartkv.baselines import (
     Schedule,
     SnapKV,
     Streaming,
-    compressed,
+    simulated_eviction,
 )
-from smartkv.metrics.perplexity import token_losses
+from smartkv.errors import FootprintOutOfReach
+from smartkv.metrics.perplexity import query_before, token_losses
 from smartkv.models.backbone import Backbone
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -49,15 +50,15 @@ RECENT = {
 
 
 @dataclass
-class Baseline:
+class BaselineContender:
     """A method that keeps the same number of keys in every head; simulated, nothing is freed."""
 
     lm: Backbone
     name: str
     method: Method
     tokens: int
-    count_from: int
-    protocol: Protocol_
+    first_query: int
+    protocol: EvictionProtocol
     kind: str = "rule"
 
     @property
@@ -70,30 +71,35 @@ class Baseline:
 
     def solved(self, footprint: float) -> Any:
         if self.protocol == "once":
+            prefill = self.first_query + 1
+            if round(footprint * prefill) <= SINKS:
+                raise FootprintOutOfReach(f"{footprint:.3g} of {prefill} tokens leaves no key beside {SINKS} sinks")
             return {"share": footprint, "recent": self.recent}
-        found = Streaming.for_footprint(footprint, self.tokens, self.count_from, self.recent, SINKS)
+        found = Streaming.for_footprint(footprint, self.tokens, self.first_query, self.recent, SINKS)
         return {"budget": found.budget, "window": found.window, "chunk": found.chunk}
 
-    def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
+    def read(self, setting: Any, tokens: Tensor, first_token: int, first_query: int, prefill: int | None) -> Reading:
         schedule: Schedule
         if prefill is None:
             schedule = Streaming(setting["budget"], setting["window"], SINKS, setting["chunk"])
         else:
             budget = round(setting["share"] * prefill)
             schedule = Once(prefill, budget, max(1, int(setting["recent"] * (budget - SINKS))), SINKS)
-        with compressed(self.lm.model, self.method, schedule) as simulation:
-            found = token_losses(self.lm.model, tokens, first)
-        return Reading(*found, float(simulation.footprint_by_head(count_from).mean()), None)
+        with simulated_eviction(self.lm.model, self.method, schedule) as simulation:
+            found = token_losses(self.lm.model, tokens, first_token)
+        return Reading(*found, float(simulation.footprint_by_head(first_query).mean()), None)
 
 
-def baseline(name: str, lm: Backbone, tokens: int, first: int, protocol: Protocol_, seed: int) -> Baseline:
+def baseline(
+    name: str, lm: Backbone, tokens: int, first_token: int, protocol: EvictionProtocol, seed: int
+) -> BaselineContender:
     """The baseline of that name.
 
     Args:
         tokens: of a window.
-        first: tokens are scored from this one on.
+        first_token: tokens are scored from this one on.
         seed: of `random`.
     """
     if name == "random":
-        return Baseline(lm, f"random:{seed}", Random(seed), tokens, first - 1, protocol)
-    return Baseline(lm, name, METHODS[name](), tokens, first - 1, protocol)
+        return BaselineContender(lm, f"random:{seed}", Random(seed), tokens, query_before(first_token), protocol)
+    return BaselineContender(lm, name, METHODS[name](), tokens, query_before(first_token), protocol)

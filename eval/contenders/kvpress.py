@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from eval.contenders.base import Reading
-from eval.contenders.scored import ByGates, kept_above, read_living
+from eval.contenders.scored import GateScores, price_for_share, read_with_lifetimes
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
-from smartkv.metrics.perplexity import losses_after
+from smartkv.metrics.perplexity import losses_after, query_before
 from smartkv.models.architecture import attention_modules
 from smartkv.models.backbone import Backbone
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
@@ -41,7 +41,7 @@ NEEDS = {
 SINKS, WINDOW = 4, 16  # tokens that our press always keeps
 
 
-class Pressed:
+class PressContender:
     """A press, by name: kvpress's own; `lifespan` is ours. `ada_…`: in kvpress's AdaKVPress, with budgets by head.
     `dms_…`: in its DMSPress, with one price for all heads of all layers."""
 
@@ -69,9 +69,9 @@ class Pressed:
             return {"compression_ratio": 1 - footprint, "epsilon": 0.01}  # as kvpress's own benchmark has it
         if self.press != "dms_lifespan":
             return {"compression_ratio": 1 - footprint}
-        tables = [ByGates(self.lm, self._gates)(tokens) for tokens in self.windows]
+        tables = [GateScores(self.lm, self._gates)(tokens) for tokens in self.windows]
         policy = HybridPolicy((LayerRule("all", "gated", WINDOW),), sinks=SINKS)
-        return {"threshold": kept_above(tables, footprint, self.prefill, policy)}
+        return {"threshold": price_for_share(tables, footprint, self.prefill, policy)}
 
     @property
     def _gates(self) -> GateBank:
@@ -103,7 +103,7 @@ class Pressed:
         return k.AdaKVPress(found) if self.press.startswith("ada_") else found
 
     @torch.inference_mode()
-    def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
+    def read(self, setting: Any, tokens: Tensor, first_token: int, first_query: int, prefill: int | None) -> Reading:
         if prefill is None:
             raise SmartKVError(f"contender '{self.name}' compresses once: it is for --protocol once")
         model, ids = self.lm.model, tokens.long()[None].to(self.lm.model.device)
@@ -121,7 +121,7 @@ class Pressed:
             hidden = [module.masked_key_indices for module in modules]
             if any(keys is not None for keys in hidden):
                 ttl = self._times(hidden, len(tokens), prefill)
-                found = read_living(self.lm, ttl, tokens, first, count_from)
+                found = read_with_lifetimes(self.lm, ttl, tokens, first_token, first_query)
                 return found._replace(peak_bytes=None)  # kvpress frees nothing here
             # positions, and no cache_position: kvpress's own way, by which the mask counts what is left
             position = torch.arange(prefill, len(tokens) - 1, device=ids.device)[None]
@@ -133,10 +133,10 @@ class Pressed:
             for module in modules:
                 module.masked_key_indices = None
         states = torch.cat([prefilled.last_hidden_state[0], rest.last_hidden_state[0]])
-        losses = losses_after(model, states[first - 1 :], ids[0, first:])
+        losses = losses_after(model, states[query_before(first_token) :], ids[0, first_token:])
         later = len(tokens) - 1 - prefill
         kept = sum(layer.keys.shape[2] - later for layer in cache.layers) / len(modules)
-        return Reading(*losses, _footprint(kept, prefill, count_from, len(tokens) - 1), None)
+        return Reading(*losses, _footprint(kept, prefill, first_query, len(tokens) - 1), None)
 
     def _times(self, hidden: Sequence[Any], tokens: int, prefill: int) -> Tensor:
         """TTLs `[layers, kv_heads, tokens]` by which what kvpress hides in each layer, as (rows, heads, positions) or
@@ -154,8 +154,8 @@ class Pressed:
         return ttl
 
 
-def _footprint(kept: float, prefill: int, count_from: int, stop: int) -> float:
-    """Σ keys seen ÷ Σ keys of a full cache, over the queries `count_from ≤ i < stop`; the prefill sees all."""
-    query = torch.arange(count_from, stop, dtype=torch.float64)
+def _footprint(kept: float, prefill: int, first_query: int, stop: int) -> float:
+    """Σ keys seen ÷ Σ keys of a full cache, over the queries `first_query ≤ i < stop`; the prefill sees all."""
+    query = torch.arange(first_query, stop, dtype=torch.float64)
     seen = torch.where(query < prefill, query + 1, kept + query - prefill + 1)
     return float(seen.sum() / (query + 1).sum())

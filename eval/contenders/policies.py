@@ -20,7 +20,7 @@ from smartkv.policies.hybrid import HybridPolicy
 
 
 @dataclass
-class Ruled:
+class PolicyContender:
     """A policy, with gates or without, that frees what it lets go, and packs what stays if `bits` says so."""
 
     lm: Backbone
@@ -46,13 +46,13 @@ class Ruled:
         found = solve(self.policy, footprint, self.calibrate()) if self.policy.open else self.policy
         return found.to_dict()
 
-    def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
-        with self.open(setting, count_from) as cache:
-            found = token_losses(self.lm.model, tokens, first, cache)
+    def read(self, setting: Any, tokens: Tensor, first_token: int, first_query: int, prefill: int | None) -> Reading:
+        with self.open(setting, first_query) as cache:
+            found = token_losses(self.lm.model, tokens, first_token, cache)
             cache.settle()
             return Reading(*found, cache.footprint, cache.peak_bytes, stored_share(self.lm, cache, len(tokens) - 1))
 
-    def open(self, setting: Any, count_from: int) -> LifespanCache:
+    def open(self, setting: Any, first_query: int) -> LifespanCache:
         policy = HybridPolicy.from_dict(setting)
         gates = self.gates if policy.gated else None
-        return LifespanCache(self.lm.model, gates, policy, count_from=count_from, bits=self.bits)
+        return LifespanCache(self.lm.model, gates, policy, first_query=first_query, bits=self.bits)

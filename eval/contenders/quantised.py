@@ -11,12 +11,12 @@ from torch import Tensor
 from eval.contenders.base import Reading, stored_share
 from smartkv.cache.attached import AttachedCache
 from smartkv.cache.quantized_cache import QuantizedCache
-from smartkv.metrics.perplexity import losses_after
+from smartkv.metrics.perplexity import losses_after, query_before
 from smartkv.models.backbone import Backbone
 
 
 @dataclass
-class Quantised:
+class QuantisedContender:
     """Every key stays, in few bits. The text is read in pieces, as decoding would: a query sees quantised keys."""
 
     lm: Backbone
@@ -30,15 +30,15 @@ class Quantised:
         return 1.0
 
     @torch.inference_mode()
-    def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
+    def read(self, setting: Any, tokens: Tensor, first_token: int, first_query: int, prefill: int | None) -> Reading:
         ids, peak, hidden = tokens.long().to(self.lm.model.device), 0, []
-        with self.open(setting, count_from) as cache:
+        with self.open(setting, first_query) as cache:
             for part in ids[None, :-1].split(self.at_once or len(ids), dim=1):
                 hidden.append(self.lm.model.base_model(input_ids=part, past_key_values=cache).last_hidden_state[0])
                 peak = max(peak, cache.storage_bytes + cache.read_bytes)
-            found = losses_after(self.lm.model, torch.cat(hidden)[first - 1 :], ids[first:])
+            found = losses_after(self.lm.model, torch.cat(hidden)[query_before(first_token) :], ids[first_token:])
             return Reading(*found, 1.0, peak, stored_share(self.lm, cache, len(tokens) - 1))
 
-    def open(self, setting: Any, count_from: int) -> AbstractContextManager[QuantizedCache]:
+    def open(self, setting: Any, first_query: int) -> AbstractContextManager[QuantizedCache]:
         cache = self.make()
         return cache if isinstance(cache, AttachedCache) else nullcontext(cache)

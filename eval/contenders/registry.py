@@ -7,19 +7,20 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from eval.contenders.base import Contender, Full, Protocol_
+from eval.contenders.base import Contender, EvictionProtocol, FullCache
 from eval.contenders.baselines import BASELINES, SEEDS, baseline
-from eval.contenders.kvpress import PREFIX, Pressed
-from eval.contenders.policies import Ruled
-from eval.contenders.quantised import Quantised
-from eval.contenders.scored import ByGates, Scored, Scores
-from smartkv.baselines.oracles import foresee
+from eval.contenders.kvpress import PREFIX, PressContender
+from eval.contenders.policies import PolicyContender
+from eval.contenders.quantised import QuantisedContender
+from eval.contenders.scored import GateScores, ScoredContender, Scores
+from smartkv.baselines.oracles import oracle_labels
 from smartkv.cache.adaptive_cache import AdaptiveCache
 from smartkv.cache.quantized_cache import QuantizedCache
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import log4_lifespan
 from smartkv.metrics.nulls import TableNull
+from smartkv.metrics.perplexity import query_before
 from smartkv.models.backbone import Backbone
 from smartkv.policies.budgets import Calibration
 from smartkv.policies.hybrid import HybridPolicy
@@ -35,13 +36,13 @@ DEFAULT = (OWN, "window", *BASELINES, *NULLS, *ORACLES)
 WINDOW = 32  # tokens that stay in any case, of nulls and oracles
 
 
-def line_up(
+def make_contenders(
     names: Sequence[str],
     lm: Backbone,
     gates: GateBank | None,
     windows: Sequence[Tensor],
-    first: int,
-    protocol: Protocol_ = "stream",
+    first_token: int,
+    protocol: EvictionProtocol = "stream",
     prefill: int = 1024,
 ) -> list[Contender]:
     """The full cache, and who is named.
@@ -49,7 +50,7 @@ def line_up(
     Args:
         names: see `eval.eviction.compare.compare`.
         windows: training texts, ids `[tokens]` each, all of one length: on them prices are solved, and nulls learn.
-        first: tokens are scored from this one on.
+        first_token: tokens are scored from this one on.
         protocol: stream or once.
         prefill: tokens, for protocol once.
 
@@ -57,26 +58,28 @@ def line_up(
         SmartKVError: a name that is none, or one that needs gates where there are none.
     """
     tokens = len(windows[0])
-    counted = prefill if protocol == "once" else first - 1
-    found: list[Contender] = [Full(lm)]
+    counted = prefill if protocol == "once" else query_before(first_token)
+    found: list[Contender] = [FullCache(lm)]
     calibrate = cache(
-        lambda with_gates: Calibration.measure(lm.model, gates if with_gates else None, windows, first - 1)
+        lambda with_gates: Calibration.measure(
+            lm.model, gates if with_gates else None, windows, query_before(first_token)
+        )
     )
 
     def scored(
         name: str, kind: str, needs: str, scores: Scores, lifespans: bool = False, window: int = WINDOW
-    ) -> Scored:
+    ) -> ScoredContender:
         lifespans = lifespans and protocol == "stream"
-        return Scored(lm, name, kind, needs, scores, windows, counted, window, 4, lifespans, protocol)
+        return ScoredContender(lm, name, kind, needs, scores, windows, counted, window, 4, lifespans, protocol)
 
     for name in dict.fromkeys(names):
         if name.startswith(PREFIX):
             if protocol != "once":
                 raise SmartKVError(f"contender '{name}' compresses once, after the prefill: it is for --protocol once")
-            found.append(Pressed(lm, gates, name, windows, prefill))
+            found.append(PressContender(lm, gates, name, windows, prefill))
         elif name in BASELINES:
             for seed in SEEDS if name == "random" else SEEDS[:1]:
-                found.append(baseline(name, lm, tokens, first, protocol, seed))
+                found.append(baseline(name, lm, tokens, first_token, protocol, seed))
         elif name.startswith(QUANTISED):
             found.append(_quantised(lm, gates, name))
         elif name in NULLS:
@@ -93,12 +96,12 @@ def line_up(
                 raise SmartKVError(f"contender '{name}' packs while it reads: it is for --protocol stream")
             policy.check(lm.architecture, gates)
             if protocol == "once" and policy.gated:
-                found.append(scored(name, "ours", "keys", _remembered(ByGates(lm, gates))))
+                found.append(scored(name, "ours", "keys", _remembered(GateScores(lm, gates))))
             elif protocol == "once":
                 found.append(scored(name, "rule", "nothing", _recency(lm)))
             else:
                 kind = "ours" if policy.gated else "rule"
-                found.append(Ruled(lm, gates, policy, partial(calibrate, policy.gated), kind, bits))
+                found.append(PolicyContender(lm, gates, policy, partial(calibrate, policy.gated), kind, bits))
     return found
 
 
@@ -112,20 +115,20 @@ def _packed(name: str) -> tuple[str, tuple[int, int] | None]:
     return plain, (check_bits(int(both or key)), check_bits(int(both or value)))
 
 
-def _quantised(lm: Backbone, gates: GateBank | None, name: str) -> Quantised:
+def _quantised(lm: Backbone, gates: GateBank | None, name: str) -> QuantisedContender:
     scheme = name.removeprefix(QUANTISED)
     if scheme == "adaptive":
-        return Quantised(lm, name, lambda: AdaptiveCache(lm.model), "attention weights")
+        return QuantisedContender(lm, name, lambda: AdaptiveCache(lm.model), "attention weights")
     if name == ADAPTIVE_BY_GATES:
         if gates is None:
             raise SmartKVError(f"contender '{name}' needs gates: give --gates")
-        return Quantised(lm, name, lambda: AdaptiveCache(lm.model, gates), "keys")
+        return QuantisedContender(lm, name, lambda: AdaptiveCache(lm.model, gates), "keys")
     codec, mark, latest = scheme.partition("@")
     if mark and not latest.isdigit():
         raise SmartKVError(f"contender '{name}' has no number of tokens after '@', such as quant:kivi2@32")
     residual = int(latest) if mark else None
     QuantizedCache(lm.model, codec, residual)  # a name that is none is told here
-    return Quantised(lm, name, lambda: QuantizedCache(lm.model, codec, residual))
+    return QuantisedContender(lm, name, lambda: QuantizedCache(lm.model, codec, residual))
 
 
 def _own(gates: GateBank | None) -> HybridPolicy:
@@ -146,7 +149,7 @@ def _foresight(lm: Backbone, name: str) -> Scores:
 
     @_remembered
     def scores(tokens: Tensor) -> Tensor:
-        found = foresee(lm.model, tokens, WINDOW)
+        found = oracle_labels(lm.model, tokens, WINDOW)
         return log4_lifespan(found.lifespan, len(tokens)) if name == "oracle:lifespan" else found.attention
 
     return scores
@@ -161,7 +164,7 @@ def _learnt(lm: Backbone, windows: Sequence[Tensor], by: str) -> Scores:
     null = TableNull(arch.layers * arch.kv_heads, bins, by, width=len(windows[0]) // 32 if by == "position" else 1)
     position = torch.arange(half)
     for tokens in windows:
-        lifespan = foresee(lm.model, tokens, WINDOW).lifespan[..., :half].flatten(0, 1)
+        lifespan = oracle_labels(lm.model, tokens, WINDOW).lifespan[..., :half].flatten(0, 1)
         null.update(log4_lifespan(lifespan, half), position, tokens[:half])
 
     def scores(tokens: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from eval.contenders.base import Protocol_, Reading
+from eval.contenders.base import EvictionProtocol, Reading
 from smartkv.cache.lifespan_cache import LifespanCache
-from smartkv.errors import SmartKVError
+from smartkv.errors import FootprintOutOfReach
 from smartkv.gates.bank import GateBank
 from smartkv.metrics.perplexity import token_losses
 from smartkv.models.backbone import Backbone
@@ -27,7 +27,7 @@ class Scores(Protocol):
         """ids `[tokens]` -> float32 `[layers, kv_heads, tokens]`."""
 
 
-class _Tabled(LifespanCache):
+class _TableCache(LifespanCache):
     """TTLs from a table `[layers, kv_heads, tokens]`."""
 
     table: Tensor
@@ -36,7 +36,7 @@ class _Tabled(LifespanCache):
         return self.table[layer][None].to(keys.device).gather(2, position[:, None].expand(keys.shape[:3]))
 
 
-class Scored:
+class ScoredContender:
     """Keys stay by a figure each, known when they are born, above one price for all heads.
 
     Args:
@@ -44,7 +44,7 @@ class Scored:
         scores: of a text's keys.
         window, sinks: tokens that always stay.
         windows: calibration texts, ids `[tokens]` each.
-        first: queries of them that count.
+        first_query: queries of them that count.
         lifespans: scores are log4 of lifespans, and each key stays for a multiple of its own.
         protocol: stream or once.
     """
@@ -57,14 +57,14 @@ class Scored:
         needs: str,
         scores: Scores,
         windows: Sequence[Tensor],
-        first: int,
+        first_query: int,
         window: int = 32,
         sinks: int = 4,
         lifespans: bool = False,
-        protocol: Protocol_ = "stream",
+        protocol: EvictionProtocol = "stream",
     ) -> None:
         self.lm, self.name, self.kind, self.needs, self.scores = lm, name, kind, needs, scores
-        self.lifespans, self.protocol, self.first = lifespans, protocol, first
+        self.lifespans, self.protocol, self.first_query = lifespans, protocol, first_query
         free: dict[str, Any] = {"price": -math.inf, "multiple": None} if lifespans else {}
         self.policy = HybridPolicy((LayerRule("all", "gated", window),), sinks=sinks, name=name, **free)
         with torch.inference_mode():
@@ -72,26 +72,30 @@ class Scored:
 
     def solved(self, footprint: float) -> Any:
         if self.protocol == "once":
-            return kept_above(self.tables, footprint, self.first, self.policy)
+            return price_for_share(self.tables, footprint, self.first_query, self.policy)
         tables = torch.stack(self.tables, dim=1)  # [layers, windows, kv_heads, tokens]
-        calibration = Calibration(dict(enumerate(tables)), len(tables), tables.shape[-1], self.first, tables.shape[-1])
+        calibration = Calibration(
+            dict(enumerate(tables)), len(tables), tables.shape[-1], self.first_query, tables.shape[-1]
+        )
         found = solve(self.policy, footprint, calibration)
         return found.multiple if self.lifespans else found.price
 
     @torch.inference_mode()
-    def read(self, setting: Any, tokens: Tensor, first: int, count_from: int, prefill: int | None) -> Reading:
+    def read(self, setting: Any, tokens: Tensor, first_token: int, first_query: int, prefill: int | None) -> Reading:
         table = self.scores(tokens)
         if prefill is not None:
-            ttl = times_once(table, setting, prefill, self.policy)
+            ttl = lifetimes_once(table, setting, prefill, self.policy)
         else:
             open_figure = {"multiple": setting} if self.lifespans else {"price": setting}
             policy = replace(self.policy, **open_figure)
             ttl = policy.times_to_live(policy.rules[0], table)
-        return read_living(self.lm, ttl, tokens, first, count_from, self.policy.rules[0].window or 1, self.policy.sinks)
+        return read_with_lifetimes(
+            self.lm, ttl, tokens, first_token, first_query, self.policy.rules[0].window or 1, self.policy.sinks
+        )
 
 
-def read_living(
-    lm: Backbone, ttl: Tensor, tokens: Tensor, first: int, count_from: int, window: int = 1, sinks: int = 0
+def read_with_lifetimes(
+    lm: Backbone, ttl: Tensor, tokens: Tensor, first_token: int, first_query: int, window: int = 1, sinks: int = 0
 ) -> Reading:
     """A text whose keys live as long as a table says; arguments and result as `Contender.read`.
 
@@ -100,36 +104,38 @@ def read_living(
         window, sinks: tokens that always stay.
     """
     plain = HybridPolicy((LayerRule("all", "window", window),), sinks=sinks)
-    with _Tabled(lm.model, None, plain, count_from=count_from) as cache:
+    with _TableCache(lm.model, None, plain, first_query=first_query) as cache:
         cache.table = ttl
-        found = token_losses(lm.model, tokens, first, cache)
+        found = token_losses(lm.model, tokens, first_token, cache)
         return Reading(*found, cache.footprint, cache.peak_bytes)
 
 
-def kept_above(tables: Sequence[Tensor], share: float, prefill: int, policy: HybridPolicy) -> float:
+def price_for_share(tables: Sequence[Tensor], share: float, prefill: int, policy: HybridPolicy) -> float:
     """The price above which that share of a prefill's keys stays, sinks and window included.
 
     Raises:
-        SmartKVError: sinks and window alone are more.
+        FootprintOutOfReach: sinks and window alone are more.
     """
     window, sinks = policy.rules[0].window or 0, policy.sinks
     room = share * prefill - window - sinks
     if room < 0:
-        raise SmartKVError(f"{share:.3g} of {prefill} tokens is less than {sinks} sinks and a window of {window}")
+        raise FootprintOutOfReach(
+            f"{share:.3g} of {prefill} tokens is less than {sinks} sinks and a window of {window}"
+        )
     open_keys = torch.cat([table[..., sinks : prefill - window].flatten() for table in tables])
     quantile = 1 - min(1.0, room / (prefill - window - sinks))
     ordered = open_keys.sort().values
     return float(ordered[min(len(ordered) - 1, int(quantile * len(ordered)))])
 
 
-def times_once(table: Tensor, price: float, prefill: int, policy: HybridPolicy) -> Tensor:
+def lifetimes_once(table: Tensor, price: float, prefill: int, policy: HybridPolicy) -> Tensor:
     """TTLs, int64 like `table`, by which the keys of a prefill go at its end, unless they are worth the price."""
     position = torch.arange(table.shape[-1])
     stays = (table >= price) | (position >= prefill - (policy.rules[0].window or 0))
     return torch.where(stays, FOREVER, prefill - position)
 
 
-class ByGates:
+class GateScores:
     """Scores from gates, of a text read with a full cache; of several ages the last: to stay for good."""
 
     def __init__(self, lm: Backbone, gates: GateBank) -> None:
@@ -138,4 +144,4 @@ class ByGates:
     def __call__(self, tokens: Tensor) -> Tensor:
         keys = read_keys(self.lm.model, tokens)
         scores = [self.gates.score(layer, layer_keys)[0].cpu() for layer, layer_keys in enumerate(keys)]
-        return torch.stack([score[..., -1] if self.gates.ages else score for score in scores])
+        return torch.stack([self.gates.single_score(score) for score in scores])

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from eval.common.resume import Cells
+from eval.common.resume import Measurements
 from eval.contenders.base import Contender
-from eval.contenders.policies import Ruled
+from eval.contenders.policies import PolicyContender
 
 
 def solved_setting(
-    cells: Cells, contender: Contender, footprint: float, weights: dict[str, str], learnt_on: Any
+    cells: Measurements, contender: Contender, footprint: float, weights: dict[str, str], learnt_on: Any
 ) -> Any:
     """What `contender` is to be set to for a footprint, see `Contender.solved`.
 
@@ -17,7 +17,7 @@ def solved_setting(
         weights: digests of the gates, if there are some.
         learnt_on: the texts of the calibration, for JSON.
     """
-    if not isinstance(contender, Ruled):
+    if not isinstance(contender, PolicyContender):
         return contender.solved(footprint)
     learned = weights if contender.policy.gated else {}
     key = ["solved", contender.policy.to_dict(), footprint, learned, learnt_on]

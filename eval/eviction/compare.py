@@ -9,18 +9,19 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from eval.common.adapters import adapted
-from eval.common.console import make_console
-from eval.common.resume import Cells, digest, digest_of_model, digests
-from eval.contenders.base import Contender, Protocol_, Reading
-from eval.contenders.registry import ADAPTIVE_BY_GATES, DEFAULT, line_up
+from eval.common.adapters import with_adapter
+from eval.common.console import make_console, say_once
+from eval.common.resume import Measurements, digest, digest_of_model, digests
+from eval.contenders.base import Contender, EvictionProtocol, Reading
+from eval.contenders.registry import ADAPTIVE_BY_GATES, DEFAULT, make_contenders
 from eval.contenders.solving import solved_setting
 from eval.eviction.compare_report import Row, report
 from eval.eviction.frontier import REFERENCE
 from eval.eviction.recall import Trial, trials
-from smartkv.errors import SmartKVError
+from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import check_window
+from smartkv.metrics.perplexity import query_before
 from smartkv.models.backbone import load_backbone
 from smartkv.models.gguf import PACKAGED
 from smartkv.texts.sources import SourceConfig
@@ -69,7 +70,7 @@ def compare(
     contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
     footprints: list[float] = [0.0625, 0.125, 0.25, 0.5],  # noqa: B006
     others: list[float] | None = None,
-    protocol: Protocol_ = "stream",
+    protocol: EvictionProtocol = "stream",
     prefill: int = 1024,
     texts: list[Text] = [Text("books", [BOOKS])],  # noqa: B006
     recall: Recall = Recall(),
@@ -118,23 +119,25 @@ def compare(
         trust_remote_code: run code that comes with the model.
     """
     console = make_console()
-    first = score_from if protocol == "stream" else prefill
-    if not 1 <= first < window:
+    first_token = score_from if protocol == "stream" else prefill
+    if not 1 <= first_token < window:
         name = "score_from" if protocol == "stream" else "prefill"
-        raise SmartKVError(f"{name} must be at least 1 and below the window of {window} tokens, got {first}")
+        raise SmartKVError(f"{name} must be at least 1 and below the window of {window} tokens, got {first_token}")
     if not footprints or not all(0 < f <= 1 for f in [*footprints, *(others or [])]):
         raise SmartKVError(f"footprints are shares of the full cache above 0 and at most 1, got {footprints}")
     if calibration_windows < 1 or recall.trials < 0 or (not texts and not recall.trials):
         raise SmartKVError("calibration_windows must be at least 1, and there must be texts or recall trials")
     if protocol == "once" and recall.trials and recall.tokens < prefill:
         raise SmartKVError(f"recall.tokens {recall.tokens} must be at least the prefill of {prefill}")
-    lm = adapted(load_backbone(backbone, dtype, device, trust_remote_code), adapter)
+    lm = with_adapter(load_backbone(backbone, dtype, device, trust_remote_code), adapter)
     check_window(lm.model, window)
     bank = GateBank.from_pretrained(gates, lm.model).to(device) if gates else None
 
+    say = say_once(console)
+
     def windows_of(sources: list[SourceConfig], split: str, count: int) -> tuple[Tensor, list[int], Any]:
         counts = {split: count}
-        plan = plan_windows(sources, counts, lm.tokenizer, window, windows_per_document, seed, lambda _: None)
+        plan = plan_windows(sources, counts, lm.tokenizer, window, windows_per_document, seed, say)
         return plan.of_split(split), plan.documents_of_split(split), plan.sources
 
     learn, _, learnt_from = windows_of(calibration, "train", calibration_windows)
@@ -143,17 +146,17 @@ def compare(
     if recall.trials:
         around, _, _ = windows_of(haystack, recall.split, recall.trials)
         asked = trials(recall.split, recall.trials, recall.tokens, lm.tokenizer, list(around), seed)
-    measured_by = {
+    provenance = {
         "backbone": backbone,
         "model": digest_of_model(lm.model),  # with its adapter
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "device": lm.model.device.type,
         "protocol": protocol,
         "prefill": prefill if protocol == "once" else None,
-        "score_from": first,
+        "score_from": first_token,
     }
     weights = digests(bank)
-    settings = measured_by | {
+    settings = provenance | {
         "adapter": adapter,
         "weights": weights,
         "gates": gates,
@@ -165,10 +168,10 @@ def compare(
     }
     with Progress(console=console) as progress:
         prepared = progress.add_task("Calibration", total=None)
-        chosen = line_up(contenders, lm, bank, list(learn), first, protocol, prefill)
+        chosen = make_contenders(contenders, lm, bank, list(learn), first_token, protocol, prefill)
         progress.remove_task(prepared)
-        cells = Cells(Path(out) / "compare.cells", measured_by)
-        runner = Runner(cells, progress, first, prefill if protocol == "once" else None, weights, digest(learn))
+        cells = Measurements(Path(out) / "compare.cells", provenance)
+        runner = Runner(cells, progress, first_token, prefill if protocol == "once" else None, weights, digest(learn))
         rows = runner.run(chosen, footprints, footprints if others is None else others, read, asked)
     report(console, Path(out), settings, rows, {name: owners for name, (_, owners, _) in read.items()})
 
@@ -189,14 +192,20 @@ class Runner:
 
     def __init__(
         self,
-        cells: Cells,
+        cells: Measurements,
         progress: Progress,
-        first: int,
+        first_token: int,
         prefill: int | None,
         weights: dict[str, str],
         learnt_on: str,
     ) -> None:
-        self.cells, self.progress, self.first, self.prefill, self.weights = cells, progress, first, prefill, weights
+        self.cells, self.progress, self.first_token, self.prefill, self.weights = (
+            cells,
+            progress,
+            first_token,
+            prefill,
+            weights,
+        )
         self.learnt_on = learnt_on
 
     def run(
@@ -217,7 +226,7 @@ class Runner:
                 try:
                     setting = solved_setting(self.cells, contender, target, self.weights, self.learnt_on)
                     solved.append((contender, target, setting))
-                except SmartKVError as error:  # one footprint out of reach is no reason to lose the others
+                except FootprintOutOfReach as error:  # one footprint out of reach is no reason to lose the others
                     self.progress.console.print(f"left out: {error}", highlight=False)
         self.progress.remove_task(task)
         texts_read = sum(len(windows) for windows, *_ in texts.values())
@@ -243,7 +252,7 @@ class Runner:
 
     def _window(self, contender: Contender, setting: Any, tokens: Tensor) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
-            found = contender.read(setting, tokens, self.first, self.first - 1, self.prefill)
+            found = contender.read(setting, tokens, self.first_token, query_before(self.first_token), self.prefill)
             return _figures(found)
 
         return self.cells.measured([*self._settings(contender, setting), digest(tokens)], measure)
@@ -253,7 +262,7 @@ class Runner:
         prefill = None if self.prefill is None else len(trial.context)
 
         def measure() -> dict[str, Any]:
-            counted = self.first - 1 if prefill is None else prefill  # before that, all is kept
+            counted = query_before(self.first_token) if prefill is None else prefill  # before that, all is kept
             found = contender.read(setting, tokens, len(tokens) - len(trial.answer), counted, prefill)
             return _figures(found) | {"right": bool((found.rank == 0).all())}
 

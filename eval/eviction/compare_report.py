@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from eval.common.figures import frontiers
+from eval.common.figures import contenders_figure
 from eval.common.results import machine, save_picture, write_result, write_tables
 from eval.eviction.frontier import REFERENCE, equal_loss_ratio, loss_at
 from smartkv.errors import SmartKVError
@@ -139,17 +139,19 @@ def report(
         series = _series((c.row, c.footprint, c.delta_nll, *c.interval) for c in curves[text])
         title = f"{settings['backbone']}, {len(owners[text])} windows of {settings['window']:,} tokens: {text}"
         label = "ΔNLL against the full cache, nats a token"
-        pictures.append(save_picture(frontiers(series, title, label), out / f"frontier_{text}.png"))
+        pictures.append(save_picture(contenders_figure(series, title, label), out / f"frontier_{text}.png"))
         if any(c.row.kind == "quantised" for c in curves[text]):
             series = _series((c.row, c.stored or c.footprint, c.delta_nll, *c.interval) for c in curves[text])
-            pictures.append(save_picture(frontiers(series, title, label, axis=BYTES), out / f"bytes_{text}.png"))
+            pictures.append(
+                save_picture(contenders_figure(series, title, label, axis=BYTES), out / f"bytes_{text}.png")
+            )
         title = f"{text}; full cache: {whole[text]['nll']:.4f} nats a token"
         tables.append(_table(title, curves[text], shares, owners[text]))
     asked = max((share["asked"] for share in shares.values()), default=0)
     if asked:
         points = ((r, s["footprint"], s["right"], *s["interval"]) for r in rest if (s := shares[id(r)]))
         title = f"{settings['backbone']}: {asked} facts of {len(full.recall)} that the full cache recalls"
-        picture = frontiers(_series(points), title, "share recalled", loss=False)
+        picture = contenders_figure(_series(points), title, "share recalled", loss=False)
         pictures.append(save_picture(picture, out / "recall.png"))
     for number, row in enumerate(rest):
         entry = _plain(row) | {"recall": shares.get(id(row))}

@@ -95,7 +95,7 @@ def read_points(folder: Path) -> list[Point]:
         raise SmartKVError(f"{path} is not what `eval perplexity` writes ({error}): run it again") from error
 
 
-def won(points: list[Point]) -> str:
+def summary_line(points: list[Point]) -> str:
     """What the gated policy saved, in a line a policy and footprint."""
     reference = [point for point in points if point.policy == REFERENCE]
     lines = []

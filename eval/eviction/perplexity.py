@@ -9,12 +9,12 @@ from rich.progress import Progress
 from eval.common.console import make_console
 from eval.common.figures import frontier, lines_by_layer
 from eval.common.results import save_picture, write_result
-from eval.common.resume import Cells, digest, digests
+from eval.common.resume import Measurements, digest, digests
 from eval.eviction.frontier import REFERENCE, Point, equal_loss_ratio, frontier_table
-from smartkv.errors import SmartKVError
+from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import check_window
-from smartkv.metrics.perplexity import EvictedWindow, evicted_nll, full_cache_bytes, window_nll
+from smartkv.metrics.perplexity import EvictedWindow, evicted_nll, full_cache_bytes, query_before, window_nll
 from smartkv.models.backbone import Backbone, load_backbone, read_architecture
 from smartkv.models.gguf import PACKAGED
 from smartkv.policies.budgets import Calibration, solve
@@ -101,13 +101,13 @@ def perplexity(
     wanted = [(policy, target) for policy in chosen for target in (sorted(set(footprints)) if policy.open else [None])]
     with Progress(console=console) as progress:
         calibrated = progress.add_task("Calibration", total=None)
-        calibration = Calibration.measure(lm.model, bank, plan.of_split(learn), score_from - 1)
+        calibration = Calibration.measure(lm.model, bank, plan.of_split(learn), query_before(score_from))
         progress.remove_task(calibrated)
         solved = []
         for policy, target in wanted:
             try:
                 solved.append((policy if target is None else solve(policy, target, calibration), target))
-            except SmartKVError as error:  # one footprint out of reach is no reason to lose the others
+            except FootprintOutOfReach as error:  # one footprint out of reach is no reason to lose the others
                 progress.console.print(f"left out: {error}", highlight=False)
         if not solved:
             raise SmartKVError("no policy can keep any of the footprints that were asked for")
@@ -132,7 +132,7 @@ class _Runner:
         self.lm, self.gates, self.windows, self.settings = lm, gates, windows, settings
         self.progress, self.task = progress, progress.add_task("Perplexity", total=cells * len(windows))
         key = {**settings, "weights": digests(gates), "tokens": digest(windows)}
-        self.cells = Cells(out / CELLS, key)
+        self.cells = Measurements(out / CELLS, key)
 
     def _measured(self, key: dict[str, Any], number: int, measure: Any) -> Any:
         found = self.cells.measured([key, number], lambda: measure(self.windows[number]))
@@ -142,9 +142,9 @@ class _Runner:
     def full(self) -> list[float]:
         """NLL of each window under the full cache."""
         self.progress.update(self.task, description="full cache")
-        model, first = self.lm.model, self.settings["score_from"]
+        model, first_token = self.lm.model, self.settings["score_from"]
         self.nll = [
-            self._measured({"full": True}, number, lambda tokens: window_nll(model, tokens, first))
+            self._measured({"full": True}, number, lambda tokens: window_nll(model, tokens, first_token))
             for number in range(len(self.windows))
         ]
         return self.nll

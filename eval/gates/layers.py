@@ -13,7 +13,7 @@ from eval.common.figures import heads_heatmap, lines_by_layer
 from eval.common.results import save_picture, write_result, write_tables
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
-from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Block, Manifest
 
 RECALL = "recall"  # the source whose windows ask back
@@ -45,7 +45,7 @@ def layers(
         manifest.fingerprint.check(bank.fingerprint, f"the gates in {gates}")
         if bank.details.get("target", "log4 lifespan") != "log4 lifespan":
             raise SmartKVError(f"the gates in {gates} predict {bank.details['target']}: lifespans are wanted here")
-    rows = LabelledRows(manifest, threshold)
+    rows = LabelledKeys(manifest, threshold)
     manifest.verify(manifest.of_split(split))
     if not windows or min(windows) < 1 or max(windows) >= rows.follow_up:
         raise SmartKVError(f"windows must lie between 1 and the follow-up of {rows.follow_up} tokens, got {windows}")
@@ -82,7 +82,7 @@ def layers(
         console.print(f"  {path}", highlight=False)
 
 
-def _asks_back(rows: LabelledRows, block: Block) -> bool:
+def _asks_back(rows: LabelledKeys, block: Block) -> bool:
     """Whether the window is of the source `recall`."""
     document = int(rows.document(block)[0])
     return rows.manifest.documents[document].partition("/")[0] == RECALL

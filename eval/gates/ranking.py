@@ -8,7 +8,7 @@ from torch import Tensor
 from smartkv.errors import SmartKVError
 from smartkv.metrics.bootstrap import bootstrap, mean_over
 from smartkv.metrics.ranking import concordance, top_share
-from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Block
 
 SHARES = (0.1, 0.25)  # of the keys
@@ -24,14 +24,14 @@ MEANING = {
 }
 
 
-class Orders:
+class RankingScores:
     """Figures of each named score on each window; sinks are left out, as everywhere.
 
     Args:
         rows: with future attention, or without: then there is concordance alone.
     """
 
-    def __init__(self, rows: LabelledRows) -> None:
+    def __init__(self, rows: LabelledKeys) -> None:
         self.rows = rows
         self.found: dict[str, dict[str, list[float]]] = {}
         ages = rows.manifest.spec.ages

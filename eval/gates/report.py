@@ -115,7 +115,7 @@ COLUMNS = {
 
 
 def order_table(order: dict[str, Any]) -> Table:
-    """`order`: figures of `Orders`, as in the JSON."""
+    """`order`: figures of `RankingScores`, as in the JSON."""
     age = order["future_attention_from_age"]
     title = "pairs of keys in order" + (f", and future attention from age {age} on held by the top keys" if age else "")
     table = Table(title=title)

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from eval.common.console import make_console
 from eval.common.results import save_picture, write_result
-from eval.gates.ranking import MEANING, Orders
+from eval.gates.ranking import MEANING, RankingScores
 from eval.gates.report import calibration, order_table, print_r2, r2_figures, r2_pictures, reliability_picture
 from smartkv.gates.bank import GateBank, head_name
-from smartkv.gates.objectives import Log4Lifespan, OrdinalAges, reading
+from smartkv.gates.objectives import Log4Lifespan, OrdinalAges, objective_of_target
 from smartkv.metrics.nulls import score_nulls
 from smartkv.metrics.r2 import RegressionSums
 from smartkv.metrics.ranking import Reliability
 from smartkv.models.layer_ranges import format_layers
-from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Manifest
 
 
@@ -43,11 +43,11 @@ def gates(
     console = make_console()
     bank = GateBank.from_pretrained(gates).to(device)
     target = bank.details.get("target", Log4Lifespan.target)
-    objective = reading(target, bank.details.get("objective", {}))
+    objective = objective_of_target(target, bank.details.get("objective", {}))
     in_log4 = target == Log4Lifespan.target or (objective is not None and objective.in_log4)
     manifest = Manifest.read(shards)
     manifest.fingerprint.check(bank.fingerprint, f"the gates in {gates}")
-    rows = LabelledRows(
+    rows = LabelledKeys(
         manifest,
         bank.details.get("threshold", 0.05) if threshold is None else threshold,
         bank.details.get("follow_up"),
@@ -56,12 +56,12 @@ def gates(
     )
     manifest.verify(manifest.of_split("validation"))
     blocks = rows.blocks("validation")
-    sums, orders = RegressionSums.zeros(len(blocks), len(bank)), Orders(rows)
+    sums, orders = RegressionSums.zeros(len(blocks), len(bank)), RankingScores(rows)
     reliability = Reliability.zeros(bank.outputs) if isinstance(objective, OrdinalAges) else None
     drawn: list[tuple[Tensor, Tensor]] = []
     for window, block in enumerate(track(blocks, "Scoring gates", console=console)):
         output = bank(rows.checked_keys(block).to(device).float()).cpu()
-        prediction = bank.read(output)[..., -1] if bank.ages else bank.read(output)
+        prediction = bank.single_score(bank.read(output))
         sums.update(window, prediction, rows.target(block))
         orders.note("gates", window, prediction, block)
         orders.oracle(window, block)

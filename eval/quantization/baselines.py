@@ -17,7 +17,7 @@ from rich.table import Table
 
 from eval.common.console import make_console
 from eval.common.results import machine, write_result
-from eval.contenders.quantised import Quantised
+from eval.contenders.quantised import QuantisedContender
 from eval.quantization.probe import Probe
 from eval.quantization.stand_ins import Loaded, Shape, load_or_stand_in, shape_of
 from smartkv.cache.adaptive_cache import AdaptiveCache
@@ -187,7 +187,7 @@ def _measure(
     bank = GateBank.from_pretrained(gates, lm.model).to(lm.model.device) if gates else None
     plan = plan_windows(sources, {"validation": num_prompts}, lm.tokenizer, tokens, 4, seed, console.print)
     texts = [text.long() for text in plan.of_split("validation")]
-    first = tokens // 4
+    first_token = tokens // 4
     with Progress(console=console) as progress, torch.inference_mode():
         task = progress.add_task("Errors", total=1 + len(texts) + len(codecs) * (len(texts) + 1))
         plain = {name: codec for name, (codec, _) in codecs.items()}
@@ -203,7 +203,7 @@ def _measure(
             figures[name] |= {key: statistics.mean(each[name][key] for each in found) for key in found[0][name]}
         for name, times in probe.times(REPEATS).items():
             figures[name] |= times
-        exact = [window_nll(lm.model, text, first) for text in texts]
+        exact = [window_nll(lm.model, text, first_token) for text in texts]
         progress.advance(task)
         for name, (codec, residual) in codecs.items():
             progress.update(task, description=name)
@@ -213,9 +213,9 @@ def _measure(
             if loaded.stand_in:
                 progress.advance(task, len(texts))
                 continue
-            contender, nll = Quantised(lm, name, made, at_once=min(32, max(codec.block, 8))), []
+            contender, nll = QuantisedContender(lm, name, made, at_once=min(32, max(codec.block, 8))), []
             for text in texts:
-                nll.append(float(contender.read(1.0, text, first, first, None).nll.double().mean()))
+                nll.append(float(contender.read(1.0, text, first_token, first_token, None).nll.double().mean()))
                 progress.advance(task)
             mean = torch.tensor([nll, exact], dtype=torch.float64).mean(dim=1).exp().tolist()
             figures[name]["perplexity"], figures[name]["perplexity_exact"] = mean
@@ -233,7 +233,7 @@ def _step(loaded: Loaded, make: Callable[[], QuantizedCache], text: torch.Tensor
     """Milliseconds of one token after the text, median."""
     model = loaded.lm.model
     ids, times = text[None].to(model.device), []
-    contender = Quantised(loaded.lm, "", make)
+    contender = QuantisedContender(loaded.lm, "", make)
     with contender.open(1.0, 0) as cache:
         model.base_model(input_ids=ids[:, :-STEPS], past_key_values=cache)
         for place in range(ids.shape[1] - STEPS, ids.shape[1]):

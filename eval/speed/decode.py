@@ -22,7 +22,7 @@ from smartkv.cache.ragged import Fields, Ragged
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.io.atomic import write_atomically
-from smartkv.io.locks import hold
+from smartkv.io.locks import lock_folder
 from smartkv.metrics.perplexity import full_cache_bytes
 from smartkv.models.backbone import load_backbone
 from smartkv.models.gguf import PACKAGED
@@ -82,7 +82,7 @@ def decode(
         seed: of the choice of text, and of untrained gates.
     """
     console = make_console()
-    hold(out)  # now, and not when all is measured
+    lock_folder(out)  # now, and not when all is measured
     if not (contexts and batches) or min(*contexts, *batches, steps, rounds, threads, chunk) < 1:
         raise SmartKVError(
             "contexts, batches, steps, rounds, threads and chunk must be at least 1, some contexts and batches given; "

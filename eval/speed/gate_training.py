@@ -24,15 +24,15 @@ from datamodules.block_loader import KeyBatch
 from datamodules.lifespan_shards import LifespanShards
 from eval.common.console import make_console
 from eval.common.figures import COLOURS
-from eval.common.isolated import apart
-from eval.common.results import machine, measured_by, save_picture, write_result, write_tables
+from eval.common.isolated import run_isolated
+from eval.common.results import machine, provenance, save_picture, write_result, write_tables
 from lightning_modules.gates import LifespanGates
 from smartkv.errors import SmartKVError
-from smartkv.io.locks import hold
+from smartkv.io.locks import lock_folder
 from smartkv.labels.lifespans import LabelSpec
 from smartkv.models.architecture import Fingerprint
-from smartkv.shards.labelled_keys import LabelledRows
-from smartkv.shards.manifest import SPLITS, Manifest, entry_of, shard_header
+from smartkv.shards.labelled_keys import LabelledKeys
+from smartkv.shards.manifest import SPLITS, Manifest, shard_entry, shard_header
 from smartkv.shards.shard_file import write_shard
 
 SINKS, HIDDEN = 4, 64
@@ -71,7 +71,7 @@ def training(
         markdown_file: where the tables go besides. Null: nowhere.
     """
     console = make_console()
-    hold(out)  # now, and not when all is measured
+    lock_folder(out)  # now, and not when all is measured
     if unknown := sorted(set(models) - set(SIZES)):
         raise SmartKVError(f"models {', '.join(unknown)} are unknown: expected some of {', '.join(SIZES)}")
     if min(steps, rounds, windows, threads, *batches) < 1 or window < 4 * SINKS or not batches:
@@ -86,15 +86,15 @@ def training(
         for batch in batches:
             folder = Path(scratch) / f"{batch}"
             ways.append(
-                {"batch": batch, **apart(_ways, folder, batch, steps, rounds, window, windows, threads, device)}
+                {"batch": batch, **run_isolated(_ways, folder, batch, steps, rounds, window, windows, threads, device)}
             )
             progress.advance(task)
         for name in models:
             least = -(-2 * batches[0] // (window // 2 - SINKS))
             held = max(least, windows * 48 * 64 // math.prod(SIZES[name]))  # as many bytes for each, or two batches
             shards = Path(scratch) / name
-            apart(_made, shards, *SIZES[name], window, held)
-            measured = apart(_heads, shards, batches[0], steps, threads, device)
+            run_isolated(_made, shards, *SIZES[name], window, held)
+            measured = run_isolated(_heads, shards, batches[0], steps, threads, device)
             heads.append({"model": name, "heads": SIZES[name][0] * SIZES[name][1], **measured})
             progress.advance(task)
     arguments = {"batches": batches, "steps": steps, "rounds": rounds, "window": window, "windows": windows}
@@ -104,7 +104,7 @@ def training(
     result = write_result(Path(out), "training", arguments, figures)
     picture = save_picture(_picture(ways, heads), Path(out) / "training.png")
     files = [Path(out) / "training.md", *([Path(markdown_file)] if markdown_file else [])]
-    said = measured_by("training", arguments)
+    said = provenance("training", arguments)
     for table in tables:
         console.print(table)
     for path in [result, *(write_tables(file, tables, said) for file in files), picture]:
@@ -143,7 +143,7 @@ def made_shards(folder: Path, layers: int, kv_heads: int, head_dim: int, window:
         }
         path = folder / f"{split}-{number:05d}.safetensors"
         write_shard(path, tensors, shard_header(fingerprint, spec, window, SINKS))
-        entries.append(entry_of(path, split, 1, window))
+        entries.append(shard_entry(path, split, 1, window))
     documents = [f"made/{number}" for number in range(windows + 1)]
     Manifest(folder, fingerprint, spec, window, SINKS, [], documents, {"backbone": "made"}, entries).write()
     return folder
@@ -215,7 +215,7 @@ def _ways(
 ) -> dict[str, Any]:
     torch.set_num_threads(threads)
     shards = made_shards(folder, *SIZES["Qwen2.5-0.5B"], window, windows)
-    rows, used = LabelledRows(Manifest.read(shards)), 0
+    rows, used = LabelledKeys(Manifest.read(shards)), 0
     blocks = rows.blocks("train")
     keys, target = rows.keys(*blocks), rows.target(*blocks)
     files = [folder / f"head{gate}.pt" for gate in range(len(keys))]

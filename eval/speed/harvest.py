@@ -18,10 +18,10 @@ from torch import Tensor
 
 from eval.common.console import make_console
 from eval.common.figures import COLOURS
-from eval.common.isolated import apart
-from eval.common.results import machine, measured_by, save_picture, write_result, write_tables
+from eval.common.isolated import run_isolated
+from eval.common.results import machine, provenance, save_picture, write_result, write_tables
 from smartkv.errors import SmartKVError
-from smartkv.io.locks import hold
+from smartkv.io.locks import lock_folder
 from smartkv.labels.lifespans import LabelSpec, label_window
 from smartkv.models.backbone import Backbone, load_backbone, read_architecture
 from smartkv.models.gguf import PACKAGED
@@ -60,7 +60,7 @@ def speed(
         markdown_file: where the table goes besides. Null: nowhere.
     """
     console = make_console()
-    hold(out)  # now, and not when all is measured
+    lock_folder(out)  # now, and not when all is measured
     if device == "cuda" and not torch.cuda.is_available():
         raise SmartKVError("device 'cuda' cannot be used here: torch finds none")
     if unknown := sorted(set(ways) - set(WAYS)):
@@ -79,7 +79,7 @@ def speed(
     figures = []
     for length in lengths:
         there = [way for way in ways if way != "output_attentions" or length <= old_way_up_to]
-        rows = [{"way": way, "tokens": length, **apart(_pass, way, *model, length)} for way in there]
+        rows = [{"way": way, "tokens": length, **run_isolated(_pass, way, *model, length)} for way in there]
         possible = [row["way"] for row in rows if "note" not in row]
         found = _timed(possible, model, length, rounds if length <= old_way_up_to else rounds_alone)
         for row in rows:
@@ -103,7 +103,7 @@ def speed(
     tables = [_table(figures), _growth_table(growth)]
     for table in tables:
         console.print(table)
-    written = [write_tables(Path(markdown_file), tables, measured_by("speed", arguments))] if markdown_file else []
+    written = [write_tables(Path(markdown_file), tables, provenance("speed", arguments))] if markdown_file else []
     for path in [result, *written, picture]:
         console.print(f"  {path}", highlight=False)
 
@@ -126,7 +126,7 @@ def _timed(ways: list[str], model: tuple[str, str, int, str], length: int, round
     """Of each way its seconds and tokens/s, or a note why there are none."""
     if not ways:
         return {}
-    found = apart(_seconds, ways, *model, length, rounds)
+    found = run_isolated(_seconds, ways, *model, length, rounds)
     if "note" not in found:
         taken = {way: found[way] for way in ways}
         return {way: {"tokens_per_second": length / statistics.median(s), "seconds": s} for way, s in taken.items()}

@@ -29,7 +29,7 @@ from eval.tasks.suite import (
 )
 from smartkv.errors import SmartKVError
 from smartkv.models.gguf import PACKAGED
-from smartkv.texts.sources import SourceConfig, resolve
+from smartkv.texts.sources import SourceConfig, resolve_source
 
 SHOTS = {"gsm8k": 8, "math500": 4, "aime24": 0}  # as is usual
 NEW_TOKENS = {"gsm8k": 256, "math500": 512, "aime24": 1024}
@@ -119,9 +119,11 @@ def _of_sets(name: str, given: int | dict[str, int], sets: list[str]) -> dict[st
     return found
 
 
-def _problems(name: str, split: str, origins: list[str], most: int | None, after: int = 0) -> list[tuple[str, str]]:
+def _problems(
+    suite: Suite, name: str, split: str, origins: list[str], most: int | None, after: int = 0
+) -> list[tuple[str, str]]:
     """Problems, up to what stands before a solution, and solutions; the first few, which are shown, left out."""
-    source = resolve(SourceConfig(name, origins=list(origins)), lambda *_: None)
+    source = resolve_source(SourceConfig(name, origins=list(origins)), suite.say)
     parts = (document.text.partition(SETS[name]) for document in source.documents(split))
     solved = ((problem + mark.rstrip(), solution.strip()) for problem, mark, solution in parts if mark)
     found = list(islice(solved, after, None if most is None else after + most))
@@ -135,10 +137,10 @@ def _problems(name: str, split: str, origins: list[str], most: int | None, after
 def _samples(
     suite: Suite, name: str, split: str, count: int | None, shots: int, chat: bool, origins: list[str]
 ) -> list[Sample]:
-    shown_first = _problems(name, "train", origins, shots) if shots else []
+    shown_first = _problems(suite, name, "train", origins, shots) if shots else []
     examples = "".join(f"{problem} {solution}\n\n" for problem, solution in shown_first)
     tokenizer, found = suite.lm.tokenizer, []
-    for problem, solution in _problems(name, split, origins, count, after=shots if split == "train" else 0):
+    for problem, solution in _problems(suite, name, split, origins, count, after=shots if split == "train" else 0):
         prompt = prompt_ids(tokenizer, examples + problem, chat)
         found.append(Sample(prompt, continuation_ids(tokenizer, f" {solution}"), (solution,), (name,)))
     return found

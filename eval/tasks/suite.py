@@ -10,13 +10,14 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from eval.common.console import say_once
 from eval.common.results import machine, write_result, write_tables
-from eval.common.resume import Cells, digest, digest_of_model, digests
+from eval.common.resume import Measurements, digest, digest_of_model, digests
 from eval.contenders.base import Contender
-from eval.contenders.registry import ADAPTIVE_BY_GATES, line_up
+from eval.contenders.registry import ADAPTIVE_BY_GATES, make_contenders
 from eval.contenders.solving import solved_setting
 from eval.tasks.answers import Sample, answered, counted_from
-from smartkv.errors import SmartKVError
+from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.models.backbone import Backbone, load_backbone
 from smartkv.texts.sources import SourceConfig
@@ -79,7 +80,7 @@ class Suite:
         seed: of the choice of windows.
 
     Raises:
-        SmartKVError: footprints that are none, or as `load_backbone` and `line_up`.
+        SmartKVError: footprints that are none, or as `load_backbone` and `make_contenders`.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Suite:
         if calibration.windows < 1:
             raise SmartKVError(f"calibration.windows must be at least 1, got {calibration.windows}")
         self.console, self.names, self.footprints, self.seed = console, names, sorted(set(footprints)), seed
-        self.calibration, self.said = calibration, set[str]()
+        self.calibration, self.say = calibration, say_once(console)
         self.solved: dict[int, list[tuple[Contender, float, Any]]] = {}  # by length
         self.lm: Backbone = load_backbone(backbone, dtype, device, trust_remote_code)
         self.bank = GateBank.from_pretrained(gates, self.lm.model).to(device) if gates else None
@@ -118,13 +119,8 @@ class Suite:
 
     def texts(self, sources: list[SourceConfig], split: str, count: int, tokens: int) -> list[Tensor]:
         """Windows of text, ids `[tokens]` each."""
-        plan = plan_windows(sources, {split: count}, self.lm.tokenizer, tokens, 4, self.seed, self._say_once)
+        plan = plan_windows(sources, {split: count}, self.lm.tokenizer, tokens, 4, self.seed, self.say)
         return list(plan.of_split(split))
-
-    def _say_once(self, line: str) -> None:
-        if line not in self.said:
-            self.said.add(line)
-            self.console.print(line, highlight=False)
 
     def run(
         self, out: Path, name: str, by_length: dict[int, list[Sample]], new_tokens: int, score: Scorer
@@ -144,7 +140,7 @@ class Suite:
         weights = digests(self.bank)
         settings = {key: self.settings[key] for key in ("backbone", "weights", "dtype")}
         settings["device"] = self.lm.model.device.type
-        cells = Cells(out / f"{name}.cells", settings)
+        cells = Measurements(out / f"{name}.cells", settings)
         rows: list[Row] = []
         with Progress(console=self.console) as progress:
             for length, samples in by_length.items():
@@ -171,16 +167,16 @@ class Suite:
         return rows
 
     def _solve(
-        self, length: int, cells: Cells, weights: dict[str, str], progress: Progress
+        self, length: int, cells: Measurements, weights: dict[str, str], progress: Progress
     ) -> list[tuple[Contender, float, Any]]:
         windows = self.texts(self.calibration.sources, "train", self.calibration.windows, length)
         learnt_on, found = [digest(window) for window in windows], []
-        for contender in line_up(self.names, self.lm, self.bank, windows, length // 4):
+        for contender in make_contenders(self.names, self.lm, self.bank, windows, length // 4):
             whole = contender.kind in ("full", "quantised")
             for target in [1.0] if whole else self.footprints:
                 try:
                     found.append((contender, target, solved_setting(cells, contender, target, weights, learnt_on)))
-                except SmartKVError as error:  # one footprint out of reach is no reason to lose the others
+                except FootprintOutOfReach as error:  # one footprint out of reach is no reason to lose the others
                     progress.console.print(f"left out: {error}", highlight=False)
         return found
 

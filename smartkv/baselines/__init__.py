@@ -12,7 +12,7 @@ from smartkv.baselines.methods import (
     StreamingLLM,
 )
 from smartkv.baselines.schedules import Once, Schedule, Streaming
-from smartkv.baselines.simulation import Simulation, compressed
+from smartkv.baselines.simulation import Simulation, simulated_eviction
 
 __all__ = [
     "H2O",
@@ -28,5 +28,5 @@ __all__ = [
     "SnapKV",
     "Streaming",
     "StreamingLLM",
-    "compressed",
+    "simulated_eviction",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smartkv.baselines.state import LATEST, Live, Needs
+from smartkv.baselines.state import LATEST, LiveKeys, Needs
 from smartkv.errors import SmartKVError
 
 
@@ -21,7 +21,7 @@ class Method(ABC):
     needs: Needs = "keys"
 
     @abstractmethod
-    def score(self, live: Live, window: int) -> Tensor:
+    def score(self, live: LiveKeys, window: int) -> Tensor:
         """float32 `[kv_heads, keys]` of what is left; `window`: the latest tokens, which stay in any case."""
 
 
@@ -30,7 +30,7 @@ class StreamingLLM(Method):
 
     name = "streaming_llm"
 
-    def score(self, live: Live, window: int) -> Tensor:
+    def score(self, live: LiveKeys, window: int) -> Tensor:
         return live.position.float()
 
 
@@ -42,7 +42,7 @@ class Random(Method):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def score(self, live: Live, window: int) -> Tensor:
+    def score(self, live: LiveKeys, window: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + live.layer)
         drawn = torch.rand(live.read, live.kv_heads, generator=generator).T  # row by row: more text changes no figure
         return drawn.to(live.key.device).gather(1, live.position)
@@ -53,7 +53,7 @@ class KeyNorm(Method):
 
     name = "key_norm"
 
-    def score(self, live: Live, window: int) -> Tensor:
+    def score(self, live: LiveKeys, window: int) -> Tensor:
         return -live.key.float().norm(dim=-1)
 
 
@@ -62,7 +62,7 @@ class KeyDiff(Method):
 
     name = "keydiff"
 
-    def score(self, live: Live, window: int) -> Tensor:
+    def score(self, live: LiveKeys, window: int) -> Tensor:
         key = live.key.float()
         anchor = F.normalize(key, dim=-1).mean(dim=1, keepdim=True)
         return -F.cosine_similarity(key, anchor, dim=-1)
@@ -84,7 +84,7 @@ class SnapKV(Method):
             raise SmartKVError(f"queries must be 1 to {LATEST} and the kernel odd, got {queries} and {kernel}")
         self.queries, self.kernel = queries, kernel
 
-    def score(self, live: Live, window: int) -> Tensor:
+    def score(self, live: LiveKeys, window: int) -> Tensor:
         looked = live.attention_of_latest(min(self.queries, window)).mean(dim=2)  # [kv_heads, group, keys]
         smooth = F.avg_pool1d(looked, self.kernel, stride=1, padding=self.kernel // 2)
         return smooth.mean(dim=1)
@@ -99,7 +99,7 @@ class TOVA(Method):
     name = "tova"
     needs: Needs = "attention weights"
 
-    def score(self, live: Live, window: int) -> Tensor:
+    def score(self, live: LiveKeys, window: int) -> Tensor:
         looked = live.attention_of_latest(1)[:, :, 0].mean(dim=(0, 1))
         return looked.expand(live.kv_heads, -1)
 
@@ -110,7 +110,7 @@ class H2O(Method):
     name = "h2o"
     needs: Needs = "attention weights"
 
-    def score(self, live: Live, window: int) -> Tensor:
+    def score(self, live: LiveKeys, window: int) -> Tensor:
         return live.accumulated
 
 
@@ -133,7 +133,7 @@ class ExpectedAttention(Method):
             raise SmartKVError(f"future must be at least 1 and epsilon at least 0, got {future} and {epsilon}")
         self.future, self.epsilon = future, epsilon
 
-    def score(self, live: Live, window: int) -> Tensor:
+    def score(self, live: LiveKeys, window: int) -> Tensor:
         mean = live.total / live.read
         covariance = live.outer / live.read - mean[..., None] * mean[..., None, :]
         coming = torch.arange(live.read, live.read + self.future, device=mean.device)

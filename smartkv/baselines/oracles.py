@@ -11,7 +11,7 @@ from smartkv.labels.lifespans import LabelSpec, LayerLabels, check_window
 from smartkv.models.observation import observe_attention
 
 
-class Foresight(NamedTuple):
+class OracleLabels(NamedTuple):
     """Of each key of a window.
 
     Attributes:
@@ -34,12 +34,12 @@ class _Observer:
     def on_rotated_keys(self, layer: int, keys: Tensor) -> None:
         pass
 
-    def on_block(self, layer: int, first_query: int, probabilities: Tensor) -> None:
+    def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
         self.labels[layer].update(first_query, probabilities)
 
 
 @torch.inference_mode()
-def foresee(model: PreTrainedModel, tokens: Tensor, age: int, threshold: float = 0.05) -> Foresight:
+def oracle_labels(model: PreTrainedModel, tokens: Tensor, age: int, threshold: float = 0.05) -> OracleLabels:
     """Read a window with a full cache, and say of each key how it will be looked at.
 
     Args:
@@ -59,4 +59,4 @@ def foresee(model: PreTrainedModel, tokens: Tensor, age: int, threshold: float =
     later = (len(tokens) - age - torch.arange(len(tokens))).clamp(min=1)
     lifespan = torch.stack([labels.lifespan[0].cpu() for labels in observer.labels])
     attention = torch.stack([labels.attention_sum[0].cpu() for labels in observer.labels])
-    return Foresight(lifespan, attention / later)
+    return OracleLabels(lifespan, attention / later)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from smartkv.errors import SmartKVError
+from smartkv.errors import FootprintOutOfReach, SmartKVError
 
 
 class Schedule(Protocol):
@@ -52,17 +52,19 @@ class Streaming:
 
     @classmethod
     def for_footprint(
-        cls, footprint: float, tokens: int, first: int, recent: float = 0.25, sinks: int = 4, chunk: int = 32
+        cls, footprint: float, tokens: int, first_query: int, recent: float = 0.25, sinks: int = 4, chunk: int = 32
     ) -> "Streaming":
-        """The largest budget with which the queries `first ≤ i < tokens − 1` see at most that share of a full cache;
-        of it, the share `recent` is the window.
+        """The largest budget with which the queries `first_query ≤ i < tokens − 1` see at most that share of a full
+        cache; of it, the share `recent` is the window.
 
         Raises:
-            SmartKVError: sinks and chunk alone are more.
+            FootprintOutOfReach: sinks and chunk alone are more.
         """
-        if not 0 < recent <= 1 or not 0 <= first < tokens - 1:
-            raise SmartKVError(f"recent must lie in (0, 1] and first in the text, got {recent} and {first} of {tokens}")
-        query = torch.arange(first, tokens - 1)
+        if not 0 < recent <= 1 or not 0 <= first_query < tokens - 1:
+            raise SmartKVError(
+                f"recent must lie in (0, 1] and first_query in the text, got {recent} and {first_query} of {tokens}"
+            )
+        query = torch.arange(first_query, tokens - 1)
         start = query - query % chunk
 
         def share(budget: int) -> float:
@@ -70,7 +72,9 @@ class Streaming:
 
         low, high = sinks + 1, tokens
         if share(low) > footprint:
-            raise SmartKVError(f"{sinks} sinks and chunks of {chunk} tokens are more than {footprint:.3g} of the cache")
+            raise FootprintOutOfReach(
+                f"{sinks} sinks and chunks of {chunk} tokens are more than {footprint:.3g} of the cache"
+            )
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if share(middle) <= footprint else (low, middle - 1)

@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 
 from smartkv.baselines.methods import Method
 from smartkv.baselines.schedules import Schedule
-from smartkv.baselines.state import Live
+from smartkv.baselines.state import LiveKeys
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import Architecture
-from smartkv.models.attention_interface import attending, default_scaling
+from smartkv.models.attention_interface import attention_switched_to, default_scaling, register_attention
 from smartkv.models.rotary import Rotation
 
 COMPRESSED = "smartkv_compressed"
@@ -32,23 +31,23 @@ class Simulation:
         self.method, self.schedule, self.rotation = method, schedule, rotation
         self.seen: dict[int, Tensor] = {}
 
-    def footprint_by_head(self, first: int = 0) -> Tensor:
-        """Σ keys that queries from `first` on saw ÷ Σ keys of a full cache, float64 `[layers, kv_heads]`.
+    def footprint_by_head(self, first_query: int = 0) -> Tensor:
+        """Σ keys that queries from `first_query` on saw ÷ Σ keys of a full cache, float64 `[layers, kv_heads]`.
 
         Raises:
             SmartKVError: nothing was read, or no query counts.
         """
-        if not self.seen or not 0 <= first < (tokens := self.seen[0].shape[1]):
+        if not self.seen or not 0 <= first_query < (tokens := self.seen[0].shape[1]):
             raise SmartKVError("nothing was read from which a footprint could be told: read longer text")
-        full = (torch.arange(first, tokens) + 1).sum()
-        seen = torch.stack([self.seen[layer][:, first:].sum(dim=1) for layer in sorted(self.seen)])
+        full = (torch.arange(first_query, tokens) + 1).sum()
+        seen = torch.stack([self.seen[layer][:, first_query:].sum(dim=1) for layer in sorted(self.seen)])
         return seen.double().cpu() / full
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, own: int | None) -> Tensor:
         """`query` `[query_heads, tokens, head_dim]`, `key`, `value` `[kv_heads, tokens, head_dim]` -> like `query`.
         `own`: the model's sliding window."""
         output, counted = torch.empty_like(query), []
-        live = Live(layer, key.shape[0], scaling, self.rotation, self.method.needs)
+        live = LiveKeys(layer, key.shape[0], scaling, self.rotation, self.method.needs)
         for start, stop, budget in self.schedule.blocks(query.shape[1]):
             queries = query[:, start:stop].unflatten(0, (key.shape[0], -1))
             live.add(queries, key[:, start:stop], value[:, start:stop])
@@ -84,21 +83,16 @@ def _attention(
     return output.transpose(0, 1)[None].contiguous(), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Who sees what is decided in `Live.attend`."""
-
-
-AttentionInterface.register(COMPRESSED, _attention)
-AttentionMaskInterface.register(COMPRESSED, _no_mask)
+register_attention(COMPRESSED, _attention)
 
 
 @contextmanager
-def compressed(model: PreTrainedModel, method: Method, schedule: Schedule) -> Iterator[Simulation]:
+def simulated_eviction(model: PreTrainedModel, method: Method, schedule: Schedule) -> Iterator[Simulation]:
     """Inside, forward passes of `model` over one text (no padding, no cache, no gradients) attend as under a method.
 
     The model is as it was on leaving, also after an exception.
     """
     Architecture.of(model.config)
     simulation = Simulation(method, schedule, Rotation(model))
-    with attending(model, COMPRESSED, _SIMULATION, simulation), torch.inference_mode():
+    with attention_switched_to(model, COMPRESSED, _SIMULATION, simulation), torch.inference_mode():
         yield simulation

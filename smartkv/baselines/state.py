@@ -11,7 +11,7 @@ Needs = Literal["keys", "queries", "attention weights"]
 LATEST = 64  # queries that are remembered for methods that look at the latest
 
 
-class Live:
+class LiveKeys:
     """Keys that every head still has, the same number in each.
 
     Attributes:
@@ -51,7 +51,7 @@ class Live:
             self.total = torch.zeros(shape, device=key.device)
             self.outer = torch.zeros(*shape, shape[-1], device=key.device)
         if self.needs == "queries":
-            plain = self.rotation.taken_back(queries, position)
+            plain = self.rotation.unrotate(queries, position)
             self.total += plain.sum(dim=2)
             self.outer += plain.mT @ plain
         self.read += new

@@ -31,8 +31,7 @@ def importance_by(gates: GateBank, layer: int, keys: Tensor) -> Tensor:
     Returns:
         float32 `[batch, kv_heads, tokens]`, above 0.
     """
-    score = gates.score(layer, keys)
-    score = score[..., -1] if gates.ages else score
+    score = gates.single_score(gates.score(layer, keys))
     in_log4 = gates.details.get("target") in (Log4Lifespan.target, OrdinalAges.target)
     return torch.exp(score * (math.log(4) if in_log4 else 1.0))
 

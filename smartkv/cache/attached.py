@@ -9,7 +9,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from smartkv.cache.model_patch import EvictionStep, follow_cache, works_on
+from smartkv.cache.model_patch import EvictionStep, is_evicting, patch_model
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import Architecture
 
@@ -37,7 +37,7 @@ class AttachedCache(Cache, ABC):
 
     def attach(self) -> None:
         """Let the model take this cache; done by the constructor."""
-        self._undo = follow_cache(self.model, AttachedCache)
+        self._undo = patch_model(self.model, AttachedCache)
         self._finalizer = weakref.finalize(self, self._undo)
         self.attached = True
 
@@ -108,7 +108,7 @@ class AttachedCache(Cache, ABC):
         Raises:
             SmartKVError: the cache is not attached to this model, whose attention would see nothing of it.
         """
-        if not works_on(self.model, self):
+        if not is_evicting(self.model, self):
             self.check_call(self.model.base_model, 0)
             raise self._other_model()
         return key_states, value_states

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smartkv.cache.footprint_count import count_queries
 from smartkv.cache.ragged import Fields, Ragged
 from smartkv.policies.capacity import Cap
 from smartkv.policies.lifetimes import HOLE
@@ -32,12 +33,6 @@ class ChunkResult:
     bytes_at_work: int
 
 
-def queries_that_saw(position: Tensor, ends: Tensor, start: Tensor, end: Tensor, count_from: int) -> Tensor:
-    """How many of the queries `start ≤ i < end` from position `count_from` on saw each key; all broadcast."""
-    first = torch.maximum(position, start.clamp(min=count_from))
-    return (torch.minimum(ends, end) - first).clamp(min=0).masked_fill(position == HOLE, 0)
-
-
 def chunk_attention(
     query: Tensor,
     store: Ragged,
@@ -46,7 +41,7 @@ def chunk_attention(
     start: Tensor,
     end: Tensor,
     scaling: float,
-    count_from: int,
+    first_query: int,
     packed: PackedRows | None,
     padded: bool,
 ) -> ChunkResult:
@@ -59,7 +54,7 @@ def chunk_attention(
         cap: of the layer; None: none.
         start, end: int64 `[pairs]`, position of the first real token, and of the next one after the chunk.
         scaling: of the scores.
-        count_from: position of the first query that is counted.
+        first_query: position of the first query that is counted.
         packed: how keys and values are packed, and queries turned; None: they are not.
         padded: some tokens may be padding.
     """
@@ -72,7 +67,7 @@ def chunk_attention(
     held = store.sizes
     kept: dict[int, Fields] = {}  # of each pair
     most = kept_bytes = 0
-    for group in like_lengths(held, tokens):
+    for group in group_by_length(held, tokens):
         longest = max(held[pair] for pair in group)
         fields = _padded(store, new, group, longest)
         rows = torch.tensor(group, device=device)
@@ -87,7 +82,7 @@ def chunk_attention(
             found = _masked_attention(queries, fields, ends, at, scaling, packed, padded)
             output.index_copy_(0, rows, found)
         alive = ends > end[rows, None]
-        saw = queries_that_saw(fields.position, ends, start[rows, None], end[rows, None], count_from)
+        saw = count_queries(fields.position, ends, start[rows, None], end[rows, None], first_query)
         visible[rows], counts[rows] = saw.sum(dim=1), alive.sum(dim=1)
         flat, index = fields.map(lambda tensor: tensor.flatten(0, 1)), alive.flatten().nonzero().flatten()
         all_alive = len(index) == alive.numel()  # then they lie as they shall: no copy
@@ -149,7 +144,7 @@ def _padded(store: Ragged, new: Fields, pairs: list[int], longest: int) -> Field
     return Fields.cat(parts).map(lambda tensor: tensor.unflatten(0, (len(pairs), -1)))
 
 
-def like_lengths(counts: list[int], tokens: int) -> list[list[int]]:
+def group_by_length(counts: list[int], tokens: int) -> list[list[int]]:
     """Pairs whose lengths (counts + tokens) are alike, in groups in order, each pair once; the shortest group first."""
     groups: list[list[int]] = []
     for pair in sorted(range(len(counts)), key=counts.__getitem__):

@@ -15,15 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartkv.cache.attached import AttachedCache
-from smartkv.cache.layer import LifespanLayer
+from smartkv.cache.layer import Judge, LifespanLayer
 from smartkv.cache.model_patch import EvictionStep
-from smartkv.cache.ragged import Fields
-from smartkv.cache.usage import Holdings
+from smartkv.cache.usage import CacheUsage
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.models.architecture import Architecture
 from smartkv.policies.hybrid import HybridPolicy
-from smartkv.policies.lifetimes import FOREVER, HOLE
+from smartkv.policies.lifetimes import FOREVER
 from smartkv.quantization.per_token import Bits
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,7 +39,7 @@ def _outside_autograd(function: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-class LifespanCache(Holdings, AttachedCache):
+class LifespanCache(CacheUsage, AttachedCache):
     """A cache for `model(...)` and `model.generate(...)`.
 
     The model is changed while it works on the cache and not between. It keeps a forward of ours for as long as such a
@@ -52,7 +51,7 @@ class LifespanCache(Holdings, AttachedCache):
         policy: what each layer keeps; nothing may be left open in it.
         chunk: tokens of a prompt that go through the model together, each layer freeing what is dead after every 256 of
             them; no logit depends on it beyond rounding.
-        count_from: position of the first query that `footprint` counts.
+        first_query: position of the first query that `footprint` counts.
         bits: of each number of keys and values, 2 to 8, or of keys and of values, (6, 4), packed (see
             `smartkv.quantization.per_token`); None: the model's dtype.
 
@@ -66,7 +65,7 @@ class LifespanCache(Holdings, AttachedCache):
         gates: GateBank | None,
         policy: HybridPolicy,
         chunk: int = 1024,
-        count_from: int = 0,
+        first_query: int = 0,
         bits: Bits | None = None,
     ) -> None:
         architecture = Architecture.of(model.config)
@@ -79,10 +78,11 @@ class LifespanCache(Holdings, AttachedCache):
             )
         caps = policy.caps(architecture)
         self.storage = [
-            LifespanLayer(cap.window if cap else rule.window or FOREVER, cap, count_from, bits)
+            LifespanLayer(cap.window if cap else rule.window or FOREVER, cap, first_query, bits)
             for rule, cap in zip(rules, caps, strict=True)
         ]
-        self.policy, self.gates, self.rules, self.count_from, self.bits = policy, gates, rules, count_from, bits
+        self._scored: tuple[Tensor, Tensor | None] | None = None
+        self.policy, self.gates, self.rules, self.first_query, self.bits = policy, gates, rules, first_query, bits
         super().__init__(model, list(self.storage), chunk)
 
     # -- the rule -----------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class LifespanCache(Holdings, AttachedCache):
         rule = self.rules[layer]
         if rule.rule != "gated" or self.gates is None:
             return self.policy.times_to_live(rule, None)
-        return self.policy.times_to_live(rule, self.scores(layer, keys), self.gates.ages)
+        return self.policy.times_to_live(rule, self._scores_once(layer, keys), self.gates.ages)
 
     def scores(self, layer: int, keys: Tensor) -> Tensor | None:
         """What the layer's gates say (see `GateBank.score`), float32 `[batch, kv_heads, tokens]`, or `[…, ages]`; None
@@ -129,62 +129,45 @@ class LifespanCache(Holdings, AttachedCache):
         Raises:
             SmartKVError: another number of rows, or another dtype, than what the cache holds.
         """
-        storage, tokens = self.storage[layer], step.key.shape[2]
-        if not storage.is_initialized:
-            storage.lazy_initialization(step.key, step.value)
-            storage.begin_sliding(step.sliding_window or FOREVER)
-        if len(storage.seen) != len(step.key) or storage.dtype != step.key.dtype:
-            raise SmartKVError(
-                f"the cache holds {len(storage.seen)} rows in {storage.dtype}, "
-                f"the model was given {len(step.key)} rows and computes in {step.key.dtype}"
-            )
-        if tokens == 1 and step.real is None:
-            if not storage.ready:
-                self._settle(layer, pack=True)
-            storage.unjudged.append(step.pre_rope)
-            return storage.step(step.query, step.key, step.value, step.scaling)
-        self._settle(layer, pack=False)
-        real = step.real if step.real is not None else step.key.new_ones(len(step.key), tokens, dtype=torch.bool)
-        position = storage.seen[:, None] + real.cumsum(dim=1) - 1
-        expiry, score = self._judged(layer, step.pre_rope, position)
-        position = position.masked_fill(~real, HOLE)[:, None].expand(expiry.shape)
-        new = Fields(step.key, step.value, position.int(), expiry.int(), score).map(lambda tensor: tensor.flatten(0, 1))
-        output = storage.chunk(step.query, new, step.real, step.scaling)
-        self.note_work_of(storage)
+        storage = self.storage[layer]
+        output = storage.attend(step, self._judge_of(layer))
+        if storage.at_work:
+            self.note_peak(storage)
         return output
 
-    def _judged(self, layer: int, keys: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Expiry and, where a cap asks for it, score of new keys; arguments as `times_to_live`."""
-        storage = self.storage[layer]
-        limit = None if storage.sliding_window == FOREVER else storage.sliding_window
-        expiry, score = self.expiry(layer, keys, position, limit), None
-        if storage.store.fields.score is not None:
-            score = self.scores(layer, keys)
-            if score is None:
-                score = torch.zeros(expiry.shape, device=keys.device)
-            elif score.dim() > expiry.dim():  # of several ages, the last: to stay for good
-                score = score[..., -1]
-        return expiry, score
+    def _judge_of(self, layer: int) -> Judge:
+        def judge(keys: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
+            storage = self.storage[layer]
+            limit = None if storage.sliding_window == FOREVER else storage.sliding_window
+            try:
+                expiry = self.expiry(layer, keys, position, limit)
+                return expiry, self._rank(layer, keys, expiry.shape) if storage.ranked else None
+            finally:
+                self._scored = None
 
-    def _settle(self, layer: int, pack: bool) -> None:
-        """Judge the layer's latest tokens, and free what died."""
-        storage = self.storage[layer]
-        if storage.settled and not pack:
-            return
-        expiry = score = None
-        if storage.pending:
-            keys = torch.cat(storage.unjudged, dim=2)
-            position = storage.seen[:, None] + torch.arange(storage.pending, device=keys.device)
-            expiry, score = self._judged(layer, keys, position)
-        storage.settle(expiry, score, pack)
-        self.note_work_of(storage)
+        return judge
+
+    def _rank(self, layer: int, keys: Tensor, shape: torch.Size) -> Tensor:
+        """What decides among the heads of a layer that share a cap, float32 of that shape."""
+        score = self._scores_once(layer, keys)
+        if score is None:
+            return torch.zeros(shape, device=keys.device)
+        return score if self.gates is None else self.gates.single_score(score)
+
+    def _scores_once(self, layer: int, keys: Tensor) -> Tensor | None:
+        """`scores`, computed once for the keys that a layer judges: for their TTL, and for their rank under a cap."""
+        if self._scored is None or self._scored[0] is not keys:
+            self._scored = (keys, self.scores(layer, keys))
+        return self._scored[1]
 
     @_outside_autograd
     def settle(self) -> None:
         """Free now what is dead, in all layers; decoding does it every few tokens by itself."""
         for layer, storage in enumerate(self.storage):
-            if storage.is_initialized:
-                self._settle(layer, pack=False)
+            storage.at_work = 0
+            storage.settle(self._judge_of(layer))
+            if storage.at_work:
+                self.note_peak(storage)
 
     def reset(self) -> None:
         """Forget everything, as if new."""
@@ -199,7 +182,7 @@ class LifespanCache(Holdings, AttachedCache):
         self.settle()
         for storage in self.storage:
             storage.select(rows.to(self.model.device))
-            self.note_work_of(storage)
+            self.note_peak(storage)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search goes on with other rows."""

@@ -1,6 +1,6 @@
 """How a model is brought to work on a cache that evicts.
 
-`follow_cache` puts a forward of ours on the decoder. Called with such a cache it attends by way of the cache, for that
+`patch_model` puts a forward of ours on the decoder. Called with such a cache it attends by way of the cache, for that
 pass alone, and feeds the tokens in pieces, so that no layer ever holds the keys of a whole prompt; called with anything
 else it does what it did before.
 """
@@ -12,13 +12,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.generation import GenerationMode
-from transformers.masking_utils import AttentionMaskInterface
 
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import attention_modules
-from smartkv.models.attention_interface import default_scaling
+from smartkv.models.attention_interface import default_scaling, register_attention
 from smartkv.models.key_hooks import register_key_hooks
 
 EVICTING = "smartkv_evicting"
@@ -133,7 +132,7 @@ def _evicting_cache(kwargs: dict[str, Any], evicting: type[Cache]) -> Any:
     return next((cache for cache in given if isinstance(cache, evicting)), None)
 
 
-def works_on(model: PreTrainedModel, cache: EvictingCache) -> bool:
+def is_evicting(model: PreTrainedModel, cache: EvictingCache) -> bool:
     """Whether `model` is in a forward pass on `cache`."""
     session: Session | None = model.base_model.__dict__.get(_SESSION)
     return session is not None and session.cache is cache
@@ -159,15 +158,10 @@ def evicting_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The cache knows what is visible."""
+register_attention(EVICTING, evicting_attention)
 
 
-AttentionInterface.register(EVICTING, evicting_attention)
-AttentionMaskInterface.register(EVICTING, _no_mask)
-
-
-def follow_cache(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], None]:
+def patch_model(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], None]:
     """From now on `model` takes caches of class `evicting` (each an `EvictingCache`) as `past_key_values`.
 
     Returns:

@@ -3,7 +3,7 @@
 A *pair* is one row of the batch and one KV head. Pairs hold unlike numbers of keys, and no pair pays for another's:
 
 * `Ragged`: all pairs' keys one after another, nothing between them. What a chunk leaves.
-* `Blocks`: the same keys cut into blocks of few slots, each of one pair, with spare slots for the tokens to come.
+* `Pages`: the same keys cut into blocks of few slots, each of one pair, with spare slots for the tokens to come.
   Attention of one query a head is two batched products over all blocks, whatever the pairs' lengths.
 """
 
@@ -16,10 +16,10 @@ from smartkv.policies.lifetimes import FOREVER, HOLE
 from smartkv.quantization.per_token import PackedRows
 
 FEW, SHORT = 4, 768  # so few pairs of so few keys are faster attended to one by one: what counts is the calls
-MOST_SPARE = 64  # tokens that are taken in before keys are packed anew
+MAX_SPARE = 64  # tokens that are taken in before keys are packed anew
 
 
-class Blocks:
+class Pages:
     """Keys in blocks of `size` slots while tokens come one by one.
 
     Args:
@@ -52,7 +52,7 @@ class Blocks:
     ) -> None:
         pairs, device = len(counts), counts.device
         self.counts, self.spare, self.rows = counts, spare, rows
-        self.size = block_size(len(live) / pairs)
+        self.size = page_size(len(live) / pairs)
         blocks = (counts + spare + self.size - 1) // self.size
         first = blocks.cumsum(0) - blocks
         total, most = int(blocks.sum()), int(blocks.max())
@@ -181,7 +181,7 @@ class Blocks:
         return index, self.owner[index // self.size] == torch.arange(len(self.counts), device=index.device)[:, None]
 
 
-def block_size(keys: float) -> int:
+def page_size(keys: float) -> int:
     """Slots of a block for pairs of `keys` keys: half a block a pair is lost, and small blocks are slow."""
     return next((size for size in (16, 32, 64) if keys < 48 * size), 128)
 
@@ -193,4 +193,4 @@ def spare_tokens(keys: float, shortest_life: int) -> int:
         keys: of a pair, on average.
         shortest_life: tokens that every new key is seen for at least; before that nothing new can die.
     """
-    return max(1, min(max(16, int(keys) // 16), MOST_SPARE, shortest_life))
+    return max(1, min(max(16, int(keys) // 16), MAX_SPARE, shortest_life))

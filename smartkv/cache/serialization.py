@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smartkv.cache.footprint_count import FootprintCount
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.ragged import Fields, Ragged
 from smartkv.errors import SmartKVError
@@ -47,16 +48,20 @@ def save_cache(cache: LifespanCache, path: str | Path) -> None:
         "columns": cache.get_seq_length(),
         "sliding_window": [layer.sliding_window for layer in cache.storage],
         "chunk": cache.chunk,
-        "count_from": cache.count_from,
+        "count_from": cache.first_query,
         "bits": cache.bits,
         "dtype": str(cache.storage[0].dtype).removeprefix("torch."),
     }
     tensors: dict[str, Tensor] = {}
     for number, layer in enumerate(cache.storage):
         store = layer.store
-        held = {**store.fields._asdict(), "counts": store.counts, "seen": layer.seen}
-        held |= {"visible": layer.visible, "held": layer.held, "centre": layer.packed.centre if layer.packed else None}
-        tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in held.items() if t is not None}
+        tensors_of_layer = {**store.fields._asdict(), "counts": store.counts, "seen": layer.seen}
+        tensors_of_layer |= {
+            "visible": layer.count.visible,
+            "held": layer.count.full,
+            "centre": layer.packed.centre if layer.packed else None,
+        }
+        tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in tensors_of_layer.items() if t is not None}
     write_atomically(Path(path), save(tensors, metadata={"smartkv_cache": json.dumps(header, sort_keys=True)}))
 
 
@@ -92,8 +97,8 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | None 
                 layer.packed.centre = mine["centre"]
                 if mine["centre"].shape != (len(mine["counts"]), cache.architecture.head_dim):
                     raise SmartKVError(f"{path} does not hold a whole cache: the centre of layer {number} does not fit")
-            layer.visible, layer.held = mine["visible"], mine["held"]
-            layer.begin_sliding(header["sliding_window"][number])
+            layer.count = FootprintCount(mine["visible"], mine["held"], cache.first_query)
+            layer.set_sliding_window(header["sliding_window"][number])
             layer.columns = header["columns"]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise SmartKVError(f"{path} does not hold a whole cache ({type(error).__name__}: {error})") from error

@@ -7,17 +7,17 @@ from smartkv.cache.layer import LifespanLayer
 from smartkv.errors import SmartKVError
 
 
-class Holdings:
+class CacheUsage:
     """Figures of the layers in `storage`.
 
     Attributes:
         storage: one a layer of the model.
-        count_from: position of the first query that `footprint` counts.
+        first_query: position of the first query that `footprint` counts.
         fullest: largest sum of storage while a layer moved keys.
     """
 
     storage: list[LifespanLayer]
-    count_from: int
+    first_query: int
     fullest: int = 0
 
     @property
@@ -40,7 +40,7 @@ class Holdings:
         """Largest sum of storage so far, what was held while keys were moved included."""
         return max(self.fullest, self.storage_bytes)
 
-    def note_work_of(self, layer: LifespanLayer) -> None:
+    def note_peak(self, layer: LifespanLayer) -> None:
         """Remember how much all layers held while this one moved its keys, just now."""
         others = sum(each.bytes_since_moved for each in self.storage if each is not layer)
         self.fullest = max(self.fullest, others + layer.at_work)
@@ -76,9 +76,9 @@ class Holdings:
         """
         self._check_used()
         counted = [layer.counted() for layer in self.storage]
-        if not int(counted[0][1].sum()):
-            raise SmartKVError(f"no query from position {self.count_from} on was seen: there is no footprint")
-        return torch.stack([(visible.sum(0).double() / held.sum()).cpu() for visible, held in counted])
+        if not int(counted[0].full.sum()):
+            raise SmartKVError(f"no query from position {self.first_query} on was seen: there is no footprint")
+        return torch.stack([(count.visible.sum(0).double() / count.full.sum()).cpu() for count in counted])
 
     @property
     def footprint(self) -> float:

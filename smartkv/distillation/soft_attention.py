@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 
-from smartkv.models.attention_interface import attending, default_scaling
+from smartkv.models.attention_interface import attention_switched_to, default_scaling, register_attention
 from smartkv.models.key_hooks import hook_keys
 from smartkv.policies.lifetimes import FOREVER
 
@@ -173,16 +172,11 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Causality is computed in `_scores`."""
-
-
-AttentionInterface.register(SOFT, _attention)
-AttentionMaskInterface.register(SOFT, _no_mask)
+register_attention(SOFT, _attention)
 
 
 @contextmanager
-def softly_evicted(model: PreTrainedModel, log_keep: LogKeep, ages: tuple[int, ...], sinks: int = 4) -> Iterator[None]:
+def soft_eviction(model: PreTrainedModel, log_keep: LogKeep, ages: tuple[int, ...], sinks: int = 4) -> Iterator[None]:
     """Inside, forward passes of `model` (no padding, no cache) attend under a soft eviction.
 
     The model is as it was on leaving, also after an exception.
@@ -193,5 +187,5 @@ def softly_evicted(model: PreTrainedModel, log_keep: LogKeep, ages: tuple[int, .
         ages, sinks: as `soft_attention`.
     """
     rule = _Rule(log_keep, ages, sinks)
-    with hook_keys(model, rule.on_keys), attending(model, SOFT, _RULE, rule):
+    with hook_keys(model, rule.on_keys), attention_switched_to(model, SOFT, _RULE, rule):
         yield

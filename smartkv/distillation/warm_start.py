@@ -8,17 +8,17 @@ import torch
 
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
-from smartkv.gates.objectives import FutureAttention, reading
+from smartkv.gates.objectives import FutureAttention, objective_of_target
 
 
 @torch.no_grad()
-def plain(gates: GateBank) -> GateBank:
+def single_output(gates: GateBank) -> GateBank:
     """Gates whose outputs are scores by themselves: those of future attention are its log, others come with one output.
 
     Raises:
         SmartKVError: gates of several outputs that are no log of anything, such as of ordinal ages.
     """
-    objective = reading(gates.details.get("target", ""), gates.details.get("objective", {}))
+    objective = objective_of_target(gates.details.get("target", ""), gates.details.get("objective", {}))
     if gates.ages or (objective is None and gates.outputs == 1):
         return gates
     if not isinstance(objective, FutureAttention):
@@ -31,7 +31,7 @@ def plain(gates: GateBank) -> GateBank:
 
 
 @torch.no_grad()
-def for_ages(gates: GateBank, ages: Sequence[int], hidden: int) -> GateBank:
+def one_output_per_age(gates: GateBank, ages: Sequence[int], hidden: int) -> GateBank:
     """Gates that judge for `ages`, to start from. From one output: they judge each key as `gates` do for the last age,
     and more kindly the younger it is, since attention falls about with age; by half the log of it.
 

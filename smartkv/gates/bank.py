@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
-from smartkv.gates.model_card import card
-from smartkv.gates.objectives import reading
+from smartkv.gates.model_card import model_card
+from smartkv.gates.objectives import objective_of_target
 from smartkv.gates.pretrained import CARD, CONFIG, WEIGHTS, checked_details, find
 from smartkv.io.atomic import write_atomically
-from smartkv.io.checks import flat, kind, whole
+from smartkv.io.checks import check_type, check_whole, read_dataclass
 from smartkv.models.architecture import Fingerprint
 from smartkv.models.layer_ranges import format_layers
 
@@ -149,8 +149,13 @@ class GateBank(nn.Module, ModelHubMixin):
         `[…, ages]`, falling with age: what is gone does not come back."""
         if self.ages:
             return prediction.cummin(dim=-1).values
-        objective = reading(self.details.get("target", ""), self.details.get("objective", {}))
+        objective = objective_of_target(self.details.get("target", ""), self.details.get("objective", {}))
         return prediction[..., 0] if objective is None else objective.score(prediction)
+
+    def single_score(self, score: Tensor) -> Tensor:
+        """One score a key, `[…, ages]` -> `[…]`: of gates that judge for ages that of the last, to stay for good. The
+        scores of other gates are returned as they are."""
+        return score[..., -1] if self.ages else score
 
     @torch.no_grad()
     def folded(self, mean: Tensor, std: Tensor) -> "GateBank":
@@ -207,12 +212,12 @@ class GateBank(nn.Module, ModelHubMixin):
                 raise SmartKVError(
                     f"{config_path} has format version {config['format_version']}, this SmartKV reads {FORMAT_VERSION}"
                 )
-            fingerprint = flat(Fingerprint, config["fingerprint"], least=1)
-            hidden, outputs = (whole(name, config[name], 1) for name in ("hidden", "outputs"))
+            fingerprint = read_dataclass(Fingerprint, config["fingerprint"], least=1)
+            hidden, outputs = (check_whole(name, config[name], 1) for name in ("hidden", "outputs"))
             details = checked_details(config["details"])
             with torch.device("meta"):  # sizes that a damaged file claims cost nothing until the weights agree
-                bank = cls(fingerprint, kind("layers", config["layers"], list), hidden, outputs, details)
-            reading(details.get("target", ""), details.get("objective", {}))
+                bank = cls(fingerprint, check_type("layers", config["layers"], list), hidden, outputs, details)
+            objective_of_target(details.get("target", ""), details.get("objective", {}))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise SmartKVError(f"{config_path} does not describe gates ({type(error).__name__}: {error})") from error
         if model is not None:
@@ -246,7 +251,7 @@ class GateBank(nn.Module, ModelHubMixin):
             write_atomically(out / f"l{layer}_h{head}.safetensors", data)
 
     def _card(self) -> str:
-        return card(len(self), self.fingerprint.describe(), format_layers(self.layers), self.details)
+        return model_card(len(self), self.fingerprint.describe(), format_layers(self.layers), self.details)
 
 
 def head_name(layer: int, head: int) -> str:

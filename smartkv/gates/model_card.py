@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 
-def card(gates: int, model: str, layers: str, details: dict[str, Any]) -> str:
+def model_card(gates: int, model: str, layers: str, details: dict[str, Any]) -> str:
     """The model card, Markdown.
 
     Args:

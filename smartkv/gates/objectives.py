@@ -24,7 +24,7 @@ class Objective(Persisted, ABC):
     Attributes:
         outputs: of a gate.
         target: what the exported gates' config calls it.
-        settings: what `reading` needs to know besides.
+        settings: what `objective_of_target` needs to know besides.
         in_log4: whether the score estimates log4 lifespan, so that it has an R².
     """
 
@@ -181,7 +181,7 @@ class Ranking(Objective):
         return total / self.pairs
 
 
-def reading(target: str, settings: dict[str, Any]) -> Objective | None:
+def objective_of_target(target: str, settings: dict[str, Any]) -> Objective | None:
     """The objective whose `score` reads gates of that target; None: their only output is the score."""
     if target == OrdinalAges.target:
         return OrdinalAges(**settings)

@@ -8,8 +8,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from smartkv.errors import SmartKVError
-from smartkv.io.checks import kind, number, whole
-from smartkv.io.hub import broken_off
+from smartkv.io.checks import check_number, check_type, check_whole
+from smartkv.io.hub import connection_error
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 PRETRAINED = Path(str(files("smartkv"))) / "pretrained"
@@ -40,7 +40,7 @@ def find(folder_or_id: str | Path, name: str, revision: str | None) -> Path:
         return folder / name
     try:
         return Path(hf_hub_download(str(folder_or_id), name, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, broken_off()) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, connection_error()) as error:
         raise SmartKVError(
             f"gates '{folder_or_id}' are neither a local folder nor to be had from the hub; "
             f"with SmartKV come: {', '.join(pretrained_gates())}"
@@ -49,16 +49,16 @@ def find(folder_or_id: str | Path, name: str, revision: str | None) -> Path:
 
 def checked_details(content: Any) -> dict[str, Any]:
     """What gates remember beside their shape, a ValueError where anything that is read is not what it should be."""
-    details: dict[str, Any] = kind("details", content, dict)
-    ages = [whole("ages", age, 1) for age in kind("ages", details.get("ages", []), list)]
+    details: dict[str, Any] = check_type("details", content, dict)
+    ages = [check_whole("ages", age, 1) for age in check_type("ages", details.get("ages", []), list)]
     if ages != sorted(set(ages)):
         raise ValueError(f"ages must rise, got {ages}")
-    for point in kind("prices", details.get("prices", []), list):
-        if len(kind("prices", point, list)) != 2 or not 0 < number("footprint", point[0]) <= 1:
+    for point in check_type("prices", details.get("prices", []), list):
+        if len(check_type("prices", point, list)) != 2 or not 0 < check_number("footprint", point[0]) <= 1:
             raise ValueError(f"prices are pairs of a footprint and a price, got {point!r}")
-        number("price", point[1])
-    whole("sinks", details.get("sinks", 0))
+        check_number("price", point[1])
+    check_whole("sinks", details.get("sinks", 0))
     for name in ("target", "inputs"):
-        kind(name, details.get(name, ""), str)
-    kind("objective", details.get("objective", {}), dict)
+        check_type(name, details.get(name, ""), str)
+    check_type("objective", details.get("objective", {}), dict)
     return details

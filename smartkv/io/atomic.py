@@ -36,7 +36,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def sweep(folder: Path, name: str = "*") -> None:
+def delete_partial_files(folder: Path, name: str = "*") -> None:
     """Delete what killed runs left half written in `folder` (of files called `name`). For who alone writes there."""
     for left in folder.glob(f".{name}.*{PART}"):
         left.unlink(missing_ok=True)

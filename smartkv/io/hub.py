@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import constants, get_session, set_client_factory
 
 
-def answer_in_time() -> None:
+def limit_hub_waiting() -> None:
     """Give up on what the hub leaves unanswered for `HF_HUB_DOWNLOAD_TIMEOUT` seconds (10 unless set): by itself,
     huggingface_hub waits for some answers for ever. For command lines: it holds for the whole process."""
     client = get_session()
@@ -16,7 +16,7 @@ def answer_in_time() -> None:
     set_client_factory(lambda: type(client)(event_hooks=hooks, follow_redirects=True, timeout=None))
 
 
-def broken_off() -> type[Exception]:
+def connection_error() -> type[Exception]:
     """What a connection to the hub raises that fails half-way: the HTTPError of httpx, or of what huggingface_hub
     took for it, under whichever name."""
     error: type[Exception] = sys.modules[type(get_session()).__module__.partition(".")[0]].HTTPError

@@ -7,16 +7,16 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from smartkv.errors import SmartKVError
-from smartkv.io.atomic import sweep
+from smartkv.io.atomic import delete_partial_files
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP)  # what file systems without locks say
-_held: dict[Path, FileLock] = {}
+_locks: dict[Path, FileLock] = {}
 
 
-def hold(folder: Path | str) -> None:
+def lock_folder(folder: Path | str) -> None:
     """Keep other processes from holding this folder until this process ends, however it ends, and delete what killed
     ones left half written in it. Holding it again is nothing.
 
@@ -24,7 +24,7 @@ def hold(folder: Path | str) -> None:
         SmartKVError: another process holds it, or the folder cannot be written to.
     """
     path = Path(folder).resolve()
-    if path in _held:
+    if path in _locks:
         return
     lock = FileLock(path / LOCK)
     try:
@@ -39,5 +39,5 @@ def hold(folder: Path | str) -> None:
             raise SmartKVError(f"{folder} cannot be written to: {error.strerror or error}") from error
         log.warning("%s is on a file system without locks: see to it that no other run writes into it", folder)
         return
-    _held[path] = lock
-    sweep(path)
+    _locks[path] = lock
+    delete_partial_files(path)

@@ -103,7 +103,7 @@ def _edges() -> Tensor:
     return (torch.arange(_BINS + 1, dtype=torch.int32) << _SHIFT).view(torch.float32).double()
 
 
-class CalibrationObserver:
+class AttentionDistributionObserver:
     """Distribution of attention and labels, layer by layer, over the windows of a run."""
 
     def __init__(self, layers: int, spec: LabelSpec, sinks: int) -> None:
@@ -118,7 +118,7 @@ class CalibrationObserver:
     def on_rotated_keys(self, layer: int, keys: Tensor) -> None:
         pass
 
-    def on_block(self, layer: int, first_query: int, probabilities: Tensor) -> None:
+    def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
         self._labels[layer].update(first_query, probabilities)
         self.distributions[layer].update(first_query, probabilities, self.sinks)
 

@@ -56,7 +56,7 @@ class LayerLabels:
         self.attention_sum = torch.zeros(len(spec.ages), kv_heads, tokens, device=device)
 
     def update(self, first_query: int, probabilities: Tensor) -> None:
-        """`probabilities`: `[kv_heads, group, queries, keys]`, as `attention_blocks` yields them."""
+        """`probabilities`: `[kv_heads, group, queries, keys]`, as `attention_tiles` yields them."""
         strongest = probabilities.amax(dim=1)  # [kv_heads, queries, keys]
         self._update_lifespans(first_query, strongest)
         for row, age in zip(self.attention_sum, self.spec.ages, strict=True):
@@ -136,7 +136,7 @@ class _WindowObserver:
         if self.post_rope:
             self.rotated.append(_to_half(keys, layer))
 
-    def on_block(self, layer: int, first_query: int, probabilities: Tensor) -> None:
+    def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
         self.labels[layer].update(first_query, probabilities)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from smartkv.labels.lifespans import log4_lifespan
 from smartkv.metrics.r2 import RegressionSums
-from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Block
 
 NULLS = ("constant", "position", "token_table", "random")
@@ -119,7 +119,7 @@ def make_nulls(gates: int, window: int, tokens: int, longest: int) -> dict[str, 
 class _Asked:
     """Numbers for the tokens that `blocks` hold, and one more number for all others."""
 
-    def __init__(self, rows: LabelledRows, blocks: list[Block]) -> None:
+    def __init__(self, rows: LabelledKeys, blocks: list[Block]) -> None:
         self.ids = torch.tensor(sorted({token for block in blocks for token in rows.token(block).tolist()}))
 
     def __len__(self) -> int:
@@ -134,10 +134,10 @@ Watch = Callable[[str, int, Tensor, Block], None]
 
 
 def score_nulls(
-    rows: LabelledRows,
+    rows: LabelledKeys,
     watch: Watch = lambda *_: None,
     share: slice = slice(None),
-    add_up: Callable[[Iterable[Tensor]], None] = lambda _: None,
+    sum_over_processes: Callable[[Iterable[Tensor]], None] = lambda _: None,
     pooled: bool = False,
 ) -> dict[str, RegressionSums]:
     """Learn each null on the train windows and score it on the validation windows, window by window.
@@ -157,7 +157,7 @@ def score_nulls(
         target, position, token = rows.target(block), rows.position(block), asked.number(rows.token(block))
         for null in nulls.values():
             null.update(target, position, token)
-    add_up(tensor for null in nulls.values() for tensor in null.tensors())
+    sum_over_processes(tensor for null in nulls.values() for tensor in null.tensors())
     scores = {name: RegressionSums.zeros(1 if pooled else len(validation), rows.gates) for name in nulls}
     for window, block in list(enumerate(validation))[share]:
         target, position, token = rows.target(block), rows.position(block), asked.number(rows.token(block))
@@ -165,5 +165,5 @@ def score_nulls(
             prediction = null.predict(position, token, window)
             scores[name].update(0 if pooled else window, prediction, target)
             watch(name, window, prediction, block)
-    add_up(tensor for sums in scores.values() for tensor in sums.tensors())
+    sum_over_processes(tensor for sums in scores.values() for tensor in sums.tensors())
     return scores

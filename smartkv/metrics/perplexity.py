@@ -29,26 +29,35 @@ class TokenLosses(NamedTuple):
     rank: Tensor
 
 
+def query_before(token: int) -> int:
+    """The query that predicts a token: the one before it. Footprints count from that of the first scored token.
+
+    Args:
+        token: index of the token in its text, at least 1.
+    """
+    return token - 1
+
+
 @torch.inference_mode()
 def token_losses(
-    model: PreTrainedModel, tokens: Tensor, first: int = 1, cache: LifespanCache | None = None
+    model: PreTrainedModel, tokens: Tensor, first_token: int = 1, cache: LifespanCache | None = None
 ) -> TokenLosses:
-    """What the model thinks of each of `tokens[first:]` given what stands before it.
+    """What the model thinks of each of `tokens[first_token:]` given what stands before it.
 
     Args:
         tokens: ids of one window, `[tokens]`.
-        first: index of the first token that is scored, at least 1.
+        first_token: index of the first token that is scored, at least 1.
         cache: an unused cache, attached; None: a full cache.
 
     Raises:
         SmartKVError: no token is left to score.
     """
-    if not 1 <= first < len(tokens):
-        raise SmartKVError(f"a window of {len(tokens)} tokens has nothing to score from token {first} on")
+    if not 1 <= first_token < len(tokens):
+        raise SmartKVError(f"a window of {len(tokens)} tokens has nothing to score from token {first_token} on")
     ids = tokens.long().to(model.device)
     # the last token predicts nothing: neither it nor its key is needed
     output = model.base_model(input_ids=ids[None, :-1], past_key_values=cache, use_cache=cache is not None)
-    return losses_after(model, output.last_hidden_state[0, first - 1 :], ids[first:])
+    return losses_after(model, output.last_hidden_state[0, query_before(first_token) :], ids[first_token:])
 
 
 @torch.inference_mode()
@@ -69,9 +78,11 @@ def losses_after(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tok
     return TokenLosses(torch.cat(nll).cpu(), torch.cat(rank).cpu())
 
 
-def window_nll(model: PreTrainedModel, tokens: Tensor, first: int = 1, cache: LifespanCache | None = None) -> float:
-    """Mean NLL of `tokens[first:]`, in nats a token; arguments and errors as `token_losses`."""
-    return float(token_losses(model, tokens, first, cache).nll.double().mean())
+def window_nll(
+    model: PreTrainedModel, tokens: Tensor, first_token: int = 1, cache: LifespanCache | None = None
+) -> float:
+    """Mean NLL of `tokens[first_token:]`, in nats a token; arguments and errors as `token_losses`."""
+    return float(token_losses(model, tokens, first_token, cache).nll.double().mean())
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ def evicted_nll(
     gates: GateBank | None,
     policy: HybridPolicy,
     tokens: Tensor,
-    first: int = 1,
+    first_token: int = 1,
     chunk: int = 1024,
 ) -> EvictedWindow:
     """`window_nll` with a fresh LifespanCache, and what the cache held.
@@ -102,8 +113,8 @@ def evicted_nll(
     Raises:
         SmartKVError: as `window_nll` and `LifespanCache`.
     """
-    with LifespanCache(model, gates, policy, chunk, count_from=first - 1) as cache:
-        nll = window_nll(model, tokens, first, cache)
+    with LifespanCache(model, gates, policy, chunk, first_query=query_before(first_token)) as cache:
+        nll = window_nll(model, tokens, first_token, cache)
     return EvictedWindow(nll, cache.footprint_by_head, cache.peak_bytes)
 
 

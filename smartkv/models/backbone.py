@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from smartkv.errors import SmartKVError
-from smartkv.io.hub import broken_off
+from smartkv.io.hub import connection_error
 from smartkv.models.architecture import Architecture, Fingerprint
 from smartkv.models.gguf import PACKAGED, dequantised_folder, packaged_file
 
@@ -105,7 +105,15 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
 def _from_pretrained(factory: Any, model: str, **options: Any) -> Any:
     try:
         return factory.from_pretrained(_resolve(model), **options)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, StrictDataclassError, broken_off()) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        SafetensorError,
+        StrictDataclassError,
+        connection_error(),
+    ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SmartKVError(
             f"model '{model}' could not be loaded: {reason} "

@@ -22,7 +22,7 @@ class _KeySiteObserver:
     def on_rotated_keys(self, layer: int, keys: Tensor) -> None:
         self.rotated.append(keys)
 
-    def on_block(self, layer: int, first_query: int, probabilities: Tensor) -> None:
+    def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
         pass
 
 

@@ -12,16 +12,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
 from smartkv.io.checks import all_finite
-from smartkv.models.attention_interface import attending, default_scaling, no_mask
+from smartkv.models.attention_interface import attention_switched_to, default_scaling, register_attention
 from smartkv.models.key_hooks import hook_keys
 
 OBSERVED = "smartkv_observed"
-BLOCK_ELEMENTS = 2**22  # probabilities held at once, over all heads: 16 MiB in float32
+TILE_ELEMENTS = 2**22  # probabilities held at once, over all heads: 16 MiB in float32
 _OBSERVER = "_smartkv_observer"
 
 
@@ -34,12 +33,12 @@ class AttentionObserver(Protocol):
     def on_rotated_keys(self, layer: int, keys: Tensor) -> None:
         """`keys`: as attention uses them (equal to `on_keys` where the model has no rotary embedding)."""
 
-    def on_block(self, layer: int, first_query: int, probabilities: Tensor) -> None:
+    def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
         """`probabilities`: float32 `[kv_heads, group, queries, keys]` of queries `first_query …` over the keys up to
         the last of these queries; what causality or a sliding window hides is 0. Valid during the call only."""
 
 
-def attention_blocks(
+def attention_tiles(
     query: Tensor, key: Tensor, scaling: float, sliding_window: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """Causal attention probabilities, a block of queries at a time.
@@ -56,7 +55,7 @@ def attention_blocks(
     query_heads, tokens, _ = query.shape
     kv_heads = key.shape[0]
     grouped = query.unflatten(0, (kv_heads, query_heads // kv_heads))
-    block = max(16, min(128, BLOCK_ELEMENTS // (query_heads * tokens)))
+    block = max(16, min(128, TILE_ELEMENTS // (query_heads * tokens)))
     future = torch.full((block, block), float("-inf"), device=key.device).triu_(1)
     nothing = key.new_empty(())
     for start in range(0, tokens, block):
@@ -91,8 +90,8 @@ def observed_attention(
     scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
     observer.on_rotated_keys(layer, key[0])
     output = torch.empty_like(query[0])
-    for start, probabilities in attention_blocks(query[0], key[0], scaling, sliding_window):
-        observer.on_block(layer, start, probabilities)
+    for start, probabilities in attention_tiles(query[0], key[0], scaling, sliding_window):
+        observer.on_tile(layer, start, probabilities)
         queries, keys = probabilities.shape[2:]
         mixed = torch.matmul(probabilities.to(value.dtype).flatten(1, 2), value[0, :, :keys])
         output[:, start : start + queries] = mixed.view(query.shape[1], queries, -1)
@@ -101,8 +100,7 @@ def observed_attention(
     return output.transpose(0, 1).unsqueeze(0), None
 
 
-AttentionInterface.register(OBSERVED, observed_attention)
-AttentionMaskInterface.register(OBSERVED, no_mask)
+register_attention(OBSERVED, observed_attention)
 
 
 @contextmanager
@@ -117,5 +115,5 @@ def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> It
             raise ValueError(f"observe_attention takes one sequence a forward pass, got {keys.shape[0]}")
         observer.on_keys(module.layer_idx, keys[0])  # type: ignore[arg-type]
 
-    with hook_keys(model, on_keys), attending(model, OBSERVED, _OBSERVER, observer):
+    with hook_keys(model, on_keys), attention_switched_to(model, OBSERVED, _OBSERVER, observer):
         yield

@@ -23,13 +23,13 @@ class Rotation:
         cos, sin = self.embedding(like, position[None].to(self.device))
         return cos[0].float(), sin[0].float()
 
-    def taken_back(self, rotated: Tensor, position: Tensor) -> Tensor:
+    def unrotate(self, rotated: Tensor, position: Tensor) -> Tensor:
         """float32: queries or keys `[…, positions, head_dim]` as they were before the rotary embedding."""
         found = self.cos_sin(position)
         if found is None:
             return rotated.float()
         cos, sin = found  # of attention scaling s: cos² + sin² = s²
-        return (rotated.float() * cos - _half_turned(rotated.float()) * sin) / (cos.square() + sin.square())
+        return (rotated.float() * cos - _rotate_half(rotated.float()) * sin) / (cos.square() + sin.square())
 
     def mean_matrix(self, position: Tensor, head_dim: int) -> Tensor:
         """Mean over positions of the matrix R with `rotated = R @ vector`, float32 `[head_dim, head_dim]`."""
@@ -38,10 +38,10 @@ class Rotation:
         if found is None:
             return identity
         cos, sin = (part.mean(dim=0)[:, None] for part in found)
-        return cos * identity + sin * _half_turned(identity.T).T
+        return cos * identity + sin * _rotate_half(identity.T).T
 
 
-def _half_turned(vector: Tensor) -> Tensor:
+def _rotate_half(vector: Tensor) -> Tensor:
     """`(x, y)` in halves -> `(−y, x)`."""
     x, y = vector.chunk(2, dim=-1)
     return torch.cat([-y, x], dim=-1)

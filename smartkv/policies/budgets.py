@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from smartkv.errors import SmartKVError
+from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.models.architecture import Architecture
 from smartkv.models.key_hooks import read_keys
@@ -31,51 +31,51 @@ class Calibration:
         predictions: float32 `[windows, kv_heads, tokens]` of each gated layer; `[…, ages]` where gates judge for ages.
         layers: of the model.
         tokens: a window.
-        first, last: the queries that count, `first ≤ i < last`.
+        first_query, last: the queries that count, `first_query ≤ i < last`.
         ages: tokens, for which the gates judge.
     """
 
     predictions: dict[int, Tensor]
     layers: int
     tokens: int
-    first: int
+    first_query: int
     last: int
     ages: tuple[int, ...] = ()
 
     @classmethod
     @torch.inference_mode()
     def measure(
-        cls, model: PreTrainedModel, gates: GateBank | None, windows: Iterable[Tensor], first: int = 0
+        cls, model: PreTrainedModel, gates: GateBank | None, windows: Iterable[Tensor], first_query: int = 0
     ) -> "Calibration":
         """Run `model` over `windows` (ids `[tokens]`, all of one length) with a full cache.
 
         Args:
-            first: the first query that counts; the last is the last but one, which predicts the window's last token.
+            first_query: the first query that counts; the last is the last but one, which predicts the last token.
 
         Raises:
             SmartKVError: no window, or none of its queries counts.
         """
         windows = list(windows)
-        if not windows or not 0 <= first < len(windows[0]) - 1:
-            raise SmartKVError(f"calibration needs windows of more than {first + 1} tokens")
+        if not windows or not 0 <= first_query < len(windows[0]) - 1:
+            raise SmartKVError(f"calibration needs windows of more than {first_query + 1} tokens")
         if gates is not None:
-            return cls.of(gates, [read_keys(model, ids) for ids in windows], first)
-        return cls.without_gates(Architecture.of(model.config).layers, len(windows[0]), first)
+            return cls.of(gates, [read_keys(model, ids) for ids in windows], first_query)
+        return cls.without_gates(Architecture.of(model.config).layers, len(windows[0]), first_query)
 
     @classmethod
-    def without_gates(cls, layers: int, tokens: int, first: int = 0) -> "Calibration":
+    def without_gates(cls, layers: int, tokens: int, first_query: int = 0) -> "Calibration":
         """For policies that ask no gates: what they keep is the same in every window of `tokens`."""
-        return cls({}, layers, tokens, first, tokens - 1)
+        return cls({}, layers, tokens, first_query, tokens - 1)
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, gates: GateBank, keys: list[list[Tensor]], first: int = 0) -> "Calibration":
+    def of(cls, gates: GateBank, keys: list[list[Tensor]], first_query: int = 0) -> "Calibration":
         """The same from keys that were read before: of each window, of each layer `[1, kv_heads, tokens, head_dim]`."""
         predictions = {
             layer: torch.cat([gates.score(layer, window[layer]).cpu() for window in keys]) for layer in gates.layers
         }
         tokens = keys[0][0].shape[2]
-        return cls(predictions, gates.fingerprint.layers, tokens, first, tokens - 1, gates.ages)
+        return cls(predictions, gates.fingerprint.layers, tokens, first_query, tokens - 1, gates.ages)
 
     def footprint(self, policy: HybridPolicy) -> float:
         """Σ visible keys ÷ Σ keys of a full cache, over layers, heads, windows and the counted queries."""
@@ -94,7 +94,7 @@ class Calibration:
 
     def _queries(self, born: Tensor, end: Tensor) -> Tensor:
         """Counted queries in `[born, end)`."""
-        return (end - born.clamp(min=self.first)).clamp(min=0)
+        return (end - born.clamp(min=self.first_query)).clamp(min=0)
 
 
 def solve(policy: HybridPolicy, footprint: float, calibration: Calibration) -> HybridPolicy:
@@ -103,7 +103,8 @@ def solve(policy: HybridPolicy, footprint: float, calibration: Calibration) -> H
     Where both windows and gates are open, the windows get `policy.window_share` of the footprint, the gates the rest.
 
     Raises:
-        SmartKVError: nothing is open, or no value of it gives that footprint.
+        FootprintOutOfReach: no value of what is open gives that footprint.
+        SmartKVError: nothing is open, or the footprint is no share.
     """
     if not 0 < footprint <= 1:
         raise SmartKVError(f"a footprint is a share of the full cache above 0 and at most 1, got {footprint}")
@@ -133,7 +134,7 @@ def _bisect(policy: HybridPolicy, footprint: float, calibration: Calibration, lo
     """Give what is open the value between `low` (smallest footprint) and `high` that comes up to `footprint`."""
     smallest, largest = (calibration.footprint(policy.closed(value)) for value in (low, high))
     if not smallest <= footprint <= largest:
-        raise SmartKVError(
+        raise FootprintOutOfReach(
             f"policy '{policy.name}' cannot keep {footprint:.3g} of the cache: "
             f"with its {policy.open} open it keeps {smallest:.3g} to {largest:.3g}"
         )
@@ -157,7 +158,7 @@ def price_curve(policy: HybridPolicy, calibration: Calibration) -> list[list[flo
     for footprint in FOOTPRINTS:
         try:
             solved = solve(policy, footprint, calibration)
-        except SmartKVError:  # windows alone keep more
+        except FootprintOutOfReach:  # windows alone keep more
             continue
         if solved.price is not None:
             found.append([footprint, solved.price])
@@ -174,7 +175,8 @@ def policy_of(gates: GateBank, footprint: float) -> HybridPolicy:
         footprint: share of the full cache to be kept.
 
     Raises:
-        SmartKVError: the gates remember no policy or prices, or none for such a footprint.
+        FootprintOutOfReach: the gates remember no price for such a footprint.
+        SmartKVError: the gates remember no policy or prices.
     """
     curve = sorted(gates.details.get("prices", []))
     if "policy" not in gates.details or not curve:
@@ -183,7 +185,7 @@ def policy_of(gates: GateBank, footprint: float) -> HybridPolicy:
         )
     policy = HybridPolicy.from_dict(gates.details["policy"])
     if not curve[0][0] <= footprint <= curve[-1][0]:
-        raise SmartKVError(
+        raise FootprintOutOfReach(
             f"these gates have prices for footprints from {curve[0][0]:.3g} to {curve[-1][0]:.3g}, not for {footprint}"
         )
     for (low, dear), (high, cheap) in pairwise(curve):

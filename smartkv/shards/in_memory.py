@@ -9,7 +9,7 @@ from smartkv.models.architecture import Fingerprint
 from smartkv.shards.manifest import Block
 
 
-class HeldBlocks:
+class InMemoryRows:
     """Blocks of windows that were just labelled; in the place of `smartkv.shards.reader.ShardReader`.
 
     Args:

@@ -8,14 +8,14 @@ from smartkv.io.checks import all_finite
 from smartkv.labels.key_labels import Labels
 from smartkv.labels.lifespans import log4_lifespan
 from smartkv.models.layer_ranges import parse_layers
-from smartkv.shards.in_memory import HeldBlocks
+from smartkv.shards.in_memory import InMemoryRows
 from smartkv.shards.manifest import Block, Manifest
 from smartkv.shards.reader import ShardReader
 
 INPUTS = ("keys", "keys_post_rope")
 
 
-class LabelledRows:
+class LabelledKeys:
     """Keys with horizon ≥ `follow_up` that are no sinks, of some layers, for one threshold.
 
     Args:
@@ -37,7 +37,7 @@ class LabelledRows:
         follow_up: int | None = None,
         inputs: str = "keys",
         layers: str | None = None,
-        reader: HeldBlocks | None = None,
+        reader: InMemoryRows | None = None,
     ) -> None:
         if inputs not in INPUTS:
             raise SmartKVError(f"inputs '{inputs}' is unknown: expected {' or '.join(INPUTS)}")

@@ -29,7 +29,7 @@ from typing import Any
 
 from smartkv.errors import SmartKVError
 from smartkv.io.atomic import write_atomically
-from smartkv.io.checks import flat, kind, number, whole
+from smartkv.io.checks import check_number, check_type, check_whole, read_dataclass
 from smartkv.labels.lifespans import LabelSpec
 from smartkv.models.architecture import Fingerprint
 from smartkv.shards.shard_file import open_tensors, read_header
@@ -113,18 +113,18 @@ class Manifest:
             spec = data["spec"]
             manifest = cls(
                 folder=folder,
-                fingerprint=flat(Fingerprint, data["fingerprint"], least=1),
+                fingerprint=read_dataclass(Fingerprint, data["fingerprint"], least=1),
                 spec=LabelSpec(
-                    tuple(number("thresholds", threshold) for threshold in spec["thresholds"]),
-                    tuple(whole("ages", age, 1) for age in spec["ages"]),
-                    whole("follow_up", spec["follow_up"], 1),
+                    tuple(check_number("thresholds", threshold) for threshold in spec["thresholds"]),
+                    tuple(check_whole("ages", age, 1) for age in spec["ages"]),
+                    check_whole("follow_up", spec["follow_up"], 1),
                 ),
-                shards=[flat(ShardEntry, entry) for entry in kind("shards", data["shards"], list)],
-                window=whole("window", data["window"], 1),
-                sinks=whole("sinks", data["sinks"]),
-                sources=kind("sources", data["sources"], list),
-                documents=kind("documents", data["documents"], list),
-                arguments=kind("arguments", data["arguments"], dict),
+                shards=[read_dataclass(ShardEntry, entry) for entry in check_type("shards", data["shards"], list)],
+                window=check_whole("window", data["window"], 1),
+                sinks=check_whole("sinks", data["sinks"]),
+                sources=check_type("sources", data["sources"], list),
+                documents=check_type("documents", data["documents"], list),
+                arguments=check_type("arguments", data["arguments"], dict),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SmartKVError(
@@ -174,7 +174,7 @@ class Manifest:
         """
         for entry in entries:
             path = self.folder / entry.file
-            if entry_of(path, entry.split, entry.windows, entry.tokens).sha256 != entry.sha256:
+            if shard_entry(path, entry.split, entry.windows, entry.tokens).sha256 != entry.sha256:
                 raise SmartKVError(
                     f"{path} is not what was harvested (its SHA-256 differs): run the same harvest again, it makes "
                     "that file anew"
@@ -220,7 +220,7 @@ class Block:
     stop: int
 
 
-def entry_of(path: Path, split: str, windows: int, tokens: int) -> ShardEntry:
+def shard_entry(path: Path, split: str, windows: int, tokens: int) -> ShardEntry:
     """The manifest's line for a written shard."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -231,7 +231,7 @@ def recorded_shards(folder: Path) -> dict[str, ShardEntry]:
     """What a manifest in `folder` says of each shard, by file name; nothing if there is none that can be read."""
     try:
         lines = json.loads((folder / MANIFEST).read_text())["shards"]
-        return {entry.file: entry for entry in (flat(ShardEntry, line) for line in lines)}
+        return {entry.file: entry for entry in (read_dataclass(ShardEntry, line) for line in lines)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smartkv.errors import SmartKVError
 from smartkv.io.atomic import write_atomically
-from smartkv.io.checks import kind
+from smartkv.io.checks import check_type
 
 DIGEST = "sha256"  # where the header has it
 
@@ -85,7 +85,7 @@ def _damaged(path: Path, error: Exception) -> DamagedFile:
 def _said(path: Path, file: Any) -> tuple[dict[str, Any], str | None]:
     """A header's metadata and digest."""
     try:
-        metadata = kind("smartkv", json.loads((file.metadata() or {})["smartkv"]), dict)
+        metadata = check_type("smartkv", json.loads((file.metadata() or {})["smartkv"]), dict)
     except (KeyError, ValueError) as error:
         raise SmartKVError(
             f"{path} is a safetensors file, but not one that SmartKV wrote: move it away, or take another folder"

@@ -2,6 +2,6 @@
 
 from smartkv.sparsity.anchors import Anchors
 from smartkv.sparsity.keep_ratio import Adaptive, Fixed, Linear, Schedule
-from smartkv.sparsity.masked_attention import sparse_mask, sparsely_attended
+from smartkv.sparsity.masked_attention import sparse_attention, sparse_mask
 
-__all__ = ["Adaptive", "Anchors", "Fixed", "Linear", "Schedule", "sparse_mask", "sparsely_attended"]
+__all__ = ["Adaptive", "Anchors", "Fixed", "Linear", "Schedule", "sparse_attention", "sparse_mask"]

@@ -13,7 +13,7 @@ from smartkv.gates.bank import GateBank
 from smartkv.io.class_names import Persisted
 from smartkv.models.backbone import Backbone
 from smartkv.sparsity.anchors import Anchors
-from smartkv.sparsity.key_dropout import GatedDropping, KeyDropout, Seen, Share, windowed
+from smartkv.sparsity.key_dropout import GatedDropping, KeyDropout, Seen, Share, window_attention
 
 
 class Dropping(Persisted, ABC):
@@ -101,7 +101,7 @@ class WindowDropping(Dropping):
     def inside(
         self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
     ) -> AbstractContextManager[Seen]:
-        return windowed(lm.model, self.window, self.sinks, *ids.shape)
+        return window_attention(lm.model, self.window, self.sinks, *ids.shape)
 
 
 class GateDropping(Dropping):

@@ -11,26 +11,26 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from smartkv.distillation.soft_attention import HIDDEN, softly_evicted
-from smartkv.distillation.soft_keep import footprint, keep_share, stays
+from smartkv.distillation.soft_attention import HIDDEN, soft_eviction
+from smartkv.distillation.soft_keep import footprint, hard_keep, keep_share
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.policies.budgets import policy_of
-from smartkv.sparsity.masked_attention import sparsely_attended
+from smartkv.sparsity.masked_attention import sparse_attention
 
 Share = Literal["head", "layer", "model"]
 Seen = Callable[[int], Tensor]
 """(first) -> footprint: share of a full cache's keys that the queries from `first` on saw in the last forward pass."""
 
 
-def share_seen(stays: Tensor, recent: int, first: int) -> Tensor:
+def share_seen(stays: Tensor, recent: int, first_query: int) -> Tensor:
     """The same, where keys stay for good or go after a window.
 
     Args:
         stays: bool `[…, tokens]`, keys that stay for good; the figure is the mean over all else.
         recent: latest tokens that every query sees.
     """
-    query = torch.arange(first, stays.shape[-1], device=stays.device)
+    query = torch.arange(first_query, stays.shape[-1], device=stays.device)
     before = F.pad(stays.cumsum(dim=-1), (1, 0))  # keys that stay among the first so many
     seen = before[..., (query + 1 - recent).clamp(min=0)] + (query + 1).clamp(max=recent)
     return seen.sum(dim=-1).double().mean() / (query + 1).sum()
@@ -77,16 +77,16 @@ class KeyDropout:
     ) -> Iterator[Seen]:
         """Inside, `model` attends without the keys that a draw takes away; arguments as `draw` and `sparse_mask`."""
         drawn = self.draw(always, keep_ratio, seeds)
-        with sparsely_attended(model, lambda layer: drawn[layer], self.recent, real):
+        with sparse_attention(model, lambda layer: drawn[layer], self.recent, real):
             yield partial(share_seen, drawn, self.recent)
 
 
 @contextmanager
-def windowed(model: PreTrainedModel, window: int, sinks: int, batch: int, tokens: int) -> Iterator[Seen]:
+def window_attention(model: PreTrainedModel, window: int, sinks: int, batch: int, tokens: int) -> Iterator[Seen]:
     """Inside, `model` sees sinks and the latest `window` tokens, as under the policy `window`."""
     always = torch.zeros(batch, 1, tokens, dtype=torch.bool, device=model.device)
     always[..., :sinks] = True
-    with sparsely_attended(model, lambda _: always, window):
+    with sparse_attention(model, lambda _: always, window):
         yield partial(share_seen, always, window)
 
 
@@ -128,7 +128,7 @@ class GatedDropping:
             keys = keys.detach()  # or the model would learn to make its keys look worth keeping, which costs it nothing
         worth = self.gates.predict(layer, keys)
         if self.temperature is None:
-            return (~stays(worth, self.price)).float().mul(HIDDEN).movedim(-1, 0)
+            return (~hard_keep(worth, self.price)).float().mul(HIDDEN).movedim(-1, 0)
         return keep_share(worth, self.price, self.temperature)[1].movedim(-1, 0)
 
     @contextmanager
@@ -140,9 +140,9 @@ class GatedDropping:
             kept[layer] = self.log_keep(layer, keys)
             return kept[layer]
 
-        def seen(first: int) -> Tensor:
+        def seen(first_query: int) -> Tensor:
             keep = torch.cat([log.exp().movedim(0, -1).flatten(0, 1) for log in kept.values()])
-            return footprint(keep, self.gates.ages, self.sinks, first)
+            return footprint(keep, self.gates.ages, self.sinks, first_query)
 
-        with softly_evicted(model, log_keep, self.gates.ages, self.sinks):
+        with soft_eviction(model, log_keep, self.gates.ages, self.sinks):
             yield seen

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 
-from smartkv.models.attention_interface import attending, default_scaling
+from smartkv.models.attention_interface import attention_switched_to, default_scaling, register_attention
 
 SPARSE = "smartkv_sparse"
 _RULE = "_smartkv_sparse_rule"
@@ -80,16 +79,11 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """It is built layer by layer."""
-
-
-AttentionInterface.register(SPARSE, _attention)
-AttentionMaskInterface.register(SPARSE, _no_mask)
+register_attention(SPARSE, _attention)
 
 
 @contextmanager
-def sparsely_attended(model: PreTrainedModel, stays: Stays, recent: int, real: Tensor | None = None) -> Iterator[None]:
+def sparse_attention(model: PreTrainedModel, stays: Stays, recent: int, real: Tensor | None = None) -> Iterator[None]:
     """Inside, forward passes of `model` (no cache) see only what stays. Gradients flow as ever.
 
     The model is as it was on leaving, also after an exception.
@@ -99,5 +93,5 @@ def sparsely_attended(model: PreTrainedModel, stays: Stays, recent: int, real: T
             is called again where activations are computed anew in the backward pass: it must then return the same.
         recent, real: as `sparse_mask`.
     """
-    with attending(model, SPARSE, _RULE, _Rule(stays, recent, real)):
+    with attention_switched_to(model, SPARSE, _RULE, _Rule(stays, recent, real)):
         yield

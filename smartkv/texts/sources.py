@@ -148,7 +148,7 @@ KNOWN: dict[str, _Known] = {
 }
 
 
-def resolve(config: SourceConfig, say: Callable[[str], None]) -> Source:
+def resolve_source(config: SourceConfig, say: Callable[[str], None]) -> Source:
     """Find where a source can be had and say it.
 
     Raises:
@@ -156,7 +156,7 @@ def resolve(config: SourceConfig, say: Callable[[str], None]) -> Source:
     """
     config.check()
     if config.name == RECALL:
-        text = resolve(replace(config, name="text" if config.path else "pg19"), say)
+        text = resolve_source(replace(config, name="text" if config.path else "pg19"), say)
         return replace(text, name=RECALL, recall=True)
     if config.path is not None:
         path = Path(config.path).expanduser()

@@ -16,7 +16,7 @@ from smartkv.shards.manifest import SPLITS
 from smartkv.shards.shard_file import open_tensors, read_header
 from smartkv.texts.packing import Packer, Window, shares
 from smartkv.texts.recall import RecallPacker
-from smartkv.texts.sources import Source, SourceConfig, resolve
+from smartkv.texts.sources import Source, SourceConfig, resolve_source
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def plan_windows(
             "window and windows_per_document must be at least 1 and seed at least 0, "
             f"got {window}, {windows_per_document} and {seed}"
         )
-    found = _merge([resolve(config, say) for config in sources])
+    found = _merge([resolve_source(config, say) for config in sources])
     tokens, owners, splits = [], [], []
     documents: list[str] = []
     used: list[dict[str, Any]] = [{"name": s.name, "origin": s.origin, "windows": {}} for s in found]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from smartkv.metrics.nulls import score_nulls
-from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Manifest
 from tests.lightning_fixtures import gates_config, run_cli, write_config
 
@@ -19,5 +19,5 @@ def test_nulls_of_several_processes_are_those_of_one(tiny_shards: Path, tmp_path
     run_cli("fit", "-c", write_config(tmp_path / "fit.yaml", config))
     with (tmp_path / "fit" / "heads.csv").open() as file:
         found = list(csv.DictReader(file))
-    for name, sums in score_nulls(LabelledRows(Manifest.read(tiny_shards))).items():
+    for name, sums in score_nulls(LabelledKeys(Manifest.read(tiny_shards))).items():
         assert [float(row[f"R² {name}"]) for row in found] == pytest.approx(sums.r2().tolist(), abs=1e-6)

@@ -74,4 +74,4 @@ def measured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     if request.param == "here":
         for module in ("eval.speed.harvest", "eval.speed.gate_training"):
-            monkeypatch.setattr(f"{module}.apart", here)
+            monkeypatch.setattr(f"{module}.run_isolated", here)

@@ -1,5 +1,6 @@
 """`python -m eval …` as a user types it, on a tiny backbone."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -106,10 +107,10 @@ def test_ways_are_timed_in_turn_and_one_without_room_leaves_the_others(monkeypat
     assert harvest._seconds(["a", "b"], "lm", "auto", 1, "cpu", 64, 2) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
     assert ran == ["a", "b"] * 3
 
-    def apart(_: Any, ways: list[str], *__: Any) -> dict[str, Any]:
+    def isolated(_: Any, ways: list[str], *__: Any) -> dict[str, Any]:
         return {"note": "killed"} if "output_attentions" in ways else {way: [2.0, 4.0, 8.0] for way in ways}
 
-    monkeypatch.setattr(harvest, "apart", apart)
+    monkeypatch.setattr(harvest, "run_isolated", isolated)
     found = harvest._timed(["forward", "output_attentions"], ("lm", "auto", 1, "cpu"), 64, 3)
     assert found["forward"]["tokens_per_second"] == 16 and found["output_attentions"] == {"note": "killed"}
     row = {"way": "output_attentions", "tokens": 64, "peak_memory": 2**30, **found["output_attentions"]}
@@ -278,3 +279,42 @@ def test_anchors_are_where_the_attention_goes(tmp_path: Path, tiny_backbone: Pat
     keys = sum(query + 1 for query in range(24, 96))
     assert found["keys"][:2] == pytest.approx([72 * 4 / keys, 72 * 8 / keys])
     assert (tmp_path / "out" / "anchors.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("command", ["anchors", "compare", "reasoning"])
+def test_a_source_that_cannot_be_had_is_said_by_every_command(
+    command: str,
+    tiny_backbone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("SMARTKV_DATA", raising=False)
+    origins = '["local", "builtin"]'
+    book = f'[{{"name": "pg19", "origins": {origins}}}]'
+    options = {
+        "anchors": ["--sources", book, "--windows", "1", "--window", "64", "--split", "train"],
+        "compare": [
+            "--texts",
+            f'[{{"name": "t", "sources": {book}, "windows": 1}}]',
+            "--calibration",
+            book,
+            "--recall.trials",
+            "0",
+            "--contenders",
+            '["window"]',
+            "--footprints",
+            "[0.5]",
+            "--calibration_windows",
+            "1",
+            "--window",
+            "128",
+            "--score_from",
+            "64",
+        ],
+        "reasoning": ["--sets", '["gsm8k"]', "--origins", '["local"]'],
+    }[command]
+    with contextlib.suppress(SystemExit):  # `reasoning` has no problems then, and ends; the two others go on
+        main([command, "--out", str(tmp_path), "--backbone", str(tiny_backbone), "--dtype", "float32", *options])
+    said = capsys.readouterr()
+    assert "cannot be had" in (said.out + said.err).lower()

@@ -105,9 +105,9 @@ def test_what_is_left_loads_with_plain_peft_and_is_what_was_merged(tuned: Path, 
     base = AutoModelForCausalLM.from_pretrained(tiny_backbone, dtype=torch.float32)
     with torch.inference_mode():
         plain = base(ids).logits
-        adapted = PeftModel.from_pretrained(base, tuned / "final").eval()(ids).logits
+        with_adapter = PeftModel.from_pretrained(base, tuned / "final").eval()(ids).logits
         merged = AutoModelForCausalLM.from_pretrained(tuned / "final" / "merged", dtype=torch.float32)(ids).logits
-    assert torch.allclose(adapted, merged, atol=1e-4) and not torch.allclose(adapted, plain, atol=1e-2)
+    assert torch.allclose(with_adapter, merged, atol=1e-4) and not torch.allclose(with_adapter, plain, atol=1e-2)
     schedule = json.loads((tuned / "final" / "schedule.json").read_text())
     assert schedule["schedule"] == "Linear" and schedule["keep_ratio"] == pytest.approx(0.3) and schedule["step"] == 8
     assert (tuned / "final" / "tokenizer.json").is_file()

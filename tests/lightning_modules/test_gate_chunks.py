@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_modules.gate_chunks import Predict, in_parts
+from lightning_modules.gate_chunks import Predict, in_chunks
 from smartkv.gates.bank import GateBank
 from smartkv.gates.objectives import FutureAttention, Log4Lifespan, Objective, OrdinalAges, Ranking
 from smartkv.models.architecture import Fingerprint
@@ -25,7 +25,7 @@ def test_parts_add_up(objective: Objective, size: int, rows: int) -> None:
 
     whole = losses(bank, slice(None))
     expected = torch.autograd.grad(whole.sum() * 3, list(bank.parameters()))
-    found, total = in_parts(bank, losses, size)
+    found, total = in_chunks(bank, losses, size)
     (total * 3).backward()
     torch.testing.assert_close(found, whole.detach())
     torch.testing.assert_close(total.detach(), whole.detach().sum())

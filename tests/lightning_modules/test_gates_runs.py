@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smartkv.shards.manifest import Manifest, entry_of
+from smartkv.shards.manifest import Manifest, shard_entry
 from smartkv.shards.shard_file import read_header, write_shard
 from tests.lightning_fixtures import (
     STEPS_AN_EPOCH,
@@ -174,7 +174,7 @@ def test_keys_that_are_not_finite_stop_with_one_line_naming_the_file(
     tensors["keys"][1, 1, 10, 3] = float(value)
     write_shard(path, tensors, read_header(path))
     manifest = Manifest.read(tiny_shards)  # and the manifest as a harvest would have left it
-    entries = [entry_of(shards / entry.file, entry.split, entry.windows, entry.tokens) for entry in manifest.shards]
+    entries = [shard_entry(shards / entry.file, entry.split, entry.windows, entry.tokens) for entry in manifest.shards]
     replace(manifest, folder=shards, shards=entries).write()
     config = write_config(tmp_path / "fit.yaml", gates_config(shards, tmp_path / "fit"))
     said = error_line(refused(capsys, "fit", "-c", config))

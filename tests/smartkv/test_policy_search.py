@@ -41,7 +41,7 @@ def test_each_option_is_measured_in_each_layer_while_the_others_stay(family: str
         )
         lost, kept = 0.0, 0.0
         for ids in texts():
-            with torch.no_grad(), LifespanCache(model, gates, policy, count_from=FIRST) as cache:
+            with torch.no_grad(), LifespanCache(model, gates, policy, first_query=FIRST) as cache:
                 ours = model(ids[None], past_key_values=cache).logits[0, FIRST:].log_softmax(-1)
                 kept += float(cache.footprint_by_head[layer].mean()) / 2
             with torch.no_grad():
@@ -58,7 +58,7 @@ def test_the_rate_is_what_a_lower_price_saves_for_what_it_keeps(family: str) -> 
     for policy in NEARBY:
         lost = kept = 0.0
         for ids in texts():
-            with torch.no_grad(), LifespanCache(model, gates, policy, count_from=FIRST) as cache:
+            with torch.no_grad(), LifespanCache(model, gates, policy, first_query=FIRST) as cache:
                 ours = model(ids[None], past_key_values=cache).logits[0, FIRST:].log_softmax(-1)
                 kept += cache.footprint / 2
             with torch.no_grad():

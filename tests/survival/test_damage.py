@@ -18,11 +18,11 @@ import huggingface_hub
 import pytest
 import torch
 
-from eval.common.resume import Cells
+from eval.common.resume import Measurements
 from smartkv.errors import SmartKVError
-from smartkv.io.locks import LOCK, hold
+from smartkv.io.locks import LOCK, lock_folder
 from smartkv.shards.manifest import MANIFEST, Manifest
-from smartkv.texts.sources import SourceConfig, resolve
+from smartkv.texts.sources import SourceConfig, resolve_source
 from tests.harm import Payload, full_disk
 from tests.lightning_fixtures import (
     ROOT,
@@ -56,11 +56,11 @@ def test_a_harvest_on_a_full_disk_stops_in_a_line_and_goes_on_when_there_is_room
 
 
 def test_cells_on_a_full_disk_keep_what_was_measured(tmp_path: Path) -> None:
-    cells = Cells(tmp_path / "cells", {})
+    cells = Measurements(tmp_path / "cells", {})
     cells.measured("first", lambda: 1)
     with full_disk(100), pytest.raises(SmartKVError, match="could not be written"):
         cells.measured("second", lambda: "x" * 1000)
-    assert Cells(tmp_path / "cells", {}).measured("first", lambda: 2) == 1
+    assert Measurements(tmp_path / "cells", {}).measured("first", lambda: 2) == 1
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="/proc is a folder in which nobody can make files")
@@ -73,14 +73,14 @@ def test_a_folder_that_cannot_be_written_to_is_told_in_a_line(
     said = error_line(refused(capsys, "fit", "-c", write_config(tmp_path / "fit.yaml", config)))
     assert "/proc/smartkv cannot be written to" in said
     with pytest.raises(SmartKVError, match="cannot be written to"):
-        hold("/proc/smartkv")
+        lock_folder("/proc/smartkv")
 
 
 # -- two runs ---------------------------------------------------------------------------------------------------------
 
 
 def _hold_until_told(folder: str, held: Any, told: Any) -> None:
-    hold(folder)
+    lock_folder(folder)
     held.set()
     told.wait(60)
 
@@ -106,7 +106,7 @@ def test_a_second_run_into_a_folder_is_told_of_the_first(
     config = harvest_config_at(held, tiny_backbone, tiny_texts)
     assert f"another run is writing into {held}" in error_line(refused(capsys, "predict", "-c", config))
     with pytest.raises(SmartKVError, match="another run"):
-        Cells(held / "compare.cells", {})
+        Measurements(held / "compare.cells", {})
     assert sorted(path.name for path in held.iterdir()) == [LOCK]
 
 
@@ -118,8 +118,8 @@ def test_a_killed_run_leaves_no_lock_behind(tmp_path: Path) -> None:
     assert holding.wait(60)
     process.kill()
     process.join()
-    hold(tmp_path)
-    hold(tmp_path)  # the same process may ask again
+    lock_folder(tmp_path)
+    lock_folder(tmp_path)  # the same process may ask again
 
 
 # -- files that lie ---------------------------------------------------------------------------------------------------
@@ -238,8 +238,8 @@ def test_a_hub_that_breaks_off_ends_in_a_line(what: str, tmp_path: Path) -> None
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     quick = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
     quick |= {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HOME": str(tmp_path)}
-    code = "import smartkv; from smartkv.errors import said_in_one_line; from smartkv.hub import answer_in_time\n"
-    code += f"with said_in_one_line():\n    answer_in_time(); smartkv.{what}('someone/thing')"
+    code = "import smartkv; from smartkv.errors import one_line_errors; from smartkv.hub import limit_hub_waiting\n"
+    code += f"with one_line_errors():\n    limit_hub_waiting(); smartkv.{what}('someone/thing')"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment | quick, capture_output=True, text=True, timeout=120, check=False
     )
@@ -255,7 +255,7 @@ def test_a_hub_that_breaks_off_half_way_among_texts_is_told_in_a_line(monkeypatc
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", broken)
-    source = resolve(SourceConfig("pg19", origins=["hub"]), print)
+    source = resolve_source(SourceConfig("pg19", origins=["hub"]), print)
     with pytest.raises(SmartKVError, match=r"emozilla/pg19 broke off \(the peer closed the connection\): give"):
         list(source.documents("train"))
 

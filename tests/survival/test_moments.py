@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from callbacks import GateExport
 from datamodules.lifespan_shards import LifespanShards
-from lightning_modules.checkpoint_io import CheckpointFiles
+from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.gates import LifespanGates
 from tests.lightning_fixtures import STEPS_AN_EPOCH, gates_config
 from tests.survival.killing import exit_status
@@ -50,7 +50,7 @@ def fit(root: Path, shards: Path, dies: tuple[str, int] | None = None, limit: di
         settings = config["trainer"] | limit | {"callbacks": callbacks(root), "logger": False}
         L.seed_everything(config["seed_everything"])
         data = LifespanShards(**config["data"]["init_args"])
-        trainer = L.Trainer(**settings, plugins=[CheckpointFiles()])
+        trainer = L.Trainer(**settings, plugins=[AtomicCheckpointIO()])
         trainer.fit(LifespanGates(**config["model"]["init_args"]), None, None, data, "last", weights_only=True)
 
     assert exit_status(run) in ((DIED, 0) if dies else (0,))  # 0: there are no so many calls

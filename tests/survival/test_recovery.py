@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_modules.checkpoint_io import CheckpointFiles, read_checkpoint
+from lightning_modules.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from smartkv.errors import SmartKVError
 from smartkv.io.atomic import PART, write_atomically
-from smartkv.io.locks import LOCK, hold
-from smartkv.shards.manifest import MANIFEST, Manifest, entry_of
+from smartkv.io.locks import LOCK, lock_folder
+from smartkv.shards.manifest import MANIFEST, Manifest, shard_entry
 from smartkv.shards.shard_file import read_header, write_shard
 from tests.harm import full_disk
 from tests.lightning_fixtures import (
@@ -106,7 +106,7 @@ def test_a_shard_that_says_what_none_can_is_refused(harm: str, tmp_path: Path) -
     else:
         tensors["split"][:] = 9
         write_shard(path, tensors, header)
-    entries = [entry_of(path, "train", manifest.shards[0].windows, manifest.shards[0].tokens), *manifest.shards[1:]]
+    entries = [shard_entry(path, "train", manifest.shards[0].windows, manifest.shards[0].tokens), *manifest.shards[1:]]
     replace(manifest, shards=entries).write()
     with pytest.raises(SmartKVError, match="not one that SmartKV wrote" if harm == "header" else "its manifest says"):
         Manifest.read(manifest.folder)
@@ -165,7 +165,7 @@ def test_a_shard_of_another_number_of_windows_gives_way_to_our_own(
     manifest = Manifest.read(copied)
     shutil.copy(other / "train-00003.safetensors", copied)
     if listed:
-        lines = [entry_of(copied / line.file, line.split, line.windows, line.tokens) for line in manifest.shards]
+        lines = [shard_entry(copied / line.file, line.split, line.windows, line.tokens) for line in manifest.shards]
         replace(manifest, shards=lines).write()
         with pytest.raises(SmartKVError, match="run the same harvest again"):
             Manifest.read(copied)
@@ -194,7 +194,7 @@ def of_an_earlier_version(folder: Path) -> None:
     if (folder / MANIFEST).exists():
         data = json.loads((folder / MANIFEST).read_text())
         for line in data["shards"]:
-            entry = entry_of(folder / line["file"], line["split"], line["windows"], line["tokens"])
+            entry = shard_entry(folder / line["file"], line["split"], line["windows"], line["tokens"])
             line.update(bytes=entry.bytes, sha256=entry.sha256)
         (folder / MANIFEST).write_text(json.dumps(data))
 
@@ -224,7 +224,7 @@ def test_the_next_run_in_a_folder_sweeps_what_a_killed_one_left_half_written(tmp
     write_shard(tmp_path / "train-00000.safetensors", shard_tensors(), {})
     (tmp_path / f".train-00001.safetensors.k3jd82hs{PART}").write_bytes(b"half")
     (tmp_path / ".hidden").write_text("a user's own")
-    hold(tmp_path)
+    lock_folder(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", LOCK, "train-00000.safetensors"]
 
 
@@ -239,7 +239,7 @@ class Dies:
 
 
 def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    files, path = CheckpointFiles(), tmp_path / "last.ckpt"
+    files, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     whole = {"state_dict": {"weight": torch.ones(1000)}, "pytorch-lightning_version": "2"}
     files.save_checkpoint(whole, path)
     (tmp_path / f".last.ckpt.k3jd82hs{PART}").write_bytes(b"half")
@@ -267,7 +267,7 @@ def test_a_fit_s_checkpoints_do_not_go_through_the_folder_of_temporary_files(
 
 
 def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
-    files, path = CheckpointFiles(), tmp_path / "last.ckpt"
+    files, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     files.save_checkpoint({"state_dict": {}, "pytorch-lightning_version": "2"}, path)
     with full_disk(20_000), pytest.raises(SmartKVError, match="could not be written: File too large"):
         files.save_checkpoint({"state_dict": {"weight": torch.zeros(100_000)}}, path)

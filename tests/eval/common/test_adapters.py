@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from eval.common.adapters import adapted
+from eval.common.adapters import with_adapter
 from smartkv import load_backbone
 from smartkv.errors import SmartKVError
 from tests.eval.eviction.test_compare import run
@@ -24,7 +24,7 @@ def test_an_adapter_of_a_model_with_fewer_layers_is_refused(tmp_path: Path) -> N
     get_peft_model(llama(), LoraConfig(r=2, target_modules=["k_proj"])).save_pretrained(tmp_path / "adapter")
     deeper = SimpleNamespace(model=llama(num_hidden_layers=3), name="deeper")
     with pytest.raises(SmartKVError, match="does not go with 'deeper'"):
-        adapted(deeper, str(tmp_path / "adapter"))
+        with_adapter(deeper, str(tmp_path / "adapter"))
 
 
 def test_an_adapter_changes_the_model_and_is_measured_beside_it(

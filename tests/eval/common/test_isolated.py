@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from eval.common.isolated import apart
+from eval.common.isolated import run_isolated
 from smartkv.errors import SmartKVError
 
 
@@ -35,7 +35,7 @@ def _ends(how: str) -> dict[str, Any]:
 
 def test_peak_memory_is_that_of_the_measurement_alone() -> None:
     held = np.ones(400 * 2**17)  # 400 MiB that are not the measurement's
-    small, large = apart(_allocated, 1), apart(_allocated, 200)
+    small, large = run_isolated(_allocated, 1), run_isolated(_allocated, 200)
     assert large["sum"] == 200 * 2**17 and held.sum() > 0
     assert 150 * 2**20 < large["peak_memory"] - small["peak_memory"] < 300 * 2**20
 
@@ -48,7 +48,7 @@ def _slow(told: Path) -> dict[str, Any]:
 
 def test_a_measurement_ends_with_the_command_that_asked_for_it(tmp_path: Path) -> None:
     told = tmp_path / "pid"
-    command = multiprocessing.get_context("spawn").Process(target=apart, args=(_slow, told))
+    command = multiprocessing.get_context("spawn").Process(target=run_isolated, args=(_slow, told))
     command.start()
     try:
         wait_for(lambda: told.exists() and told.read_text(), seconds=240)  # two processes import torch
@@ -66,7 +66,7 @@ def wait_for(happened: Callable[[], Any], seconds: float = 60) -> None:
 
 @pytest.mark.parametrize(("how", "note"), [("killed", "killed: out of memory"), ("memory", "out of memory: so much")])
 def test_a_measurement_without_memory_is_a_note(how: str, note: str) -> None:
-    assert apart(_ends, how) == {"note": note}
+    assert run_isolated(_ends, how) == {"note": note}
 
 
 @pytest.mark.parametrize(
@@ -79,4 +79,4 @@ def test_a_measurement_without_memory_is_a_note(how: str, note: str) -> None:
 )
 def test_a_measurement_that_fails_is_an_error(how: str, says: str) -> None:
     with pytest.raises(SmartKVError, match=says):
-        apart(_ends, how)
+        run_isolated(_ends, how)

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from eval.__main__ import main
-from eval.contenders.base import Full
-from eval.contenders.kvpress import NEEDS, PREFIX, SINKS, WINDOW, Pressed, _footprint
-from eval.contenders.scored import ByGates, Scored
+from eval.contenders.base import FullCache
+from eval.contenders.kvpress import NEEDS, PREFIX, SINKS, WINDOW, PressContender, _footprint
+from eval.contenders.scored import GateScores, ScoredContender
 from smartkv import GateBank, load_backbone
 from smartkv.errors import SmartKVError
 from tests.lightning_fixtures import write_texts
@@ -23,17 +23,17 @@ needs_kvpress = pytest.mark.skipif(find_spec("kvpress") is None, reason="needs k
 TOKENS, PREFILL = 120, 90
 
 
-def pressed(backbone: Path, gates: Path, name: str) -> Pressed:
+def pressed(backbone: Path, gates: Path, name: str) -> PressContender:
     lm = load_backbone(str(backbone), "float32")
     windows = [token_ids(TOKENS, seed, 256) for seed in (5, 6)]
-    return Pressed(lm, GateBank.from_pretrained(gates, lm.model), PREFIX + name, windows, PREFILL)
+    return PressContender(lm, GateBank.from_pretrained(gates, lm.model), PREFIX + name, windows, PREFILL)
 
 
 @needs_kvpress
 @pytest.mark.parametrize("name", NEEDS)
 def test_a_press_keeps_the_share_and_loses_something(name: str, tiny_backbone: Path, random_gates: Path) -> None:
     contender, tokens = pressed(tiny_backbone, random_gates, name), token_ids(TOKENS, 1, 256)
-    full = Full(contender.lm).read(1.0, tokens, PREFILL, PREFILL - 1, PREFILL)
+    full = FullCache(contender.lm).read(1.0, tokens, PREFILL, PREFILL - 1, PREFILL)
     found = contender.read(contender.solved(0.5), tokens, PREFILL, PREFILL - 1, PREFILL)
     want = _footprint(0.5 * PREFILL, PREFILL, PREFILL - 1, TOKENS - 1)
     assert found.footprint == pytest.approx(want, abs=0.08 if name == "dms_lifespan" else 0.02)
@@ -45,7 +45,7 @@ def test_a_press_keeps_the_share_and_loses_something(name: str, tiny_backbone: P
 @needs_kvpress
 def test_a_press_that_keeps_all_is_the_full_cache(tiny_backbone: Path, random_gates: Path) -> None:
     contender, tokens = pressed(tiny_backbone, random_gates, "lifespan"), token_ids(TOKENS, 1, 256)
-    full = Full(contender.lm).read(1.0, tokens, PREFILL, PREFILL - 1, PREFILL)
+    full = FullCache(contender.lm).read(1.0, tokens, PREFILL, PREFILL - 1, PREFILL)
     found = contender.read({"compression_ratio": 0.0}, tokens, PREFILL, PREFILL - 1, PREFILL)
     torch.testing.assert_close(found.nll, full.nll, atol=1e-4, rtol=1e-4)
     assert found.footprint == pytest.approx(1.0)
@@ -73,12 +73,14 @@ def test_a_random_press_draws_the_same_again_and_another_for_every_layer(
 
 @needs_kvpress
 def test_streaming_llm_of_kvpress_is_ours(tiny_backbone: Path, random_gates: Path) -> None:
-    from smartkv.baselines import Once, StreamingLLM, compressed
+    from smartkv.baselines import Once, StreamingLLM, simulated_eviction
     from smartkv.metrics.perplexity import token_losses
 
     contender, tokens = pressed(tiny_backbone, random_gates, "streaming_llm"), token_ids(TOKENS, 1, 256)
     found = contender.read({"compression_ratio": 0.5}, tokens, PREFILL, PREFILL - 1, PREFILL)
-    with compressed(contender.lm.model, StreamingLLM(), Once(PREFILL, PREFILL // 2, PREFILL // 2 - 4, 4)) as simulation:
+    with simulated_eviction(
+        contender.lm.model, StreamingLLM(), Once(PREFILL, PREFILL // 2, PREFILL // 2 - 4, 4)
+    ) as simulation:
         ours = token_losses(contender.lm.model, tokens, PREFILL).nll
     torch.testing.assert_close(found.nll, ours, atol=1e-4, rtol=1e-4)
     assert found.footprint == pytest.approx(float(simulation.footprint_by_head(PREFILL - 1).mean()), abs=1e-6)
@@ -87,8 +89,8 @@ def test_streaming_llm_of_kvpress_is_ours(tiny_backbone: Path, random_gates: Pat
 @needs_kvpress
 def test_one_price_in_dms_press_is_one_price_in_ours(tiny_backbone: Path, random_gates: Path) -> None:
     contender, tokens = pressed(tiny_backbone, random_gates, "dms_lifespan"), token_ids(TOKENS, 1, 256)
-    lm, scores = contender.lm, ByGates(contender.lm, contender._gates)
-    ours = Scored(lm, "ours", "ours", "keys", scores, [], PREFILL, WINDOW, SINKS, protocol="once")
+    lm, scores = contender.lm, GateScores(contender.lm, contender._gates)
+    ours = ScoredContender(lm, "ours", "ours", "keys", scores, [], PREFILL, WINDOW, SINKS, protocol="once")
     price = contender.solved(0.5)["threshold"]
     found = contender.read({"threshold": price}, tokens, PREFILL, PREFILL - 1, PREFILL)
     want = ours.read(price, tokens, PREFILL, PREFILL - 1, PREFILL)
@@ -131,7 +133,7 @@ def test_an_unknown_press_is_refused(tiny_backbone: Path, random_gates: Path) ->
 
 def test_our_press_needs_gates(tiny_backbone: Path) -> None:
     with pytest.raises(SmartKVError, match="needs gates: give --gates"):
-        Pressed(load_backbone(str(tiny_backbone), "float32"), None, "press:lifespan", [], PREFILL)
+        PressContender(load_backbone(str(tiny_backbone), "float32"), None, "press:lifespan", [], PREFILL)
 
 
 @pytest.mark.skipif(find_spec("kvpress") is not None, reason="kvpress is here")

@@ -99,9 +99,11 @@ def test_other_gates_in_the_same_folder_leave_the_rules_as_measured(
     changes = {"contenders": '["all-gated", "window"]', "footprints": "[0.8]"}
     before = run(tmp_path, tiny_backbone, texts, gates=random_gates, **changes)
     read: list[str] = []
-    measured = command.Cells.measured
+    measured = command.Measurements.measured
     monkeypatch.setattr(
-        command.Cells, "measured", lambda self, key, how: measured(self, key, lambda: read.append(key[0]) or how())
+        command.Measurements,
+        "measured",
+        lambda self, key, how: measured(self, key, lambda: read.append(key[0]) or how()),
     )
     others = GateBank.from_pretrained(random_gates)
     with torch.no_grad():

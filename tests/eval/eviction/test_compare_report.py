@@ -9,14 +9,14 @@ import torch
 from rich.progress import Progress
 
 from eval.common.console import make_console
-from eval.common.resume import Cells
-from eval.contenders.registry import line_up
-from eval.contenders.scored import Scored, kept_above, times_once
+from eval.common.resume import Measurements
+from eval.contenders.registry import make_contenders
+from eval.contenders.scored import ScoredContender, lifetimes_once, price_for_share
 from eval.eviction.compare import Runner
 from eval.eviction.compare_report import Row, recall_share, report
 from eval.eviction.recall import Trial, trials
 from smartkv import GateBank, HybridPolicy, LayerRule, load_backbone
-from smartkv.baselines.oracles import foresee
+from smartkv.baselines.oracles import oracle_labels
 from smartkv.errors import SmartKVError
 from smartkv.metrics.perplexity import token_losses
 from smartkv.policies.lifetimes import FOREVER
@@ -67,9 +67,9 @@ def test_nobody_is_asked_what_the_full_cache_cannot_recall(tmp_path: Path, lm: A
     with torch.inference_mode():
         told = int(lm.model(torch.tensor([ids])).logits[0, -1].argmax())
     asked = [Trial(tuple(ids[:50]), tuple(ids[50:]), (answer,), 0.5) for answer in (told + 1, told, told + 2)]
-    contenders = line_up(["window"], lm, None, [token_ids(60, 6)], FIRST)
+    contenders = make_contenders(["window"], lm, None, [token_ids(60, 6)], FIRST)
     with Progress() as progress:
-        runner = Runner(Cells(tmp_path / "cells", {}), progress, FIRST, None, {}, "")
+        runner = Runner(Measurements(tmp_path / "cells", {}), progress, FIRST, None, {}, "")
         full, window = runner.run(contenders, [0.8], [0.8], {}, asked)
     assert [trial["right"] for trial in full.recall] == [False, True, False]
     assert len(window.recall) == 1 and recall_share(window, full)["asked"] == 1
@@ -86,7 +86,7 @@ def lm(tiny_backbone: Path) -> Any:
 def test_scores_above_the_price_stay_and_nothing_else(lm: Any) -> None:
     """Beside a mask in plain loops would be beside the cache's own tests: here, that the table reaches the cache."""
     ids, table = token_ids(40, 3), torch.randn(2, 2, 40, generator=torch.Generator().manual_seed(0))
-    contender = Scored(lm, "mine", "rule", "keys", lambda _: table, [ids], 10, window=4, sinks=2)
+    contender = ScoredContender(lm, "mine", "rule", "keys", lambda _: table, [ids], 10, window=4, sinks=2)
     found = contender.read(0.3, ids, 11, 10, None)
     seen = full = 0
     for query in range(10, 39):
@@ -102,8 +102,8 @@ def test_scores_above_the_price_stay_and_nothing_else(lm: Any) -> None:
 def test_once_the_prefill_is_over_its_cheap_keys_go_and_later_ones_stay() -> None:
     policy = HybridPolicy((LayerRule("all", "gated", 3),), sinks=2)
     table = torch.arange(20.0)[None, None] % 7
-    price = kept_above([table], 0.5, 12, policy)
-    ttl = times_once(table, price, 12, policy)[0, 0]
+    price = price_for_share([table], 0.5, 12, policy)
+    ttl = lifetimes_once(table, price, 12, policy)[0, 0]
     kept = [key for key in range(12) if ttl[key] == FOREVER or key < 2]
     assert len(kept) in (6, 7) and {9, 10, 11} <= set(kept) and (ttl[12:] == FOREVER).all()
     assert all(ttl[key] == 12 - key for key in range(2, 12) if key not in kept)
@@ -115,11 +115,11 @@ def test_the_oracle_s_scores_are_what_is_to_come_and_the_null_s_what_was(lm: Any
     windows = [token_ids(WINDOW, 1), token_ids(WINDOW, 2)]
     gates = GateBank.from_pretrained(random_gates)
     names = ["oracle:attention", "oracle:lifespan", "null:constant"]
-    _, attention, lifespan, constant = line_up(names, lm, gates, windows, FIRST)
-    want = foresee(lm.model, windows[1], 32)
+    _, attention, lifespan, constant = make_contenders(names, lm, gates, windows, FIRST)
+    want = oracle_labels(lm.model, windows[1], 32)
     torch.testing.assert_close(attention.tables[1], want.attention)
     torch.testing.assert_close(lifespan.tables[1], want.lifespan.float().log2() / 2)
-    half = torch.stack([foresee(lm.model, w, 32).lifespan[..., : WINDOW // 2] for w in windows])
+    half = torch.stack([oracle_labels(lm.model, w, 32).lifespan[..., : WINDOW // 2] for w in windows])
     half = half.clamp(max=WINDOW // 2).float().log2() / 2
     torch.testing.assert_close(constant.tables[0][..., 0], half.mean(dim=(0, 3)))
     assert constant.tables[0].std(dim=-1).max() < 1e-6

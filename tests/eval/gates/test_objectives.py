@@ -10,7 +10,7 @@ import yaml
 
 from eval.__main__ import main
 from smartkv import GateBank, Manifest
-from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.labelled_keys import LabelledKeys
 from tests.eval.eviction.test_perplexity import measure
 from tests.lightning_fixtures import harvest, write_texts
 from tests.models import save_random_gates
@@ -48,7 +48,7 @@ def characterised(tmp_path_factory: pytest.TempPathFactory, shards: Path, tiny_b
 
 def test_heads_are_told_by_their_labels(characterised: Any, shards: Path) -> None:
     out, found = characterised
-    rows = LabelledRows(Manifest.read(shards), 0.05)
+    rows = LabelledKeys(Manifest.read(shards), 0.05)
     asking, plain = [], []
     for block in rows.blocks("validation"):
         source = rows.manifest.documents[int(rows.document(block)[0])].partition("/")[0]

@@ -12,7 +12,7 @@ from eval.__main__ import main
 from smartkv import GateBank, Manifest, load_backbone
 from smartkv.gates.objectives import OrdinalAges
 from smartkv.metrics.ranking import concordance, top_share
-from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.labelled_keys import LabelledKeys
 from tests.eval.eviction.test_perplexity import measure
 from tests.lightning_fixtures import fit
 
@@ -37,18 +37,18 @@ def scores(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def rows(run: Path) -> LabelledRows:
-    return LabelledRows(Manifest.read(run / "shards"), 0.05)
+def rows(run: Path) -> LabelledKeys:
+    return LabelledKeys(Manifest.read(run / "shards"), 0.05)
 
 
-def whole_split(rows: LabelledRows, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+def whole_split(rows: LabelledKeys, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     blocks = rows.blocks(split)
     keys = torch.cat([rows.keys(block) for block in blocks], dim=1)
     return keys, torch.cat([rows.target(block) for block in blocks], dim=1)
 
 
 def test_r2_is_that_of_the_exported_gates_on_all_validation_keys(
-    run: Path, scores: dict[str, Any], rows: LabelledRows
+    run: Path, scores: dict[str, Any], rows: LabelledKeys
 ) -> None:
     keys, target = whole_split(rows, "validation")
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_the_exported_figure_is_the_one_that_fit_logged(run: Path, scores: dict[
     assert config["details"]["metrics"]["val_r2_mean"] == pytest.approx(scores["r2_mean"], abs=1e-4)
 
 
-def test_the_constant_null_is_the_mean_of_the_training_labels(scores: dict[str, Any], rows: LabelledRows) -> None:
+def test_the_constant_null_is_the_mean_of_the_training_labels(scores: dict[str, Any], rows: LabelledKeys) -> None:
     _, train = whole_split(rows, "train")
     _, target = whole_split(rows, "validation")
     constant = train.mean(dim=1, keepdim=True).expand_as(target)
@@ -104,7 +104,7 @@ def test_the_report_has_what_it_promises(report: dict[str, Any], scores: dict[st
 def test_nll_full_is_the_frozen_models_on_the_validation_windows(report: dict[str, Any], run: Path) -> None:
     manifest = Manifest.read(run / "shards")
     model = load_backbone(manifest.arguments["backbone"], "float32").model
-    rows = LabelledRows(manifest)
+    rows = LabelledKeys(manifest)
     total, count = 0.0, 0
     for entry in manifest.of_split("validation"):
         from safetensors.torch import load_file
@@ -159,7 +159,7 @@ def test_gates_whose_score_has_no_r2_have_none_and_are_measured_by_their_order(
     assert found["order"]["scores"] == scores["order"]["scores"]  # the same weights put keys in the same order
 
 
-def test_order_is_that_of_the_scores_on_each_window(run: Path, scores: dict[str, Any], rows: LabelledRows) -> None:
+def test_order_is_that_of_the_scores_on_each_window(run: Path, scores: dict[str, Any], rows: LabelledKeys) -> None:
     gates, order = GateBank.from_pretrained(run / "gates" / "export"), scores["order"]["scores"]
     pairs, held, best = [], [], []
     for block in rows.blocks("validation"):
@@ -179,7 +179,7 @@ def test_order_is_that_of_the_scores_on_each_window(run: Path, scores: dict[str,
         assert order[name]["top_10"]["mean"] < order["oracle"]["top_10"]["mean"]
 
 
-def test_ordinal_gates_are_calibrated_against_what_happened(run: Path, rows: LabelledRows, tmp_path: Path) -> None:
+def test_ordinal_gates_are_calibrated_against_what_happened(run: Path, rows: LabelledKeys, tmp_path: Path) -> None:
     trained = GateBank.from_pretrained(run / "gates" / "export")
     gates = GateBank(trained.fingerprint, hidden=4, outputs=2, details=trained.details)
     gates.details = trained.details | {"target": OrdinalAges.target, "objective": {"ages": [4, 16]}}

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from eval.__main__ import main
-from eval.common.aliases import spelled_out
+from eval.common.aliases import expand_aliases
 from eval.quantization import stand_ins as models
 from eval.quantization.probe import Probe
 from smartkv.quantization.codecs import Adaptive, Half, Uniform
@@ -108,10 +108,10 @@ def test_the_probe_attends_exactly_and_measures_the_error_of_the_output(family: 
 def test_the_old_spelling_is_understood() -> None:
     given = ["baselines", "--baselines", "FP16", "KIVI", "--num-prompts", "3", "--memory-only", "--device=cpu"]
     want = ["baselines", "--baselines", '["FP16", "KIVI"]', "--num_prompts", "3", "--memory_only", "true"]
-    assert spelled_out(given) == [*want, "--device", "cpu"]
-    assert spelled_out(want) == want
-    assert spelled_out(["compare", "--memory-only"]) == ["compare", "--memory-only"]
-    presses = spelled_out(["presses", "--seed", "1"])
+    assert expand_aliases(given) == [*want, "--device", "cpu"]
+    assert expand_aliases(want) == want
+    assert expand_aliases(["compare", "--memory-only"]) == ["compare", "--memory-only"]
+    presses = expand_aliases(["presses", "--seed", "1"])
     assert presses[:2] == ["compare", "--config"] and Path(presses[2]).is_file() and presses[3:] == ["--seed", "1"]
 
 

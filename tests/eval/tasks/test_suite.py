@@ -11,8 +11,8 @@ import torch
 import yaml
 from transformers import DynamicCache
 
-from eval.contenders.base import Full
-from eval.contenders.registry import line_up
+from eval.contenders.base import FullCache
+from eval.contenders.registry import make_contenders
 from eval.eviction.recall import trial
 from eval.tasks import suite as tasks
 from eval.tasks.answers import Sample, answered, cut_in_the_middle, kept_of, prompt_ids
@@ -156,7 +156,7 @@ def test_longbench_reads_the_published_multi_news(tmp_path: Path) -> None:
 def test_likelihood_and_greedy_tokens_are_those_of_the_model(lm: Any) -> None:
     prompt, answer = tuple(token_ids(60, 1).tolist()), tuple(token_ids(5, 2).tolist())
     sample = Sample(prompt, answer, ("x",), ())
-    found = answered(lm, Full(lm), 1.0, sample, new_tokens=6)
+    found = answered(lm, FullCache(lm), 1.0, sample, new_tokens=6)
     with torch.inference_mode():
         ids = torch.tensor([prompt + answer])
         logits = lm.model(ids, past_key_values=DynamicCache()).logits[0, len(prompt) - 1 : -1]
@@ -165,7 +165,7 @@ def test_likelihood_and_greedy_tokens_are_those_of_the_model(lm: Any) -> None:
         greedy = lm.model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
     assert found["nll"] == pytest.approx(float(want), abs=1e-5) and found["rank"] == max(ranks)
     assert found["generated"] == lm.tokenizer.decode(greedy[0, 60:], skip_special_tokens=True)
-    again = answered(lm, Full(lm), 1.0, sample)
+    again = answered(lm, FullCache(lm), 1.0, sample)
     assert again["nll"] == pytest.approx(found["nll"], abs=1e-5) and again["generated"] is None
 
 
@@ -173,7 +173,7 @@ def test_reading_and_decoding_agree_under_eviction(lm: Any, long_gates: Path) ->
     windows, gates = [token_ids(120, 5)], GateBank.from_pretrained(long_gates)
     for prompt, answer, new_tokens in ((100, 5, 2), (30, 90, 0)):  # a long answer is most of what counts
         sample = Sample(tuple(token_ids(prompt, 1).tolist()), tuple(token_ids(answer, 2).tolist()), ("x",), ())
-        for contender in line_up(["all-gated", "window", "window+8bit"], lm, gates, windows, 30):
+        for contender in make_contenders(["all-gated", "window", "window+8bit"], lm, gates, windows, 30):
             setting = contender.solved(0.6)
             fed = answered(lm, contender, setting, sample, new_tokens)
             both = torch.tensor(sample.prompt + sample.answer)

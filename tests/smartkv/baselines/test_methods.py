@@ -23,7 +23,7 @@ from smartkv.baselines import (
     Streaming,
     StreamingLLM,
 )
-from smartkv.baselines.state import Live
+from smartkv.baselines.state import LiveKeys
 from smartkv.errors import SmartKVError
 from smartkv.models.rotary import Rotation
 from tests.models import gpt2
@@ -93,7 +93,7 @@ class Watched(Method):
         self.method, self.needs = method, method.needs
         self.positions: list[Tensor] = []
 
-    def score(self, live: Live, window: int) -> Tensor:
+    def score(self, live: LiveKeys, window: int) -> Tensor:
         self.positions.append(live.position.clone())
         return self.method.score(live, window)
 

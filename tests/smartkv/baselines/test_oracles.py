@@ -1,9 +1,9 @@
-"""Foresight against plain loops over the attention that the model itself gives."""
+"""OracleLabels against plain loops over the attention that the model itself gives."""
 
 import pytest
 import torch
 
-from smartkv.baselines.oracles import foresee
+from smartkv.baselines.oracles import oracle_labels
 from smartkv.errors import SmartKVError
 from tests.models import FAMILIES, token_ids
 from tests.smartkv.cache.fixtures import MODELS
@@ -17,7 +17,7 @@ def test_lifespan_and_attention_are_those_of_plain_loops(family: str) -> None:
     with torch.no_grad():
         layers = model(ids[None], output_attentions=True, use_cache=False).attentions
     model.set_attn_implementation(implementation)
-    found = foresee(model, ids, age, threshold)
+    found = oracle_labels(model, ids, age, threshold)
     for layer, probabilities in enumerate(layers):
         grouped = probabilities[0].unflatten(0, (found.lifespan.shape[1], -1)).amax(dim=1)
         for head, strongest in enumerate(grouped):
@@ -33,8 +33,8 @@ def test_lifespan_and_attention_are_those_of_plain_loops(family: str) -> None:
 def test_figures_that_mean_nothing_are_refused() -> None:
     model = MODELS["llama"]
     with pytest.raises(SmartKVError, match="age must be at least 1"):
-        foresee(model, token_ids(5), 0)
+        oracle_labels(model, token_ids(5), 0)
     with pytest.raises(SmartKVError, match="between 0 and 1"):
-        foresee(model, token_ids(5), 1, 1.0)
+        oracle_labels(model, token_ids(5), 1, 1.0)
     with pytest.raises(SmartKVError, match="longer than the model's"):
-        foresee(model, torch.zeros(5000, dtype=torch.int64), 1)
+        oracle_labels(model, torch.zeros(5000, dtype=torch.int64), 1)

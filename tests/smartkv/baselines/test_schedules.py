@@ -61,7 +61,7 @@ def test_once_reads_every_token_once_and_drops_only_when_the_prefill_is_over(
         (lambda: Once(0, 9, 4, 2), "prefill must be at least 1"),
         (lambda: Once(8, 5, 4, 2), "a budget of 5 keys"),
         (lambda: Streaming.for_footprint(0.01, 100, 10), "more than 0.01 of the cache"),
-        (lambda: Streaming.for_footprint(0.5, 100, 99), "first in the text"),
+        (lambda: Streaming.for_footprint(0.5, 100, 99), "first_query in the text"),
         (lambda: Streaming.for_footprint(0.5, 100, 10, recent=0), "recent must lie in"),
     ],
 )

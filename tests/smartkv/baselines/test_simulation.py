@@ -21,7 +21,7 @@ from smartkv.baselines import (
     SnapKV,
     Streaming,
     StreamingLLM,
-    compressed,
+    simulated_eviction,
 )
 from smartkv.errors import SmartKVError
 from smartkv.metrics.perplexity import token_losses
@@ -34,7 +34,7 @@ METHODS = (StreamingLLM, Random, KeyNorm, KeyDiff, SnapKV, TOVA, H2O, ExpectedAt
 
 
 def nll(model: PreTrainedModel, tokens: Tensor, method: Method, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    with compressed(model, method, schedule) as simulation:
+    with simulated_eviction(model, method, schedule) as simulation:
         return token_losses(model, tokens).nll, simulation.footprint_by_head()
 
 
@@ -91,7 +91,7 @@ def test_a_rotary_embedding_is_taken_back(family: str) -> None:
             model(input_ids=ids[None])
     finally:
         model.set_attn_implementation(implementation)
-    plain = Rotation(model).taken_back(rotated[0], torch.arange(20))
+    plain = Rotation(model).unrotate(rotated[0], torch.arange(20))
     torch.testing.assert_close(plain, before[0], atol=1e-5, rtol=1e-4)  # layer 0: attention changes nothing before it
 
 
@@ -107,7 +107,7 @@ def test_the_model_is_as_it_was_even_after_an_error() -> None:
     model, tokens = MODELS["qwen2"], token_ids(30)
     before, implementation = token_losses(model, tokens).nll, model.config._attn_implementation
     refused = pytest.raises(SmartKVError, match="one text without a cache, got 2 rows")
-    with refused, compressed(model, KeyNorm(), Streaming(12, 4)):
+    with refused, simulated_eviction(model, KeyNorm(), Streaming(12, 4)):
         model(input_ids=tokens.expand(2, -1))
     assert model.config._attn_implementation == implementation
     assert torch.equal(token_losses(model, tokens).nll, before)
@@ -115,5 +115,5 @@ def test_the_model_is_as_it_was_even_after_an_error() -> None:
 
 def test_a_footprint_of_nothing_is_refused() -> None:
     refused = pytest.raises(SmartKVError, match="nothing was read")
-    with compressed(MODELS["llama"], KeyNorm(), Streaming(12, 4)) as simulation, refused:
+    with simulated_eviction(MODELS["llama"], KeyNorm(), Streaming(12, 4)) as simulation, refused:
         simulation.footprint_by_head()

@@ -19,7 +19,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token
 GRAD_MODES = [torch.inference_mode, torch.no_grad, torch.enable_grad]
 
 
-def broken_off(model: PreTrainedModel, module: nn.Module, cache: LifespanCache, call: int) -> None:
+def connection_error(model: PreTrainedModel, module: nn.Module, cache: LifespanCache, call: int) -> None:
     """Generate until `module` is called for the `call`-th time, which raises."""
     calls: list[int] = []
 
@@ -58,7 +58,7 @@ def test_an_exception_in_the_middle_of_generate_leaves_nothing_behind(family: st
     model, ids = MODELS[family], token_ids(12)[None]
     before, want, cache = state(model), model(ids).logits, LifespanCache(model, None, recent(3))
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-    broken_off(model, layers[0], cache, call)
+    connection_error(model, layers[0], cache, call)
     assert model.config._attn_implementation == before[0]
     assert torch.equal(model(ids).logits, want)
     del cache
@@ -104,7 +104,7 @@ def test_a_model_that_is_copied_meanwhile_is_a_model_of_its_own(family: str) -> 
 def test_a_pass_that_was_broken_off_between_layers_is_told_and_reset_mends_it() -> None:
     model, ids, real = MODELS["llama"], token_ids(12)[None], torch.ones(1, 12, dtype=torch.bool)
     cache = LifespanCache(model, None, recent(3))
-    broken_off(model, model.model.layers[0], cache, 5)
+    connection_error(model, model.model.layers[0], cache, 5)
     with pytest.raises(SmartKVError, match=r"broken off.*cache\.reset"):
         model(ids, past_key_values=cache)
     cache.reset()

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from smartkv.cache.layer import LifespanLayer
+from smartkv.cache.layer import Judge, LifespanLayer
 from smartkv.cache.lifespan_cache import LifespanCache
-from smartkv.cache.paged import MOST_SPARE
+from smartkv.cache.paged import MAX_SPARE
 from smartkv.policies.hybrid import FOREVER, HybridPolicy, LayerRule
 from tests.models import FAMILIES, llama, token_ids
 from tests.smartkv.cache.fixtures import MODELS, Injected, fed, kv_heads, padding, random_ttl, recent, sliding
@@ -26,10 +26,10 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> list[LifespanLayer]:
     found: list[LifespanLayer] = []
     settle = LifespanLayer.settle
 
-    def spy(self: LifespanLayer, expiry: Tensor | None, score: Tensor | None, pack: bool) -> None:
+    def spy(self: LifespanLayer, judge: Judge, pack: bool = False) -> None:
         if pack:
             found.append(self)
-        settle(self, expiry, score, pack)
+        settle(self, judge, pack)
 
     monkeypatch.setattr(LifespanLayer, "settle", spy)
     return found
@@ -93,7 +93,7 @@ def test_keys_die_at_their_time_also_where_they_are_packed_seldom(packings: list
     model, prompt, tokens, window, sinks = llama(max_position_embeddings=2300), 2080, 2250, 2060, 4
     ids, real = token_ids(tokens, 5)[None], torch.ones(1, tokens, dtype=torch.bool)
     got = fed(model, LifespanCache(model, None, recent(window, sinks)), ids, real, range(prompt, tokens))
-    assert {layer.store.spare for layer in packings} == {MOST_SPARE} and len(packings) == 2 * 3
+    assert {layer.store.spare for layer in packings} == {MAX_SPARE} and len(packings) == 2 * 3
     age = torch.arange(tokens)[:, None] - torch.arange(tokens)
     seen = (age >= 0) & ((age < window) | (torch.arange(tokens) < sinks))
     assert not seen[-1].all()

@@ -50,7 +50,7 @@ def test_logits_are_those_of_a_masked_full_cache(
     real, ttl = padding(batch, tokens, side, seed), random_ttl(model, batch, tokens, seed)
     cache = Injected(model, None, recent(window, sinks), chunk=chunk)
     cache.table = ttl
-    with patch("smartkv.cache.layer.QUERIES", together):
+    with patch("smartkv.cache.key_storage.QUERIES", together):
         got = fed(model, cache, ids, real, [cut for cut in cuts if cut < tokens])
     masks = [visibility(layer, window, sinks, real, sliding(model)) for layer in ttl]
     want = masked_logits(model, ids, masks, real)
@@ -138,7 +138,7 @@ def test_memory_follows_the_policy_and_not_the_prompt() -> None:
 
 def test_keys_that_die_within_a_chunk_are_freed_before_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     model, peaks = MODELS["llama"], []
-    monkeypatch.setattr("smartkv.cache.layer.QUERIES", 16)
+    monkeypatch.setattr("smartkv.cache.key_storage.QUERIES", 16)
     for chunk in (16, 192):
         cache = LifespanCache(model, None, recent(8, 2), chunk=chunk)
         fed(model, cache, token_ids(192)[None], torch.ones(1, 192, dtype=torch.bool), [])
@@ -149,17 +149,17 @@ def test_keys_that_die_within_a_chunk_are_freed_before_its_end(monkeypatch: pyte
 
 
 def test_the_footprint_counts_the_keys_that_counted_queries_see() -> None:
-    model, tokens, count_from = MODELS["qwen2"], 16, 6
+    model, tokens, first_query = MODELS["qwen2"], 16, 6
     ids, real, ttl = (
         token_ids(tokens)[None],
         torch.ones(1, tokens, dtype=torch.bool),
         random_ttl(MODELS["qwen2"], 1, tokens, 9),
     )
-    cache = Injected(model, None, recent(2, 1), chunk=5, count_from=count_from)
+    cache = Injected(model, None, recent(2, 1), chunk=5, first_query=first_query)
     cache.table = ttl
     fed(model, cache, ids, real, [])
-    full = sum(query + 1 for query in range(count_from, tokens))
-    seen = torch.stack([visibility(layer, 2, 1, real)[0, :, count_from:].sum(dim=(1, 2)) for layer in ttl])
+    full = sum(query + 1 for query in range(first_query, tokens))
+    seen = torch.stack([visibility(layer, 2, 1, real)[0, :, first_query:].sum(dim=(1, 2)) for layer in ttl])
     torch.testing.assert_close(cache.footprint_by_head, seen.double() / full)
     assert cache.footprint == pytest.approx(float(seen.double().mean() / full))
 

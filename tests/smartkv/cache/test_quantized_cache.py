@@ -195,7 +195,7 @@ def test_importance_by_attention_is_what_a_key_was_given_so_far() -> None:
 
         def on_rotated_keys(self, *_: Any) -> None: ...
 
-        def on_block(self, layer: int, first_query: int, probabilities: Tensor) -> None:
+        def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
             padded = torch.nn.functional.pad(probabilities.sum(dim=(1, 2)), (0, TOKENS - probabilities.shape[-1]))
             total[layer] = total.get(layer, 0) + padded
 

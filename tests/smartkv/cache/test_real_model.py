@@ -31,7 +31,7 @@ def tokens_of(lm: Backbone, length: int) -> torch.Tensor:
 
 def test_it_knows_english(smollm2: Backbone) -> None:
     """Weights dequantised wrongly would still have the right shapes."""
-    assert window_nll(smollm2.model, tokens_of(smollm2, 100), first=40) < 1.0  # the sentence comes again
+    assert window_nll(smollm2.model, tokens_of(smollm2, 100), first_token=40) < 1.0  # the sentence comes again
     assert window_nll(smollm2.model, tokens_of(smollm2, 20)) < 5.0
 
 
@@ -124,7 +124,7 @@ def test_the_gates_that_come_along_lose_a_fraction_of_what_a_window_loses(smollm
     text = " ".join(" ".join(topics.topics[name].split()) for name in ("class", "import", "exceptions"))
     ids = torch.tensor(smollm2.tokenizer(text)["input_ids"][:640])
     gates = GateBank.from_pretrained("smollm2-135m-instruct", smollm2.model)
-    full = window_nll(smollm2.model, ids, first=256)
+    full = window_nll(smollm2.model, ids, first_token=256)
     ours = evicted_nll(smollm2.model, gates, policy_of(gates, 0.25), ids, 256)
     footprint = float(ours.footprint.mean())
     calibration = Calibration.measure(smollm2.model, None, [ids], 255)

@@ -42,7 +42,7 @@ def test_a_loaded_cache_goes_on_bit_for_bit(family: str, policy: HybridPolicy, t
     if policy.max_tokens is not None and Fingerprint.of(model).kv_heads > 2:
         policy = replace(policy, max_tokens=40)
     gates, prompt, more = gates_of(model), token_ids(60).view(2, 30), token_ids(50, 1).view(2, 25)
-    cache = LifespanCache(model, gates, policy, chunk=8, count_from=3)
+    cache = LifespanCache(model, gates, policy, chunk=8, first_query=3)
     with torch.inference_mode():
         model(prompt[:, :29], past_key_values=cache)
         model(prompt[:, 29:], past_key_values=cache)

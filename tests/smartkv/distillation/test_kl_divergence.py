@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from smartkv.distillation.kl_divergence import divergence
-from smartkv.distillation.soft_keep import footprint, keep_share, queries_at, stays
-from smartkv.distillation.warm_start import for_ages, plain
+from smartkv.distillation.soft_keep import footprint, hard_keep, keep_share, queries_per_age
+from smartkv.distillation.warm_start import one_output_per_age, single_output
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.gates.objectives import FutureAttention, OrdinalAges
@@ -54,7 +54,7 @@ def test_the_footprint_is_what_queries_see(tokens: int, ages: list[int], sinks: 
                 old[j, reached[-1]] += 1
             seen += float(keep[:, j, reached[-1]].mean()) if reached else 1.0
             full += 1.0
-    assert torch.equal(queries_at(tokens, ages, sinks, first), old)
+    assert torch.equal(queries_per_age(tokens, ages, sinks, first), old)
     assert float(footprint(keep, ages, sinks, first)) == pytest.approx(seen / full)
 
 
@@ -67,9 +67,9 @@ def test_what_is_worth_its_price_is_half_kept_and_the_log_does_not_underflow() -
 
 def test_what_is_gone_at_one_age_is_gone_at_the_next() -> None:
     worth = torch.tensor([[2.0, -9.0, 2.0], [2.0, 2.0, 0.5], [-0.1, 3.0, 3.0]])
-    assert stays(worth, 0.0).tolist() == [[True, False, False], [True, True, True], [False, False, False]]
+    assert hard_keep(worth, 0.0).tolist() == [[True, False, False], [True, True, True], [False, False, False]]
     keep, log_keep = keep_share(worth, 0.0, 0.01)
-    torch.testing.assert_close(keep, stays(worth, 0.0).float(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(keep, hard_keep(worth, 0.0).float(), atol=1e-4, rtol=0)
     assert (log_keep.diff(dim=-1) <= 0).all()
 
 
@@ -77,7 +77,7 @@ def test_what_is_gone_at_one_age_is_gone_at_the_next() -> None:
 def test_gates_for_ages_start_as_the_gates_they_come_from_and_kinder_to_young_keys(hidden: int) -> None:
     torch.manual_seed(0)
     gates = GateBank(Fingerprint("llama", 2, 2, 8, "0"), hidden=4)
-    aged = for_ages(gates, (16, 64, 256), hidden)
+    aged = one_output_per_age(gates, (16, 64, 256), hidden)
     keys = torch.randn(1, 2, 50, 8)
     want, got = gates.predict(1, keys), aged.predict(1, keys)
     kinder = torch.tensor([math.log(4), math.log(2), 0.0])
@@ -85,7 +85,7 @@ def test_gates_for_ages_start_as_the_gates_they_come_from_and_kinder_to_young_ke
     assert aged.hidden == hidden and aged.ages == (16, 64, 256)
     if hidden > 4:  # the copies of a unit can learn different things
         assert not torch.equal(aged.weight1[..., :4], aged.weight1[..., 4:8])
-    again = for_ages(aged, (16, 64, 256), hidden)
+    again = one_output_per_age(aged, (16, 64, 256), hidden)
     torch.testing.assert_close(again.predict(1, keys), got)
 
 
@@ -93,10 +93,10 @@ def test_gates_of_future_attention_start_as_its_log_at_each_age() -> None:
     objective = FutureAttention((16, 64, 256), scale=50.0)
     details = {"target": objective.target, "objective": objective.settings}
     gates = GateBank(Fingerprint("llama", 2, 2, 8, "0"), hidden=4, outputs=3, details=details)
-    start, keys = plain(gates), torch.randn(1, 2, 50, 8)
+    start, keys = single_output(gates), torch.randn(1, 2, 50, 8)
     mean_attention = gates.score(1, keys).exp()  # over the ages, as the objective reads it
     torch.testing.assert_close(start.predict(1, keys).exp().mean(dim=-1), mean_attention)
-    aged = for_ages(start, (16, 64, 256), 4)
+    aged = one_output_per_age(start, (16, 64, 256), 4)
     torch.testing.assert_close(aged.predict(1, keys), start.predict(1, keys))
     torch.testing.assert_close(start.score(1, keys), start.predict(1, keys)[..., 0])
 
@@ -104,10 +104,10 @@ def test_gates_of_future_attention_start_as_its_log_at_each_age() -> None:
 def test_gates_of_ordinal_ages_are_no_start() -> None:
     details = {"target": OrdinalAges.target, "objective": {"ages": [4, 16, 64]}}
     with pytest.raises(SmartKVError, match="or of future attention, not of 'life beyond ages'"):
-        plain(GateBank(Fingerprint("llama", 1, 1, 8, "0"), hidden=4, outputs=3, details=details))
+        single_output(GateBank(Fingerprint("llama", 1, 1, 8, "0"), hidden=4, outputs=3, details=details))
 
 
 def test_a_width_that_is_no_multiple_is_refused() -> None:
     gates = GateBank(Fingerprint("llama", 1, 1, 8, "0"), hidden=4)
     with pytest.raises(SmartKVError, match="4 hidden units can become a multiple of that wide, not 6"):
-        for_ages(gates, (16,), 6)
+        one_output_per_age(gates, (16,), 6)

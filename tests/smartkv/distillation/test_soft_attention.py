@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smartkv.distillation.soft_attention import soft_attention, softly_evicted
+from smartkv.distillation.soft_attention import soft_attention, soft_eviction
 from smartkv.models.architecture import Fingerprint
 from tests.models import FAMILIES, token_ids
 from tests.smartkv.cache.fixtures import MODELS, random_ttl, sliding
@@ -82,7 +82,7 @@ def test_keeping_all_or_nothing_is_the_hard_rule(family: str) -> None:
     def log_keep(layer: int, _: Tensor) -> Tensor:
         return torch.stack([torch.where(ttl[layer] > age, 0.0, -1e4) for age in ages])
 
-    with torch.inference_mode(), softly_evicted(model, log_keep, ages, 2):
+    with torch.inference_mode(), soft_eviction(model, log_keep, ages, 2):
         got = model(ids, use_cache=False).logits
     torch.testing.assert_close(got, masked_logits(model, ids, masks, real), atol=1e-4, rtol=0)
     assert ttl.unique().tolist() == [3, 6, 11, 1000]
@@ -97,7 +97,7 @@ def test_the_loss_tells_a_gate_of_the_first_layer_what_its_key_is_worth(family: 
     direction[0, 1, 0, 1, 3:9] = 1.0  # of the second age
 
     def loss(log_keep: Tensor) -> Tensor:
-        with softly_evicted(model, lambda layer, _: log_keep[layer], (2, 5), 1):
+        with soft_eviction(model, lambda layer, _: log_keep[layer], (2, 5), 1):
             return model(ids, labels=ids, use_cache=False).loss
 
     (gradient,) = torch.autograd.grad(loss(log_keep), log_keep)
@@ -114,7 +114,7 @@ def test_the_model_is_as_it_was_also_after_an_error() -> None:
     def broken(layer: int, keys: Tensor) -> Tensor:
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), softly_evicted(model, broken, (4,)):
+    with pytest.raises(ZeroDivisionError), soft_eviction(model, broken, (4,)):
         model(ids, use_cache=False)
     assert model.config._attn_implementation == implementation and torch.equal(model(ids).logits, before)
     assert not any(name.startswith("_smartkv") for module in model.modules() for name in vars(module))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from smartkv.errors import SmartKVError
-from smartkv.gates.objectives import FutureAttention, Log4Lifespan, Objective, OrdinalAges, Ranking, reading
+from smartkv.gates.objectives import FutureAttention, Log4Lifespan, Objective, OrdinalAges, Ranking, objective_of_target
 from smartkv.labels.key_labels import Labels
 
 LIVES = torch.tensor([[1.0, 3, 4, 5, 16, 17, 64, 1024]])  # tokens
@@ -77,10 +77,10 @@ def test_ranking_puts_longer_lives_first_and_cares_more_for_larger_gaps() -> Non
 
 
 def test_gates_of_one_output_are_read_as_they_are_and_others_by_their_objective() -> None:
-    assert reading("log4 lifespan", {}) is None and reading("log worth", {}) is None
+    assert objective_of_target("log4 lifespan", {}) is None and objective_of_target("log worth", {}) is None
     prediction = torch.randn(3, 2)
     for objective in (OrdinalAges([4, 64]), FutureAttention([16, 128])):
-        read = reading(objective.target, objective.settings)
+        read = objective_of_target(objective.target, objective.settings)
         torch.testing.assert_close(read.score(prediction), objective.score(prediction))
 
 

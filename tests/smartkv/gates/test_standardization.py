@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from smartkv.gates.standardization import Moments
 from smartkv.labels.lifespans import log4_lifespan
 from smartkv.metrics.nulls import NULLS, RandomNull, TableNull, make_nulls, score_nulls
-from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.labelled_keys import LabelledKeys
 from tests.models import write_tiny_shards
 
 GATES, ROWS, LONGEST = 6, 40, 64
@@ -112,12 +112,12 @@ def test_windows_draw_at_random_each_its_own_in_any_order() -> None:
 
 def test_tokens_that_validation_does_not_ask_for_cost_the_table_nothing(tmp_path: Path) -> None:
     shards = write_tiny_shards(tmp_path, vocabulary=2**31 - 1)  # a row of the table for each id would not fit
-    scores = score_nulls(LabelledRows(shards))
+    scores = score_nulls(LabelledKeys(shards))
     assert torch.equal(scores["token_table"].r2(), scores["constant"].r2())  # no id comes twice
 
 
 def test_all_windows_pooled_score_as_window_by_window(tmp_path: Path) -> None:
-    rows = LabelledRows(write_tiny_shards(tmp_path))
+    rows = LabelledKeys(write_tiny_shards(tmp_path))
     pooled, apart = score_nulls(rows, pooled=True), score_nulls(rows)
     for name in NULLS:
         assert [len(sums.count) for sums in (pooled[name], apart[name])] == [1, 3]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from smartkv.io.locks import hold
+from smartkv.io.locks import lock_folder
 
 
 def raising(error: Exception) -> object:
@@ -33,5 +33,5 @@ def test_a_file_system_without_locks_is_told_of_and_stops_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(owner, name, raising(error))
-    hold(tmp_path / "run")
+    lock_folder(tmp_path / "run")
     assert "without locks" in caplog.text and (tmp_path / "run").is_dir()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smartkv.errors import SmartKVError
-from smartkv.labels.attention_distribution import PERCENTILES, AttentionDistribution, CalibrationObserver
+from smartkv.labels.attention_distribution import PERCENTILES, AttentionDistribution, AttentionDistributionObserver
 from smartkv.labels.lifespans import LabelSpec, label_window
 from smartkv.models import architecture, key_hooks, key_site_check
 from smartkv.models.architecture import KEY_SITES
@@ -20,10 +20,10 @@ LENGTH, SINKS = 150, 4  # more than a block of queries
 
 
 @pytest.fixture(scope="module")
-def measured() -> tuple[CalibrationObserver, np.ndarray]:
+def measured() -> tuple[AttentionDistributionObserver, np.ndarray]:
     """An observer after one window, and every causal probability of every layer `[layers, pairs]`."""
     model, tokens = llama(), token_ids(LENGTH)
-    observer = CalibrationObserver(2, LabelSpec((0.05,), (), 32), SINKS)
+    observer = AttentionDistributionObserver(2, LabelSpec((0.05,), (), 32), SINKS)
     observer.run(freeze(model, tiny_tokenizer(), "tiny"), tokens)
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_observers_of_another_kind_can_look_too() -> None:
 
         def on_rotated_keys(self, layer: int, keys: torch.Tensor) -> None: ...
 
-        def on_block(self, layer: int, first_query: int, probabilities: torch.Tensor) -> None: ...
+        def on_tile(self, layer: int, first_query: int, probabilities: torch.Tensor) -> None: ...
 
     model = llama()
     with torch.no_grad(), observe_attention(model, Looker()):

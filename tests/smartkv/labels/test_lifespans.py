@@ -23,7 +23,7 @@ quick = settings(deadline=None, max_examples=25, derandomize=True)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 queries, so that a short window has several."""
-    monkeypatch.setattr(observation, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(observation, "TILE_ELEMENTS", 1)
 
 
 def random_attention(tokens: int, seed: int, kv_heads: int = 2, group: int = 3) -> Tensor:

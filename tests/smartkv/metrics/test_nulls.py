@@ -17,7 +17,7 @@ from smartkv.labels.lifespans import log4_lifespan
 from smartkv.metrics.bootstrap import bootstrap
 from smartkv.metrics.nulls import NULLS, RandomNull, TableNull, make_nulls, score_nulls
 from smartkv.metrics.r2 import RegressionSums
-from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Manifest
 from tests.models import write_tiny_shards
 
@@ -160,11 +160,11 @@ def test_scored_nulls_are_those_of_a_naive_table(name: str, shards: Manifest) ->
     wide = truth.double()
     residual = (wide - prediction).square().sum(dim=1)
     expected = 1 - residual / (wide - wide.mean(dim=1, keepdim=True)).square().sum(dim=1)
-    torch.testing.assert_close(score_nulls(LabelledRows(shards))[name].r2(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(score_nulls(LabelledKeys(shards))[name].r2(), expected, atol=1e-6, rtol=0)
 
 
 def test_every_null_is_scored_on_each_validation_window(shards: Manifest) -> None:
-    scores = score_nulls(LabelledRows(shards, layers="1"))
+    scores = score_nulls(LabelledKeys(shards, layers="1"))
     truth, _, _, window = whole_split(shards, "validation")
     assert sorted(scores) == sorted(NULLS)
     for sums in scores.values():
@@ -176,14 +176,14 @@ def test_every_null_is_scored_on_each_validation_window(shards: Manifest) -> Non
 
 def test_the_random_null_scores_below_the_constant(tmp_path: Path) -> None:
     shards = write_tiny_shards(tmp_path, splits=[("train", 8), ("validation", 8)])
-    scores = score_nulls(LabelledRows(shards))
+    scores = score_nulls(LabelledKeys(shards))
     assert (scores["random"].r2() < scores["constant"].r2()).all()
 
 
 def test_scoring_without_validation_windows_says_so(tmp_path: Path) -> None:
     shards = write_tiny_shards(tmp_path, splits=[("train", 2)])
     with pytest.raises(SmartKVError, match="no validation windows"):
-        score_nulls(LabelledRows(shards))
+        score_nulls(LabelledKeys(shards))
 
 
 # -- R² ---------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def test_only_tokens_from_the_first_on_are_scored() -> None:
     with torch.no_grad():
         logs = model(tokens[None]).logits[0].log_softmax(dim=-1)
     expected = -sum(float(logs[i - 1, tokens[i]]) for i in range(20, len(tokens))) / (len(tokens) - 20)
-    assert window_nll(model, tokens, first=20) == pytest.approx(expected, rel=1e-5)
+    assert window_nll(model, tokens, first_token=20) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("first", [0, 10, 11])

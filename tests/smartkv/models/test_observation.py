@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from smartkv.models import observation
 from smartkv.models.architecture import attention_modules
-from smartkv.models.observation import attention_blocks, observe_attention
+from smartkv.models.observation import attention_tiles, observe_attention
 from tests.models import FAMILIES, llama, qwen2, token_ids
 
 TOKENS = 41  # three blocks of 16 queries, the last cut short
@@ -32,7 +32,7 @@ class Recorder:
     def on_rotated_keys(self, layer: int, keys: Tensor) -> None:
         self.rotated[layer] = keys.clone()
 
-    def on_block(self, layer: int, first_query: int, probabilities: Tensor) -> None:
+    def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
         self.blocks[layer].append((first_query, probabilities.clone()))
 
     def probabilities(self, layer: int) -> Tensor:
@@ -45,7 +45,7 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 queries, so that a short sequence has several."""
-    monkeypatch.setattr(observation, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(observation, "TILE_ELEMENTS", 1)
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def test_a_sliding_window_of_some_layers_leaves_the_others_whole() -> None:
 @pytest.mark.parametrize("elements", [1, 4 * TOKENS * 20, 2**22])
 def test_the_size_of_blocks_changes_no_probability(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = llama(), token_ids(TOKENS)
-    monkeypatch.setattr(observation, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(observation, "TILE_ELEMENTS", elements)
     _, recorder = observed(model, ids)
     assert len(recorder.blocks[0]) == {1: 3, 4 * TOKENS * 20: 3, 2**22: 1}[elements]
     for layer, expected in enumerate(eager(model, ids).attentions):
@@ -180,7 +180,7 @@ def test_probabilities_are_as_exact_as_the_scores_dtype(dtype: torch.dtype, off:
     scores = torch.einsum("kgqd,knd->kgqn", query.double().unflatten(0, (2, 2)), key.double()) * scaling
     future = torch.ones(40, 40, dtype=torch.bool).triu(1)
     expected = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-    for start, found in attention_blocks(query, key, scaling):
+    for start, found in attention_tiles(query, key, scaling):
         stop = start + found.shape[2]
         torch.testing.assert_close(found.double(), expected[:, :, start:stop, :stop], atol=off, rtol=0)
     assert stop == 40
@@ -189,9 +189,9 @@ def test_probabilities_are_as_exact_as_the_scores_dtype(dtype: torch.dtype, off:
 @pytest.mark.parametrize("tokens", [40, 700, 1500])
 def test_a_block_never_holds_more_probabilities_than_allowed(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = 2**17
-    monkeypatch.setattr(observation, "BLOCK_ELEMENTS", allowed)
+    monkeypatch.setattr(observation, "TILE_ELEMENTS", allowed)
     query, key = torch.randn(4, tokens, 8), torch.randn(2, tokens, 8)
-    for _, block in attention_blocks(query, key, 1.0):
+    for _, block in attention_tiles(query, key, 1.0):
         assert block.numel() <= max(allowed, 16 * 4 * tokens)
         assert block.shape[2] <= 128
 
@@ -231,7 +231,7 @@ def test_the_model_is_as_it_was_on_leaving(family: str, implementation: str) -> 
 @by_family
 def test_the_model_is_as_it_was_after_an_exception(family: str) -> None:
     class Failing(Recorder):
-        def on_block(self, layer: int, first_query: int, probabilities: Tensor) -> None:
+        def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
             raise KeyError("in the middle of layer 0")
 
     model, ids = FAMILIES[family](), token_ids(TOKENS)

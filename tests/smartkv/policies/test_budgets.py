@@ -29,7 +29,7 @@ def counted(policy: HybridPolicy, calibration: Calibration) -> float:
     visible = held = 0
     for layer, rule in enumerate(policy.by_layer(2)):
         for prediction in calibration.predictions[layer].flatten(0, 1).tolist():
-            for query in range(calibration.first, calibration.last):
+            for query in range(calibration.first_query, calibration.last):
                 for key in range(query + 1):
                     ttl = math.inf if rule.rule == "full" else 0.0
                     price = policy.price if rule.price is None else rule.price
@@ -133,10 +133,10 @@ def test_a_measured_calibration_gives_what_a_cache_holds(rule: LayerRule) -> Non
     model, ids = llama(), token_ids(TOKENS)
     torch.manual_seed(0)
     gates = GateBank(Fingerprint.of(model), hidden=4)
-    calibration = Calibration.measure(model, gates, [ids], first=FIRST)
+    calibration = Calibration.measure(model, gates, [ids], first_query=FIRST)
     price = float(calibration.predictions[0].median()) + 1e-5
     policy = HybridPolicy((rule,), sinks=1, price=price)
-    cache = LifespanCache(model, gates, policy, chunk=7, count_from=FIRST)
+    cache = LifespanCache(model, gates, policy, chunk=7, first_query=FIRST)
     with cache:
         model(ids[None, :-1], past_key_values=cache)
     layer0 = Calibration(calibration.predictions, 1, TOKENS, FIRST, TOKENS - 1)

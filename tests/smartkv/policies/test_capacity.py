@@ -17,7 +17,7 @@ from smartkv.models.architecture import Architecture, Fingerprint
 from smartkv.policies.budgets import Calibration, solve
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from tests.models import FAMILIES, token_ids
-from tests.smartkv.cache.fixtures import MODELS, Injected, fed, padding, random_ttl, recent, sliding
+from tests.smartkv.cache.fixtures import MODELS, Injected, fed, padding, random_gates, random_ttl, recent, sliding
 from tests.smartkv.cache.masked_reference import drop_over_cap, masked_logits, visibility
 
 
@@ -64,7 +64,7 @@ def test_logits_are_those_of_keys_dropped_token_by_token(
     policy = capped(window, sinks, room, per, heads)
     cache = Injected(model, None, policy, chunk=chunk)
     cache.table, cache.score_table = ttl, scores
-    with patch("smartkv.cache.layer.QUERIES", together):
+    with patch("smartkv.cache.key_storage.QUERIES", together):
         got = fed(model, cache, ids, real, [cut for cut in cuts if cut < tokens])
     masks = []
     for layer, score in zip(ttl, scores, strict=True):
@@ -164,3 +164,15 @@ def test_gates_decide_under_a_cap_too(multiple: float, ages: tuple[int, ...]) ->
         cache = LifespanCache(model, gates, policy, chunk=16)
         seen.append(fed(model, cache, ids, torch.ones(1, 60, dtype=torch.bool), cuts))
     torch.testing.assert_close(seen[0], seen[1], atol=1e-4, rtol=0)
+
+
+def test_each_key_is_scored_once_also_where_the_heads_of_a_layer_share_a_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, scored = MODELS["llama"], []
+    score = GateBank.score
+    monkeypatch.setattr(GateBank, "score", lambda self, *args: (scored.append(args), score(self, *args))[1])
+    policy = HybridPolicy((LayerRule("all", "gated", 3),), sinks=1, price=0.0, max_tokens=12, max_tokens_per="layer")
+    cache = LifespanCache(model, random_gates(model), policy, chunk=8)
+    fed(model, cache, token_ids(40)[None], torch.ones(1, 40, dtype=torch.bool), range(24, 40))
+    cache.settle()
+    for layer in range(2):
+        assert sum(keys.shape[2] for number, keys in scored if number == layer) == 40

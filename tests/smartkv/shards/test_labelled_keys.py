@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from smartkv.errors import SmartKVError
-from smartkv.shards.labelled_keys import LabelledRows
+from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Block, Manifest
 from smartkv.shards.shard_file import write_shard
 from tests.models import write_tiny_shards
@@ -26,7 +26,7 @@ def shards(tmp_path: Path) -> Manifest:
 def test_rows_are_the_labelled_tokens_of_the_layers_and_threshold_asked_for(
     threshold: float, row: int, layers: str | None, gates: list[int], inputs: str, size: int | None, shards: Manifest
 ) -> None:
-    rows = LabelledRows(shards, threshold, inputs=inputs, layers=layers)
+    rows = LabelledKeys(shards, threshold, inputs=inputs, layers=layers)
     whole = load_file(shards.folder / shards.shards[0].file)
     tokens = [t for t in range(32) if 2 <= t % 16 < 12]
     blocks = rows.blocks("train", size)
@@ -42,7 +42,7 @@ def test_rows_are_the_labelled_tokens_of_the_layers_and_threshold_asked_for(
 
 
 def test_what_is_read_may_be_written_to(shards: Manifest) -> None:
-    rows = LabelledRows(shards)
+    rows = LabelledKeys(shards)
     block = rows.blocks("train")[0]
     for read in (rows.keys, rows.target, rows.position, rows.token, rows.document):
         before = read(block).clone()
@@ -51,7 +51,7 @@ def test_what_is_read_may_be_written_to(shards: Manifest) -> None:
 
 
 def test_a_block_without_rows_reads_as_none_of_each(shards: Manifest) -> None:
-    rows = LabelledRows(shards)
+    rows = LabelledKeys(shards)
     labels, block = rows.labels(Block(shards.shards[0].file, 0, 0, 0)), Block(shards.shards[0].file, 0, 0, 0)
     assert rows.keys(block).shape == (4, 0, shards.fingerprint.head_dim)
     assert labels.log4_lifespan.shape == (4, 0)
@@ -59,7 +59,7 @@ def test_a_block_without_rows_reads_as_none_of_each(shards: Manifest) -> None:
 
 
 def test_another_follow_up_moves_the_rows_and_the_cap(shards: Manifest) -> None:
-    rows = LabelledRows(shards, follow_up=10)
+    rows = LabelledKeys(shards, follow_up=10)
     first = rows.blocks("train")[0]
     assert (first.start, first.stop) == (2, 6)
     lifespan = load_file(shards.folder / first.file)["lifespan"][0].flatten(0, 1)[:, 2:6].clamp(max=10)
@@ -69,39 +69,39 @@ def test_another_follow_up_moves_the_rows_and_the_cap(shards: Manifest) -> None:
 
 @pytest.mark.parametrize("follow_up", [0, 14, 99])
 def test_a_follow_up_that_leaves_no_key_is_refused_with_the_limit(follow_up: int, shards: Manifest) -> None:
-    assert LabelledRows(shards, follow_up=13).blocks("train")
+    assert LabelledKeys(shards, follow_up=13).blocks("train")
     with pytest.raises(SmartKVError, match=rf"follow_up {follow_up} .* less than 14"):
-        LabelledRows(shards, follow_up=follow_up)
+        LabelledKeys(shards, follow_up=follow_up)
 
 
 def test_unknown_inputs_are_refused_with_those_known(shards: Manifest) -> None:
     with pytest.raises(SmartKVError, match=r"'values'.*keys or keys_post_rope"):
-        LabelledRows(shards, inputs="values")
+        LabelledKeys(shards, inputs="values")
 
 
 def test_a_threshold_that_was_not_harvested_is_refused(shards: Manifest) -> None:
     with pytest.raises(SmartKVError, match=r"threshold 0\.3"):
-        LabelledRows(shards, threshold=0.3)
+        LabelledKeys(shards, threshold=0.3)
 
 
 def test_inputs_that_were_not_harvested_are_refused_by_name(tmp_path: Path) -> None:
-    rows = LabelledRows(write_tiny_shards(tmp_path), inputs="keys_post_rope")
+    rows = LabelledKeys(write_tiny_shards(tmp_path), inputs="keys_post_rope")
     with pytest.raises(SmartKVError, match="no usable 'keys_post_rope'"):
         rows.keys(rows.blocks("train")[0])
 
 
 def test_a_split_without_windows_is_refused_by_name(shards: Manifest) -> None:
     with pytest.raises(SmartKVError, match="no test windows"):
-        LabelledRows(shards).blocks("test")
+        LabelledKeys(shards).blocks("test")
 
 
-def with_keys(shards: Manifest, values: list[float]) -> LabelledRows:
+def with_keys(shards: Manifest, values: list[float]) -> LabelledKeys:
     """The rows after some keys were overwritten on disk."""
     path = shards.folder / shards.shards[0].file
     tensors = load_file(path)
     tensors["keys"][1, 1, 5, : len(values)] = torch.tensor(values)
     write_shard(path, tensors, {})
-    return LabelledRows(shards)
+    return LabelledKeys(shards)
 
 
 @pytest.mark.parametrize("values", [[torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf]])

@@ -18,7 +18,7 @@ from smartkv.errors import SmartKVError
 from smartkv.io.atomic import write_atomically
 from smartkv.labels.lifespans import LabelSpec, label_window
 from smartkv.models.architecture import Fingerprint
-from smartkv.shards.manifest import Block, Manifest, ShardEntry, entry_of
+from smartkv.shards.manifest import Block, Manifest, ShardEntry, shard_entry
 from smartkv.shards.per_head_export import export_heads
 from smartkv.shards.reader import ShardReader
 from smartkv.shards.shard_file import digests, read_header, write_shard
@@ -173,7 +173,7 @@ def test_a_manifest_reads_as_it_was_written(shards: Manifest) -> None:
 
 
 def test_an_entry_holds_the_files_size_and_digest(shard: Path) -> None:
-    entry = entry_of(shard, "train", 2, 32)
+    entry = shard_entry(shard, "train", 2, 32)
     assert entry.file == "shard.safetensors"
     assert entry.bytes == len(shard.read_bytes())
     assert entry.sha256 == hashlib.sha256(shard.read_bytes()).hexdigest()

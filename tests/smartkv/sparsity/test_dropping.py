@@ -13,7 +13,7 @@ from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
-from smartkv.sparsity.key_dropout import GatedDropping, KeyDropout, windowed
+from smartkv.sparsity.key_dropout import GatedDropping, KeyDropout, window_attention
 from smartkv.sparsity.losses import hidden_distance, student_loss
 from tests.models import FAMILIES, llama, token_ids
 from tests.smartkv.cache.fixtures import random_gates, state
@@ -43,7 +43,7 @@ def test_a_window_in_training_is_the_policy_window(family: str) -> None:
     model, ids = FAMILIES[family](), token_ids(40)[None]
     before = state(model)
     with torch.inference_mode():
-        with windowed(model, 6, 2, 1, 40):
+        with window_attention(model, 6, 2, 1, 40):
             found = model(ids, use_cache=False).logits
         policy = HybridPolicy((LayerRule("all", "window", 6),), sinks=2)
         with LifespanCache(model, None, policy) as cache:
@@ -67,7 +67,7 @@ def test_gates_in_training_are_the_gates_that_are_deployed() -> None:
             found = model(ids, use_cache=False).logits
             share = float(seen(10))
         policy = HybridPolicy((LayerRule("all", "gated", 4),), sinks=2, price=0.0)
-        with LifespanCache(model, gates, policy, count_from=10) as cache:
+        with LifespanCache(model, gates, policy, first_query=10) as cache:
             want = model(ids, past_key_values=cache).logits
         assert 0.2 < cache.footprint < 0.95 and share == pytest.approx(cache.footprint, abs=1e-6)
     assert torch.allclose(found, want, atol=1e-4)

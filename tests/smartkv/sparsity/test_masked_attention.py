@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smartkv.errors import SmartKVError
-from smartkv.sparsity import Adaptive, Anchors, Fixed, Linear, sparse_mask, sparsely_attended
+from smartkv.sparsity import Adaptive, Anchors, Fixed, Linear, sparse_attention, sparse_mask
 from smartkv.sparsity.anchors import CLASSES, _kind, token_classes
 from smartkv.sparsity.key_dropout import share_seen
 from tests.models import FAMILIES, tiny_tokenizer, token_ids
@@ -151,7 +151,7 @@ def test_logits_are_those_of_a_naive_masked_model(family: str, side: str) -> Non
     before = state(model)
     with (
         torch.inference_mode(),
-        sparsely_attended(model, lambda layer: stays[layer], 5, None if side == "none" else real),
+        sparse_attention(model, lambda layer: stays[layer], 5, None if side == "none" else real),
     ):
         found = model(ids, position_ids=positions(real), use_cache=False).logits
     assert state(model) == before
@@ -179,10 +179,10 @@ def test_gradients_flow_and_an_exception_leaves_the_model_as_it_was() -> None:
     model, ids = FAMILIES["qwen2"](), token_ids(20)[None]
     before = state(model)
     stays = torch.zeros(1, 2, 20, dtype=torch.bool)
-    with sparsely_attended(model, lambda _: stays, 4):
+    with sparse_attention(model, lambda _: stays, 4):
         model(ids, labels=ids, use_cache=False).loss.backward()
     gradient = model.base_model.layers[0].self_attn.k_proj.weight.grad
     assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
-    with pytest.raises(ZeroDivisionError), sparsely_attended(model, lambda _: stays, 4):
+    with pytest.raises(ZeroDivisionError), sparse_attention(model, lambda _: stays, 4):
         math.floor(1 / 0)
     assert state(model) == before

@@ -13,7 +13,7 @@ from smartkv.shards.manifest import SPLITS
 from smartkv.texts.documents import Document
 from smartkv.texts.facts import TEXTS, draw_fact
 from smartkv.texts.recall import RecallPacker
-from smartkv.texts.sources import SourceConfig, resolve
+from smartkv.texts.sources import SourceConfig, resolve_source
 from smartkv.texts.windows import plan_windows
 from tests.lightning_fixtures import prose
 from tests.models import tiny_tokenizer
@@ -113,17 +113,17 @@ def test_its_text_is_that_of_books(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / "books" / split).mkdir(parents=True)
         (tmp_path / "books" / split / "book.txt").write_text(f"a book to {split} on")
     monkeypatch.setenv("SMARTKV_DATA", str(tmp_path))
-    source = resolve(SourceConfig("recall", weight=0.5, origins=["local"]), str)
+    source = resolve_source(SourceConfig("recall", weight=0.5, origins=["local"]), str)
     assert (source.name, source.weight, source.origin, source.recall) == ("recall", 0.5, "local", True)
     assert [document.text for split in SPLITS for document in source.documents(split)] == [
         f"a book to {split} on" for split in SPLITS
     ]
-    assert not resolve(SourceConfig("pg19", origins=["local"]), str).recall
+    assert not resolve_source(SourceConfig("pg19", origins=["local"]), str).recall
 
 
 def test_its_text_may_be_a_folder_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("a text of my own")
-    source = resolve(SourceConfig("recall", path=str(tmp_path)), str)
+    source = resolve_source(SourceConfig("recall", path=str(tmp_path)), str)
     texts = [document.text for split in SPLITS for document in source.documents(split)]
     assert source.name == "recall" and source.recall and texts == ["a text of my own"]
 
@@ -131,5 +131,5 @@ def test_its_text_may_be_a_folder_of_ones_own(tmp_path: Path) -> None:
 def test_it_falls_back_like_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SMARTKV_DATA", raising=False)
     said: list[str] = []
-    source = resolve(SourceConfig("recall", origins=["local", "builtin"]), said.append)
+    source = resolve_source(SourceConfig("recall", origins=["local", "builtin"]), said.append)
     assert source.name == "recall" and source.recall and source.origin == "builtin" and "CANNOT BE HAD" in said[0]

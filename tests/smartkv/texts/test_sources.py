@@ -11,7 +11,7 @@ import pytest
 from smartkv.errors import SmartKVError
 from smartkv.shards.manifest import SPLITS
 from smartkv.texts.documents import Document
-from smartkv.texts.sources import KNOWN, Source, SourceConfig, resolve
+from smartkv.texts.sources import KNOWN, Source, SourceConfig, resolve_source
 from tests.lightning_fixtures import prose
 
 RECORDS = {
@@ -78,68 +78,68 @@ def assert_disjoint(found: dict[str, list[Document]]) -> None:
 
 
 def test_books_keep_the_splits_of_their_folders(local_data: Path) -> None:
-    found = by_split(resolve(SourceConfig("pg19"), quiet))
+    found = by_split(resolve_source(SourceConfig("pg19"), quiet))
     assert {split: ids(documents) for split, documents in found.items()} == {
         split: {f"{split}-book-{number}" for number in range(3)} for split in SPLITS
     }
 
 
 def test_a_book_is_read_as_it_is_in_its_file(local_data: Path) -> None:
-    book = next(resolve(SourceConfig("pg19"), quiet).documents("validation"))
+    book = next(resolve_source(SourceConfig("pg19"), quiet).documents("validation"))
     assert book.text == (local_data / "books" / "validation" / f"{book.id}.txt").read_text()
 
 
 @pytest.mark.parametrize("name", ["math500", "aime24", "c4"])
 def test_splits_by_id_are_disjoint(local_data: Path, name: str) -> None:
-    assert_disjoint(by_split(resolve(SourceConfig(name), quiet)))
+    assert_disjoint(by_split(resolve_source(SourceConfig(name), quiet)))
 
 
 @pytest.mark.parametrize("name", ["math500", "aime24", "c4"])
 def test_splits_by_id_cover_every_record(local_data: Path, name: str) -> None:
-    assert len(everything(resolve(SourceConfig(name), quiet))) == 60
+    assert len(everything(resolve_source(SourceConfig(name), quiet))) == 60
 
 
 @pytest.mark.parametrize("name", ["math500", "aime24", "c4"])
 def test_splits_by_id_leave_no_split_empty(local_data: Path, name: str) -> None:
-    assert all(by_split(resolve(SourceConfig(name), quiet)).values())
+    assert all(by_split(resolve_source(SourceConfig(name), quiet)).values())
 
 
 def test_math_problems_are_split_by_their_id_not_by_their_place(local_data: Path) -> None:
-    before = by_split(resolve(SourceConfig("math500"), quiet))
+    before = by_split(resolve_source(SourceConfig("math500"), quiet))
     write_jsonl(local_data / "math/math500.jsonl", RECORDS["math/math500.jsonl"][::-1])
-    after = by_split(resolve(SourceConfig("math500"), quiet))
+    after = by_split(resolve_source(SourceConfig("math500"), quiet))
     assert {split: ids(documents) for split, documents in after.items()} == {
         split: ids(documents) for split, documents in before.items()
     }
 
 
 def test_gsm8k_train_file_is_divided_into_train_and_validation_without_overlap(local_data: Path) -> None:
-    found = by_split(resolve(SourceConfig("gsm8k"), quiet))
+    found = by_split(resolve_source(SourceConfig("gsm8k"), quiet))
     assert found["train"] and found["validation"]
     assert_disjoint(found)
 
 
 def test_gsm8k_test_problems_are_only_in_split_test(local_data: Path) -> None:
-    found = by_split(resolve(SourceConfig("gsm8k"), quiet))
+    found = by_split(resolve_source(SourceConfig("gsm8k"), quiet))
     assert len(found["test"]) == 20
     assert all("evaluated" in document.text for document in found["test"])
     assert not any("evaluated" in document.text for document in found["train"] + found["validation"])
 
 
 def test_a_problem_is_rendered_with_its_solution(local_data: Path) -> None:
-    problem = next(resolve(SourceConfig("gsm8k"), quiet).documents("test"))
+    problem = next(resolve_source(SourceConfig("gsm8k"), quiet).documents("test"))
     assert problem.text == "Question: evaluated 0?\nAnswer: secret 0"
 
 
 @pytest.mark.parametrize("name", [name for name in KNOWN if name != "builtin"])
 def test_documents_start_anew_at_each_call(local_data: Path, name: str) -> None:
-    source = resolve(SourceConfig(name), quiet)
+    source = resolve_source(SourceConfig(name), quiet)
     assert list(source.documents("train")) == list(source.documents("train"))
 
 
 @pytest.mark.parametrize("name", ["pg19", "gsm8k", "math500", "aime24", "c4"])
 def test_ids_are_unique_within_a_source(local_data: Path, name: str) -> None:
-    documents = everything(resolve(SourceConfig(name), quiet))
+    documents = everything(resolve_source(SourceConfig(name), quiet))
     assert len(ids(documents)) == len(documents)
 
 
@@ -147,13 +147,13 @@ def test_ids_are_unique_within_a_source(local_data: Path, name: str) -> None:
 
 
 def test_builtin_splits_are_disjoint_and_none_is_empty() -> None:
-    found = by_split(resolve(SourceConfig("builtin"), quiet))
+    found = by_split(resolve_source(SourceConfig("builtin"), quiet))
     assert all(found.values())
     assert_disjoint(found)
 
 
 def test_builtin_has_about_460_000_characters() -> None:
-    documents = everything(resolve(SourceConfig("builtin"), quiet))
+    documents = everything(resolve_source(SourceConfig("builtin"), quiet))
     assert sum(len(document.text) for document in documents) == pytest.approx(460_000, rel=0.1)
 
 
@@ -162,18 +162,18 @@ def test_builtin_has_about_460_000_characters() -> None:
 
 def test_the_origin_that_is_used_is_said(local_data: Path) -> None:
     said: list[str] = []
-    assert resolve(SourceConfig("gsm8k"), said.append).origin == "local"
+    assert resolve_source(SourceConfig("gsm8k"), said.append).origin == "local"
     assert said == ["source 'gsm8k': local"]
 
 
 def test_the_first_origin_that_can_be_had_is_used(local_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert resolve(SourceConfig("gsm8k", origins=["hub", "local"]), quiet).origin == "local"
+    assert resolve_source(SourceConfig("gsm8k", origins=["hub", "local"]), quiet).origin == "local"
 
 
 def test_a_source_that_cannot_be_had_stops_and_names_each_origin_tried(no_data: None) -> None:
     with pytest.raises(SmartKVError, match=r"pg19.*local: \$SMARTKV_DATA is not set.*hub: HF_HUB_OFFLINE is set"):
-        resolve(SourceConfig("pg19"), quiet)
+        resolve_source(SourceConfig("pg19"), quiet)
 
 
 def test_a_data_folder_without_the_source_is_named(
@@ -181,18 +181,18 @@ def test_a_data_folder_without_the_source_is_named(
 ) -> None:
     monkeypatch.setenv("SMARTKV_DATA", str(tmp_path))
     with pytest.raises(SmartKVError, match=str(tmp_path / "books" / "train")):
-        resolve(SourceConfig("pg19"), quiet)
+        resolve_source(SourceConfig("pg19"), quiet)
 
 
 def test_builtin_prose_in_place_of_a_source_is_said_loudly(no_data: None) -> None:
     said: list[str] = []
-    resolve(SourceConfig("pg19", origins=["local", "hub", "builtin"]), said.append)
+    resolve_source(SourceConfig("pg19", origins=["local", "hub", "builtin"]), said.append)
     assert len(said) == 1
     assert "'pg19' CANNOT BE HAD" in said[0] and "HF_HUB_OFFLINE" in said[0]
 
 
 def test_builtin_prose_in_place_of_a_source_is_named_builtin_with_the_source_s_share(no_data: None) -> None:
-    source = resolve(SourceConfig("pg19", weight=0.7, origins=["local", "builtin"]), quiet)
+    source = resolve_source(SourceConfig("pg19", weight=0.7, origins=["local", "builtin"]), quiet)
     assert (source.name, source.origin, source.weight) == ("builtin", "builtin", 0.7)
 
 
@@ -200,7 +200,7 @@ def test_builtin_prose_in_place_of_a_source_is_named_builtin_with_the_source_s_s
 def test_an_offline_hub_answers_quickly(no_data: None, name: str) -> None:
     start = time.monotonic()
     with pytest.raises(SmartKVError):
-        resolve(SourceConfig(name, origins=["hub"]), quiet)
+        resolve_source(SourceConfig(name, origins=["hub"]), quiet)
     assert time.monotonic() - start < 5
 
 
@@ -210,7 +210,7 @@ def test_a_hub_that_does_not_answer_is_given_up_quickly(monkeypatch: pytest.Monk
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     start = time.monotonic()
     with pytest.raises(SmartKVError, match="emozilla/pg19 does not answer"):
-        resolve(SourceConfig("pg19", origins=["hub"]), quiet)
+        resolve_source(SourceConfig("pg19", origins=["hub"]), quiet)
     assert time.monotonic() - start < 5
 
 
@@ -219,30 +219,30 @@ def test_a_hub_that_does_not_answer_is_given_up_quickly(monkeypatch: pytest.Monk
 
 def test_an_unknown_source_is_refused_with_those_there_are() -> None:
     with pytest.raises(SmartKVError, match=r"'pg20' is unknown: expected pg19, gsm8k"):
-        resolve(SourceConfig("pg20"), quiet)
+        resolve_source(SourceConfig("pg20"), quiet)
 
 
 def test_an_unknown_origin_is_refused_with_those_there_are() -> None:
     with pytest.raises(SmartKVError, match=r"'pg19': origin 'disk' is unknown: expected some of local, hub, builtin"):
-        resolve(SourceConfig("pg19", origins=["disk"]), quiet)
+        resolve_source(SourceConfig("pg19", origins=["disk"]), quiet)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0])
 def test_a_weight_that_is_not_above_zero_is_refused(weight: float) -> None:
     with pytest.raises(SmartKVError, match="'builtin': weight"):
-        resolve(SourceConfig("builtin", weight=weight), quiet)
+        resolve_source(SourceConfig("builtin", weight=weight), quiet)
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(SmartKVError, match=f"'mine': path {tmp_path / 'gone'}"):
-        resolve(SourceConfig("mine", path=str(tmp_path / "gone")), quiet)
+        resolve_source(SourceConfig("mine", path=str(tmp_path / "gone")), quiet)
 
 
 # -- a folder or file of one's own ------------------------------------------------------------------------------------
 
 
 def own(path: Path) -> Source:
-    return resolve(SourceConfig("mine", path=str(path)), quiet)
+    return resolve_source(SourceConfig("mine", path=str(path)), quiet)
 
 
 @pytest.fixture
@@ -343,4 +343,4 @@ def test_a_local_record_that_lacks_a_field_is_told_in_one_line(
 ) -> None:
     write_jsonl(local_data / file, [record])
     with pytest.raises(SmartKVError, match=Path(file).name):
-        by_split(resolve(SourceConfig(name), quiet))
+        by_split(resolve_source(SourceConfig(name), quiet))
