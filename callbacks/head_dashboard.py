@@ -47,7 +47,7 @@ class HeadDashboard(L.Callback):
         if isinstance(trainer.datamodule, LifespanShards):  # online, keys are gone before nulls could learn from them
             # each process reads its share: were it one alone, the others would give up waiting for it in a long run
             rank, world = process_of(trainer)
-            together = {"share": slice(rank, None, world), "add_up": partial(sum_over_processes, trainer)}
+            together = {"share": slice(rank, None, world), "sum_over_processes": partial(sum_over_processes, trainer)}
             scores = score_nulls(trainer.datamodule.rows, pooled=True, **together)
             self.nulls = {name: sums.r2() for name, sums in scores.items()}
         writer = tensorboard_writer(trainer)

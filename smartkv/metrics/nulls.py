@@ -147,7 +147,7 @@ def score_nulls(
     Args:
         watch: is shown each null's name, and window, its prediction `[gates, rows]` and the block.
         share: of the windows of either split, those that this process reads.
-        add_up: sums each tensor over the processes that read the others, in place.
+        sum_over_processes: sums each tensor over the processes that read the others, in place.
         pooled: count all windows as one, so that what is held does not grow with them; there is no interval then.
     """
     train, validation = rows.blocks("train"), rows.blocks("validation")
