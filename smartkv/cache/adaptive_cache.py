@@ -4,12 +4,14 @@ What matters is told by attention so far (which takes its weights), or by gates 
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smartkv.cache.arguments import check_model, resolve_gates
 from smartkv.cache.attached import AttachedCache
 from smartkv.cache.model_patch import EvictionStep
 from smartkv.cache.quantized_cache import QuantizedCache, QuantizedLayer
@@ -17,6 +19,7 @@ from smartkv.cache.ragged import storage_bytes
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.gates.objectives import Log4Lifespan, OrdinalAges
+from smartkv.models.layer_ranges import format_layers
 from smartkv.quantization.codecs import SCHEMES, Adaptive
 
 ELEMENTS = 2**22  # of probabilities held at once
@@ -53,23 +56,23 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
     def __init__(
         self,
         model: PreTrainedModel,
-        gates: GateBank | None = None,
+        gates: GateBank | str | Path | None = None,
         codec: Adaptive = SCHEMES["adaptive"][0],  # type: ignore[assignment]
         residual: int | None = None,
         chunk: int = 1024,
     ) -> None:
-        self.codec = codec
-        if gates is not None:
-            gates.check(model)
-            missing = sorted(set(range(model.config.num_hidden_layers)) - set(gates.layers))
-            if missing:
-                raise SmartKVError(f"these gates have none for layers {missing}: importance is asked of every layer")
-        self.gates = gates
+        layers = check_model(model).layers
+        if not isinstance(codec, Adaptive):
+            raise SmartKVError(
+                f"codec of an AdaptiveCache must be an Adaptive, as in Adaptive(budget=0.4), got {codec!r}"
+            )
+        self.codec, self.gates = codec, resolve_gates(model, gates)
+        if self.gates is not None and (missing := sorted(set(range(layers)) - set(self.gates.layers))):
+            raise SmartKVError(
+                f"every layer of an AdaptiveCache needs gates, these have none for layers {format_layers(missing)}"
+            )
         self.real: Tensor | None = None  # bool `[batch, tokens]`, False for padding; None: there is none
-        self.storage = [
-            QuantizedLayer(codec, codec.block if residual is None else residual)
-            for _ in range(model.config.num_hidden_layers)
-        ]
+        self.storage = [QuantizedLayer(codec, codec.block if residual is None else residual) for _ in range(layers)]
         AttachedCache.__init__(self, model, list(self.storage), chunk)
 
     def attend(self, layer: int, step: EvictionStep) -> Tensor:

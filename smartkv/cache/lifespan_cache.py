@@ -8,19 +8,20 @@ after every 256 tokens of a prompt, and every few tokens while decoding.
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smartkv.cache.arguments import check_first_query, resolve_arguments
 from smartkv.cache.attached import AttachedCache
 from smartkv.cache.layer import Judge, LifespanLayer
 from smartkv.cache.model_patch import EvictionStep
 from smartkv.cache.usage import CacheUsage
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
-from smartkv.models.architecture import Architecture
 from smartkv.policies.hybrid import HybridPolicy
 from smartkv.policies.lifetimes import FOREVER
 from smartkv.quantization.per_token import Bits
@@ -46,43 +47,44 @@ class LifespanCache(CacheUsage, AttachedCache):
     cache lives; `with cache:` takes that away at the block's end, `detach()` at once.
 
     Args:
-        model: a causal LM of a supported family.
-        gates: its gates; None for a policy that needs none.
-        policy: what each layer keeps; nothing may be left open in it.
+        model: a loaded causal LM of a supported family.
+        gates: a GateBank of this model on its device; or a name of `pretrained_gates()`, a folder or a hub id, from
+            which gates are loaded onto the model's device; None for a policy that needs none.
+        policy: what each layer keeps, with nothing left open: a HybridPolicy, the name of a policy, or a YAML file (see
+            `read_policy`); None: `footprint` decides.
         chunk: tokens of a prompt that go through the model together, each layer freeing what is dead after every 256 of
             them; no logit depends on it beyond rounding.
-        first_query: position of the first query that `footprint` counts.
+        first_query: position of the first query that the attribute `footprint` counts.
         bits: of each number of keys and values, 2 to 8, or of keys and of values, (6, 4), packed (see
             `smartkv.quantization.per_token`); None: the model's dtype.
+        footprint: share of the full cache's keys to keep, above 0 and at most 1, by the prices that the gates remember
+            (see `policy_of`); None: the policy decides.
 
     Raises:
-        SmartKVError: model, gates and policy do not fit together, or other bits.
+        FootprintOutOfReach: the gates remember no price for this footprint.
+        SmartKVError: an argument of a wrong type; model, gates and policy that do not fit together; neither or both of
+            policy and footprint.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        gates: GateBank | None,
-        policy: HybridPolicy,
+        gates: GateBank | str | Path | None = None,
+        policy: HybridPolicy | str | Path | None = None,
         chunk: int = 1024,
         first_query: int = 0,
         bits: Bits | None = None,
+        *,
+        footprint: float | None = None,
     ) -> None:
-        architecture = Architecture.of(model.config)
-        if gates is not None:
-            gates.check(model)
-        rules = policy.check(architecture, gates)
-        if policy.open:
-            raise SmartKVError(
-                f"policy '{policy.name}' leaves its {policy.open} open: give it, or solve it for a footprint"
-            )
-        caps = policy.caps(architecture)
+        architecture, self.gates, self.policy = resolve_arguments(model, gates, policy, footprint)
+        self.rules = self.policy.by_layer(architecture.layers)
+        self.first_query, self.bits = check_first_query(first_query), bits
         self.storage = [
             LifespanLayer(cap.window if cap else rule.window or FOREVER, cap, first_query, bits)
-            for rule, cap in zip(rules, caps, strict=True)
+            for rule, cap in zip(self.rules, self.policy.caps(architecture), strict=True)
         ]
         self._scored: tuple[Tensor, Tensor | None] | None = None
-        self.policy, self.gates, self.rules, self.first_query, self.bits = policy, gates, rules, first_query, bits
         super().__init__(model, list(self.storage), chunk)
 
     # -- the rule -----------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from smartkv.cache.arguments import check_model
 from smartkv.cache.ragged import storage_bytes
 from smartkv.errors import SmartKVError
-from smartkv.models.architecture import Architecture
 from smartkv.quantization.codecs import SCHEMES, Codec, Parts
 
 
@@ -179,7 +179,7 @@ class QuantizedCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, codec: str | Codec, residual: int | None = None) -> None:
-        self.architecture = Architecture.of(model.config)
+        self.architecture = check_model(model)
         self.codec, usual = scheme(codec)
         self.storage = [
             QuantizedLayer(self.codec, usual if residual is None else residual) for _ in range(self.architecture.layers)
@@ -227,6 +227,8 @@ def scheme(codec: str | Codec) -> tuple[Codec, int]:
         SmartKVError: no such scheme.
     """
     if not isinstance(codec, str):
+        if not isinstance(codec, Codec):
+            raise SmartKVError(f"codec must be a codec or one of the schemes {', '.join(SCHEMES)}, got {codec!r}")
         return codec, 0 if codec.block == 1 else codec.block
     if codec not in SCHEMES:
         raise SmartKVError(f"there is no scheme '{codec}': expected {', '.join(SCHEMES)}")

@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smartkv.cache.arguments import check_model, resolve_gates
 from smartkv.cache.footprint_count import FootprintCount
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.ragged import Fields, Ragged
@@ -65,13 +66,14 @@ def save_cache(cache: LifespanCache, path: str | Path) -> None:
     write_atomically(Path(path), save(tensors, metadata={"smartkv_cache": json.dumps(header, sort_keys=True)}))
 
 
-def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | None = None) -> LifespanCache:
+def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str | Path | None = None) -> LifespanCache:
     """A cache as it was saved, for the same model and gates, on the model's device.
 
     Raises:
         SmartKVError: not there, damaged, or of another model, dtype or gates.
     """
     path = Path(path)
+    check_model(model)
     header, tensors = _read(path)
     try:
         if header["format_version"] != FORMAT_VERSION:
@@ -83,6 +85,7 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | None 
         if fingerprint != here:
             raise SmartKVError(f"the keys in {path} were computed by other weights of the same architecture")
         policy = HybridPolicy.from_dict(header["policy"])
+        gates = resolve_gates(model, gates)
         if policy.gated and header["gates"] != _digest(gates):
             raise SmartKVError(f"{path} was saved with other gates: load those it was made with")
         if f"torch.{header['dtype']}" != str(model.dtype):

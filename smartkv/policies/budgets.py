@@ -165,6 +165,16 @@ def price_curve(policy: HybridPolicy, calibration: Calibration) -> list[list[flo
     return found
 
 
+def how_to_solve(footprint: float | None = None) -> str:
+    """Return the call that solves a policy on a user's own text, for error messages.
+
+    Args:
+        footprint: share of the full cache in the call; None: a quarter.
+    """
+    share = 0.25 if footprint is None else footprint
+    return f"policy=solve(policy, {share:g}, Calibration.measure(model, gates, windows)) with token ids as windows"
+
+
 def policy_of(gates: GateBank, footprint: float) -> HybridPolicy:
     """The policy that goes with some gates, at a footprint, by the prices that they remember from their training text.
 
@@ -181,7 +191,7 @@ def policy_of(gates: GateBank, footprint: float) -> HybridPolicy:
     curve = sorted(gates.details.get("prices", []))
     if "policy" not in gates.details or not curve:
         raise SmartKVError(
-            "these gates remember no policy with prices: solve one with smartkv.policies.budgets.Calibration"
+            f"these gates remember no policy with prices: solve a policy on your own text, {how_to_solve(footprint)}"
         )
     policy = HybridPolicy.from_dict(gates.details["policy"])
     if not curve[0][0] <= footprint <= curve[-1][0]:

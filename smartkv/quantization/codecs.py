@@ -8,7 +8,7 @@ whose first is the batch, so that its rows can be chosen.
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ HALF_BITS = 16  # of float16, which ratios are given of
 Parts = dict[str, Tensor]
 
 
+@runtime_checkable
 class Codec(Protocol):
     """Attributes: `block`: tokens that are stored together."""
 

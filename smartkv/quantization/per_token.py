@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from smartkv.errors import SmartKVError
 from smartkv.quantization.affine import SCALE_BYTES, Codes, check_bits, dequantize, hadamard, packed_bytes, quantize
 
 SINKS = 4  # tokens at the start whose keys are unlike all others
@@ -107,8 +108,17 @@ class PackedRows:
 
 
 def key_and_value(bits: Bits) -> tuple[int, int]:
-    """Bits of keys and of values."""
-    return (bits, bits) if isinstance(bits, int) else (bits[0], bits[1])
+    """Return the bits of keys and those of values.
+
+    Raises:
+        SmartKVError: neither a whole number nor two of them.
+    """
+    pair = (bits, bits) if isinstance(bits, int) else bits
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or any(type(each) is not int for each in pair):
+        raise SmartKVError(
+            f"bits must be a whole number, or one for keys and one for values as in (6, 4), got {bits!r}"
+        )
+    return pair[0], pair[1]
 
 
 def _packed(tensor: Tensor, bits: int) -> Tensor:

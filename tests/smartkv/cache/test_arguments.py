@@ -1,0 +1,220 @@
+"""Arguments of the caches: names, files and shares become gates and policies, anything else is refused in a line."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import yaml
+
+from smartkv.cache.adaptive_cache import AdaptiveCache
+from smartkv.cache.arguments import resolve_arguments, resolve_gates
+from smartkv.cache.lifespan_cache import LifespanCache
+from smartkv.cache.quantized_cache import QuantizedCache
+from smartkv.cache.serialization import load_cache, save_cache
+from smartkv.errors import FootprintOutOfReach, SmartKVError
+from smartkv.gates.bank import GateBank
+from smartkv.gates.pretrained import pretrained_gates
+from smartkv.models.architecture import Fingerprint
+from smartkv.models.backbone import Backbone
+from smartkv.policies.budgets import Calibration, policy_of, solve
+from smartkv.policies.hybrid import HybridPolicy, LayerRule
+from smartkv.policies.named import read_policy
+from tests.models import tiny_tokenizer, token_ids
+from tests.smartkv.cache.fixtures import GATED, MODELS, fed, random_gates, recent, state
+
+MODEL = MODELS["llama"]
+OPEN = HybridPolicy((LayerRule("all", "gated", 3),), sinks=1)
+
+
+def gates_with_prices() -> GateBank:
+    """Gates of `MODEL` that remember a policy, with prices for footprints from 0.25 to 0.5."""
+    torch.manual_seed(1)
+    details = {"policy": OPEN.to_dict(), "prices": [[0.5, -0.1], [0.25, 0.1]]}
+    return GateBank(Fingerprint.of(MODEL), details=details)
+
+
+def backbone() -> Backbone:
+    return Backbone("tiny", MODEL, tiny_tokenizer(), Fingerprint.of(MODEL), Fingerprint.of(MODEL))  # type: ignore[arg-type]
+
+
+# -- gates ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_gates_of_a_folder_are_those_that_were_saved_there(kind: type, tmp_path: Path) -> None:
+    gates, ids = gates_with_prices(), token_ids(24)[None]
+    gates.save_pretrained(tmp_path)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    want = fed(MODEL, LifespanCache(MODEL, gates, GATED), ids, real, [9])
+    got = fed(MODEL, LifespanCache(MODEL, kind(tmp_path), GATED), ids, real, [9])
+    assert torch.equal(got, want)
+
+
+def test_loaded_gates_move_to_the_models_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_gates(MODEL).save_pretrained(tmp_path)
+    monkeypatch.setattr(type(MODEL), "device", torch.device("meta"))
+    gates = resolve_gates(MODEL, tmp_path)
+    assert gates is not None and gates.device.type == "meta"
+
+
+def test_gates_by_name_are_those_that_come_with_smartkv() -> None:
+    with pytest.raises(SmartKVError, match=r"30 layers × 3 KV heads .* but the model is llama, 2 layers"):
+        LifespanCache(MODEL, pretrained_gates()[0], footprint=0.25)
+
+
+def test_an_adaptive_cache_and_load_cache_take_gates_of_a_folder_too(tmp_path: Path) -> None:
+    gates = gates_with_prices()
+    gates.save_pretrained(tmp_path / "gates")
+    adaptive = AdaptiveCache(MODEL, tmp_path / "gates")
+    assert adaptive.gates is not None and torch.equal(adaptive.gates.weight1, gates.weight1)
+    adaptive.detach()
+    with LifespanCache(MODEL, gates, GATED) as cache, torch.no_grad():
+        MODEL(token_ids(8)[None], past_key_values=cache)
+        save_cache(cache, tmp_path / "cache.safetensors")
+    loaded = load_cache(tmp_path / "cache.safetensors", MODEL, str(tmp_path / "gates"))
+    assert torch.equal(loaded.live_keys, cache.live_keys)
+
+
+# -- a policy or a footprint ------------------------------------------------------------------------------------------
+
+
+def test_a_footprint_alone_is_the_policy_that_the_gates_remember_for_it() -> None:
+    gates = gates_with_prices()
+    for footprint in (0.25, 0.4, numpy.float32(0.5)):
+        policy = LifespanCache(MODEL, gates, footprint=footprint).policy  # type: ignore[arg-type]
+        assert policy == policy_of(gates, float(footprint)) and policy.price is not None
+
+
+def test_a_footprint_for_which_the_gates_have_no_price_is_out_of_reach() -> None:
+    with pytest.raises(FootprintOutOfReach, match=r"not for 0\.9"):
+        LifespanCache(MODEL, gates_with_prices(), footprint=0.9)
+
+
+def test_a_policy_may_be_an_object_a_name_or_a_yaml_file(tmp_path: Path) -> None:
+    file = tmp_path / "recent.yaml"
+    file.write_text(yaml.safe_dump(recent(4, 2).to_dict() | {"name": "recent"}))
+    for policy in (file, str(file)):
+        assert LifespanCache(MODEL, None, policy).policy.rules == recent(4, 2).rules
+    assert LifespanCache(MODEL, policy="full").policy == read_policy("full", 2)
+    assert LifespanCache(MODEL, None, recent(4)).policy == recent(4)
+
+
+def test_chunk_first_query_and_bits_may_be_given_by_position() -> None:
+    cache = LifespanCache(MODEL, None, recent(4), 8, 3, (6, 4))
+    assert (cache.chunk, cache.first_query, cache.bits) == (8, 3, (6, 4))
+
+
+def test_neither_is_refused_with_an_example() -> None:
+    with pytest.raises(SmartKVError, match=r"got neither: .*LifespanCache\(model, gates='smoll.*', footprint=0.25\)"):
+        LifespanCache(MODEL)
+    with pytest.raises(SmartKVError, match=r"got neither: .*LifespanCache\(model, gates, footprint=0.25\)"):
+        LifespanCache(MODEL, random_gates(MODEL))
+
+
+def test_a_footprint_without_gates_is_refused_with_an_example() -> None:
+    with pytest.raises(SmartKVError, match=r"got none: .*LifespanCache\(model, gates='smoll.*', footprint=0.5\)"):
+        LifespanCache(MODEL, footprint=0.5)
+
+
+def test_a_footprint_beside_a_policy_that_decides_itself_is_refused() -> None:
+    with pytest.raises(SmartKVError, match=r"policy 'custom' already decides .* footprint=0.5 .* one of the two"):
+        LifespanCache(MODEL, policy=recent(4), footprint=0.5)
+
+
+@pytest.mark.parametrize("policy", ["all-gated", OPEN, "window"])
+@pytest.mark.parametrize(("footprint", "share"), [(None, "0.25"), (0.4, "0.4")])
+def test_an_open_policy_is_refused_with_the_call_that_solves_it(
+    policy: Any, footprint: float | None, share: str
+) -> None:
+    call = rf"policy=solve\(policy, {share}, Calibration\.measure\(model, gates, windows\)\)"
+    with pytest.raises(SmartKVError, match=rf"leaves its (window|price) open: .* {call}"):
+        LifespanCache(MODEL, gates_with_prices(), policy, footprint=footprint)
+
+
+def test_the_call_that_it_names_works() -> None:
+    model, gates, policy, windows = MODEL, gates_with_prices(), OPEN, [token_ids(32)]
+    assert LifespanCache(model, gates, policy=solve(policy, 0.4, Calibration.measure(model, gates, windows))).gates
+
+
+def test_gates_that_remember_no_prices_are_refused_with_the_call_that_solves_a_policy() -> None:
+    with pytest.raises(SmartKVError, match=r"no policy with prices: .*=solve\(policy, 0.3, Calibration\.measure"):
+        LifespanCache(MODEL, random_gates(MODEL), footprint=0.3)
+
+
+# -- wrong types ------------------------------------------------------------------------------------------------------
+
+GATES = "gates must be a GateBank, or the name, folder or hub id of gates, got "
+POLICY = "policy must be a HybridPolicy, a YAML file or one of .*, got "
+SHARE = "footprint must be the share .* above 0 and at most 1, got "
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"policy": 0.25}, POLICY + "0.25: for a share of the full cache write footprint=0.25"),
+        ({"policy": {"rules": []}}, POLICY + r"a dict: read a mapping with HybridPolicy\.from_dict"),
+        ({"policy": [LayerRule("all", "full")]}, POLICY + r"a list: write HybridPolicy\(\(LayerRule"),
+        ({"policy": random_gates(MODEL)}, POLICY + "a GateBank: write gates="),
+        ({"policy": True}, POLICY + "True: for example policy='full'"),
+        ({"policy": "alll-gated"}, "policy 'alll-gated' is neither one of"),
+        ({"gates": {"weight1": 1}, "footprint": 0.25}, GATES + r"a dict: load gates with GateBank\.from_pretrained"),
+        ({"gates": 0.25}, GATES + "0.25: for a share of the full cache write footprint=0.25"),
+        ({"gates": recent(4)}, GATES + "a HybridPolicy: write policy="),
+        ({"gates": "window"}, GATES + "'window': this is the name of a policy, write policy='window'"),
+        ({"gates": True}, GATES + "True: for example gates='smoll"),
+        ({"gates": Path("nowhere"), "footprint": 0.5}, "gates 'nowhere' are neither a local folder"),
+        *[({"footprint": wrong}, SHARE) for wrong in (0, 1.5, 25, -0.1, float("nan"), True, "0.25", [0.25])],
+        ({"policy": recent(4), "first_query": -1}, "first_query must be a position in the text, 0 or more, got -1"),
+        ({"policy": recent(4), "first_query": 1.5}, "first_query must be a position in the text, 0 or more, got 1.5"),
+        ({"policy": recent(4), "chunk": 0.25}, "chunk must be a number of tokens, at least 1, got 0.25"),
+        ({"policy": recent(4), "bits": "4"}, r"bits must be a whole number, or .* as in \(6, 4\), got '4'"),
+        ({"policy": recent(4), "bits": (6, 4, 2)}, r"bits must be a whole number, or .* got \(6, 4, 2\)"),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_is_refused_in_one_line_that_leaves_the_model_alone(
+    arguments: dict[str, Any], message: str
+) -> None:
+    before = state(MODEL)
+    with pytest.raises(SmartKVError, match=message) as refusal:
+        LifespanCache(MODEL, **arguments)
+    assert "\n" not in str(refusal.value)
+    assert state(MODEL) == before
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("a/model", r"got 'a/model': load it with AutoModelForCausalLM\.from_pretrained\('a/model'\)"),
+        (Path("folder"), r"got 'folder': load it with AutoModelForCausalLM\.from_pretrained\('folder'\)"),
+        (tiny_tokenizer(), r"got a \w+: give the model that this tokenizer belongs to"),
+        (backbone(), r"got a Backbone: give its attribute \.model"),
+        (random_gates(MODEL), "got a GateBank: load one with AutoModelForCausalLM"),
+        (torch.nn.Linear(2, 2), "got a Linear"),
+        (MODEL.config, "got a LlamaConfig"),
+        (None, "got None"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_model_that_is_none_is_refused_by_every_cache(model: Any, message: str, tmp_path: Path) -> None:
+    for make in (
+        lambda: LifespanCache(model, None, recent(4)),
+        lambda: QuantizedCache(model, "int8"),
+        lambda: AdaptiveCache(model),
+        lambda: load_cache(tmp_path / "cache.safetensors", model),
+    ):
+        with pytest.raises(SmartKVError, match="model must be a loaded transformers model, " + message):
+            make()
+
+
+@pytest.mark.parametrize("make", [QuantizedCache, lambda model, codec: AdaptiveCache(model, None, codec)])
+def test_a_codec_of_a_wrong_type_is_refused(make: Any) -> None:
+    with pytest.raises(SmartKVError, match=r"codec .*must be .*, got 8"):
+        make(MODEL, 8)
+
+
+def test_a_policy_of_another_depth_is_refused() -> None:
+    with pytest.raises(SmartKVError, match="no rule for layers 1"):
+        resolve_arguments(MODEL, None, HybridPolicy((LayerRule("0", "full"),)), None)
