@@ -95,3 +95,8 @@ def test_a_local_record_that_lacks_a_field_is_told_in_one_line(
     write_jsonl(local_data / file, [record])
     with pytest.raises(SmartKVError, match=Path(file).name):
         by_split(resolve_source(SourceConfig(name), quiet))
+
+
+def test_a_web_page_is_read_from_one_field_or_from_two() -> None:
+    render = KNOWN["c4"].render
+    assert render({"text": "a page", "url": ""}) == render({"prefix": "a ", "gold_completion": "page"}) == "a page"

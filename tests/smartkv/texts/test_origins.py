@@ -1,11 +1,16 @@
-"""Where documents are read from: a user's own files, and the prose that Python ships."""
+"""Where documents are read from: a user's own files, the prose that Python ships, the hub."""
 
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub
 import pytest
 
 from smartkv.errors import SmartKVError
+from smartkv.shards.manifest import SPLITS
+from smartkv.texts.known_sources import KNOWN
+from smartkv.texts.origins import hub_documents
 from smartkv.texts.sources import Source, SourceConfig, resolve_source
 from tests.smartkv.texts.fixtures import assert_disjoint, by_split, everything, ids, quiet, write_jsonl
 
@@ -110,3 +115,37 @@ def test_a_jsonl_that_is_not_utf8_is_told_in_one_line(tmp_path: Path) -> None:
     path.write_bytes('{"text": "café"}\n'.encode("latin-1"))
     with pytest.raises(SmartKVError, match=r"latin\.jsonl"):
         everything(own(path))
+
+
+# -- the hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, str]]:
+    """A hub that has 60 problems in each split of each data set; the list fills with what it is asked for."""
+    asked: list[tuple[str, str | None, str]] = []
+
+    def load_dataset(repository: str, configuration: str | None, split: str, streaming: bool) -> list[dict[str, str]]:
+        asked.append((repository, configuration, split))
+        return [{"question": f"{split} {number}?", "answer": str(number)} for number in range(60)]
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_two_of_our_splits_that_share_one_of_the_hub_divide_it_by_id(hub: list[tuple[str, str | None, str]]) -> None:
+    documents = hub_documents(KNOWN["gsm8k"])
+    found = {split: list(documents(split)) for split in SPLITS}
+    assert hub == [("openai/gsm8k", "main", split) for split in ("train", "train", "test")]
+    assert_disjoint(found)
+    assert len(found["train"]) > len(found["validation"]) > 0 and len(found["test"]) == 60
+    assert found["test"][3].text == "Question: test 3?\nAnswer: 3"
+
+
+def test_a_record_of_the_hub_that_lacks_a_field_is_named_with_its_number(
+    hub: list[tuple[str, str | None, str]],
+) -> None:
+    with pytest.raises(SmartKVError, match="test, record 1: the field 'unique_id' is missing"):
+        list(hub_documents(KNOWN["math500"])("train"))
