@@ -1,4 +1,7 @@
-"""The one error a user of SmartKV meets: what was expected, what came, what to do; and how commands say it."""
+"""The errors that SmartKV raises for a user's mistakes, and the one line in which a command prints them.
+
+A message says what was expected, what came and what to do.
+"""
 
 import errno
 import re
@@ -8,51 +11,66 @@ from contextlib import contextmanager
 
 from torch.multiprocessing import ProcessRaisedException
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # of disks and folders
+UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+)  # the disk is full, or the place not writable
 
 
 class SmartKVError(Exception):
-    """A mistake in what was given (a file, a config key, a model), told in one line.
+    """A mistake in what the user gave: a file, a config key, a model.
 
-    The commands print it without a traceback and exit with status 2. It is no ValueError, because jsonargparse takes
-    a ValueError from a constructor for a value of the wrong type and hides what it says.
+    Commands print the message in one line, without a traceback, and exit with status 2. The class is no ValueError,
+    because jsonargparse takes a ValueError from a constructor for a value of the wrong type and hides its message.
     """
 
 
 class FootprintOutOfReach(SmartKVError):
-    """A policy or a contender cannot keep the share of the cache that was asked for.
+    """A KV footprint that a policy or a contender cannot reach.
 
-    Commands that measure several footprints leave this one out and go on; anything else that is wrong ends them.
+    Commands that measure several footprints skip such a footprint and go on. Any other SmartKVError ends them.
     """
 
 
 def error_line(error: Exception) -> str | None:
-    """What is said in a line of a mistake, of one in a forked process, of a full disk or of a folder that is not ours;
-    None: the error is another."""
+    """Return the one line that tells a user of an error.
+
+    A line exists for a SmartKVError, for one that ended a process started by `torch.multiprocessing`, and for an
+    OSError in `UNWRITABLE`.
+
+    Returns:
+        The line, or None for any other error: its traceback is needed.
+    """
     if isinstance(error, SmartKVError):
         return str(error)
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return f"{error.filename or 'a file'} could not be written: {error.strerror}"
     if isinstance(error, ProcessRaisedException):  # its message is the other process's traceback
-        names = "|".join(f"{kind.__module__}.{kind.__qualname__}" for kind in _kinds(SmartKVError))
-        found = re.search(rf"^(?:{names}): (.*)", str(error), re.MULTILINE)
-        return found and found[1]
+        names = "|".join(f"{cls.__module__}.{cls.__qualname__}" for cls in _with_subclasses(SmartKVError))
+        match = re.search(rf"^(?:{names}): (.*)", str(error), re.MULTILINE)
+        return match and match[1]
     return None
 
 
-def _kinds(error: type[Exception]) -> list[type[Exception]]:
-    """The class and all that derive from it."""
-    return [error, *(kind for derived in error.__subclasses__() for kind in _kinds(derived))]
+def _with_subclasses(cls: type[Exception]) -> list[type[Exception]]:
+    """Return the class and, recursively, all its subclasses."""
+    return [cls, *(nested for subclass in cls.__subclasses__() for nested in _with_subclasses(subclass))]
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What a command runs in: an error that can be told ends it with one line on stderr and status 2."""
+    """Context manager for a command: print an error with an `error_line` to stderr and exit with status 2.
+
+    Any other error passes through.
+    """
     try:
         yield
     except Exception as error:
-        said = error_line(error)
-        if said is None:
+        line = error_line(error)
+        if line is None:
             raise
-        print(f"error: {said}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

@@ -1,1 +1,1 @@
-"""Files, folders, the hub, and checks of what comes from outside. Knows no model, no key and no cache."""
+"""Files, folders, the hub, and checks of data from outside. Knows no model, no key and no cache."""

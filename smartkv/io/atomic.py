@@ -1,4 +1,4 @@
-"""Files that are there are whole: written under another name, synced, renamed."""
+"""Atomic writes: a file is written under a temporary name, synced and renamed, so that it is never half written."""
 
 import os
 import tempfile
@@ -6,15 +6,20 @@ from pathlib import Path
 
 from smartkv.errors import SmartKVError
 
-PART = ".part"  # how files end that are being written
+PART = ".part"  # suffix of a file that is being written
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write beside `path`, on the same disk, sync, rename: readers see the old file, the new one, or none, whenever the
-    process or the machine stops.
+    """Write a file so that it is never seen half written, even if the process or the machine stops.
+
+    The data goes to a temporary file in the same folder, is synced to the disk, and replaces `path` by a rename.
+
+    Args:
+        path: The file. Missing folders above it are made.
+        data: Its content.
 
     Raises:
-        SmartKVError: the folder cannot be written to, or the disk is full.
+        SmartKVError: The folder cannot be written to, or the disk is full.
     """
     temporary = None
     try:
@@ -26,7 +31,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private, results are not
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private, these are not
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -37,6 +42,13 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
 
 
 def delete_partial_files(folder: Path, name: str = "*") -> None:
-    """Delete what killed runs left half written in `folder` (of files called `name`). For who alone writes there."""
-    for left in folder.glob(f".{name}.*{PART}"):
-        left.unlink(missing_ok=True)
+    """Delete the temporary files that killed runs left in a folder.
+
+    Call this only while no other process writes into the folder.
+
+    Args:
+        folder: The folder.
+        name: Name, or glob pattern, of the files that were being written.
+    """
+    for temporary in folder.glob(f".{name}.*{PART}"):
+        temporary.unlink(missing_ok=True)

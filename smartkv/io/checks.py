@@ -1,5 +1,7 @@
-"""Checks of what may be wrong: a tensor's NaN and infinity, and what stands in a JSON file, of which a ValueError names
-what is not what it should be."""
+"""Checks of data from outside: tensors for NaN and infinity, JSON values for their type and range.
+
+The checks of JSON values raise a ValueError that names the value, what was expected and what came.
+"""
 
 import math
 from dataclasses import fields
@@ -8,45 +10,83 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-LARGEST = 2**53  # as far as JSON's numbers are whole
+LARGEST = 2**53  # JSON readers that use doubles hold whole numbers exactly up to here
 Flat = TypeVar("Flat")
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """No NaN, no infinity, in a tensor that is not empty.
+    """Return whether a tensor that is not empty holds neither NaN nor infinity.
 
-    One pass that writes nothing: `isfinite` of each number takes fifteen times as long.
+    The minimum and the maximum tell it in one pass that writes nothing. `isfinite` of each element takes fifteen times
+    as long.
     """
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN is both
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # a NaN makes both of them NaN
 
 
 def check_whole(name: str, value: Any, least: int = 0) -> int:
-    """A whole number of at least `least`."""
+    """Return `value` if it is a whole number of at least `least`.
+
+    Args:
+        name: Name of the value in the message.
+        value: The value.
+        least: The smallest number that is allowed.
+
+    Raises:
+        ValueError: It is not.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < LARGEST:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return value
 
 
 def check_number(name: str, value: Any) -> float:
-    """A finite number."""
+    """Return `value` if it is a finite number.
+
+    Args:
+        name: Name of the value in the message.
+        value: The value.
+
+    Raises:
+        ValueError: It is not.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} must be a number, got {value!r}")
     return value
 
 
 def check_type(name: str, value: Any, expected: type) -> Any:
-    """A text, a list or a mapping."""
+    """Return `value` if it is an instance of `expected`: a str, a list or a dict.
+
+    Args:
+        name: Name of the value in the message.
+        value: The value.
+        expected: The class.
+
+    Raises:
+        ValueError: It is not.
+    """
     if not isinstance(value, expected):
         raise ValueError(f"{name} must be a {expected.__name__}, got {value!r}")
     return value
 
 
 def read_dataclass(cls: type[Flat], content: Any, least: int = 0) -> Flat:
-    """A dataclass whose fields are texts and whole numbers of at least `least`."""
+    """Build a dataclass from a JSON object.
+
+    Args:
+        cls: A dataclass whose fields are all str or int.
+        content: The JSON value.
+        least: The smallest value of an int field.
+
+    Raises:
+        ValueError: `content` is no object, has other fields than the class, or a value of the wrong type or range.
+    """
     content = check_type(cls.__name__, content, dict)
     names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    if missing := sorted({*names} ^ {*content}):
-        raise ValueError(f"{cls.__name__} has {', '.join(names)}, and differs in {', '.join(map(str, missing))}")
+    if different := sorted({*names} ^ {*content}):
+        raise ValueError(
+            f"{cls.__name__} must have the fields {', '.join(names)}, and differs in {', '.join(map(str, different))}"
+        )
     for field in fields(cls):  # type: ignore[arg-type]
         value = content[field.name]
         if field.type in (int, "int"):

@@ -1,1 +1,1 @@
-"""Labels of keys: hits, lifespans and future attention, read off a frozen model's attention. Knows no gate."""
+"""Labels of keys: hits, lifespans and future attention, measured on a frozen model's attention. Knows no gate."""

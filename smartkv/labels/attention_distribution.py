@@ -1,4 +1,4 @@
-"""What a model's attention looks like on real text: its distribution, and where its pre-RoPE keys are."""
+"""Distribution of a model's attention probabilities on real text, from which a hit threshold is chosen."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +11,25 @@ from smartkv.models.backbone import Backbone
 from smartkv.models.observation import observe_attention
 
 PERCENTILES = (50, 75, 90, 95, 99, 99.9)
-SUGGESTED = 99  # the percentile that is suggested as threshold
-_SHIFT = 13  # float32 bits dropped: 10 bits of mantissa stay, bins 0.1 % wide
-_BINS = (0x3F800000 >> _SHIFT) + 1  # up to probability 1.0
+SUGGESTED = 99  # the percentile that is suggested as hit threshold
+_SHIFT = 13  # low bits of a float32 that are dropped; 10 bits of mantissa stay, so a bin is 0.1 % wide
+_BINS = (0x3F800000 >> _SHIFT) + 1  # 0x3F800000 is the float32 1.0
 
 
 @dataclass
 class AttentionDistribution:
     """Distribution of attention probabilities over all causal (query, key) pairs and query heads of some layers.
 
-    Positive floats sort like their bits: a histogram over the leading bits gives any percentile to 0.1 % in one pass.
-    What a sliding window hides counts as probability 0.
+    Positive floats sort like their bits, so a histogram over the leading bits gives any percentile to 0.1 % in one
+    pass. A key that a sliding window hides counts with probability 0.
+
+    Attributes:
+        counts: Pairs in each bin of probability, int64 `[bins]`.
+        total: Sum of all probabilities.
+        sinks: Sum of the probabilities on the sinks.
+        rows: Number of queries, times query heads.
+        low: Smallest probability.
+        high: Largest probability.
     """
 
     counts: Tensor
@@ -33,14 +41,21 @@ class AttentionDistribution:
 
     @classmethod
     def empty(cls) -> "AttentionDistribution":
+        """Return a distribution over no pairs."""
         return cls(torch.zeros(_BINS, dtype=torch.int64))
 
     def update(self, first_query: int, probabilities: Tensor, sinks: int) -> None:
-        """`probabilities`: float32 `[kv_heads, group, queries, keys]`, zero in each query's future."""
+        """Add a tile of queries.
+
+        Args:
+            first_query: Position of the tile's first query.
+            probabilities: float32 `[kv_heads, group, queries, keys]`, 0 in each query's future.
+            sinks: Number of sinks.
+        """
         kv_heads, group, queries, _ = probabilities.shape
         bits = probabilities.contiguous().view(torch.int32) >> _SHIFT
         self.counts += torch.bincount(bits.flatten(), minlength=_BINS).cpu()
-        self.counts[0] -= kv_heads * group * queries * (queries - 1) // 2  # the block's corner of future keys
+        self.counts[0] -= kv_heads * group * queries * (queries - 1) // 2  # future keys are no pairs
         self.total += float(probabilities.sum(dtype=torch.float64))
         self.sinks += float(probabilities[..., :sinks].sum(dtype=torch.float64))
         self.rows += kv_heads * group * queries
@@ -52,27 +67,32 @@ class AttentionDistribution:
 
     @classmethod
     def merged(cls, parts: "list[AttentionDistribution]") -> "AttentionDistribution":
+        """Return the distribution over the pairs of all `parts` together."""
         return cls(
-            torch.stack([p.counts for p in parts]).sum(dim=0),
-            sum(p.total for p in parts),
-            sum(p.sinks for p in parts),
-            sum(p.rows for p in parts),
-            min(p.low for p in parts),
-            max(p.high for p in parts),
+            torch.stack([part.counts for part in parts]).sum(dim=0),
+            sum(part.total for part in parts),
+            sum(part.sinks for part in parts),
+            sum(part.rows for part in parts),
+            min(part.low for part in parts),
+            max(part.high for part in parts),
         )
 
     def percentile(self, percent: float) -> float:
-        """The probability below which `percent` of the pairs lie."""
-        below = self.counts.cumsum(0)
-        wanted = percent / 100 * int(below[-1])
-        place = int(torch.searchsorted(below, torch.tensor(wanted, dtype=torch.float64)))
+        """Return the probability below which `percent` (0–100) of the pairs lie."""
+        cumulative = self.counts.cumsum(0)
+        rank = percent / 100 * int(cumulative[-1])
+        bin_ = int(torch.searchsorted(cumulative, torch.tensor(rank, dtype=torch.float64)))
         edges = _edges()
-        before = int(below[place - 1]) if place else 0
-        inside = (wanted - before) / max(1, int(self.counts[place]))
-        return min(float(edges[place] + inside * (edges[place + 1] - edges[place])), self.high)
+        before = int(cumulative[bin_ - 1]) if bin_ else 0
+        inside = (rank - before) / max(1, int(self.counts[bin_]))
+        return min(float(edges[bin_] + inside * (edges[bin_ + 1] - edges[bin_])), self.high)
 
     def share_above(self, threshold: float) -> dict[str, float]:
-        """`pairs`: share of the pairs above the threshold; `attention`: share of the probability that these hold."""
+        """Return two shares in 0–1 of what lies above a threshold.
+
+        Returns:
+            `pairs`: the share of the pairs. `attention`: the share of the summed probability that these pairs have.
+        """
         edges = _edges()
         middle = (edges[:-1] + edges[1:]) / 2
         above = middle > threshold
@@ -83,7 +103,11 @@ class AttentionDistribution:
         }
 
     def summary(self, thresholds: list[float]) -> dict[str, Any]:
-        """Figures for reports; probabilities, and shares in 0–1."""
+        """Return the figures of a report: counts, probabilities, and shares in 0–1.
+
+        Args:
+            thresholds: Thresholds for which `share_above` is reported, beside the suggested one.
+        """
         suggested = self.percentile(SUGGESTED)
         return {
             "pairs": int(self.counts.sum()),
@@ -99,32 +123,44 @@ class AttentionDistribution:
 
 
 def _edges() -> Tensor:
-    """Edges of the bins, float64 `[bins + 1]`."""
+    """Return the edges of the bins, float64 `[bins + 1]`."""
     return (torch.arange(_BINS + 1, dtype=torch.int32) << _SHIFT).view(torch.float32).double()
 
 
 class AttentionDistributionObserver:
-    """Distribution of attention and labels, layer by layer, over the windows of a run."""
+    """Attention observer that measures attention distributions and lifespans over several windows.
+
+    Args:
+        layers: Layers of the model.
+        spec: Thresholds of the lifespans.
+        sinks: Number of sinks.
+
+    Attributes:
+        distributions: The attention distribution of each layer.
+        lifespans: For each window, int32 `[thresholds, layers, kv_heads, tokens]`.
+    """
 
     def __init__(self, layers: int, spec: LabelSpec, sinks: int) -> None:
         self.spec, self.sinks = spec, sinks
         self.distributions = [AttentionDistribution.empty() for _ in range(layers)]
-        self.lifespans: list[Tensor] = []  # a window each: int32 [thresholds, layers, kv_heads, tokens]
+        self.lifespans: list[Tensor] = []
         self._labels: list[LayerLabels] = []
 
     def on_keys(self, layer: int, keys: Tensor) -> None:
+        """Start the labels of a layer."""
         self._labels.append(LayerLabels(self.spec, keys.shape[0], keys.shape[1], keys.device))
 
     def on_rotated_keys(self, layer: int, keys: Tensor) -> None:
-        pass
+        """Do nothing: only attention is measured."""
 
     def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
+        """Add a tile of queries to the layer's labels and distribution."""
         self._labels[layer].update(first_query, probabilities)
         self.distributions[layer].update(first_query, probabilities, self.sinks)
 
     @torch.inference_mode()
     def run(self, backbone: Backbone, tokens: Tensor) -> None:
-        """One window, `[tokens]`."""
+        """Measure one window, token ids `[tokens]`."""
         self._labels = []
         with observe_attention(backbone.model, self):
             backbone.model.base_model(input_ids=tokens.long()[None].to(backbone.model.device), use_cache=False)

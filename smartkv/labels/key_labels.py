@@ -1,4 +1,4 @@
-"""Labels of a batch of keys, as objectives read them."""
+"""Labels of a batch of keys, in the form that objectives take."""
 
 from typing import NamedTuple
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 class Labels(NamedTuple):
-    """Labels of some keys of all gates.
+    """Labels of a batch of keys, for every gate.
 
     Attributes:
-        log4_lifespan: float32 `[gates, rows]`, capped at the follow-up.
-        future_attention: float32 `[ages, gates, rows]`, mean probability from each age on; None: not harvested.
-        ages: tokens, of `future_attention`.
+        log4_lifespan: Base-4 logarithm of the lifespan, capped at the follow-up: float32 `[gates, rows]`.
+        future_attention: Future attention from each age on: float32 `[ages, gates, rows]`. None if not harvested.
+        ages: Ages of `future_attention`, in tokens.
     """
 
     log4_lifespan: Tensor
@@ -20,6 +20,6 @@ class Labels(NamedTuple):
     ages: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Labels":
-        """The same on another device."""
+        """Return the labels on another device."""
         future = None if self.future_attention is None else self.future_attention.to(device, non_blocking=True)
         return Labels(self.log4_lifespan.to(device, non_blocking=True), future, self.ages)

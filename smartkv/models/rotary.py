@@ -1,4 +1,4 @@
-"""A model's rotary embedding, as matrices: to take it back from queries, and to put on what is to come."""
+"""A model's rotary embedding (RoPE, Su et al. 2021): undo it, or average it over positions."""
 
 from typing import Any
 
@@ -8,7 +8,11 @@ from transformers import PreTrainedModel
 
 
 class Rotation:
-    """Of a model with a rotary embedding in halves (Llama, Qwen, Mistral), or of one without (GPT-2): the identity."""
+    """The rotary embedding of a model; the identity for a model without one, such as GPT-2.
+
+    The embedding rotates each element of a head's first half together with the same element of the second half, as
+    Llama, Qwen and Mistral do.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         base: Any = model.base_model
@@ -16,7 +20,14 @@ class Rotation:
         self.device = model.device
 
     def cos_sin(self, position: Tensor) -> tuple[Tensor, Tensor] | None:
-        """float32 `[positions, head_dim]` each; None: the model has no rotary embedding."""
+        """Return the cosines and sines of positions.
+
+        Args:
+            position: Integers `[positions]`.
+
+        Returns:
+            Cosines and sines, float32 `[positions, head_dim]` each. None if the model has no rotary embedding.
+        """
         if self.embedding is None:
             return None
         like = torch.zeros(1, device=self.device)
@@ -24,24 +35,41 @@ class Rotation:
         return cos[0].float(), sin[0].float()
 
     def unrotate(self, rotated: Tensor, position: Tensor) -> Tensor:
-        """float32: queries or keys `[…, positions, head_dim]` as they were before the rotary embedding."""
-        found = self.cos_sin(position)
-        if found is None:
+        """Undo the rotary embedding.
+
+        Args:
+            rotated: Queries or keys after the embedding, `[..., positions, head_dim]`.
+            position: Their positions, `[positions]`.
+
+        Returns:
+            The queries or keys before the embedding, float32 of the same shape.
+        """
+        cos_sin = self.cos_sin(position)
+        if cos_sin is None:
             return rotated.float()
-        cos, sin = found  # of attention scaling s: cos² + sin² = s²
+        cos, sin = cos_sin
+        # Some embeddings (YaRN) scale by a factor s too: then cos² + sin² is s², and not 1.
         return (rotated.float() * cos - _rotate_half(rotated.float()) * sin) / (cos.square() + sin.square())
 
     def mean_matrix(self, position: Tensor, head_dim: int) -> Tensor:
-        """Mean over positions of the matrix R with `rotated = R @ vector`, float32 `[head_dim, head_dim]`."""
-        found = self.cos_sin(position)
+        """Return the mean over positions of the matrix R in `rotated = R @ vector`.
+
+        Args:
+            position: Positions to average over, `[positions]`.
+            head_dim: Dimensions of a head.
+
+        Returns:
+            The matrix, float32 `[head_dim, head_dim]`.
+        """
+        cos_sin = self.cos_sin(position)
         identity = torch.eye(head_dim, device=self.device)
-        if found is None:
+        if cos_sin is None:
             return identity
-        cos, sin = (part.mean(dim=0)[:, None] for part in found)
+        cos, sin = (values.mean(dim=0)[:, None] for values in cos_sin)
         return cos * identity + sin * _rotate_half(identity.T).T
 
 
 def _rotate_half(vector: Tensor) -> Tensor:
-    """`(x, y)` in halves -> `(−y, x)`."""
+    """Map the halves `(x, y)` of the last axis to `(−y, x)`."""
     x, y = vector.chunk(2, dim=-1)
     return torch.cat([-y, x], dim=-1)

@@ -1,1 +1,1 @@
-"""Texts: named sources, facts to recall, packing into token windows. Knows no model and no Trainer."""
+"""Texts: named sources, facts to recall, and packing into token windows. Knows no model and no Trainer."""

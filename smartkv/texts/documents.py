@@ -1,11 +1,16 @@
-"""A document: text with a name and a split."""
+"""A document: a text and its id."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text: a book, a problem with its solution, a web page. `id` is unique within its source."""
+    """One text of a source: a book, a problem with its solution, a web page.
+
+    Attributes:
+        id: Name of the document, unique within its source.
+        text: The text.
+    """
 
     id: str
     text: str

@@ -1,4 +1,4 @@
-"""Facts that are stated once in a text and asked for later."""
+"""Random facts that a text states once and asks for later, with words and forms of their own in each split."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,25 +7,24 @@ from typing import Any
 import numpy as np
 import yaml
 
-CHAINED = 1 / 6  # share of the facts that are chains
-
+CHAINED = 1 / 6  # share of the facts that are chains: a name stands for another name's value
 
 TEXTS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("recall.yaml").read_text(encoding="utf-8"))
 
 
 def _word(kind: str, split: str, random: np.random.Generator) -> str:
-    """Of five words three are for training, one for validation, one for the test."""
-    places = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}[split]
-    return str(random.choice([word for number, word in enumerate(TEXTS["words"][kind]) if number % 5 in places]))
+    """Draw a word of a kind. Of every five words three are for training, one for validation and one for testing."""
+    remainders = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}[split]
+    return str(random.choice([word for number, word in enumerate(TEXTS["words"][kind]) if number % 5 in remainders]))
 
 
 def draw_code(split: str, random: np.random.Generator) -> str:
-    """Two words, such as falcon-kernel."""
+    """Draw two words joined by a hyphen, such as falcon-kernel."""
     return f"{_word('word', split, random)}-{_word('word', split, random)}"
 
 
 def slots(split: str, random: np.random.Generator) -> dict[str, str]:
-    """What the `{slots}` of a split's texts are filled with."""
+    """Draw a value for each `{slot}` in the forms of a split."""
     kinds = ("place", "colour", "animal", "object", "trade", "nickname")
     month = random.choice(TEXTS["words"]["month"])
     return {kind: _word(kind, split, random) for kind in kinds} | {
@@ -43,7 +42,13 @@ def slots(split: str, random: np.random.Generator) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that is stated, and how it is asked for. What the model has to say is `answer`."""
+    """A fact, and the question for it.
+
+    Attributes:
+        statement: Sentences that state the fact.
+        question: The question.
+        answer: The answer that a model should give.
+    """
 
     statement: str
     question: str
@@ -51,7 +56,12 @@ class Fact:
 
 
 def draw_fact(split: str, random: np.random.Generator) -> Fact:
-    """A fact of one of the split's forms; or a chain."""
+    """Draw a fact in one of the split's forms, or, at a share of `CHAINED`, a chain of names.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        random: Generator of everything that is drawn.
+    """
     filled = slots(split, random)
     if random.random() < CHAINED:
         first, second, third = (draw_code(split, random) for _ in range(3))

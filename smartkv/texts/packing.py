@@ -1,7 +1,7 @@
-"""Documents -> windows of equal length.
+"""Pack documents into token windows of equal length.
 
-A long document gives up to `windows_per_document` windows at places drawn by the seed (all the rest only if the source
-runs out otherwise); short ones are put one after another, so that a packed window of problems is one few-shot prompt.
+A long document gives up to `windows_per_document` windows, at places that the seed draws. It gives further windows only
+when its source runs out. Short documents are joined, so that a window of problems is one few-shot prompt.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,14 +15,30 @@ from smartkv.texts.documents import Document
 
 @dataclass(frozen=True)
 class Window:
-    """`tokens` int32 `[window]`, and for each token the index of its document in the source's list."""
+    """One window of tokens.
+
+    Attributes:
+        tokens: Token ids, int32 `[window]`.
+        document: For each token the index of its document in `Packer.documents`, int32 `[window]`.
+    """
 
     tokens: np.ndarray
     document: np.ndarray
 
 
 class Packer:
-    """Cuts one source's documents into windows; remembers the ids of the documents that it used."""
+    """Packs the documents of one source into windows.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        window: Tokens of a window.
+        windows_per_document: Most windows of one long document, unless the source runs out.
+        seed: Seed of the places in long documents.
+
+    Attributes:
+        prefix: Ids that start each window: the BOS token if the tokenizer adds one, else nothing.
+        documents: Ids of the documents that were used.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, window: int, windows_per_document: int, seed: int | list[int]
@@ -30,17 +46,15 @@ class Packer:
         self.tokenizer, self.window, self.windows_per_document = tokenizer, window, windows_per_document
         self.random = np.random.default_rng(seed)
         opening = tokenizer("")["input_ids"][:1]
-        self.prefix = (
-            opening if opening == [tokenizer.bos_token_id] else []
-        )  # what the model expects first, if anything
+        self.prefix = opening if opening == [tokenizer.bos_token_id] else []
         self.separator = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
         self.documents: list[str] = []
 
     def pack(self, documents: Iterable[Document], count: int) -> list[Window]:
-        """Up to `count` windows; fewer if the texts run out."""
+        """Pack up to `count` windows; fewer if the documents run out."""
         windows: list[Window] = []
-        left: list[tuple[int, np.ndarray, list[int]]] = []  # documents that have more windows to give
-        short: list[tuple[int, list[int]]] = []
+        long: list[tuple[int, np.ndarray, list[int]]] = []  # index, tokens, starts of windows that were not used
+        short: list[tuple[int, list[int]]] = []  # index, tokens; documents of the next joined window
         for document in documents:
             if len(windows) >= count:
                 break
@@ -53,43 +67,44 @@ class Packer:
             if len(ids) >= body:
                 tokens = np.asarray(ids, dtype=np.int32)
                 starts = (self.random.permutation(len(ids) // body) * body).tolist()
-                windows += [self._cut(index, tokens, s) for s in starts[: self.windows_per_document]]
-                left.append((index, tokens, starts[self.windows_per_document :]))
+                windows += [self._cut(index, tokens, start) for start in starts[: self.windows_per_document]]
+                long.append((index, tokens, starts[self.windows_per_document :]))
             else:
                 short.append((index, ids))
-                if sum(len(i) + len(self.separator) for _, i in short) >= body:
+                if sum(len(tokens) + len(self.separator) for _, tokens in short) >= body:
                     windows.append(self._join(short))
                     short = []
-        windows += self._rest(left, count - len(windows))
+        windows += self._further(long, count - len(windows))
         return windows[:count]
 
-    def _rest(self, left: list[tuple[int, np.ndarray, list[int]]], count: int) -> Iterator[Window]:
-        """More windows, one a document in turn."""
-        while count > 0 and any(starts for _, _, starts in left):
-            for index, tokens, starts in left:
+    def _further(self, long: list[tuple[int, np.ndarray, list[int]]], count: int) -> Iterator[Window]:
+        """Yield up to `count` further windows, one of each long document in turn."""
+        while count > 0 and any(starts for _, _, starts in long):
+            for index, tokens, starts in long:
                 if starts and count > 0:
                     yield self._cut(index, tokens, starts.pop(0))
                     count -= 1
 
     def _cut(self, index: int, tokens: np.ndarray, start: int) -> Window:
+        """Cut one window out of a long document."""
         body = tokens[start : start + self.window - len(self.prefix)]
         ids = np.concatenate([np.asarray(self.prefix, dtype=np.int32), body])
         return Window(ids, np.full(self.window, index, dtype=np.int32))
 
     def _join(self, short: list[tuple[int, list[int]]]) -> Window:
-        """Short documents, one after another; the last is cut where the window ends."""
-        ids, owner = list(self.prefix), [short[0][0]] * len(self.prefix)
+        """Join short documents to one window; the last document is cut off at its end."""
+        ids, document = list(self.prefix), [short[0][0]] * len(self.prefix)
         for index, tokens in short:
             ids += tokens + self.separator
-            owner += [index] * (len(tokens) + len(self.separator))
-        return Window(np.asarray(ids[: self.window], np.int32), np.asarray(owner[: self.window], np.int32))
+            document += [index] * (len(tokens) + len(self.separator))
+        return Window(np.asarray(ids[: self.window], np.int32), np.asarray(document[: self.window], np.int32))
 
 
 def shares(weights: list[float], count: int) -> list[int]:
-    """`count` divided by weights, largest remainder first: whole numbers that sum to `count`."""
+    """Divide `count` by weights into whole numbers that sum to `count`, by the largest-remainder method."""
     exact = [weight / sum(weights) * count for weight in weights]
-    parts = [int(x) for x in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda i: parts[i] - exact[i])
-    for i in by_remainder[: count - sum(parts)]:
-        parts[i] += 1
-    return parts
+    rounded = [int(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda i: rounded[i] - exact[i])
+    for i in by_remainder[: count - sum(rounded)]:
+        rounded[i] += 1
+    return rounded

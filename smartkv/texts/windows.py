@@ -1,4 +1,4 @@
-"""The plan of a harvest: which token windows of which documents are read, fixed before anything runs."""
+"""The window plan of a run: the token windows that it reads, fixed before the model runs."""
 
 import hashlib
 from collections.abc import Callable
@@ -24,11 +24,11 @@ class WindowPlan:
     """All windows of a run.
 
     Attributes:
-        tokens: int32 `[windows, window]`.
-        document: int32 `[windows, window]`, index into `documents`.
-        split: int32 `[windows]`, index into `SPLITS`; ascending, so that a shard holds one split.
-        documents: "source/id" of each document.
-        sources: name, origin, and windows by split of each source.
+        tokens: Token ids, int32 `[windows, window]`.
+        document: Index of each token's document in `documents`, int32 `[windows, window]`.
+        split: Index of each window's split in `SPLITS`, int32 `[windows]`. Ascending, so that a shard holds one split.
+        documents: Name of each document, "source/id".
+        sources: Name, origin and number of windows by split of each source, as JSON values.
     """
 
     tokens: Tensor
@@ -39,24 +39,30 @@ class WindowPlan:
 
     @property
     def digest(self) -> str:
-        """Of all tokens."""
+        """16 hexadecimal digits of a SHA-256 over all tokens."""
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:16]
 
     def of_split(self, split: str) -> Tensor:
-        """The tokens of one split's windows, `[windows, window]`."""
+        """Return the tokens of one split's windows, int32 `[windows, window]`."""
         return self.tokens[self.split == SPLITS.index(split)]
 
     def documents_of_split(self, split: str) -> list[int]:
-        """The document that each of one split's windows begins with, an index into `documents`."""
+        """Return the document at the start of each of one split's windows, as an index into `documents`."""
         return self.document[self.split == SPLITS.index(split), 0].tolist()
 
 
-PLAN = "windows.safetensors"
+PLAN = "windows.safetensors"  # file of the plan, in the folder of the shards
 
 
 @dataclass
 class WindowCounts:
-    """How many windows to harvest of each split."""
+    """Number of windows of each split.
+
+    Args:
+        train: Windows to train on.
+        validation: Windows to validate on.
+        test: Windows to test on.
+    """
 
     train: int = 64
     validation: int = 16
@@ -64,9 +70,16 @@ class WindowCounts:
 
 
 def check_counts(counts: dict[str, Any]) -> None:
-    """Raises SmartKVError where the windows of a split are no whole number."""
+    """Raise an error if the number of windows of a split is not a whole number.
+
+    Args:
+        counts: Number of windows by split.
+
+    Raises:
+        SmartKVError: One of them is not an int.
+    """
     if any(type(count) is not int for count in counts.values()):
-        raise SmartKVError(f"windows must be a whole number of each split, got {counts}")
+        raise SmartKVError(f"windows must be a whole number for each split, got {counts}")
 
 
 def plan_windows(
@@ -78,44 +91,46 @@ def plan_windows(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> WindowPlan:
-    """Take windows from a weighted mix of sources.
+    """Pack windows from a weighted mix of sources.
 
     Args:
-        counts: windows by split.
-        window: tokens a window.
-        windows_per_document: most windows taken from one long document, unless its source runs out.
-        say: called with a line for the user.
+        sources: The sources and their weights.
+        counts: Number of windows by split.
+        tokenizer: Tokenizer of the model.
+        window: Tokens of a window.
+        windows_per_document: Most windows of one long document, unless its source runs out.
+        seed: Seed of the windows and of their order.
+        say: Called with a line for the user.
 
     Raises:
-        SmartKVError: a source that cannot be had, or texts that give no window at all.
+        SmartKVError: An argument is out of its range, no origin has a source, or a split gets no window at all.
     """
     check_counts(counts)
     if min(counts.values()) < 0 or not any(counts.values()):
-        raise SmartKVError(f"windows must be 0 or more of each split and not all 0, got {counts}")
+        raise SmartKVError(f"windows must be 0 or more for each split and not all 0, got {counts}")
     if min(window, windows_per_document) < 1 or seed < 0:
         raise SmartKVError(
             "window and windows_per_document must be at least 1 and seed at least 0, "
             f"got {window}, {windows_per_document} and {seed}"
         )
-    found = _merge([resolve_source(config, say) for config in sources])
+    mix = _merge([resolve_source(config, say) for config in sources])
+    weights = [source.weight for source in mix]
     tokens, owners, splits = [], [], []
     documents: list[str] = []
-    used: list[dict[str, Any]] = [{"name": s.name, "origin": s.origin, "windows": {}} for s in found]
+    records: list[dict[str, Any]] = [{"name": source.name, "origin": source.origin, "windows": {}} for source in mix]
     for split_index, split in enumerate(SPLITS):
         windows: list[Window] = []
-        for number, (source, count) in enumerate(
-            zip(found, shares([s.weight for s in found], counts.get(split, 0)), strict=True)
-        ):
-            drawn = _seed(seed, split_index, number)
-            packer: Packer | RecallPacker = Packer(tokenizer, window, windows_per_document, drawn)
+        for number, (source, count) in enumerate(zip(mix, shares(weights, counts.get(split, 0)), strict=True)):
+            source_seed = _seed(seed, split_index, number)
+            packer: Packer | RecallPacker = Packer(tokenizer, window, windows_per_document, source_seed)
             if source.recall:
-                packer = RecallPacker(tokenizer, window, windows_per_document, drawn, split)
-            got = packer.pack(source.documents(split), count) if count else []
-            if len(got) < count:
-                say(f"source '{source.name}' has only {len(got)} of {count} {split} windows of {window} tokens")
-            windows += [Window(w.tokens, w.document + len(documents)) for w in got]
+                packer = RecallPacker(tokenizer, window, windows_per_document, source_seed, split)
+            packed = packer.pack(source.documents(split), count) if count else []
+            if len(packed) < count:
+                say(f"source '{source.name}' has only {len(packed)} of {count} {split} windows of {window} tokens")
+            windows += [Window(each.tokens, each.document + len(documents)) for each in packed]
             documents += [f"{source.name}/{name}" for name in packer.documents]
-            used[number]["windows"][split] = len(got)
+            records[number]["windows"][split] = len(packed)
         if counts.get(split, 0) and not windows:
             raise SmartKVError(
                 f"the texts give no {split} window of {window} tokens: they are empty or shorter than that; "
@@ -130,35 +145,36 @@ def plan_windows(
         torch.from_numpy(np.stack(owners)),
         torch.tensor(splits, dtype=torch.int32),
         documents,
-        used,
+        records,
     )
 
 
 def _merge(sources: list[Source]) -> list[Source]:
-    """Sources that fell back on the built-in prose become one, with their weights added.
+    """Merge the sources that fell back on the built-in prose into one, and add their weights.
 
     Raises:
-        SmartKVError: two other sources of one name.
+        SmartKVError: Two other sources have the same name.
     """
     merged: dict[str, Source] = {}
     for source in sources:
-        if (there := merged.get(source.name)) is not None:
-            if source.origin != "builtin" or there.origin != "builtin":
+        if (earlier := merged.get(source.name)) is not None:
+            if source.origin != "builtin" or earlier.origin != "builtin":
                 raise SmartKVError(f"two sources are named '{source.name}': give each a name of its own")
-            source = replace(source, weight=source.weight + there.weight)
+            source = replace(source, weight=source.weight + earlier.weight)
         merged[source.name] = source
     return list(merged.values())
 
 
 def _seed(seed: int, split: int, source: int) -> list[int]:
+    """Return the seed of one split of one source, or of the order of the split's windows for source -1."""
     return [seed, split, source + 1]
 
 
 def read_plan(folder: Path) -> WindowPlan:
-    """The plan beside the shards.
+    """Read the window plan in a folder of shards.
 
     Raises:
-        SmartKVError: it is missing or damaged.
+        SmartKVError: The plan is missing or damaged.
     """
     path = folder / PLAN
     header = read_header(path)

@@ -3,9 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers import PreTrainedModel
 
 from smartkv import HybridPolicy, LayerRule, LifespanCache
 from smartkv.baselines import (
@@ -25,8 +23,6 @@ from smartkv.baselines import (
 )
 from smartkv.errors import SmartKVError
 from smartkv.metrics.perplexity import token_losses
-from smartkv.models.key_hooks import read_keys
-from smartkv.models.rotary import Rotation
 from tests.models import FAMILIES, token_ids
 from tests.smartkv.cache.fixtures import MODELS
 
@@ -68,39 +64,6 @@ def test_every_method_loses_something_at_a_small_budget_and_keeps_what_it_said(m
     assert not torch.allclose(got, token_losses(model, tokens).nll, atol=1e-3)
     seen = [min(i - i % 4, 12) + i % 4 + 1 for i in range(79)]
     assert footprint.flatten().tolist() == pytest.approx([sum(seen) / sum(range(1, 80))] * 4)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-def test_a_rotary_embedding_is_taken_back(family: str) -> None:
-    model, ids = MODELS[family], token_ids(20)
-    rotated = {}
-
-    def seen(
-        module: torch.nn.Module, query: Tensor, key: Tensor, *rest: object, **others: object
-    ) -> tuple[Tensor, None]:
-        rotated[module.layer_idx] = key
-        return query.transpose(1, 2), None
-
-    AttentionInterface.register("seen", seen)
-    AttentionMaskInterface.register("seen", lambda *_, **__: None)
-    before = read_keys(model, ids)
-    implementation = model.config._attn_implementation
-    try:
-        model.set_attn_implementation("seen")
-        with torch.inference_mode():
-            model(input_ids=ids[None])
-    finally:
-        model.set_attn_implementation(implementation)
-    plain = Rotation(model).unrotate(rotated[0], torch.arange(20))
-    torch.testing.assert_close(plain, before[0], atol=1e-5, rtol=1e-4)  # layer 0: attention changes nothing before it
-
-
-def test_the_mean_rotation_is_the_mean_of_rotations() -> None:
-    model, vector, position = MODELS["llama"], torch.randn(8), torch.arange(5, 25)
-    cos, sin = model.base_model.rotary_emb(torch.zeros(1), position[None])
-    turned, _ = apply_rotary_pos_emb(vector.expand(1, 1, 20, 8), vector.expand(1, 1, 20, 8), cos, sin)
-    matrix = Rotation(model).mean_matrix(position, 8)
-    torch.testing.assert_close(matrix @ vector, turned[0, 0].mean(dim=0), atol=1e-5, rtol=1e-4)
 
 
 def test_the_model_is_as_it_was_even_after_an_error() -> None:

@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.models.architecture import Fingerprint
-from smartkv.models.layer_ranges import format_layers, parse_layers
 from tests.harm import Payload
 from tests.models import FAMILIES, llama, qwen2
 
@@ -298,37 +296,6 @@ def test_exported_heads_load_into_torchs_own_layers(layers: list[int] | None, tm
         alone = Gate()
         alone.load_state_dict(load_file(tmp_path / f"l{layer}_h{head}.safetensors"))
         torch.testing.assert_close(alone.net(keys[gate]), expected[gate], atol=1e-6, rtol=0)
-
-
-# -- ranges of layers -------------------------------------------------------------------------------------------------
-
-
-@quick
-@given(st.sets(st.integers(0, 40), min_size=1))
-def test_parsing_undoes_formatting(layers: set[int]) -> None:
-    assert parse_layers(format_layers(sorted(layers)), 41) == sorted(layers)
-
-
-def test_ranges_are_written_as_short_as_can_be_and_read_in_any_order() -> None:
-    assert format_layers([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
-    assert parse_layers(" 7 - 8, 5,0-2,1", 9) == [0, 1, 2, 5, 7, 8]
-
-
-@pytest.mark.parametrize("text", [None, "all"])
-def test_no_ranges_mean_all_layers(text: str | None) -> None:
-    assert parse_layers(text, 4) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "0..2", "1,,2", "0-2-3"])
-def test_what_is_no_range_is_refused_with_an_example(text: str) -> None:
-    with pytest.raises(SmartKVError, match=rf"'{text}' is no list of ranges.*'0-2,"):
-        parse_layers(text, 30)
-
-
-@pytest.mark.parametrize(("text", "part"), [("4", "4"), ("0-1,2-4", "2-4"), ("3-1", "3-1")])
-def test_layers_that_the_model_lacks_are_refused_with_those_it_has(text: str, part: str) -> None:
-    with pytest.raises(SmartKVError, match=rf"asks for {part}, but the model has layers 0-3"):
-        parse_layers(text, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

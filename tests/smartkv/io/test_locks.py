@@ -1,13 +1,41 @@
-"""A folder on a file system that has no locks."""
+"""Locks on folders, and folders on a file system that has none."""
 
 import errno
 import fcntl
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from smartkv.io.locks import lock_folder
+from smartkv.errors import SmartKVError
+from smartkv.io.atomic import PART
+from smartkv.io.locks import LOCK, lock_folder
+
+
+def test_a_folder_that_another_run_has_locked_is_refused_until_it_lets_go(tmp_path: Path) -> None:
+    (tmp_path / f".shard.abc{PART}").touch()
+    with FileLock(tmp_path / LOCK), pytest.raises(SmartKVError, match=f"another run is writing into {tmp_path}"):
+        lock_folder(tmp_path)
+    assert (tmp_path / f".shard.abc{PART}").exists()  # the other run may be writing it
+    lock_folder(tmp_path)
+
+
+def test_a_folder_is_made_and_locked_and_freed_of_partial_files(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f".shard.abc{PART}").touch()
+    lock_folder(tmp_path / "run")
+    lock_folder(tmp_path / "new" / "run")
+    assert not (tmp_path / "run" / f".shard.abc{PART}").exists()
+    for folder in (tmp_path / "run", tmp_path / "new" / "run"):
+        with pytest.raises(Timeout):
+            FileLock(folder / LOCK).acquire(blocking=False)
+
+
+def test_a_lock_that_this_process_has_is_not_taken_again(tmp_path: Path) -> None:
+    lock_folder(tmp_path)
+    (tmp_path / f".shard.abc{PART}").touch()  # this process is writing it
+    lock_folder(str(tmp_path / "x" / ".."))
+    assert (tmp_path / f".shard.abc{PART}").exists()
 
 
 def raising(error: Exception) -> object:

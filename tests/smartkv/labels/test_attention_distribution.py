@@ -1,22 +1,15 @@
-"""The distribution of attention against numpy on all probabilities, and the check of where the pre-RoPE key is."""
-
-from dataclasses import replace
+"""The distribution of attention against numpy on all probabilities."""
 
 import numpy as np
 import pytest
 import torch
 
-from smartkv.errors import SmartKVError
 from smartkv.labels.attention_distribution import PERCENTILES, AttentionDistribution, AttentionDistributionObserver
 from smartkv.labels.lifespans import LabelSpec, label_window
-from smartkv.models import architecture, key_hooks, key_site_check
-from smartkv.models.architecture import KEY_SITES
 from smartkv.models.backbone import freeze
-from smartkv.models.key_site_check import check_key_site
-from smartkv.models.observation import observe_attention
-from tests.models import FAMILIES, llama, tiny_tokenizer, token_ids
+from tests.models import llama, tiny_tokenizer, token_ids
 
-LENGTH, SINKS = 150, 4  # more than a block of queries
+LENGTH, SINKS = 150, 4  # more than a tile of queries
 
 
 @pytest.fixture(scope="module")
@@ -84,36 +77,3 @@ def test_attention_on_sinks_is_that_of_the_first_keys(measured: tuple) -> None:
 def test_lifespans_are_those_of_a_harvest(measured: tuple) -> None:
     labels = label_window(llama(), token_ids(LENGTH), LabelSpec((0.05,), (), 32))
     assert torch.equal(measured[0].lifespans[0], labels.lifespan)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_key_site_of_every_family_passes_its_check(family: str) -> None:
-    site = check_key_site(freeze(FAMILIES[family](), tiny_tokenizer(), family))
-    assert site["difference_after_rotation"] < 1e-5
-    assert site["rotary"] == (family != "gpt2")
-
-
-def test_a_wrong_key_site_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = replace(KEY_SITES["llama"], module="v_proj")
-    for module in (architecture, key_hooks, key_site_check):
-        monkeypatch.setitem(module.KEY_SITES, "llama", wrong)
-    with pytest.raises(SmartKVError, match=r"v_proj .* is not the pre-RoPE key"):
-        check_key_site(freeze(llama(), tiny_tokenizer(), "tiny"))
-
-
-def test_observers_of_another_kind_can_look_too() -> None:
-    """The protocol is all that `observe_attention` asks for."""
-    seen: list[int] = []
-
-    class Looker:
-        def on_keys(self, layer: int, keys: torch.Tensor) -> None:
-            seen.append(layer)
-
-        def on_rotated_keys(self, layer: int, keys: torch.Tensor) -> None: ...
-
-        def on_tile(self, layer: int, first_query: int, probabilities: torch.Tensor) -> None: ...
-
-    model = llama()
-    with torch.no_grad(), observe_attention(model, Looker()):
-        model(token_ids(8)[None], use_cache=False)
-    assert seen == [0, 1]

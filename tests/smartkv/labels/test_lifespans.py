@@ -21,8 +21,8 @@ quick = settings(deadline=None, max_examples=25, derandomize=True)
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16 queries, so that a short window has several."""
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 queries, so that a short window has several."""
     monkeypatch.setattr(observation, "TILE_ELEMENTS", 1)
 
 
@@ -68,8 +68,8 @@ def naive_future(attention: Tensor, ages: tuple[int, ...], follow_up: int) -> li
     return answer
 
 
-def in_blocks(attention: Tensor, spec: LabelSpec, sizes: list[int]) -> LayerLabels:
-    """Labels of `attention`, fed in blocks of these sizes (the last one goes on)."""
+def in_tiles(attention: Tensor, spec: LabelSpec, sizes: list[int]) -> LayerLabels:
+    """Labels of `attention`, fed in tiles of these sizes (the last one goes on)."""
     kv_heads, _, tokens, _ = attention.shape
     labels = LayerLabels(spec, kv_heads, tokens, torch.device("cpu"))
     start, turn = 0, 0
@@ -86,50 +86,50 @@ def same(ours: Tensor, naive: list) -> None:
 
 windows = st.integers(1, 24)
 seeds = st.integers(0, 10**6)
-block_sizes = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+tile_sizes = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 spans = st.integers(1, 27)
 
 
 @quick
-@given(tokens=windows, seed=seeds, sizes=block_sizes)
+@given(tokens=windows, seed=seeds, sizes=tile_sizes)
 def test_lifespans_are_those_of_a_plain_loop(tokens: int, seed: int, sizes: list[int]) -> None:
     attention = random_attention(tokens, seed)
-    same(in_blocks(attention, LabelSpec(THRESHOLDS), sizes).lifespan, naive_lifespan(attention, THRESHOLDS))
+    same(in_tiles(attention, LabelSpec(THRESHOLDS), sizes).lifespan, naive_lifespan(attention, THRESHOLDS))
 
 
 @quick
-@given(tokens=windows, seed=seeds, sizes=block_sizes, follow_up=spans, ages=st.lists(spans, min_size=1, max_size=3))
+@given(tokens=windows, seed=seeds, sizes=tile_sizes, follow_up=spans, ages=st.lists(spans, min_size=1, max_size=3))
 def test_future_attention_is_that_of_a_plain_loop(
     tokens: int, seed: int, sizes: list[int], follow_up: int, ages: list[int]
 ) -> None:
     attention = random_attention(tokens, seed)
-    labels = in_blocks(attention, LabelSpec((0.05,), tuple(ages), follow_up), sizes)
+    labels = in_tiles(attention, LabelSpec((0.05,), tuple(ages), follow_up), sizes)
     same(labels.future_attention(), naive_future(attention, tuple(ages), follow_up))
 
 
-@pytest.mark.parametrize("follow_up", [3, 16, 20], ids=["below a block", "a block", "above a block"])
+@pytest.mark.parametrize("follow_up", [3, 16, 20], ids=["below a tile", "a tile", "above a tile"])
 @pytest.mark.parametrize("age", [1, 5, 17, 40])
 def test_future_attention_of_a_follow_up_around_the_block(follow_up: int, age: int) -> None:
     attention = random_attention(TOKENS, 0)
-    labels = in_blocks(attention, LabelSpec((0.05,), (age,), follow_up), [16])
+    labels = in_tiles(attention, LabelSpec((0.05,), (age,), follow_up), [16])
     same(labels.future_attention(), naive_future(attention, (age,), follow_up))
 
 
 @quick
-@given(tokens=windows, seed=seeds, sizes=block_sizes, age=spans, follow_up=spans)
-def test_cutting_the_queries_into_blocks_changes_nothing(
+@given(tokens=windows, seed=seeds, sizes=tile_sizes, age=spans, follow_up=spans)
+def test_cutting_the_queries_into_tiles_changes_nothing(
     tokens: int, seed: int, sizes: list[int], age: int, follow_up: int
 ) -> None:
     attention, spec = random_attention(tokens, seed), LabelSpec(THRESHOLDS, (age,), follow_up)
-    cut, whole = in_blocks(attention, spec, sizes), in_blocks(attention, spec, [tokens])
+    cut, whole = in_tiles(attention, spec, sizes), in_tiles(attention, spec, [tokens])
     assert torch.equal(cut.lifespan, whole.lifespan)
     torch.testing.assert_close(cut.future_attention(), whole.future_attention(), atol=1e-6, rtol=0, equal_nan=True)
 
 
 @quick
-@given(tokens=windows, seed=seeds, sizes=block_sizes)
+@given(tokens=windows, seed=seeds, sizes=tile_sizes)
 def test_a_lifespan_is_at_least_1_and_ends_in_the_window(tokens: int, seed: int, sizes: list[int]) -> None:
-    lifespan = in_blocks(random_attention(tokens, seed), LabelSpec(THRESHOLDS), sizes).lifespan
+    lifespan = in_tiles(random_attention(tokens, seed), LabelSpec(THRESHOLDS), sizes).lifespan
     assert (lifespan >= 1).all()
     assert (lifespan <= tokens - torch.arange(tokens)).all()
 
@@ -138,29 +138,29 @@ def test_a_lifespan_is_at_least_1_and_ends_in_the_window(tokens: int, seed: int,
 @given(tokens=windows, seed=seeds, thresholds=st.lists(st.floats(0.001, 0.999), min_size=2, max_size=4))
 def test_a_higher_threshold_never_lengthens_a_lifespan(tokens: int, seed: int, thresholds: list[float]) -> None:
     spec = LabelSpec(tuple(sorted(thresholds)))
-    assert (in_blocks(random_attention(tokens, seed), spec, [5]).lifespan.diff(dim=0) <= 0).all()
+    assert (in_tiles(random_attention(tokens, seed), spec, [5]).lifespan.diff(dim=0) <= 0).all()
 
 
 @quick
 @given(seed=seeds)
 def test_a_threshold_is_labelled_the_same_alone_and_with_others(seed: int) -> None:
     attention = random_attention(20, seed)
-    together = in_blocks(attention, LabelSpec(THRESHOLDS), [7]).lifespan
+    together = in_tiles(attention, LabelSpec(THRESHOLDS), [7]).lifespan
     for row, threshold in zip(together, THRESHOLDS, strict=True):
-        assert torch.equal(row, in_blocks(attention, LabelSpec((threshold,)), [7]).lifespan[0])
+        assert torch.equal(row, in_tiles(attention, LabelSpec((threshold,)), [7]).lifespan[0])
 
 
 def test_a_key_that_nobody_hits_lives_1_token_and_its_last_hit_counts() -> None:
     attention = torch.zeros(1, 2, 6, 6)
     attention[0, 1, 4, 1] = 0.2  # one query head of the group is enough
     attention[0, 0, 2, 1] = 0.9
-    assert in_blocks(attention, LabelSpec((0.1,)), [2]).lifespan[0, 0].tolist() == [1, 4, 1, 1, 1, 1]
+    assert in_tiles(attention, LabelSpec((0.1,)), [2]).lifespan[0, 0].tolist() == [1, 4, 1, 1, 1, 1]
 
 
 def test_a_probability_equal_to_the_threshold_is_no_hit() -> None:
     attention = torch.zeros(1, 1, 4, 4)
     attention[0, 0, 3, 0] = 0.25
-    assert in_blocks(attention, LabelSpec((0.25, 0.2)), [4]).lifespan[:, 0, 0].tolist() == [1, 4]
+    assert in_tiles(attention, LabelSpec((0.25, 0.2)), [4]).lifespan[:, 0, 0].tolist() == [1, 4]
 
 
 def eager_attention(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:

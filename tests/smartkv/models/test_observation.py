@@ -14,17 +14,17 @@ from smartkv.models.architecture import attention_modules
 from smartkv.models.observation import attention_tiles, observe_attention
 from tests.models import FAMILIES, llama, qwen2, token_ids
 
-TOKENS = 41  # three blocks of 16 queries, the last cut short
+TOKENS = 41  # three tiles of 16 queries, the last cut short
 by_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 class Recorder:
-    """Keeps what an observer is told."""
+    """Observer that keeps copies of all it receives."""
 
     def __init__(self) -> None:
         self.keys: dict[int, Tensor] = {}
         self.rotated: dict[int, Tensor] = {}
-        self.blocks: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+        self.tiles: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
 
     def on_keys(self, layer: int, keys: Tensor) -> None:
         self.keys[layer] = keys.clone()
@@ -33,18 +33,18 @@ class Recorder:
         self.rotated[layer] = keys.clone()
 
     def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
-        self.blocks[layer].append((first_query, probabilities.clone()))
+        self.tiles[layer].append((first_query, probabilities.clone()))
 
     def probabilities(self, layer: int) -> Tensor:
-        """All blocks of one layer, `[query_heads, queries, keys]`."""
-        tokens = sum(block.shape[2] for _, block in self.blocks[layer])
-        padded = [F.pad(block, (0, tokens - block.shape[3])) for _, block in self.blocks[layer]]
+        """All tiles of one layer, `[query_heads, queries, keys]`."""
+        tokens = sum(tile.shape[2] for _, tile in self.tiles[layer])
+        padded = [F.pad(tile, (0, tokens - tile.shape[3])) for _, tile in self.tiles[layer]]
         return torch.cat(padded, dim=2).flatten(0, 1)
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16 queries, so that a short sequence has several."""
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 queries, so that a short sequence has several."""
     monkeypatch.setattr(observation, "TILE_ELEMENTS", 1)
 
 
@@ -156,11 +156,11 @@ def test_a_sliding_window_of_some_layers_leaves_the_others_whole() -> None:
 
 
 @pytest.mark.parametrize("elements", [1, 4 * TOKENS * 20, 2**22])
-def test_the_size_of_blocks_changes_no_probability(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_tiles_changes_no_probability(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = llama(), token_ids(TOKENS)
     monkeypatch.setattr(observation, "TILE_ELEMENTS", elements)
     _, recorder = observed(model, ids)
-    assert len(recorder.blocks[0]) == {1: 3, 4 * TOKENS * 20: 3, 2**22: 1}[elements]
+    assert len(recorder.tiles[0]) == {1: 3, 4 * TOKENS * 20: 3, 2**22: 1}[elements]
     for layer, expected in enumerate(eager(model, ids).attentions):
         torch.testing.assert_close(recorder.probabilities(layer), expected[0], atol=1e-5, rtol=0)
 
@@ -169,7 +169,7 @@ def test_the_models_value_dtype_is_kept() -> None:
     logits, recorder = observed(llama().to(torch.bfloat16), token_ids(TOKENS))
     assert logits.dtype == torch.bfloat16
     assert {keys.dtype for keys in recorder.keys.values()} == {torch.bfloat16}
-    assert {block.dtype for _, block in recorder.blocks[0]} == {torch.float32}
+    assert {tile.dtype for _, tile in recorder.tiles[0]} == {torch.float32}
 
 
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
@@ -191,19 +191,19 @@ def test_a_block_never_holds_more_probabilities_than_allowed(tokens: int, monkey
     allowed = 2**17
     monkeypatch.setattr(observation, "TILE_ELEMENTS", allowed)
     query, key = torch.randn(4, tokens, 8), torch.randn(2, tokens, 8)
-    for _, block in attention_tiles(query, key, 1.0):
-        assert block.numel() <= max(allowed, 16 * 4 * tokens)
-        assert block.shape[2] <= 128
+    for _, tile in attention_tiles(query, key, 1.0):
+        assert tile.numel() <= max(allowed, 16 * 4 * tokens)
+        assert tile.shape[2] <= 128
 
 
-def test_blocks_go_through_each_query_once_and_end_at_its_key() -> None:
+def test_tiles_go_through_each_query_once_and_end_at_its_key() -> None:
     _, recorder = observed(llama(), token_ids(TOKENS))
-    for blocks in recorder.blocks.values():
+    for tiles in recorder.tiles.values():
         expected = 0
-        for first, block in blocks:
+        for first, tile in tiles:
             assert first == expected
-            expected += block.shape[2]
-            assert block.shape == (2, 2, block.shape[2], expected)
+            expected += tile.shape[2]
+            assert tile.shape == (2, 2, tile.shape[2], expected)
         assert expected == TOKENS
 
 
@@ -245,9 +245,9 @@ def test_the_model_is_as_it_was_after_an_exception(family: str) -> None:
 def test_after_observing_the_observer_hears_no_more() -> None:
     model, ids = llama(), token_ids(TOKENS)
     _, recorder = observed(model, ids)
-    blocks = len(recorder.blocks[0])
+    tiles = len(recorder.tiles[0])
     model(ids[None])
-    assert len(recorder.blocks[0]) == blocks
+    assert len(recorder.tiles[0]) == tiles
 
 
 @by_family
@@ -255,3 +255,21 @@ def test_a_batch_of_two_is_refused(family: str) -> None:
     model: nn.Module = FAMILIES[family]()
     with pytest.raises(ValueError, match=r"one sequence.*got 2"), observe_attention(model, Recorder()):
         model(token_ids(8)[None].expand(2, -1))
+
+
+def test_observers_of_another_kind_can_look_too() -> None:
+    """The protocol is all that `observe_attention` asks for."""
+    seen: list[int] = []
+
+    class Looker:
+        def on_keys(self, layer: int, keys: Tensor) -> None:
+            seen.append(layer)
+
+        def on_rotated_keys(self, layer: int, keys: Tensor) -> None: ...
+
+        def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None: ...
+
+    model = llama()
+    with torch.no_grad(), observe_attention(model, Looker()):
+        model(token_ids(8)[None], use_cache=False)
+    assert seen == [0, 1]

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import pickle
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from smartkv.errors import SmartKVError
-from smartkv.io.atomic import write_atomically
 from smartkv.labels.lifespans import LabelSpec, label_window
 from smartkv.models.architecture import Fingerprint
 from smartkv.shards.manifest import Block, Manifest, ShardEntry, shard_entry
 from smartkv.shards.per_head_export import export_heads
 from smartkv.shards.reader import ShardReader
 from smartkv.shards.shard_file import digests, read_header, write_shard
-from tests.harm import full_disk
 from tests.models import llama, shard_tensors, token_ids, write_tiny_shards
 
 METADATA = {"b": 1, "a": [2, "é"], "c": {"y": 0, "x": None}}
@@ -85,34 +81,6 @@ def test_what_a_window_gives_fits_the_shards_contract() -> None:
         ours = getattr(labels, name)
         assert (ours.dtype, ours.shape) == (contract[name].dtype, contract[name].shape), name
     assert torch.equal(labels.horizon, contract["horizon"])
-
-
-def test_a_written_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "ours", b"x")
-    (tmp_path / "plain").write_bytes(b"x")
-    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-
-
-def test_a_file_in_place_of_the_folder_is_an_error_that_names_the_target(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("I am a file")
-    with pytest.raises(SmartKVError, match=r"out/shard"):
-        write_atomically(tmp_path / "out" / "shard", b"x")
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_a_failed_rename_leaves_no_temporary_file(tmp_path: Path) -> None:
-    (tmp_path / "shard").mkdir()  # a folder cannot be replaced by a file
-    with pytest.raises(SmartKVError, match="could not be written"):
-        write_atomically(tmp_path / "shard", b"x")
-    assert os.listdir(tmp_path) == ["shard"]
-
-
-def test_a_disk_that_fills_up_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "shard", b"old")
-    with full_disk(4096), pytest.raises(SmartKVError, match="could not be written"):
-        write_atomically(tmp_path / "shard", b"n" * 10_000)
-    assert (tmp_path / "shard").read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["shard"]
 
 
 # -- damaged files ----------------------------------------------------------------------------------------------------

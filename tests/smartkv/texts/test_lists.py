@@ -14,10 +14,10 @@ from smartkv.texts.lists import (
     NOISE,
     OTHER_LINES,
     OTHER_LINKS,
-    chained,
-    counted,
     documents,
-    listed,
+    draw_chains,
+    draw_frequent_words,
+    draw_list,
 )
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
@@ -37,7 +37,7 @@ def test_a_split_s_texts_are_the_same_at_each_call_and_no_other_split_s(split: s
 @pytest.mark.parametrize("split", SPLITS)
 def test_what_is_asked_for_at_the_end_of_a_list_was_stated(split: str) -> None:
     for seed in range(40):
-        stated, *asked = re.split(r"\n\n", listed(split, 600, np.random.default_rng(seed)))
+        stated, *asked = re.split(r"\n\n", draw_list(split, 600, np.random.default_rng(seed)))
         assert len(asked) >= 2
         for question in asked:
             value = re.findall(VALUE, question)[-1]  # a key may be a uuid too
@@ -46,7 +46,7 @@ def test_what_is_asked_for_at_the_end_of_a_list_was_stated(split: str) -> None:
 
 def test_all_names_of_a_chain_s_value_are_said_and_were_linked() -> None:
     for seed in range(40):
-        told, *asked = chained("train", 600, np.random.default_rng(seed)).split("\n\n")
+        told, *asked = draw_chains("train", 600, np.random.default_rng(seed)).split("\n\n")
         for question in asked:
             value, names = re.fullmatch(r"Which names stand for (\d+)\? (.+)\.", question).groups()
             first, *others = names.split(", ")
@@ -58,7 +58,7 @@ def test_all_names_of_a_chain_s_value_are_said_and_were_linked() -> None:
 def test_the_words_that_are_named_are_among_those_that_come_often() -> None:
     found = []
     for seed in range(40):
-        text, said = counted("train", 900, np.random.default_rng(seed)).split("\n\n")
+        text, said = draw_frequent_words("train", 900, np.random.default_rng(seed)).split("\n\n")
         words = text.split()
         often = sorted(set(words), key=words.count, reverse=True)[:6]
         found += [word in often for word in re.findall(r"\w+", said.split(" are ")[1].replace(" and", ","))]

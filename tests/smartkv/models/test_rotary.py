@@ -1,0 +1,56 @@
+"""A model's rotary embedding undone, and its mean over positions."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from smartkv.models.key_hooks import read_keys
+from smartkv.models.observation import observe_attention
+from smartkv.models.rotary import Rotation
+from tests.models import FAMILIES, gpt2, llama, token_ids
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+class RotatedKeys:
+    """Observer that keeps each layer's keys after the rotary embedding."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+
+    def on_keys(self, layer: int, keys: Tensor) -> None: ...
+
+    def on_rotated_keys(self, layer: int, keys: Tensor) -> None:
+        self.keys.append(keys)
+
+    def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None: ...
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "yarn"])
+def test_a_rotary_embedding_is_taken_back(family: str) -> None:
+    """YaRN scales what it rotates, too."""
+    model = llama(rope_parameters=YARN) if family == "yarn" else FAMILIES[family]()
+    ids, rotated = token_ids(20), RotatedKeys()
+    before = read_keys(model, ids)
+    with torch.inference_mode(), observe_attention(model, rotated):
+        model(input_ids=ids[None], use_cache=False)
+    for keys, key in zip(before, rotated.keys, strict=True):
+        assert not torch.allclose(key, keys[0], atol=1e-2)
+        plain = Rotation(model).unrotate(key, torch.arange(20))
+        torch.testing.assert_close(plain, keys[0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_mean_rotation_is_the_mean_of_rotations() -> None:
+    model, vector, position = llama(), torch.randn(8), torch.arange(5, 25)
+    cos, sin = model.base_model.rotary_emb(torch.zeros(1), position[None])
+    turned, _ = apply_rotary_pos_emb(vector.expand(1, 1, 20, 8), vector.expand(1, 1, 20, 8), cos, sin)
+    matrix = Rotation(model).mean_matrix(position, 8)
+    torch.testing.assert_close(matrix @ vector, turned[0, 0].mean(dim=0), atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_without_a_rotary_embedding_has_the_identity() -> None:
+    rotation, keys = Rotation(gpt2()), torch.randn(2, 5, 8).bfloat16()
+    assert rotation.cos_sin(torch.arange(5)) is None
+    assert torch.equal(rotation.unrotate(keys, torch.arange(5)), keys.float())
+    assert torch.equal(rotation.mean_matrix(torch.arange(5), 8), torch.eye(8))
