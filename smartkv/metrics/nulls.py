@@ -21,7 +21,7 @@ from torch import Tensor
 from smartkv.labels.lifespans import log4_lifespan
 from smartkv.metrics.r2 import RegressionSums
 from smartkv.shards.labelled_keys import LabelledKeys
-from smartkv.shards.manifest import Block
+from smartkv.shards.manifest import RowBlock
 
 NULLS = ("constant", "position", "token_table", "random")
 
@@ -119,7 +119,7 @@ def make_nulls(gates: int, window: int, tokens: int, longest: int) -> dict[str, 
 class _Asked:
     """Numbers for the tokens that `blocks` hold, and one more number for all others."""
 
-    def __init__(self, rows: LabelledKeys, blocks: list[Block]) -> None:
+    def __init__(self, rows: LabelledKeys, blocks: list[RowBlock]) -> None:
         self.ids = torch.tensor(sorted({token for block in blocks for token in rows.token(block).tolist()}))
 
     def __len__(self) -> int:
@@ -130,7 +130,7 @@ class _Asked:
         return torch.where(self.ids[place] == token, place, len(self.ids))
 
 
-Watch = Callable[[str, int, Tensor, Block], None]
+Watch = Callable[[str, int, Tensor, RowBlock], None]
 
 
 def score_nulls(

@@ -6,7 +6,7 @@ from torch import Tensor
 from smartkv.errors import SmartKVError
 from smartkv.labels.lifespans import LabelSpec, WindowLabels
 from smartkv.models.architecture import Fingerprint
-from smartkv.shards.manifest import Block
+from smartkv.shards.manifest import RowBlock
 
 
 class InMemoryRows:
@@ -27,17 +27,17 @@ class InMemoryRows:
             "token": torch.zeros(0, dtype=torch.int32),
         }
         self._none["keys_post_rope"] = self._none["keys"]
-        self._held: dict[tuple[str, int], tuple[Block, dict[str, Tensor]]] = {}
+        self._held: dict[tuple[str, int], tuple[RowBlock, dict[str, Tensor]]] = {}
 
     def __len__(self) -> int:
         """Blocks held."""
         return len(self._held)
 
-    def __contains__(self, block: Block) -> bool:
+    def __contains__(self, block: RowBlock) -> bool:
         """Whether this very block is held."""
         return (block.file, block.start) in self._held
 
-    def hold(self, blocks: list[Block], labels: WindowLabels, tokens: Tensor) -> None:
+    def hold(self, blocks: list[RowBlock], labels: WindowLabels, tokens: Tensor) -> None:
         """Copy these blocks of one window; the rest of it is not kept.
 
         Args:
@@ -58,11 +58,11 @@ class InMemoryRows:
                 kept["future_attention"] = labels.future_attention[..., here]
             self._held[block.file, block.start] = block, {name: tensor.clone() for name, tensor in kept.items()}
 
-    def drop(self, block: Block) -> None:
+    def drop(self, block: RowBlock) -> None:
         """Let a block go."""
         del self._held[block.file, block.start]
 
-    def read(self, block: Block, name: str, layers: list[int] | None = None) -> Tensor:
+    def read(self, block: RowBlock, name: str, layers: list[int] | None = None) -> Tensor:
         """One tensor of one block, or of a part of one that is held; shapes as `ShardReader.read`.
 
         Raises:
@@ -75,7 +75,7 @@ class InMemoryRows:
             return data[layers]
         return data[:, layers] if name in ("lifespan", "future_attention") else data
 
-    def _find(self, block: Block, name: str) -> Tensor:
+    def _find(self, block: RowBlock, name: str) -> Tensor:
         if block.start == block.stop:
             return self._none[name]
         holder, tensors = self._held.get((block.file, block.start), (None, {}))

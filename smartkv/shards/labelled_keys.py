@@ -9,7 +9,7 @@ from smartkv.labels.key_labels import Labels
 from smartkv.labels.lifespans import log4_lifespan
 from smartkv.models.layer_ranges import parse_layers
 from smartkv.shards.in_memory import InMemoryRows
-from smartkv.shards.manifest import Block, Manifest
+from smartkv.shards.manifest import Manifest, RowBlock
 from smartkv.shards.reader import ShardReader
 
 INPUTS = ("keys", "keys_post_rope")
@@ -54,7 +54,7 @@ class LabelledKeys:
         self._layers = None if len(self.layers) == manifest.fingerprint.layers else self.layers
         self._reader = ShardReader(manifest.folder) if reader is None else reader
 
-    def blocks(self, split: str, size: int | None = None) -> list[Block]:
+    def blocks(self, split: str, size: int | None = None) -> list[RowBlock]:
         """Blocks of at most `size` tokens; None: one a window.
 
         Raises:
@@ -64,11 +64,11 @@ class LabelledKeys:
             raise SmartKVError(f"{self.manifest.folder} has no {split} windows: harvest some")
         return self.manifest.labelled(split, size or self.manifest.window, self.follow_up)
 
-    def keys(self, *blocks: Block) -> Tensor:
+    def keys(self, *blocks: RowBlock) -> Tensor:
         """A copy, of these blocks (one at least) one after another: float16 `[gates, rows, head_dim]`."""
         return torch.cat([self._reader.read(block, self.inputs, self._layers) for block in blocks], dim=2).flatten(0, 1)
 
-    def checked_keys(self, block: Block) -> Tensor:
+    def checked_keys(self, block: RowBlock) -> Tensor:
         """The same, and finite.
 
         Raises:
@@ -82,12 +82,12 @@ class LabelledKeys:
             )
         return keys
 
-    def target(self, *blocks: Block) -> Tensor:
+    def target(self, *blocks: RowBlock) -> Tensor:
         """log4 lifespan capped at the follow-up, float32 `[gates, rows]`."""
         lifespans = [self._reader.read(block, "lifespan", self._layers)[self._threshold_row] for block in blocks]
         return log4_lifespan(torch.cat(lifespans, dim=2).flatten(0, 1), self.follow_up)
 
-    def labels(self, *blocks: Block) -> Labels:
+    def labels(self, *blocks: RowBlock) -> Labels:
         """All labels of the blocks' keys, as objectives want them."""
         ages = self.manifest.spec.ages
         if not ages:
@@ -95,14 +95,14 @@ class LabelledKeys:
         future = torch.cat([self._reader.read(block, "future_attention", self._layers) for block in blocks], dim=3)
         return Labels(self.target(*blocks), future.flatten(1, 2), ages)
 
-    def position(self, *blocks: Block) -> Tensor:
+    def position(self, *blocks: RowBlock) -> Tensor:
         """Place in the window, int32 `[rows]`."""
         return torch.cat([self._reader.read(block, "position") for block in blocks], dim=0)
 
-    def token(self, *blocks: Block) -> Tensor:
+    def token(self, *blocks: RowBlock) -> Tensor:
         """Token ids, int32 `[rows]`."""
         return torch.cat([self._reader.read(block, "token") for block in blocks], dim=0)
 
-    def document(self, block: Block) -> Tensor:
+    def document(self, block: RowBlock) -> Tensor:
         """Index into the manifest's documents, int32 `[rows]`."""
         return self._reader.read(block, "document").clone()

@@ -200,10 +200,10 @@ class Manifest:
         """The shards of one split, in order."""
         return [entry for entry in self.shards if entry.split == split]
 
-    def labelled(self, split: str, block: int, follow_up: int) -> list["Block"]:
+    def labelled(self, split: str, block: int, follow_up: int) -> list["RowBlock"]:
         """The keys with horizon ≥ `follow_up` that are no sinks, cut into blocks of at most `block` tokens."""
         return [
-            Block(entry.file, window, start, min(start + block, window * self.window + self.window - follow_up))
+            RowBlock(entry.file, window, start, min(start + block, window * self.window + self.window - follow_up))
             for entry in self.of_split(split)
             for window in range(entry.windows)
             for start in range(window * self.window + self.sinks, window * self.window + self.window - follow_up, block)
@@ -211,7 +211,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Consecutive tokens `[start, stop)` of one window of one shard; what is read from disk at once."""
 
     file: str

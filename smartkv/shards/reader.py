@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from smartkv.errors import SmartKVError
-from smartkv.shards.manifest import Block
+from smartkv.shards.manifest import RowBlock
 from smartkv.shards.shard_file import open_tensors
 
 
@@ -19,7 +19,7 @@ class ShardReader:
         self._open: dict[str, Any] = {}
         self._mapped: dict[tuple[str, str], Tensor] = {}
 
-    def read(self, block: Block, name: str, layers: list[int] | None = None) -> Tensor:
+    def read(self, block: RowBlock, name: str, layers: list[int] | None = None) -> Tensor:
         """One tensor of one block, all layers or some.
 
         Returns:

@@ -18,7 +18,7 @@ from smartkv.errors import SmartKVError
 from smartkv.io.atomic import write_atomically
 from smartkv.labels.lifespans import LabelSpec, label_window
 from smartkv.models.architecture import Fingerprint
-from smartkv.shards.manifest import Block, Manifest, ShardEntry, shard_entry
+from smartkv.shards.manifest import Manifest, RowBlock, ShardEntry, shard_entry
 from smartkv.shards.per_head_export import export_heads
 from smartkv.shards.reader import ShardReader
 from smartkv.shards.shard_file import digests, read_header, write_shard
@@ -124,7 +124,7 @@ def test_a_truncated_shard_is_refused_by_name(left: int, shard: Path) -> None:
     with pytest.raises(SmartKVError, match=r"shard\.safetensors is damaged"):
         read_header(shard)
     with pytest.raises(SmartKVError, match=r"shard\.safetensors is damaged"):
-        ShardReader(shard.parent).read(Block(shard.name, 0, 0, 4), "keys")
+        ShardReader(shard.parent).read(RowBlock(shard.name, 0, 0, 4), "keys")
 
 
 def test_a_flipped_bit_anywhere_is_found(shard: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_shard_that_is_missing_is_told_as_missing(shard: Path) -> None:
     with pytest.raises(SmartKVError, match=r"shard\.safetensors is missing"):
         read_header(shard)
     with pytest.raises(SmartKVError, match=r"shard\.safetensors is missing"):
-        ShardReader(shard.parent).read(Block(shard.name, 0, 0, 4), "keys")
+        ShardReader(shard.parent).read(RowBlock(shard.name, 0, 0, 4), "keys")
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"smartkv": "{"}])
@@ -158,7 +158,7 @@ def test_a_safetensors_file_of_others_is_refused(metadata: dict[str, str] | None
 
 def test_a_tensor_that_a_shard_lacks_is_named(shard: Path) -> None:
     with pytest.raises(SmartKVError, match=r"shard\.safetensors has no usable 'keys_post_rope'"):
-        ShardReader(shard.parent).read(Block(shard.name, 0, 0, 4), "keys_post_rope")
+        ShardReader(shard.parent).read(RowBlock(shard.name, 0, 0, 4), "keys_post_rope")
 
 
 # -- the manifest -----------------------------------------------------------------------------------------------------
