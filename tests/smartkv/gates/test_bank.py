@@ -64,7 +64,7 @@ def test_a_bank_answers_as_its_gates_one_by_one(outputs: int, layers: list[int] 
 
 
 def test_gates_that_judge_for_ages_have_an_output_each_and_their_score_falls_with_age() -> None:
-    with pytest.raises(SmartKVError, match=r"ages \[4, 16\] have an output each, not 1"):
+    with pytest.raises(SmartKVError, match=r"ages \[4, 16\] need one output per age \(2\), got 1"):
         make_bank(details={"ages": [4, 16]})
     bank = make_bank(outputs=2, details={"ages": [4, 16]})
     keys = torch.randn(1, 2, 50, 8)

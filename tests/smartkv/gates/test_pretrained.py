@@ -36,18 +36,18 @@ def test_gates_that_come_along_are_small_and_say_how_they_were_made(name: str) -
     assert training["backbone"] and training["sources"] and training["settings"]["ages"]
     written = (folder / "config.json").read_text() + (folder / "README.md").read_text()
     assert "/tmp" not in written and str(Path.home()) not in written
-    assert f'GateBank.from_pretrained("{name}"' in (folder / "README.md").read_text()
+    assert f'LifespanCache(model, gates="{name}"' in (folder / "README.md").read_text()
 
 
 def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / NAMES[0]).mkdir()
-    with pytest.raises(SmartKVError, match="is not a folder of gates"):
+    with pytest.raises(SmartKVError, match="is not a folder of exported gates"):
         GateBank.from_pretrained(NAMES[0])
 
 
 def test_who_asks_for_gates_that_are_nowhere_is_told_which_come_along() -> None:
-    with pytest.raises(SmartKVError, match=f"with SmartKV come: .*{NAMES[0]}"):
+    with pytest.raises(SmartKVError, match=f"shipped with SmartKV: .*{NAMES[0]}"):
         GateBank.from_pretrained("smollm2-135m-instrukt")
 
 
