@@ -1,4 +1,4 @@
-"""Gates that come with SmartKV, and model cards."""
+"""Gates that come with SmartKV."""
 
 import json
 import zipfile
@@ -68,15 +68,3 @@ def test_the_wheel_carries_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     held = set(zipfile.ZipFile(tmp_path / wheel).namelist())
     wanted = {f"smartkv/pretrained/{name}/{file.name}" for name in NAMES for file in (PRETRAINED / name).iterdir()}
     assert wanted and wanted <= held
-
-
-# -- cards ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_card_of_gates_with_prices_shows_their_policy_and_every_price(tmp_path: Path) -> None:
-    bank = GateBank.from_pretrained(NAMES[0])
-    bank.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert "policy_of(gates, 0.25)" in card
-    for footprint, price in bank.details["prices"]:
-        assert f"| {footprint:.3g} | {price:.3f} |" in card
