@@ -67,8 +67,8 @@ def test_output_and_gradients_are_those_of_plain_loops(
     want = naive(q, k, v, log_keep.exp(), 0.7, ages, sinks, own or tokens)
     want_gradients = torch.autograd.grad(want, (q, k, v, log_keep), grad, allow_unused=True)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
-    for ours, theirs in zip(got_gradients, want_gradients, strict=True):
-        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, atol=1e-4, rtol=1e-3)
+    for own, plain in zip(got_gradients, want_gradients, strict=True):
+        torch.testing.assert_close(own, torch.zeros_like(own) if plain is None else plain, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
