@@ -21,7 +21,7 @@ from smartkv.models.key_hooks import hook_keys
 from smartkv.policies.lifetimes import FOREVER
 
 SOFT = "smartkv_soft"
-BLOCK = 128  # queries per tile, so that memory grows with tokens × BLOCK and not with tokens²
+TILE = 128  # queries per tile, so that memory grows with tokens × TILE and not with tokens²
 HIDDEN = -1e4  # log of the share 0
 _RULE = "_smartkv_soft_rule"
 
@@ -45,8 +45,8 @@ class _SoftAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor, shape: _Shape) -> Tensor:
         grouped = query.unflatten(1, (key.shape[1], -1))  # [batch, kv_heads, group, tokens, head_dim]
         output, total = torch.empty_like(grouped), query.new_empty(grouped.shape[:-1], dtype=torch.float32)
-        for start in range(0, query.shape[2], BLOCK):
-            tile = slice(start, start + BLOCK)
+        for start in range(0, query.shape[2], TILE):
+            tile = slice(start, start + TILE)
             scores = _scores(grouped[:, :, :, tile], key, log_keep, start, shape)
             total[..., tile] = scores.logsumexp(dim=-1)
             weights = scores.sub_(total[..., tile, None]).exp_().to(value.dtype)
@@ -64,8 +64,8 @@ class _SoftAttention(torch.autograd.Function):
         d_query = torch.empty_like(grouped)
         d_key, d_value = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key, value))
         d_log_keep = torch.zeros_like(log_keep)
-        for start in range(0, query.shape[2], BLOCK):
-            tile = slice(start, start + BLOCK)
+        for start in range(0, query.shape[2], TILE):
+            tile = slice(start, start + TILE)
             scores = _scores(grouped[:, :, :, tile], key, log_keep, start, ctx.shape)
             weights, keys = scores.sub_(total[..., tile, None]).exp_(), slice(0, scores.shape[-1])
             grads = grad[:, :, :, tile].flatten(2, 3)
