@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from smartkv.labels.key_labels import Labels
 from smartkv.shards.labelled_keys import LabelledKeys
-from smartkv.shards.manifest import Block
+from smartkv.shards.manifest import RowBlock
 
 
 @dataclass
@@ -45,9 +45,9 @@ class BlockReader(Dataset):
 
     def __init__(self, rows: LabelledKeys) -> None:
         self.rows = rows
-        self.empty = Block(rows.manifest.shards[0].file, 0, 0, 0)
+        self.empty = RowBlock(rows.manifest.shards[0].file, 0, 0, 0)
 
-    def __getitem__(self, item: tuple[list[Block], int]) -> KeyBatch:
+    def __getitem__(self, item: tuple[list[RowBlock], int]) -> KeyBatch:
         blocks, global_rows = item
         blocks = blocks or [self.empty]  # a process without rows still takes part in every step
         return KeyBatch(
@@ -86,7 +86,7 @@ class BlockLoader(Resumable):
     def __init__(
         self,
         dataset: BlockReader,
-        blocks: list[Block],
+        blocks: list[RowBlock],
         batch_size: int,
         shuffle_seed: int | None,
         rank: int,
@@ -102,7 +102,7 @@ class BlockLoader(Resumable):
     def __len__(self) -> int:
         return -(-len(self.blocks) // self.blocks_per_batch)
 
-    def batches(self) -> list[tuple[list[Block], int]]:
+    def batches(self) -> list[tuple[list[RowBlock], int]]:
         """This process's blocks of every batch of the current epoch, and the rows of all processes."""
         order = torch.arange(len(self.blocks))
         if self.shuffle_seed is not None:
@@ -115,7 +115,7 @@ class BlockLoader(Resumable):
             batches.append((self.mine(blocks), rows))
         return batches
 
-    def mine(self, blocks: list[Block]) -> list[Block]:
+    def mine(self, blocks: list[RowBlock]) -> list[RowBlock]:
         """Those of a batch that this process reads."""
         return blocks[self.rank :: self.world_size]
 

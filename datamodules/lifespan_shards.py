@@ -13,7 +13,7 @@ from datamodules.distributed import check_resumed, failing_together, process_of
 from smartkv.errors import SmartKVError
 from smartkv.models.layer_ranges import format_layers
 from smartkv.shards.labelled_keys import LabelledKeys
-from smartkv.shards.manifest import Block, Manifest
+from smartkv.shards.manifest import Manifest, RowBlock
 from smartkv.texts.windows import WindowPlan, read_plan
 
 
@@ -72,10 +72,10 @@ class LifespanShards(L.LightningDataModule):
         """The windows that were harvested."""
         return read_plan(self.rows.manifest.folder)
 
-    def blocks(self, split: str) -> list[Block]:
+    def blocks(self, split: str) -> list[RowBlock]:
         return self.rows.blocks(split, min(self.block, self.batch_size))
 
-    def first_blocks(self, split: str) -> list[Block]:
+    def first_blocks(self, split: str) -> list[RowBlock]:
         """What this process checks, and averages, before the first step: its part of whole windows."""
         rank, world = process_of(self.trainer)
         return self.rows.blocks(split)[rank::world]

@@ -24,7 +24,7 @@ from smartkv.models.gguf import PACKAGED
 from smartkv.models.layer_ranges import format_layers
 from smartkv.shards.in_memory import InMemoryRows
 from smartkv.shards.labelled_keys import LabelledKeys
-from smartkv.shards.manifest import Block, Manifest, ShardEntry
+from smartkv.shards.manifest import Manifest, RowBlock, ShardEntry
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import WindowCounts, WindowPlan, check_counts, plan_windows
 
@@ -141,11 +141,11 @@ class OnlineKeys(L.LightningDataModule):
         rank, world = process_of(self.trainer)
         return number % world == rank
 
-    def mine(self, blocks: list[Block]) -> list[Block]:
+    def mine(self, blocks: list[RowBlock]) -> list[RowBlock]:
         """Those that this process holds."""
         return [block for block in blocks if self.owns(_number(block))]
 
-    def first_blocks(self, split: str) -> list[Block]:
+    def first_blocks(self, split: str) -> list[RowBlock]:
         """What this process checks, and averages, before the first step: validation, and the first windows of the
         buffer, which are then there already when the first step asks for them."""
         if split == "train":
@@ -160,16 +160,16 @@ class OnlineKeys(L.LightningDataModule):
         quiet = self.trainer is not None and not self.trainer.is_global_zero
         return track(work, description, disable=quiet, transient=True)
 
-    def _by_window(self, split: str) -> list[list[Block]]:
+    def _by_window(self, split: str) -> list[list[RowBlock]]:
         """The blocks of each window."""
-        found: dict[int, list[Block]] = {}
+        found: dict[int, list[RowBlock]] = {}
         for block in self.rows.blocks(split, min(self.block, self.batch_size)):
             found.setdefault(_number(block), []).append(block)
         return [found[number] for number in sorted(found)]
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
-    def read(self, numbers: list[int], live: set[Block] | None = None) -> None:
+    def read(self, numbers: list[int], live: set[RowBlock] | None = None) -> None:
         """Label the training windows of these numbers that this process owns, and hold their blocks (of `live` alone,
         if it is given). What is held already is not read again."""
         for number in numbers:
@@ -177,7 +177,7 @@ class OnlineKeys(L.LightningDataModule):
             if self.owns(number) and any(block not in self.held for block in blocks):
                 self._read("train", number, blocks)
 
-    def _read(self, split: str, number: int, blocks: list[Block]) -> None:
+    def _read(self, split: str, number: int, blocks: list[RowBlock]) -> None:
         tokens = self.tokens[split][number]
         labels = label_window(self.lm.model, tokens, self.spec, self.inputs == "keys_post_rope")
         self.held.hold(blocks, labels, tokens)
@@ -225,11 +225,11 @@ class OnlineKeys(L.LightningDataModule):
 class _Held(BlockLoader):
     """Batches in order, of which each process gives what it holds."""
 
-    def __init__(self, data: OnlineKeys, blocks: list[Block]) -> None:
+    def __init__(self, data: OnlineKeys, blocks: list[RowBlock]) -> None:
         super().__init__(data.dataset, blocks, max(data.batch_size, 1024), None, 0, 1)
         self.data = data
 
-    def mine(self, blocks: list[Block]) -> list[Block]:
+    def mine(self, blocks: list[RowBlock]) -> list[RowBlock]:
         return self.data.mine(blocks)
 
 
@@ -278,5 +278,5 @@ def _name(split: str, number: int) -> str:
     return f"{split}-{number:05d}"
 
 
-def _number(block: Block) -> int:
+def _number(block: RowBlock) -> int:
     return int(block.file.rpartition("-")[2])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from smartkv.errors import SmartKVError
-from smartkv.shards.manifest import Block
+from smartkv.shards.manifest import RowBlock
 
 
 @dataclass
@@ -23,8 +23,8 @@ class Step:
     """
 
     read: list[int] = field(default_factory=list)
-    draw: list[Block] = field(default_factory=list)
-    done: list[Block] = field(default_factory=list)
+    draw: list[RowBlock] = field(default_factory=list)
+    done: list[RowBlock] = field(default_factory=list)
 
 
 class Replay:
@@ -47,7 +47,7 @@ class Replay:
     """
 
     def __init__(
-        self, windows: Sequence[Sequence[Block]], buffer: int, passes: int, blocks_per_step: int, seed: Sequence[int]
+        self, windows: Sequence[Sequence[RowBlock]], buffer: int, passes: int, blocks_per_step: int, seed: Sequence[int]
     ) -> None:
         if min(buffer, passes, blocks_per_step) < 1:
             raise SmartKVError(
@@ -57,7 +57,7 @@ class Replay:
             raise SmartKVError("there are no windows to draw from, or one without keys to train on")
         self.windows, self.passes, self.blocks_per_step, self.seed = windows, passes, blocks_per_step, seed
         self.room = buffer * max(len(blocks) for blocks in windows)
-        self.live: list[tuple[Block, int]] = []
+        self.live: list[tuple[RowBlock, int]] = []
 
     def __len__(self) -> int:
         """Steps."""

@@ -13,7 +13,7 @@ from datamodules.distributed import check_resumed, process_of
 from smartkv.errors import SmartKVError
 from smartkv.models.backbone import load_tokenizer, read_architecture
 from smartkv.models.gguf import PACKAGED
-from smartkv.shards.manifest import Block
+from smartkv.shards.manifest import RowBlock
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import WindowCounts, WindowPlan, check_counts, plan_windows
 
@@ -42,7 +42,7 @@ class _Windows(Dataset):
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens.long()
 
-    def __getitem__(self, item: tuple[list[Block], int]) -> WindowBatch:
+    def __getitem__(self, item: tuple[list[RowBlock], int]) -> WindowBatch:
         blocks, global_windows = item
         number = torch.tensor([block.window for block in blocks], dtype=torch.int64)
         return WindowBatch(self.tokens[number], number, global_windows)
@@ -102,7 +102,7 @@ class TokenWindows(L.LightningDataModule):
     def _loader(self, split: str, shuffle: bool) -> BlockLoader:
         rank, world = process_of(self.trainer)
         tokens = self.plan.of_split(split)
-        blocks = [Block("", number, 0, 1) for number in range(len(tokens))]
+        blocks = [RowBlock("", number, 0, 1) for number in range(len(tokens))]
         size, seed = (self.batch_size, self.seed) if shuffle else (world, None)
         return BlockLoader(_Windows(tokens), blocks, size, seed, rank, world)
 

@@ -1,4 +1,4 @@
-"""The old path of `smartkv.policies.budgets`."""
+"""Old path of `smartkv.policies.budgets`, kept for code written for version 0.1."""
 
 from smartkv.policies.budgets import Calibration, policy_of, price_curve, solve
 

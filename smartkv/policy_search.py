@@ -1,11 +1,11 @@
-"""`auto`: which window each layer gets, and whether it asks its gates, chosen from data; one price for all heads.
+"""Search of a policy from data: a rule and a window for each layer, and one price for all heads.
 
-Each layer in turn is given each option while the others stay as they are, and two things are measured on calibration
-texts: how far the model's predictions move from the full cache's (KL divergence, nats a token), and what the layer
-keeps. What a share of the cache is worth is measured too: how much the divergence falls when the price of all layers
-falls a little, over how much more they keep then. Each layer takes the option for which divergence + rate · footprint
-is least, and the price is solved anew. (What two layers' changes do together is taken for the sum of what each does
-alone.)
+Each layer in turn is given each option, while the other layers keep the rule to start from. Two figures are measured on
+calibration texts: the KL divergence of the model's predictions from those with a full cache (nats per token), and the
+share of keys that the layer keeps. The exchange rate between the two is measured as well: the price of all layers is
+changed a little, and the fall of the divergence is divided by the rise of the footprint. Each layer then takes the
+option with the smallest divergence + rate · footprint, and the price is solved again. The search assumes that the
+changes of layers add up.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,14 +26,14 @@ from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
 @dataclass(frozen=True)
 class Trade:
-    """What options do, layer by layer.
+    """The measured effect of each option in each layer.
 
     Attributes:
-        options: a layer's rules to choose from; their `layers` is not read.
-        base: index of the option that all layers have while another is tried.
-        divergence: float64 `[layers, options]`, nats a token, with that one layer changed.
-        footprint: float64 `[layers, options]`, what the layer keeps of its full cache.
-        rate: nats a token that a whole cache is worth, where the price stands.
+        options: Rules to choose from. Their `layers` is not read.
+        base: Index of the option that the other layers have.
+        divergence: Divergence in nats per token with one layer changed, float64 `[layers, options]`.
+        footprint: Share of its full cache that the layer keeps, float64 `[layers, options]`.
+        rate: Worth of a whole cache at the current price, in nats per token.
     """
 
     options: tuple[LayerRule, ...]
@@ -43,7 +43,7 @@ class Trade:
     rate: float
 
     def choose(self) -> Tensor:
-        """Each layer's option, int64 `[layers]`."""
+        """Choose the best option of each layer, as indices int64 `[layers]`."""
         return (self.divergence + self.rate * self.footprint / len(self.footprint)).argmin(dim=1)
 
 
@@ -58,42 +58,51 @@ def measure_trade(
     first_query: int,
     tracked: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Trade:
-    """Try each option in each layer.
+    """Measure each option in each layer.
 
     Args:
-        policy: with one rule for all layers, nothing open; that rule is one of the options.
-        nearby: the same with a higher and with a lower price.
-        options: their `layers` is not read; those that ask gates share the policy's price.
-        windows: calibration texts, ids `[tokens]` each.
-        first_query: queries from this one on count.
-        tracked: wraps the loop over layers, for a progress bar.
+        model: The model.
+        gates: Its gates. None if no option asks gates.
+        policy: The policy to start from. It has one rule for all layers, which is one of the options, and a price.
+        nearby: The same policy with a higher and with a lower price.
+        options: Rules to try. Their `layers` is not read. Those that ask gates share the policy's price.
+        windows: Calibration texts, token ids `[tokens]` each.
+        first_query: Index of the first query that counts.
+        tracked: Wraps the loop over layers, for a progress bar.
 
     Raises:
-        SmartKVError: a policy with several rules, or one that is not among the options.
+        SmartKVError: The policy has several rules, or one that is not among the options.
     """
     everywhere = tuple(replace(option, layers="all") for option in options)
     if len(policy.rules) != 1 or policy.rules[0] not in everywhere:
-        raise SmartKVError("the policy to start from has one rule for all layers, which is one of the options")
+        raise SmartKVError(
+            "the policy to start from must have one rule for all layers, which is one of the options: got "
+            + ", ".join(f"{rule.rule} {rule.window} in layers {rule.layers}" for rule in policy.rules)
+        )
     base = everywhere.index(policy.rules[0])
     layers = model.config.num_hidden_layers
     shape = (layers, len(everywhere))
-    moved, kept = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
-    teachers = [_hidden(model, ids, None)[first_query:] for ids in windows]
+    divergences, footprints = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+    teachers = [_last_hidden(model, ids, None)[first_query:] for ids in windows]
     head = model.get_output_embeddings()
 
-    def read(tried: HybridPolicy) -> tuple[float, Tensor]:
-        lost, by_layer = 0.0, torch.zeros(layers, dtype=torch.float64)
+    def measure(tried: HybridPolicy) -> tuple[float, Tensor]:
+        """Measure the divergence of a policy, and the footprint of each layer."""
+        mean_divergence, by_layer = 0.0, torch.zeros(layers, dtype=torch.float64)
         for ids, teacher in zip(windows, teachers, strict=True):
             with LifespanCache(model, gates, tried, first_query=first_query) as cache:
-                hidden = _hidden(model, ids, cache)[first_query:]
+                hidden = _last_hidden(model, ids, cache)[first_query:]
                 by_layer += cache.footprint_by_head.mean(dim=1).cpu() / len(windows)
-            lost += float(divergence(hidden, teacher, head)) / len(windows)
-        return lost, by_layer
+            mean_divergence += float(divergence(hidden, teacher, head)) / len(windows)
+        return mean_divergence, by_layer
 
-    moved[:, base], kept[:, base] = read(policy)
-    dear, cheap = sorted((read(each) for each in nearby), key=lambda found: float(found[1].mean()))
-    room = float((cheap[1] - dear[1]).mean())
-    rate = max(0.0, (dear[0] - cheap[0]) / room) if room > 0 else 0.0
+    divergences[:, base], footprints[:, base] = measure(policy)
+    measured = [measure(each) for each in nearby]
+    (dear_divergence, dear_footprint), (cheap_divergence, cheap_footprint) = sorted(
+        measured, key=lambda pair: float(pair[1].mean())
+    )
+    gain = float((cheap_footprint - dear_footprint).mean())
+    rate = max(0.0, (dear_divergence - cheap_divergence) / gain) if gain > 0 else 0.0
     for layer in tracked(range(layers)):
         others = format_layers([other for other in range(layers) if other != layer])
         for number, option in enumerate(everywhere):
@@ -101,12 +110,12 @@ def measure_trade(
                 continue
             own = replace(option, layers=str(layer))
             rest = (replace(policy.rules[0], layers=others),) if others else ()
-            moved[layer, number], by_layer = read(replace(policy, rules=(own, *rest)))
-            kept[layer, number] = by_layer[layer]
-    return Trade(everywhere, base, moved, kept, rate)
+            divergences[layer, number], by_layer = measure(replace(policy, rules=(own, *rest)))
+            footprints[layer, number] = by_layer[layer]
+    return Trade(everywhere, base, divergences, footprints, rate)
 
 
-def _hidden(model: PreTrainedModel, ids: Tensor, cache: LifespanCache | None) -> Tensor:
+def _last_hidden(model: PreTrainedModel, ids: Tensor, cache: LifespanCache | None) -> Tensor:
     ids = ids.long().to(model.device)[None]
     output = model.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
     hidden: Tensor = output.last_hidden_state[0]
@@ -114,15 +123,26 @@ def _hidden(model: PreTrainedModel, ids: Tensor, cache: LifespanCache | None) ->
 
 
 def auto_policy(trade: Trade, policy: HybridPolicy, footprint: float, calibration: Calibration) -> HybridPolicy:
-    """The policy with each layer's chosen rule, and its price solved for that footprint.
+    """Make the policy with the chosen rule of each layer and solve its price for a footprint.
+
+    Args:
+        trade: Measured effects of the options.
+        policy: The policy that was started from, whose sinks are kept.
+        footprint: Share of the full cache's keys.
+        calibration: Predictions of the gates on calibration texts.
+
+    Returns:
+        A policy named "auto". It has no price if no layer asks its gates.
 
     Raises:
-        SmartKVError: the footprint is out of reach.
+        FootprintOutOfReach: The rules cannot keep the footprint.
     """
     chosen = trade.choose().tolist()
     rules = []
     for number in sorted(set(chosen)):
         own = [layer for layer, option in enumerate(chosen) if option == number]
         rules.append(replace(trade.options[number], layers=format_layers(own)))
-    found = replace(policy, rules=tuple(rules), name="auto")
-    return solve(replace(found, price=None), footprint, calibration) if found.gated else found
+    chosen_policy = replace(policy, rules=tuple(rules), name="auto")
+    if not chosen_policy.gated:
+        return chosen_policy
+    return solve(replace(chosen_policy, price=None), footprint, calibration)

@@ -1,10 +1,11 @@
-"""Gates inside NVIDIA's kvpress: what is scored there, scored by what SmartKV learnt.
+"""A press for NVIDIA's kvpress that scores keys with SmartKV's gates.
 
+Example:
     press = LifespanPress(compression_ratio=0.75, gates="smollm2-135m-instruct")
     with press(model):
         model(input_ids, past_key_values=cache)
 
-kvpress compresses once, after a prefill that saw every key. Needs the extra `kvpress`.
+kvpress compresses once, after a prefill that saw every key. This module needs the extra `kvpress`.
 """
 
 from dataclasses import dataclass
@@ -25,26 +26,29 @@ try:
 except ImportError as error:
     raise ImportError(
         "smartkv.press needs kvpress: pip install 'smartkv[kvpress]', in an environment of its own, "
-        "since kvpress holds transformers below 5.3"
+        "because kvpress needs transformers below 5.3"
     ) from error
 
 
 @dataclass
 class LifespanPress(ScorerPress):
-    """Keys stay by the score of their gates; of gates that judge for ages, the last: to stay for good.
+    """Press that keeps the keys with the highest scores of their gates.
+
+    Gates that judge by age give their score at the last age, which decides whether a key stays for good.
+
+    The press works in an `AdaKVPress` (budgets by head) and in a `DMSPress` (one price, while decoding too). A
+    `ChunkPress` or `BlockPress` passes pieces of a text, in which no key is pinned. If fewer keys than sinks and window
+    may stay, some of these are evicted.
 
     Args:
-        compression_ratio: share of the keys that go.
-        gates: gates, or their folder, name or hub id.
-        sinks: tokens at the start that always stay.
-        window: latest tokens of the prefill that always stay; in a `DMSPress`, which has a window of its own: 0.
+        compression_ratio: Share of the keys that are evicted.
+        gates: A GateBank, or a folder, shipped name or hub id of gates.
+        sinks: Number of tokens at the start that always stay.
+        window: Number of latest tokens of the prefill that always stay. In a `DMSPress`, which has a window of its
+            own, set it to 0.
 
     Raises:
-        SmartKVError: no gates, or gates of another model.
-
-    Works in an `AdaKVPress` (budgets by head) and in a `DMSPress` (one price, while decoding too). A `ChunkPress` or
-    `BlockPress` hands over pieces of a text: in them nothing is pinned. Where fewer than sinks + window keys may stay,
-    it is some of these.
+        SmartKVError: There are no gates, the gates belong to another model, or a number is below 0.
     """
 
     gates: GateBank | Path | str | None = None
@@ -60,24 +64,42 @@ class LifespanPress(ScorerPress):
         self.bank = self.gates if isinstance(self.gates, GateBank) else GateBank.from_pretrained(self.gates)
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
+        """Check that the gates fit `model` and move them to its device.
+
+        Raises:
+            SmartKVError: The gates belong to another model.
+        """
         self._check(model.config)
         self.bank = self.bank.to(model.device)
 
     def _check(self, config: Any) -> None:
-        arch, own = Architecture.of(config), self.bank.fingerprint
-        model = Fingerprint(arch.model_type, arch.layers, arch.kv_heads, arch.head_dim, own.weight_hash)
-        model.check(own, "the gates of this press")
+        arch, expected = Architecture.of(config), self.bank.fingerprint
+        model = Fingerprint(arch.model_type, arch.layers, arch.kv_heads, arch.head_dim, expected.weight_hash)
+        model.check(expected, "the gates of this press")
 
     @torch.no_grad()
     def score(
         self, module: nn.Module, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Any, kwargs: Any
     ) -> Tensor:
-        """kvpress's contract: float32 `[batch, kv_heads, tokens]` of the tokens in `hidden_states`.
+        """Score the tokens in `hidden_states`, as kvpress calls it.
+
+        Sinks and the window get the largest score.
+
+        Args:
+            module: Attention module of the layer.
+            hidden_states: Inputs of the layer's attention, `[batch, tokens, hidden]`.
+            keys: Keys in the cache, `[batch, kv_heads, tokens, head_dim]`.
+            values: Values in the cache, not used.
+            attentions: Attention weights, not used.
+            kwargs: Arguments of the attention module, of which `cache_position` is used if there is one.
+
+        Returns:
+            float32 `[batch, kv_heads, tokens]`.
 
         Raises:
-            SmartKVError: gates of another model, or keys whose hidden states are not there.
+            SmartKVError: The gates belong to another model, or there are keys without hidden states.
         """
-        self._check(module.config)  # presses around this one do not always call post_init_from_model
+        self._check(module.config)  # presses that wrap this one do not always call post_init_from_model
         if hidden_states.shape[1] != keys.shape[2]:
             raise SmartKVError(
                 f"a LifespanPress needs the hidden state of every key, got {hidden_states.shape[1]} for "

@@ -14,7 +14,7 @@ from eval.common.results import save_picture, write_result, write_tables
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.shards.labelled_keys import LabelledKeys
-from smartkv.shards.manifest import Block, Manifest
+from smartkv.shards.manifest import Manifest, RowBlock
 
 RECALL = "recall"  # the source whose windows ask back
 
@@ -82,7 +82,7 @@ def layers(
         console.print(f"  {path}", highlight=False)
 
 
-def _asks_back(rows: LabelledKeys, block: Block) -> bool:
+def _asks_back(rows: LabelledKeys, block: RowBlock) -> bool:
     """Whether the window is of the source `recall`."""
     document = int(rows.document(block)[0])
     return rows.manifest.documents[document].partition("/")[0] == RECALL

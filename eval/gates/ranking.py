@@ -9,7 +9,7 @@ from smartkv.errors import SmartKVError
 from smartkv.metrics.bootstrap import bootstrap, mean_over
 from smartkv.metrics.ranking import concordance, top_share
 from smartkv.shards.labelled_keys import LabelledKeys
-from smartkv.shards.manifest import Block
+from smartkv.shards.manifest import RowBlock
 
 SHARES = (0.1, 0.25)  # of the keys
 AGE = 128  # tokens; future attention counts from the harvested age on that is nearest to it
@@ -37,7 +37,7 @@ class RankingScores:
         ages = rows.manifest.spec.ages
         self.age = min(ages, key=lambda age: abs(age - AGE)) if ages else None
 
-    def note(self, name: str, window: int, score: Tensor, block: Block) -> None:
+    def note(self, name: str, window: int, score: Tensor, block: RowBlock) -> None:
         """`score` `[gates, rows]` of one window's block."""
         labels = self.rows.labels(block)
         figures = self.found.setdefault(name, {})
@@ -52,12 +52,12 @@ class RankingScores:
                 figures.setdefault(f"top_{share * 100:.0f}", []).append(float(each.nanmean()))
                 figures.setdefault(f"top_{share * 100:.0f}_all", []).append(float(together))
 
-    def oracle(self, window: int, block: Block) -> None:
+    def oracle(self, window: int, block: RowBlock) -> None:
         """What true labels would do: future attention, or else lifespans."""
         known = self.age is not None
         self.note(ORACLE, window, self._future(block).nan_to_num(0.0) if known else self.rows.target(block), block)
 
-    def _future(self, block: Block) -> Tensor:
+    def _future(self, block: RowBlock) -> Tensor:
         labels = self.rows.labels(block)
         if labels.future_attention is None or self.age is None:
             raise SmartKVError("these shards hold no future attention")

@@ -1,4 +1,4 @@
-"""Baselines: published eviction methods and oracles, simulated in one forward pass. Frees nothing."""
+"""Baselines: published eviction methods and oracles, simulated in one forward pass; no memory is freed."""
 
 from smartkv.baselines.methods import (
     H2O,

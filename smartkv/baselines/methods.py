@@ -1,7 +1,7 @@
-"""Published rules of which keys stay, each a score of the keys that are left: the larger stay.
+"""Published eviction methods, each a score of the keys that are left. Keys with the largest scores stay.
 
-What each takes at inference is in `needs`: a method that needs attention weights cannot work with fused kernels as they
-are.
+The attribute `needs` names what a method reads at inference. A method that needs attention weights does not work with
+fused attention kernels as they are.
 """
 
 from abc import ABC, abstractmethod
@@ -15,14 +15,27 @@ from smartkv.errors import SmartKVError
 
 
 class Method(ABC):
-    """Attributes: `name`, and `needs`, what it takes at inference beside the cache's own bookkeeping."""
+    """Base class of eviction methods.
+
+    Attributes:
+        name: Name of the method.
+        needs: What the method reads at inference beside keys and positions.
+    """
 
     name: str
     needs: Needs = "keys"
 
     @abstractmethod
     def score(self, live: LiveKeys, window: int) -> Tensor:
-        """float32 `[kv_heads, keys]` of what is left; `window`: the latest tokens, which stay in any case."""
+        """Score the keys that are left.
+
+        Args:
+            live: The keys of one layer, with the statistics that the method needs.
+            window: Number of latest tokens, which stay whatever their score.
+
+        Returns:
+            float32 `[kv_heads, keys]`.
+        """
 
 
 class StreamingLLM(Method):
@@ -31,11 +44,16 @@ class StreamingLLM(Method):
     name = "streaming_llm"
 
     def score(self, live: LiveKeys, window: int) -> Tensor:
+        """Score keys by position."""
         return live.position.float()
 
 
 class Random(Method):
-    """A figure for each key, drawn at its birth: what stays is a fair sample of what was read."""
+    """A random score for each key, drawn once, so that a fair sample of the tokens stays.
+
+    Args:
+        seed: Seed of the draws.
+    """
 
     name = "random"
 
@@ -43,37 +61,43 @@ class Random(Method):
         self.seed = seed
 
     def score(self, live: LiveKeys, window: int) -> Tensor:
+        """Score keys by a draw for each token and head."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + live.layer)
-        drawn = torch.rand(live.read, live.kv_heads, generator=generator).T  # row by row: more text changes no figure
+        drawn = torch.rand(live.read, live.kv_heads, generator=generator).T  # tokens first: more text changes no draw
         return drawn.to(live.key.device).gather(1, live.position)
 
 
 class KeyNorm(Method):
-    """Keys of small L2 norm stay (Devoto et al. 2024, arXiv 2406.11430)."""
+    """L2 norm of keys, of which the smallest stay (Devoto et al. 2024, arXiv 2406.11430)."""
 
     name = "key_norm"
 
     def score(self, live: LiveKeys, window: int) -> Tensor:
+        """Score keys by their negative norm."""
         return -live.key.float().norm(dim=-1)
 
 
 class KeyDiff(Method):
-    """Keys stay that are least like the mean direction of those that are left (Park et al. 2025, arXiv 2504.15364)."""
+    """Distance from the mean direction of the keys that are left (Park et al. 2025, arXiv 2504.15364)."""
 
     name = "keydiff"
 
     def score(self, live: LiveKeys, window: int) -> Tensor:
+        """Score keys by their negative cosine similarity to the mean direction."""
         key = live.key.float()
         anchor = F.normalize(key, dim=-1).mean(dim=1, keepdim=True)
         return -F.cosine_similarity(key, anchor, dim=-1)
 
 
 class SnapKV(Method):
-    """What the latest queries look at, smoothed over neighbours (Li et al. 2024, arXiv 2404.14469).
+    """Attention of the latest queries, smoothed over neighbouring keys (Li et al. 2024, arXiv 2404.14469).
 
     Args:
-        queries: how many of the latest look; of these only queries inside the window, as in the paper.
-        kernel: neighbours that are averaged, odd.
+        queries: Number of latest queries. Only queries inside the window are used, as in the paper.
+        kernel: Number of neighbouring keys that are averaged, odd.
+
+    Raises:
+        SmartKVError: A number is out of range.
     """
 
     name = "snapkv"
@@ -85,44 +109,50 @@ class SnapKV(Method):
         self.queries, self.kernel = queries, kernel
 
     def score(self, live: LiveKeys, window: int) -> Tensor:
-        looked = live.attention_of_latest(min(self.queries, window)).mean(dim=2)  # [kv_heads, group, keys]
-        smooth = F.avg_pool1d(looked, self.kernel, stride=1, padding=self.kernel // 2)
+        """Score keys by the smoothed attention of the latest queries."""
+        attention = live.attention_of_latest(min(self.queries, window)).mean(dim=2)  # [kv_heads, group, keys]
+        smooth = F.avg_pool1d(attention, self.kernel, stride=1, padding=self.kernel // 2)
         return smooth.mean(dim=1)
 
 
 class TOVA(Method):
-    """What the last query looks at, mean over all heads of the layer (Oren et al. 2024, arXiv 2401.06104).
+    """Attention of the last query, mean over all heads of the layer (Oren et al. 2024, arXiv 2401.06104).
 
-    Heads drop different keys only where their keys differ: here all heads of a layer keep the same ones.
+    All heads of a layer keep the same keys.
     """
 
     name = "tova"
     needs: Needs = "attention weights"
 
     def score(self, live: LiveKeys, window: int) -> Tensor:
-        looked = live.attention_of_latest(1)[:, :, 0].mean(dim=(0, 1))
-        return looked.expand(live.kv_heads, -1)
+        """Score keys by the attention of the last query."""
+        attention = live.attention_of_latest(1)[:, :, 0].mean(dim=(0, 1))
+        return attention.expand(live.kv_heads, -1)
 
 
 class H2O(Method):
-    """Attention that a key has got so far, summed over queries (Zhang et al. 2023, arXiv 2306.14048)."""
+    """Attention that a key got so far, summed over queries (Zhang et al. 2023, arXiv 2306.14048)."""
 
     name = "h2o"
     needs: Needs = "attention weights"
 
     def score(self, live: LiveKeys, window: int) -> Tensor:
+        """Score keys by their accumulated attention."""
         return live.accumulated
 
 
 class ExpectedAttention(Method):
-    """Attention that is expected of queries to come, times the value's norm (Devoto et al. 2025, arXiv 2510.00636).
+    """Expected attention of future queries, times the norm of the value (Devoto et al. 2025, arXiv 2510.00636).
 
-    Queries before the rotary embedding are taken for normally distributed, with the mean and covariance of those so
-    far, and turned by the mean rotation of the positions to come.
+    Queries before the rotary embedding are assumed to be normally distributed, with the mean and covariance of the
+    queries so far. They are rotated by the mean rotation of the future positions.
 
     Args:
-        future: positions to come.
-        epsilon: added to the attention before it is multiplied by the norm.
+        future: Number of future positions.
+        epsilon: Added to the attention before it is multiplied by the norm.
+
+    Raises:
+        SmartKVError: A number is out of range.
     """
 
     name = "expected_attention"
@@ -134,11 +164,12 @@ class ExpectedAttention(Method):
         self.future, self.epsilon = future, epsilon
 
     def score(self, live: LiveKeys, window: int) -> Tensor:
-        mean = live.total / live.read
-        covariance = live.outer / live.read - mean[..., None] * mean[..., None, :]
-        coming = torch.arange(live.read, live.read + self.future, device=mean.device)
-        turn = live.rotation.mean_matrix(coming, mean.shape[-1])
-        mean, covariance = mean @ turn.T, turn @ covariance @ turn.T
+        """Score keys by expected attention times the norm of their value."""
+        mean = live.query_sum / live.read
+        covariance = live.query_outer_sum / live.read - mean[..., None] * mean[..., None, :]
+        positions = torch.arange(live.read, live.read + self.future, device=mean.device)
+        rotation = live.rotation.mean_matrix(positions, mean.shape[-1])
+        mean, covariance = mean @ rotation.T, rotation @ covariance @ rotation.T
         key = live.key.float()[:, None]  # [kv_heads, 1, keys, head_dim]
         logits = (key @ mean[..., None])[..., 0] * live.scaling
         logits = logits + ((key @ covariance) * key).sum(dim=-1) * (live.scaling**2 / 2)

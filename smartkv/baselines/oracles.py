@@ -1,4 +1,4 @@
-"""What only a reader of the whole window knows of a key: the bound that rules and gates are measured against."""
+"""Oracle labels: lifespans and attention read from a whole window, a bound for methods and gates."""
 
 from typing import NamedTuple
 
@@ -12,12 +12,12 @@ from smartkv.models.observation import observe_attention
 
 
 class OracleLabels(NamedTuple):
-    """Of each key of a window.
+    """Labels of each key of a window.
 
     Attributes:
-        lifespan: int32 `[layers, kv_heads, tokens]`, tokens; see `smartkv.labels.lifespans`.
-        attention: float32, same shape: mean over the window's queries from an age on of the group's largest attention
-            probability; 0 where there are none.
+        lifespan: Lifespan in tokens, int32 `[layers, kv_heads, tokens]`; see `smartkv.labels.lifespans`.
+        attention: Mean of the query group's largest attention probability over the window's queries from an age on,
+            float32 `[layers, kv_heads, tokens]`; 0 for a key without such queries.
     """
 
     lifespan: Tensor
@@ -25,6 +25,8 @@ class OracleLabels(NamedTuple):
 
 
 class _Observer:
+    """Labels of each layer, filled while the model attends."""
+
     def __init__(self, spec: LabelSpec) -> None:
         self.spec, self.labels = spec, list[LayerLabels]()
 
@@ -40,15 +42,16 @@ class _Observer:
 
 @torch.inference_mode()
 def oracle_labels(model: PreTrainedModel, tokens: Tensor, age: int, threshold: float = 0.05) -> OracleLabels:
-    """Read a window with a full cache, and say of each key how it will be looked at.
+    """Label the keys of a window by the attention that they get under a full cache.
 
     Args:
-        tokens: ids `[tokens]`.
-        age: attention counts from this age on, in tokens; at least 1.
-        threshold: attention probability above which a query hits a key.
+        model: The model.
+        tokens: Token ids of the window, `[tokens]`.
+        age: Age in tokens from which on attention counts, at least 1.
+        threshold: Attention probability above which a query hits a key.
 
     Raises:
-        SmartKVError: an age below 1, a threshold outside (0, 1), or a window that is longer than the model's positions.
+        SmartKVError: The age is below 1, the threshold outside (0, 1), or the window longer than the model's positions.
     """
     check_window(model, len(tokens))
     if age < 1:
@@ -56,7 +59,7 @@ def oracle_labels(model: PreTrainedModel, tokens: Tensor, age: int, threshold: f
     observer = _Observer(LabelSpec((threshold,), (age,), len(tokens)))
     with observe_attention(model, observer):
         model.base_model(input_ids=tokens.long().to(model.device)[None], use_cache=False)
-    later = (len(tokens) - age - torch.arange(len(tokens))).clamp(min=1)
+    queries = (len(tokens) - age - torch.arange(len(tokens))).clamp(min=1)  # of each key, from that age on
     lifespan = torch.stack([labels.lifespan[0].cpu() for labels in observer.labels])
     attention = torch.stack([labels.attention_sum[0].cpu() for labels in observer.labels])
-    return OracleLabels(lifespan, attention / later)
+    return OracleLabels(lifespan, attention / queries)

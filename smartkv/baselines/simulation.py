@@ -1,4 +1,4 @@
-"""A model's attention under a method that drops keys, in one forward pass over one text."""
+"""Simulation of an eviction method in one forward pass of a model over one text."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +21,15 @@ _SIMULATION = "_smartkv_simulation"
 
 
 class Simulation:
-    """What the attention modules find while a model reads under a method, and what is left of it to be told.
+    """State on the attention modules of a model under an eviction method, and its counts afterwards.
+
+    Args:
+        method: Method that scores keys.
+        schedule: When keys are evicted and how many stay.
+        rotation: Rotary embedding of the model.
 
     Attributes:
-        seen: of each layer, keys that each query saw, int64 `[kv_heads, tokens]`.
+        seen: Number of keys that each query saw, by layer, int64 `[kv_heads, tokens]`.
     """
 
     def __init__(self, method: Method, schedule: Schedule, rotation: Rotation) -> None:
@@ -32,33 +37,51 @@ class Simulation:
         self.seen: dict[int, Tensor] = {}
 
     def footprint_by_head(self, first_query: int = 0) -> Tensor:
-        """Σ keys that queries from `first_query` on saw ÷ Σ keys of a full cache, float64 `[layers, kv_heads]`.
+        """Compute the footprint of each head over the queries from `first_query` on.
+
+        It is the number of keys that these queries saw, over the number that they would see in a full cache.
+
+        Returns:
+            float64 `[layers, kv_heads]`.
 
         Raises:
-            SmartKVError: nothing was read, or no query counts.
+            SmartKVError: No text was read, or `first_query` is not in it.
         """
         if not self.seen or not 0 <= first_query < (tokens := self.seen[0].shape[1]):
-            raise SmartKVError("nothing was read from which a footprint could be told: read longer text")
+            raise SmartKVError(f"the text that was read has no query {first_query}: read a longer text first")
         full = (torch.arange(first_query, tokens) + 1).sum()
         seen = torch.stack([self.seen[layer][:, first_query:].sum(dim=1) for layer in sorted(self.seen)])
         return seen.double().cpu() / full
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, own: int | None) -> Tensor:
-        """`query` `[query_heads, tokens, head_dim]`, `key`, `value` `[kv_heads, tokens, head_dim]` -> like `query`.
-        `own`: the model's sliding window."""
-        output, counted = torch.empty_like(query), []
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, sliding_window: int | None
+    ) -> Tensor:
+        """Compute the attention of one layer while keys are evicted.
+
+        Args:
+            layer: Index of the layer.
+            query: `[query_heads, tokens, head_dim]`, after the rotary embedding.
+            key: `[kv_heads, tokens, head_dim]`, after the rotary embedding.
+            value: `[kv_heads, tokens, head_dim]`.
+            scaling: Factor on the scores.
+            sliding_window: Window of the model itself, in tokens. None if it has none.
+
+        Returns:
+            A tensor like `query`.
+        """
+        output, seen_per_tile = torch.empty_like(query), []
         live = LiveKeys(layer, key.shape[0], scaling, self.rotation, self.method.needs)
-        for start, stop, budget in self.schedule.blocks(query.shape[1]):
+        for start, stop, budget in self.schedule.tiles(query.shape[1]):
             queries = query[:, start:stop].unflatten(0, (key.shape[0], -1))
             live.add(queries, key[:, start:stop], value[:, start:stop])
-            mixed, seen = live.attend(queries, start, own)
+            mixed, seen = live.attend(queries, start, sliding_window)
             output[:, start:stop] = mixed.flatten(0, 1)
-            counted.append(seen)
+            seen_per_tile.append(seen)
             if budget is not None and budget < live.count:
                 pinned = (live.position < self.schedule.sinks) | (live.position >= stop - self.schedule.window)
                 score = self.method.score(live, self.schedule.window).masked_fill(pinned, float("inf"))
                 live.keep(score.sort(dim=1, descending=True, stable=True).indices[:, :budget])
-        self.seen[layer] = torch.cat(counted, dim=1)
+        self.seen[layer] = torch.cat(seen_per_tile, dim=1)
         return output
 
 
@@ -68,15 +91,18 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,  # in this place: kvpress, once imported, gives it by position
+    dropout: float = 0.0,  # the sixth parameter: once imported, kvpress passes it by position
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function."""
+    """Attend as an attention function registered with transformers."""
     simulation: Simulation = getattr(module, _SIMULATION)
     if len(query) != 1 or query.shape[2] != key.shape[2]:
-        raise SmartKVError(f"a method is simulated on one text without a cache, got {len(query)} rows")
+        raise SmartKVError(
+            f"a method is simulated on one text without a cache, got {len(query)} rows of {query.shape[2]} queries and "
+            f"{key.shape[2]} keys: pass one row and no past_key_values"
+        )
     scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
     output = simulation.attend(layer, query[0], key[0], value[0], scaling, sliding_window)
@@ -88,9 +114,21 @@ register_attention(COMPRESSED, _attention)
 
 @contextmanager
 def simulated_eviction(model: PreTrainedModel, method: Method, schedule: Schedule) -> Iterator[Simulation]:
-    """Inside, forward passes of `model` over one text (no padding, no cache, no gradients) attend as under a method.
+    """Run forward passes of `model` under an eviction method inside this context.
 
-    The model is as it was on leaving, also after an exception.
+    Each pass reads one text without padding, cache and gradients. On exit the model is restored, also after an
+    exception.
+
+    Args:
+        model: The model.
+        method: Method that scores keys.
+        schedule: When keys are evicted and how many stay.
+
+    Yields:
+        The simulation, from which the footprint can be read after a pass.
+
+    Raises:
+        SmartKVError: The model's family is not supported, or a pass has several rows or a cache.
     """
     Architecture.of(model.config)
     simulation = Simulation(method, schedule, Rotation(model))

@@ -1,4 +1,4 @@
-"""Distillation: soft eviction and its loss, through which gates learn. Knows no Trainer."""
+"""Distillation: soft eviction and the loss through which gates learn from the model; no Trainer."""
 
 from smartkv.distillation.kl_divergence import divergence
 from smartkv.distillation.soft_keep import footprint, keep_share

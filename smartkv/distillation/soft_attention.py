@@ -1,9 +1,10 @@
-"""Attention under a soft eviction, through which gates learn from what the model loses.
+"""Attention under soft eviction, through which gates learn from the loss of the model.
 
-Query `i` sees key `j` in full while `i − j < ages[0]` or where `j` is a sink; afterwards the key's weight before
-normalisation, `exp(score)`, is multiplied by `keep_js` in (0, 1], which may be another one from each age on:
-`ages[s] ≤ i − j < ages[s + 1]`. At `keep` 0 or 1, falling with age, this is the rule of `smartkv.policies.hybrid`; in
-between it has a gradient. (The relaxation of DMS, Łańcucki et al. 2025, arXiv 2506.05345, with ages.)
+Query `i` sees key `j` in full while `i − j < ages[0]`, or if `j` is a sink. Afterwards the key's weight before
+normalisation, `exp(score)`, is multiplied by a share `keep[s, j]` in (0, 1]. There is one share per age, and the share
+of age `s` holds while `ages[s] ≤ i − j < ages[s + 1]`. With shares of 0 or 1 that fall with age, this is the rule of
+`smartkv.policies.hybrid`; between 0 and 1 it has a gradient. It is the relaxation of DMS (Łańcucki et al. 2025,
+arXiv 2506.05345) with ages.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,15 +21,16 @@ from smartkv.models.key_hooks import hook_keys
 from smartkv.policies.lifetimes import FOREVER
 
 SOFT = "smartkv_soft"
-BLOCK = 128  # queries at a time: memory grows with tokens × block, never with tokens²
-HIDDEN = -1e4  # log of a share that is none
+TILE = 128  # queries per tile, so that memory grows with tokens × TILE and not with tokens²
+HIDDEN = -1e4  # log of the share 0
 _RULE = "_smartkv_soft_rule"
 
 LogKeep = Callable[[int, Tensor], Tensor]
+"""Function of a layer and its keys before the rotary embedding; see `soft_eviction`."""
 
 
 class _Shape(NamedTuple):
-    """Figures of one call: factor on the scores, ages from which on keys count less, sinks, the model's own window."""
+    """Arguments of one call, as in `soft_attention`."""
 
     scaling: float
     ages: tuple[int, ...]
@@ -37,19 +39,19 @@ class _Shape(NamedTuple):
 
 
 class _SoftAttention(torch.autograd.Function):
-    """Probabilities are computed again in the backward pass, not kept."""
+    """Soft attention that computes probabilities again in the backward pass instead of keeping them."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor, shape: _Shape) -> Tensor:
         grouped = query.unflatten(1, (key.shape[1], -1))  # [batch, kv_heads, group, tokens, head_dim]
         output, total = torch.empty_like(grouped), query.new_empty(grouped.shape[:-1], dtype=torch.float32)
-        for start in range(0, query.shape[2], BLOCK):
-            here = slice(start, start + BLOCK)
-            scores = _scores(grouped[:, :, :, here], key, log_keep, start, shape)
-            total[..., here] = scores.logsumexp(dim=-1)
-            weights = scores.sub_(total[..., here, None]).exp_().to(value.dtype)
+        for start in range(0, query.shape[2], TILE):
+            tile = slice(start, start + TILE)
+            scores = _scores(grouped[:, :, :, tile], key, log_keep, start, shape)
+            total[..., tile] = scores.logsumexp(dim=-1)
+            weights = scores.sub_(total[..., tile, None]).exp_().to(value.dtype)
             mixed = weights.flatten(2, 3) @ value[:, :, : weights.shape[-1]]
-            output[:, :, :, here] = mixed.unflatten(2, weights.shape[2:4])
+            output[:, :, :, tile] = mixed.unflatten(2, weights.shape[2:4])
         ctx.save_for_backward(query, key, value, log_keep, output, total)
         ctx.shape = shape
         return output.flatten(1, 2)
@@ -62,24 +64,28 @@ class _SoftAttention(torch.autograd.Function):
         d_query = torch.empty_like(grouped)
         d_key, d_value = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key, value))
         d_log_keep = torch.zeros_like(log_keep)
-        for start in range(0, query.shape[2], BLOCK):
-            here = slice(start, start + BLOCK)
-            scores = _scores(grouped[:, :, :, here], key, log_keep, start, ctx.shape)
-            weights, keys = scores.sub_(total[..., here, None]).exp_(), slice(0, scores.shape[-1])
-            grads = grad[:, :, :, here].flatten(2, 3)
+        for start in range(0, query.shape[2], TILE):
+            tile = slice(start, start + TILE)
+            scores = _scores(grouped[:, :, :, tile], key, log_keep, start, ctx.shape)
+            weights, keys = scores.sub_(total[..., tile, None]).exp_(), slice(0, scores.shape[-1])
+            grads = grad[:, :, :, tile].flatten(2, 3)
             d_value[:, :, keys] += weights.flatten(2, 3).to(value.dtype).mT @ grads
             d_scores = (grads @ value[:, :, keys].mT).unflatten(2, weights.shape[2:4]).float()
-            d_scores = d_scores.sub_(mean[..., here, None]).mul_(weights)
+            d_scores = d_scores.sub_(mean[..., tile, None]).mul_(weights)
             for age, columns, far in _aged(start, scores.shape[-2], ctx.shape, key.device):
                 d_log_keep[age, :, :, columns] += (d_scores[..., columns] * far).sum(dim=(2, 3))
             d_scores = d_scores.mul_(ctx.shape.scaling).to(key.dtype).flatten(2, 3)
-            d_query[:, :, :, here] = (d_scores @ key[:, :, keys]).unflatten(2, weights.shape[2:4])
-            d_key[:, :, keys] += d_scores.mT @ grouped[:, :, :, here].flatten(2, 3)
+            d_query[:, :, :, tile] = (d_scores @ key[:, :, keys]).unflatten(2, weights.shape[2:4])
+            d_key[:, :, keys] += d_scores.mT @ grouped[:, :, :, tile].flatten(2, 3)
         return d_query.flatten(1, 2), d_key.to(key.dtype), d_value.to(value.dtype), d_log_keep, None
 
 
 def _scores(queries: Tensor, key: Tensor, log_keep: Tensor, start: int, shape: _Shape) -> Tensor:
-    """float32 `[batch, kv_heads, group, queries, keys up to the block's last query]`, −inf where nothing is seen."""
+    """Compute the scores of a tile of queries over the keys up to its last query.
+
+    Returns:
+        float32 `[batch, kv_heads, group, queries, keys]`, −inf where a query does not see a key.
+    """
     stop = start + queries.shape[3]
     scores = (queries.flatten(2, 3) @ key[:, :, :stop].mT).float().mul_(shape.scaling).unflatten(2, queries.shape[2:4])
     for age, columns, far in _aged(start, stop - start, shape, key.device):
@@ -93,12 +99,16 @@ def _scores(queries: Tensor, key: Tensor, log_keep: Tensor, start: int, shape: _
 
 
 def _aged(start: int, queries: int, shape: _Shape, device: torch.device) -> Iterator[tuple[int, slice, Any]]:
-    """Of each age's number: columns of the keys that some of a block's queries see at that age and before the next,
-    and which queries see which: 1 for all, or bool `[queries, columns]`."""
+    """Find the keys that the queries of a tile see between an age and the next.
+
+    Yields:
+        Number of the age, columns of the keys, and which queries see which of them at that age: 1.0 for all, or bool
+        `[queries, columns]`.
+    """
     last, index = start + queries - 1, torch.arange(start, start + queries, device=device)[:, None]
     for number, (age, until) in enumerate(pairwise((*shape.ages, FOREVER))):
-        first, stop = max(shape.sinks, start - until + 1), last - age + 1  # some query sees these at that age
-        whole = slice(max(first, last - until + 1), min(stop, start - age + 1))  # and all queries these
+        first, stop = max(shape.sinks, start - until + 1), last - age + 1  # keys that some query sees at that age
+        whole = slice(max(first, last - until + 1), min(stop, start - age + 1))  # keys that all queries see at that age
         if whole.start >= whole.stop:
             whole = slice(first, first)
         else:
@@ -119,35 +129,39 @@ def soft_attention(
     sinks: int = 4,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Causal attention in which keys count as much as they are kept at their age. Gradients flow to all four.
+    """Compute causal attention in which each key is weighted by the share that is kept at its age.
+
+    Gradients flow to `query`, `key`, `value` and `log_keep`.
 
     Args:
         query: `[batch, query_heads, tokens, head_dim]`, after the rotary embedding.
-        key, value: `[batch, kv_heads, tokens, head_dim]`.
-        log_keep: float32 `[ages, batch, kv_heads, tokens]`, log of the share that is kept from each age on, until the
-            next.
-        scaling: factor on the scores.
-        ages: tokens, ascending, at least 1; before the first a key is seen in full.
-        sinks: keys at the start that are always seen in full.
-        sliding_window: of the model itself: beyond it nothing is seen; None: it has none.
+        key: `[batch, kv_heads, tokens, head_dim]`, after the rotary embedding.
+        value: `[batch, kv_heads, tokens, head_dim]`.
+        log_keep: Log of the share that is kept from each age on until the next, float32
+            `[ages, batch, kv_heads, tokens]`.
+        scaling: Factor on the scores.
+        ages: Ages in tokens, ascending, at least 1. A key younger than the first is seen in full.
+        sinks: Number of keys at the start that are always seen in full.
+        sliding_window: Window of the model itself, beyond which no key is seen. None if it has none.
 
     Returns:
-        Like `query`.
+        A tensor like `query`.
     """
-    found: Tensor = _SoftAttention.apply(
+    output: Tensor = _SoftAttention.apply(
         query, key, value, log_keep, _Shape(scaling, tuple(ages), sinks, sliding_window)
     )
-    return found
+    return output
 
 
 class _Rule:
-    """What the attention modules find while a model is softly evicted."""
+    """State on the attention modules of a model under soft eviction."""
 
     def __init__(self, log_keep: LogKeep, ages: tuple[int, ...], sinks: int) -> None:
         self.log_keep, self.ages, self.sinks = log_keep, ages, sinks
         self.of_layer: dict[int, Tensor] = {}
 
     def on_keys(self, module: nn.Module, keys: Tensor) -> None:
+        """Compute the shares of a layer before its attention runs."""
         layer: int = module.layer_idx  # type: ignore[assignment]
         self.of_layer[layer] = self.log_keep(layer, keys)
 
@@ -158,12 +172,12 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,  # in this place: kvpress, once imported, gives it by position
+    dropout: float = 0.0,  # the sixth parameter: once imported, kvpress passes it by position
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function."""
+    """Attend as an attention function registered with transformers."""
     rule: _Rule = getattr(module, _RULE)
     scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
@@ -177,14 +191,16 @@ register_attention(SOFT, _attention)
 
 @contextmanager
 def soft_eviction(model: PreTrainedModel, log_keep: LogKeep, ages: tuple[int, ...], sinks: int = 4) -> Iterator[None]:
-    """Inside, forward passes of `model` (no padding, no cache) attend under a soft eviction.
+    """Run forward passes of `model` under soft eviction inside this context.
 
-    The model is as it was on leaving, also after an exception.
+    The passes must have no padding and no cache. On exit the model is restored, also after an exception.
 
     Args:
-        log_keep: called with (layer, its keys before the rotary embedding `[batch, kv_heads, tokens, head_dim]`);
-            returns float32 `[ages, batch, kv_heads, tokens]`.
-        ages, sinks: as `soft_attention`.
+        model: The model.
+        log_keep: Called with a layer's index and its keys before the rotary embedding,
+            `[batch, kv_heads, tokens, head_dim]`. Returns log shares as in `soft_attention`.
+        ages: Ages in tokens, ascending, at least 1.
+        sinks: Number of keys at the start that are always seen in full.
     """
     rule = _Rule(log_keep, ages, sinks)
     with hook_keys(model, rule.on_keys), attention_switched_to(model, SOFT, _RULE, rule):

@@ -1,4 +1,4 @@
-"""The soft decision of which keys stay, and the footprint it amounts to."""
+"""The soft decision which keys stay, and the footprint that results from it."""
 
 from collections.abc import Sequence
 
@@ -8,47 +8,73 @@ from torch.nn import functional as F
 
 
 def keep_share(worth: Tensor, price: float | Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Share of each key that is kept from each age on, and its log.
+    """Compute the share of each key that is kept from each age on, and the log of that share.
 
-    What is gone does not come back: the share at an age is the product of what stayed at each age so far.
+    An evicted key cannot come back, so the share at an age is the product of the shares at all ages up to it.
 
     Args:
-        worth: log of nats, `[…, ages]`.
-        price: in the same unit.
+        worth: Log worth of the keys, `[…, ages]`.
+        price: Price in the same unit.
+        temperature: Width of the soft decision, in the same unit.
 
     Returns:
-        Two float32 tensors shaped like `worth`.
+        Share and log share, float32, both shaped like `worth`.
     """
     log = F.logsigmoid((worth.float() - price) / temperature).cumsum(dim=-1)
     return log.exp(), log
 
 
 def hard_keep(worth: Tensor, price: float | Tensor) -> Tensor:
-    """The same where keys stay or go, as in the cache: bool, shaped like `worth`."""
+    """Decide which keys stay from each age on, as the cache does.
+
+    Args:
+        worth: Log worth of the keys, `[…, ages]`.
+        price: Price in the same unit.
+
+    Returns:
+        bool, shaped like `worth`; False from the first age on at which the worth is not above the price.
+    """
     return worth.cummin(dim=-1).values > price
 
 
 def queries_per_age(
     tokens: int, ages: Sequence[int], sinks: int, first_query: int, device: torch.device | None = None
 ) -> Tensor:
-    """How many of the queries `first_query ≤ i < tokens` see each key at each age and before the next, int64
-    `[tokens, ages]`; sinks: 0."""
+    """Count the queries `first_query ≤ i < tokens` that see each key between an age and the next.
+
+    Args:
+        tokens: Length of the window.
+        ages: Ages in tokens, ascending.
+        sinks: Number of sinks, for which the counts are 0.
+        first_query: Index of the first query that counts.
+        device: Device of the result.
+
+    Returns:
+        int64 `[tokens, ages]`.
+    """
     key = torch.arange(tokens, device=device)[:, None]
-    since = torch.tensor(ages, device=device)
-    older = (tokens - (key + since).clamp(min=first_query)).clamp(min=0)
-    at = torch.cat([older[:, :-1] - older[:, 1:], older[:, -1:]], dim=1)
-    return at.masked_fill(key < sinks, 0)
+    age = torch.tensor(ages, device=device)
+    from_age_on = (tokens - (key + age).clamp(min=first_query)).clamp(min=0)
+    until_next_age = torch.cat([from_age_on[:, :-1] - from_age_on[:, 1:], from_age_on[:, -1:]], dim=1)
+    return until_next_age.masked_fill(key < sinks, 0)
 
 
 def footprint(keep: Tensor, ages: Sequence[int], sinks: int, first_query: int) -> Tensor:
-    """Share of a full cache's keys that the queries from `first_query` on see: sinks and keys younger than the
-    first age in full, others by `keep`.
+    """Compute the footprint of soft decisions over the queries from `first_query` on.
+
+    Sinks and keys younger than the first age count in full, other keys by their share.
 
     Args:
-        keep: `[heads, tokens, ages]`, of all heads of all layers.
+        keep: Share of each key that is kept from each age on, `[heads, tokens, ages]`, for all heads of all layers.
+        ages: Ages in tokens, ascending.
+        sinks: Number of sinks.
+        first_query: Index of the first query that counts.
+
+    Returns:
+        A scalar with a gradient to `keep`: the share of a full cache's keys that is kept, mean over heads.
     """
     tokens = keep.shape[1]
-    old = queries_per_age(tokens, ages, sinks, first_query, keep.device)
-    full = (torch.arange(first_query, tokens, device=keep.device) + 1).sum()
-    in_full = full - old.sum()
-    return (in_full + (keep * old).sum(dim=(1, 2)).mean()) / full
+    aged_pairs = queries_per_age(tokens, ages, sinks, first_query, keep.device)
+    all_pairs = (torch.arange(first_query, tokens, device=keep.device) + 1).sum()
+    full_pairs = all_pairs - aged_pairs.sum()  # of a query and a key that is a sink or younger than the first age
+    return (full_pairs + (keep * aged_pairs).sum(dim=(1, 2)).mean()) / all_pairs

@@ -1,1 +1,1 @@
-"""Old names of commands."""
+"""Old names of commands, each of which runs the command of today; nothing is measured here."""

@@ -1,4 +1,4 @@
-"""Gates: one MLP per KV head, their objectives, their files. Knows no policy and no cache."""
+"""Gates (one MLP per KV head), their training objectives and their files; no policies and no caches."""
 
 from smartkv.gates.bank import GateBank
 from smartkv.gates.pretrained import pretrained_gates

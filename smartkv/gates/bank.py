@@ -1,7 +1,7 @@
-"""GateBank: the gates of all KV heads, as grouped weights.
+"""The gates of a model: one small MLP per KV head, stored as grouped weights.
 
-A gate is `Linear(head_dim → hidden) → ReLU → Linear(hidden → outputs)` and reads a key before the rotary embedding.
-All gates run in two batched matrix products.
+A gate is `Linear(head_dim → hidden) → ReLU → Linear(hidden → outputs)`. It reads a key before the rotary embedding.
+All gates of a bank run in two batched matrix products.
 """
 
 import copy
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from smartkv.errors import SmartKVError
 from smartkv.gates.model_card import model_card
 from smartkv.gates.objectives import objective_of_target
-from smartkv.gates.pretrained import CARD, CONFIG, WEIGHTS, checked_details, find
+from smartkv.gates.pretrained import CARD, CONFIG, WEIGHTS, check_details, find_file
 from smartkv.io.atomic import write_atomically
 from smartkv.io.checks import check_type, check_whole, read_dataclass
 from smartkv.models.architecture import Fingerprint
@@ -36,21 +36,23 @@ FORMAT_VERSION = 1
 
 
 class GateBank(nn.Module, ModelHubMixin):
-    """Gates for the KV heads of some layers of one model.
+    """Gates for the KV heads of some or all layers of one model.
 
     Args:
-        fingerprint: the model that the gates belong to.
-        layers: the layers that have gates, ascending; None: all.
-        hidden: width of the hidden layer.
-        outputs: predictions a key; one for log4 lifespan.
-        details: what the config remembers beside the shape: target, threshold, training data, metrics, policy.
+        fingerprint: Architecture of the model that the gates belong to.
+        layers: Indices of the layers that have gates, ascending. None means all layers.
+        hidden: Width of the hidden layer.
+        outputs: Number of predictions per key: 1 for log4 lifespan, one per age for gates that judge by age.
+        details: Metadata stored in `config.json` beside the shape: target, threshold, training data, metrics, policy.
 
     Raises:
-        SmartKVError: layers that the model does not have.
+        SmartKVError: The layers are not ascending layers of the model, or the ages do not match `outputs`.
 
     Attributes:
-        weight1 `[gates, head_dim, hidden]`, bias1 `[gates, 1, hidden]`,
-        weight2 `[gates, hidden, outputs]`, bias2 `[gates, 1, outputs]`: gates in the order (layer, head).
+        weight1: `[gates, head_dim, hidden]`. Gates are ordered by layer, then by head, in all four tensors.
+        bias1: `[gates, 1, hidden]`.
+        weight2: `[gates, hidden, outputs]`.
+        bias2: `[gates, 1, outputs]`.
     """
 
     def __init__(
@@ -67,15 +69,17 @@ class GateBank(nn.Module, ModelHubMixin):
         known = all(isinstance(layer, int) and 0 <= layer < fingerprint.layers for layer in self.layers)
         if not self.layers or not known or self.layers != sorted(set(self.layers)):
             raise SmartKVError(
-                f"gates for layers {self.layers}: expected some of 0-{fingerprint.layers - 1}, ascending, each once"
+                f"gates for layers {self.layers}: expected ascending, distinct layers from 0-{fingerprint.layers - 1}"
             )
         self.hidden, self.outputs = hidden, outputs
         self.details = details or {}
         if self.ages and len(self.ages) != outputs:
-            raise SmartKVError(f"gates that judge for the ages {list(self.ages)} have an output each, not {outputs}")
+            raise SmartKVError(
+                f"gates for the ages {list(self.ages)} need one output per age ({len(self.ages)}), got {outputs}"
+            )
         gates = len(self.layers) * fingerprint.kv_heads
 
-        def uniform(*shape: int, fan_in: int) -> nn.Parameter:  # as nn.Linear does
+        def uniform(*shape: int, fan_in: int) -> nn.Parameter:  # the initialization of nn.Linear
             return nn.Parameter((2 * torch.rand(*shape) - 1) / math.sqrt(fan_in))
 
         self.weight1 = uniform(gates, fingerprint.head_dim, hidden, fan_in=fingerprint.head_dim)
@@ -88,24 +92,27 @@ class GateBank(nn.Module, ModelHubMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.weight1.device
 
     @property
     def ages(self) -> tuple[int, ...]:
-        """For which the gates judge a key, in tokens, ascending, an output each; none: once and for all."""
+        """The ages, in tokens and ascending, at which the gates judge a key; one output each.
+
+        Empty for gates that judge a key once.
+        """
         return tuple(self.details.get("ages", ()))
 
     @property
     def heads(self) -> list[tuple[int, int]]:
-        """(layer, head) of each gate."""
+        """The (layer, head) pair of each gate, in the order of the weights."""
         return [(layer, head) for layer in self.layers for head in range(self.fingerprint.kv_heads)]
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuse to serve a model of another architecture, or on another device.
+        """Check that the gates fit `model` and are on its device.
 
         Raises:
-            SmartKVError: naming both.
+            SmartKVError: The architecture or the device differs. The message names both.
         """
         Fingerprint.of(model).check(self.fingerprint, "the gates")
         if self.device != model.device:
@@ -114,57 +121,93 @@ class GateBank(nn.Module, ModelHubMixin):
             )
 
     def forward(self, keys: Tensor) -> Tensor:
-        """`keys` `[gates, rows, head_dim]` -> predictions `[gates, rows, outputs]`."""
+        """Predict all gates at once.
+
+        Args:
+            keys: `[gates, rows, head_dim]`, before the rotary embedding, in the dtype of the weights.
+
+        Returns:
+            Predictions `[gates, rows, outputs]`.
+        """
         return torch.baddbmm(self.bias2, torch.baddbmm(self.bias1, keys, self.weight1).relu_(), self.weight2)
 
     def predict(self, layer: int, keys: Tensor) -> Tensor:
-        """One layer's predictions.
+        """Predict with the gates of one layer.
 
         Args:
-            layer: its index in the model.
-            keys: before the rotary embedding, `[batch, kv_heads, tokens, head_dim]`, any float dtype.
+            layer: Index of the layer in the model.
+            keys: `[batch, kv_heads, tokens, head_dim]`, before the rotary embedding, any float dtype.
 
         Returns:
             float32 `[batch, kv_heads, tokens, outputs]`.
 
         Raises:
-            SmartKVError: the layer has no gates.
+            SmartKVError: The layer has no gates.
         """
         if layer not in self.layers:
             raise SmartKVError(f"layer {layer} has no gates: they were trained for layers {format_layers(self.layers)}")
-        place = self.layers.index(layer) * self.fingerprint.kv_heads
-        here = slice(place, place + self.fingerprint.kv_heads)
-        hidden = (keys.to(self.weight1.dtype) @ self.weight1[here] + self.bias1[here]).relu()
-        return (hidden @ self.weight2[here] + self.bias2[here]).float()
+        first_gate = self.layers.index(layer) * self.fingerprint.kv_heads
+        gates = slice(first_gate, first_gate + self.fingerprint.kv_heads)
+        hidden = (keys.to(self.weight1.dtype) @ self.weight1[gates] + self.bias1[gates]).relu()
+        return (hidden @ self.weight2[gates] + self.bias2[gates]).float()
 
     def score(self, layer: int, keys: Tensor) -> Tensor:
-        """What a policy compares with its price: the larger, the longer a key stays.
+        """Score keys for a policy, which compares the score with its price; a larger score keeps a key longer.
 
-        Args as `predict`; returns float32 `[batch, kv_heads, tokens]`, and `[…, ages]` from gates that judge for ages.
+        Args:
+            layer: Index of the layer in the model.
+            keys: `[batch, kv_heads, tokens, head_dim]`, before the rotary embedding, any float dtype.
+
+        Returns:
+            float32 `[batch, kv_heads, tokens]`; `[batch, kv_heads, tokens, ages]` for gates that judge by age.
+
+        Raises:
+            SmartKVError: The layer has no gates.
         """
         return self.read(self.predict(layer, keys))
 
     def read(self, prediction: Tensor) -> Tensor:
-        """The score in what the gates put out, by the objective they were trained on: `[…, outputs]` -> `[…]`, or
-        `[…, ages]`, falling with age: what is gone does not come back."""
+        """Convert outputs to scores with the objective that the gates were trained on.
+
+        Scores of gates that judge by age never rise with age, because an evicted key cannot come back.
+
+        Args:
+            prediction: `[…, outputs]`.
+
+        Returns:
+            `[…]`; `[…, ages]` for gates that judge by age.
+        """
         if self.ages:
             return prediction.cummin(dim=-1).values
         objective = objective_of_target(self.details.get("target", ""), self.details.get("objective", {}))
         return prediction[..., 0] if objective is None else objective.score(prediction)
 
     def single_score(self, score: Tensor) -> Tensor:
-        """One score a key, `[…, ages]` -> `[…]`: of gates that judge for ages that of the last, to stay for good. The
-        scores of other gates are returned as they are."""
+        """Reduce scores to one per key.
+
+        For gates that judge by age this is the score at the last age, which decides whether a key stays for good.
+
+        Args:
+            score: What `score` or `read` returned.
+
+        Returns:
+            `[…]`. Scores of gates that judge a key once are returned unchanged.
+        """
         return score[..., -1] if self.ages else score
 
     @torch.no_grad()
     def folded(self, mean: Tensor, std: Tensor) -> "GateBank":
-        """The same gates for raw keys: `gate((key − mean) / std)` with the standardisation in the first Linear.
+        """Fold the standardisation of keys into the first linear layer.
 
         Args:
-            mean, std: of each gate's training keys, `[gates, head_dim]`.
+            mean: `[gates, head_dim]`, mean of each gate's training keys.
+            std: `[gates, head_dim]`, their standard deviation.
+
+        Returns:
+            A new bank that reads raw keys and answers `gate((key − mean) / std)`.
         """
-        bank = copy.deepcopy(self)  # a new bank would draw random numbers, and change what the training draws next
+        # A deep copy, because a new bank would draw random weights and change what the training draws next.
+        bank = copy.deepcopy(self)
         weight = self.weight1.double() / std.double()[:, :, None]
         bank.weight1.copy_(weight)
         bank.bias1.copy_(self.bias1.double() - mean.double()[:, None, :] @ weight)
@@ -173,8 +216,8 @@ class GateBank(nn.Module, ModelHubMixin):
     # -- files ----------------------------------------------------------------------------------------------------
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        wide = torch.float16 if self.weight1.dtype == torch.float16 else torch.float32
-        state = {name: tensor.detach().to("cpu", wide).contiguous() for name, tensor in self.state_dict().items()}
+        dtype = torch.float16 if self.weight1.dtype == torch.float16 else torch.float32
+        state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
         weights = save(state)
         config = {
             "format_version": FORMAT_VERSION,
@@ -193,19 +236,20 @@ class GateBank(nn.Module, ModelHubMixin):
     def from_pretrained(  # type: ignore[override]
         cls, folder_or_id: str | Path, model: PreTrainedModel | None = None, revision: str | None = None
     ) -> "GateBank":
-        """Load gates from a folder, from those that come with SmartKV, or from the hub; safetensors and JSON only. They
-        compute in float32, also where their file holds float16.
+        """Load gates from a folder, from the gates shipped with SmartKV, or from the hub.
+
+        Only safetensors and JSON are read. The gates compute in float32, also if the file holds float16.
 
         Args:
-            folder_or_id: a folder that `save_pretrained` wrote, a name of `smartkv.pretrained_gates()`, or a hub id.
-            model: the model they shall serve; its architecture is checked.
-            revision: of the hub repository.
+            folder_or_id: A folder written by `save_pretrained`, a name from `smartkv.pretrained_gates()`, or a hub id.
+            model: The model to use the gates with. Its architecture is checked; None checks nothing.
+            revision: Revision of the hub repository.
 
         Raises:
-            SmartKVError: not there, damaged, or for another architecture (both are named).
+            SmartKVError: The gates are missing, damaged, or for another architecture (the message names both).
         """
-        config_path = find(folder_or_id, CONFIG, revision)
-        weights_path = find(folder_or_id, WEIGHTS, revision)
+        config_path = find_file(folder_or_id, CONFIG, revision)
+        weights_path = find_file(folder_or_id, WEIGHTS, revision)
         try:
             config = json.loads(config_path.read_text())
             if config["format_version"] != FORMAT_VERSION:
@@ -214,8 +258,8 @@ class GateBank(nn.Module, ModelHubMixin):
                 )
             fingerprint = read_dataclass(Fingerprint, config["fingerprint"], least=1)
             hidden, outputs = (check_whole(name, config[name], 1) for name in ("hidden", "outputs"))
-            details = checked_details(config["details"])
-            with torch.device("meta"):  # sizes that a damaged file claims cost nothing until the weights agree
+            details = check_details(config["details"])
+            with torch.device("meta"):  # sizes claimed by a damaged config allocate nothing
                 bank = cls(fingerprint, check_type("layers", config["layers"], list), hidden, outputs, details)
             objective_of_target(details.get("target", ""), details.get("objective", {}))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -231,15 +275,23 @@ class GateBank(nn.Module, ModelHubMixin):
         except (SafetensorError, RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise SmartKVError(f"{weights_path} does not hold the gates its config.json describes: {reason}") from error
-        if config.get("weights_sha256") not in (None, hashlib.sha256(data).hexdigest()):  # None: there was none before
+        # Early configs have no digest.
+        if config.get("weights_sha256") not in (None, hashlib.sha256(data).hexdigest()):
             raise SmartKVError(
                 f"{weights_path} was not written together with its config.json, or is damaged: export the gates again"
             )
         return bank.eval()
 
     def export_heads(self, out: Path) -> None:
-        """One file a head, `l{layer}_h{head}.safetensors`, named like `nn.Sequential(Linear, ReLU, Linear)`:
-        `net.0.weight` `[hidden, head_dim]`, `net.0.bias`, `net.2.weight` `[outputs, hidden]`, `net.2.bias`."""
+        """Write one file per head, `l{layer}_h{head}.safetensors`.
+
+        The tensors are named like those of a module whose `net` is `nn.Sequential(Linear, ReLU, Linear)`:
+        `net.0.weight` `[hidden, head_dim]`, `net.0.bias` `[hidden]`, `net.2.weight` `[outputs, hidden]` and
+        `net.2.bias` `[outputs]`.
+
+        Args:
+            out: Folder to write to.
+        """
         for gate, (layer, head) in enumerate(self.heads):
             tensors = {
                 "net.0.weight": self.weight1[gate].T,
@@ -255,5 +307,5 @@ class GateBank(nn.Module, ModelHubMixin):
 
 
 def head_name(layer: int, head: int) -> str:
-    """The log name of a head: `L07H1`."""
+    """Return the name of a head in logs, such as `L07H1`."""
     return f"L{layer:02d}H{head}"

@@ -1,19 +1,26 @@
-"""The model card (README.md) of exported gates."""
+"""The model card (`README.md`) written beside exported gates."""
 
 import json
 from typing import Any
 
 
 def model_card(gates: int, model: str, layers: str, details: dict[str, Any]) -> str:
-    """The model card, Markdown.
+    """Write the model card of exported gates.
+
+    The card shows how to use the gates. With a policy and its prices in `details` it shows a cache and a table of
+    prices, otherwise the predictions of one layer.
 
     Args:
-        gates: how many.
-        model: in words.
-        layers: that have gates, in words.
-        details: of the gates.
+        gates: Number of gates.
+        model: Description of the model's architecture.
+        layers: Ranges of the layers that have gates, such as "0-29".
+        details: Details of the gates, as in their `config.json`.
+
+    Returns:
+        Markdown with the front matter of a hub model card.
     """
-    use = _USE_POLICY if (remembered := bool(details.get("policy") and details.get("prices"))) else _USE_GATES
+    has_prices = bool(details.get("policy") and details.get("prices"))
+    snippet = _CACHE_SNIPPET if has_prices else _PREDICT_SNIPPET
     settings = {name: value for name, value in details.items() if name != "prices"}
     return f"""---
 library_name: smartkv
@@ -22,13 +29,13 @@ tags: [kv-cache, key-eviction]
 
 # SmartKV gates
 
-{gates} gates for {model} (layers {layers}). Each reads a key before the
-rotary embedding and predicts how long later queries will look at it.
+{gates} gates for {model} (layers {layers}), one per KV head. Each gate reads a key before
+the rotary embedding and predicts how long later queries will attend to it.
 
 ```python
-{use.replace("NAME", details.get("name", "this folder or hub id"))}
+{snippet.replace("NAME", details.get("name", "this folder or hub id"))}
 ```
-{_prices(details) if remembered else ""}
+{_price_table(details) if has_prices else ""}
 Trained with:
 
 ```json
@@ -37,25 +44,26 @@ Trained with:
 """
 
 
-_USE_GATES = """\
+_PREDICT_SNIPPET = """\
 from smartkv import GateBank
+
 gates = GateBank.from_pretrained("NAME", model=model)
 log4_lifespan = gates.predict(layer, keys)  # keys [batch, kv_heads, tokens, head_dim]"""
 
 
-_USE_POLICY = """\
-from smartkv import GateBank, LifespanCache, policy_of
-gates = GateBank.from_pretrained("NAME", model=model)
-cache = LifespanCache(model, gates, policy_of(gates, 0.25))  # share of a full cache's keys
+_CACHE_SNIPPET = """\
+from smartkv import LifespanCache
+
+cache = LifespanCache(model, gates="NAME", footprint=0.25)  # a quarter of a full cache's keys
 model.generate(**inputs, past_key_values=cache)"""
 
 
-def _prices(details: dict[str, Any]) -> str:
+def _price_table(details: dict[str, Any]) -> str:
     rows = "\n".join(f"| {footprint:.3g} | {price:.3f} |" for footprint, price in details["prices"])
     window = details.get("training", {}).get("window")
     length = f" of {window} tokens" if window else ""
     return f"""
-Prices, solved on training windows{length}; a longer text keeps a smaller share at the same price:
+These prices were solved on training windows{length}. A longer text keeps a smaller share at the same price.
 
 | footprint | price |
 |---|---|

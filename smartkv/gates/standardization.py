@@ -1,4 +1,4 @@
-"""Per-head mean and standard deviation of keys, streamed; what the gates' inputs are standardised by."""
+"""Streamed mean and standard deviation of the keys of each head, which standardise the inputs of gates."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,14 @@ from torch import Tensor
 
 @dataclass
 class Moments:
-    """Sums over rows, in float64.
+    """Sums over rows of keys and targets, in float64.
 
     Attributes:
-        count: rows seen.
-        key_sum, key_square_sum: `[gates, head_dim]`.
-        target_sum, target_count: `[gates, outputs]`, over the targets that are known (not NaN).
+        count: Number of rows, a scalar.
+        key_sum: `[gates, head_dim]`.
+        key_square_sum: `[gates, head_dim]`.
+        target_sum: `[gates, outputs]`, over the targets that are known (not NaN).
+        target_count: `[gates, outputs]`, number of known targets.
     """
 
     count: Tensor
@@ -24,6 +26,8 @@ class Moments:
 
     @classmethod
     def zeros(cls, gates: int, head_dim: int, outputs: int = 1, device: torch.device | str = "cpu") -> "Moments":
+        """Start from no rows."""
+
         def zero(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -31,23 +35,33 @@ class Moments:
         return cls(zero(), *sums)
 
     def update(self, keys: Tensor, target: Tensor) -> None:
-        """`keys` `[gates, rows, head_dim]`, `target` `[gates, rows, outputs]`."""
+        """Add rows to the sums.
+
+        Args:
+            keys: `[gates, rows, head_dim]`, any float dtype.
+            target: `[gates, rows, outputs]`; NaN where a target is unknown.
+        """
         self.count += keys.shape[1]
-        for gate, narrow in enumerate(keys):  # a window of all gates in float64 is gigabytes, of one it stays in caches
-            wide = narrow.double()
-            self.key_sum[gate] += wide.sum(dim=0)
-            self.key_square_sum[gate] += (wide * wide).sum(dim=0)
+        # One gate at a time: in float64 a window of all gates takes gigabytes, one gate fits in the CPU's caches.
+        for gate, gate_keys in enumerate(keys):
+            keys64 = gate_keys.double()
+            self.key_sum[gate] += keys64.sum(dim=0)
+            self.key_square_sum[gate] += (keys64 * keys64).sum(dim=0)
         self.target_sum += target.double().nansum(dim=1)
         self.target_count += (~target.isnan()).sum(dim=1)
 
     def tensors(self) -> list[Tensor]:
-        """The sums, for a reduction over processes in place."""
+        """Return the sums themselves, to be reduced over processes in place."""
         return [self.count, self.key_sum, self.key_square_sum, self.target_sum, self.target_count]
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """float32 (mean `[gates, head_dim]`, std `[gates, head_dim]`, mean target `[gates, outputs]`).
+        """Compute the statistics of the rows so far.
 
-        A dimension that never varies gets std 1, so that it is centred and not divided by zero.
+        A dimension that never varies gets the standard deviation 1, so that it is centred and not divided by zero.
+
+        Returns:
+            Mean of the keys `[gates, head_dim]`, their standard deviation `[gates, head_dim]`, and mean of the known
+            targets `[gates, outputs]`, all float32.
         """
         mean = self.key_sum / self.count
         variance = (self.key_square_sum / self.count - mean.square()).clamp(min=0)

@@ -1,1 +1,1 @@
-"""Metrics: R², rankings, nulls, perplexity and their intervals. Trains and evicts nothing."""
+"""Metrics: R², rankings, nulls, perplexity and their confidence intervals; nothing is trained here."""

@@ -1,4 +1,4 @@
-"""Negative log-likelihood of text under a model, with a full cache or with one that evicts."""
+"""Negative log-likelihood of text under a model, with a full cache or an evicting one."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,15 +14,16 @@ from smartkv.gates.bank import GateBank
 from smartkv.models.architecture import Architecture
 from smartkv.policies.hybrid import HybridPolicy
 
-LOGITS_AT_ONCE = 256  # tokens whose logits are held together: vocabularies are large
+LOGITS_AT_ONCE = 256  # tokens whose logits are in memory together, since vocabularies are large
 
 
 class TokenLosses(NamedTuple):
-    """Of each scored token.
+    """Loss and rank of each scored token.
 
     Attributes:
-        nll: float32 `[tokens]`, nats.
-        rank: int64 `[tokens]`, how many tokens the model thinks likelier; 0: greedy decoding would have said it.
+        nll: Negative log-likelihood in nats, float32 `[tokens]`.
+        rank: Number of tokens that the model finds more likely, int64 `[tokens]`; 0 if greedy decoding would choose
+            this token.
     """
 
     nll: Tensor
@@ -30,10 +31,12 @@ class TokenLosses(NamedTuple):
 
 
 def query_before(token: int) -> int:
-    """The query that predicts a token: the one before it. Footprints count from that of the first scored token.
+    """Return the index of the query that predicts a token, which is the token before it.
+
+    Footprints count from the query that predicts the first scored token.
 
     Args:
-        token: index of the token in its text, at least 1.
+        token: Index of the token in its text, at least 1.
     """
     return token - 1
 
@@ -42,37 +45,42 @@ def query_before(token: int) -> int:
 def token_losses(
     model: PreTrainedModel, tokens: Tensor, first_token: int = 1, cache: LifespanCache | None = None
 ) -> TokenLosses:
-    """What the model thinks of each of `tokens[first_token:]` given what stands before it.
+    """Compute the loss of each of `tokens[first_token:]`, given the tokens before it.
 
     Args:
-        tokens: ids of one window, `[tokens]`.
-        first_token: index of the first token that is scored, at least 1.
-        cache: an unused cache, attached; None: a full cache.
+        model: The model.
+        tokens: Token ids of one window, `[tokens]`.
+        first_token: Index of the first scored token, at least 1.
+        cache: An unused cache attached to the model. None means a full cache.
 
     Raises:
-        SmartKVError: no token is left to score.
+        SmartKVError: There is no token to score.
     """
     if not 1 <= first_token < len(tokens):
-        raise SmartKVError(f"a window of {len(tokens)} tokens has nothing to score from token {first_token} on")
+        raise SmartKVError(
+            f"a window of {len(tokens)} tokens has nothing to score from token {first_token} on: "
+            f"choose a first token from 1 to {len(tokens) - 1}, or longer windows"
+        )
     ids = tokens.long().to(model.device)
-    # the last token predicts nothing: neither it nor its key is needed
+    # The last token is left out, because it predicts no scored token.
     output = model.base_model(input_ids=ids[None, :-1], past_key_values=cache, use_cache=cache is not None)
     return losses_after(model, output.last_hidden_state[0, query_before(first_token) :], ids[first_token:])
 
 
 @torch.inference_mode()
 def losses_after(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> TokenLosses:
-    """What the model thinks of each token, from the last hidden state before it.
+    """Compute the loss of each token from the last hidden state before it.
 
     Args:
-        hidden: `[tokens, hidden]`, the model's dtype.
-        targets: ids `[tokens]`.
+        model: The model, of which only the output embedding is used.
+        hidden: `[tokens, hidden]`, in the model's dtype.
+        targets: Token ids `[tokens]`.
     """
     head = model.get_output_embeddings()
     nll, rank = [], []
     for start in range(0, len(targets), LOGITS_AT_ONCE):
-        here = slice(start, start + LOGITS_AT_ONCE)
-        logits, target = head(hidden[here]).float(), targets[here]
+        block = slice(start, start + LOGITS_AT_ONCE)
+        logits, target = head(hidden[block]).float(), targets[block]
         nll.append(F.cross_entropy(logits, target, reduction="none"))
         rank.append((logits > logits.gather(1, target[:, None])).sum(dim=-1))
     return TokenLosses(torch.cat(nll).cpu(), torch.cat(rank).cpu())
@@ -81,18 +89,21 @@ def losses_after(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tok
 def window_nll(
     model: PreTrainedModel, tokens: Tensor, first_token: int = 1, cache: LifespanCache | None = None
 ) -> float:
-    """Mean NLL of `tokens[first_token:]`, in nats a token; arguments and errors as `token_losses`."""
+    """Compute the mean NLL of `tokens[first_token:]`, in nats per token.
+
+    Arguments and errors are those of `token_losses`.
+    """
     return float(token_losses(model, tokens, first_token, cache).nll.double().mean())
 
 
 @dataclass(frozen=True)
 class EvictedWindow:
-    """One window under a policy.
+    """Loss, footprint and memory of one window under a policy.
 
     Attributes:
-        nll: mean over the scored tokens, nats.
-        footprint: float64 `[layers, kv_heads]`, over the queries whose next token is scored.
-        peak_bytes: largest storage, the chunk at work included.
+        nll: Mean NLL of the scored tokens, in nats.
+        footprint: Footprint of each head over the queries that predict a scored token, float64 `[layers, kv_heads]`.
+        peak_bytes: Largest storage in bytes, with the chunk being written.
     """
 
     nll: float
@@ -108,10 +119,18 @@ def evicted_nll(
     first_token: int = 1,
     chunk: int = 1024,
 ) -> EvictedWindow:
-    """`window_nll` with a fresh LifespanCache, and what the cache held.
+    """Score one window with a new `LifespanCache`.
+
+    Args:
+        model: The model.
+        gates: Its gates. None for a policy without gates.
+        policy: The policy of the cache.
+        tokens: Token ids of the window, `[tokens]`.
+        first_token: Index of the first scored token, at least 1.
+        chunk: Tokens per chunk of the prefill.
 
     Raises:
-        SmartKVError: as `window_nll` and `LifespanCache`.
+        SmartKVError: There is no token to score, or gates and policy do not fit the model.
     """
     with LifespanCache(model, gates, policy, chunk, first_query=query_before(first_token)) as cache:
         nll = window_nll(model, tokens, first_token, cache)
@@ -119,10 +138,14 @@ def evicted_nll(
 
 
 def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes of the keys and values of one sequence of `tokens` under a full cache, in the dtype of `model`.
+    """Compute the bytes of a full cache's keys and values for one sequence, in the dtype of `model`.
+
+    Args:
+        model: The model.
+        tokens: Length of the sequence.
 
     Raises:
-        SmartKVError: a family that is not supported.
+        SmartKVError: The model's family is not supported.
     """
     arch = Architecture.of(model.config)
     return 2 * arch.gates * tokens * arch.head_dim * model.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Shards: harvested keys and labels in files or in memory. Knows no gate and no text."""
+"""Shards of harvested keys and labels, in files or in memory; no gates and no texts."""
 
 from smartkv.shards.manifest import Manifest
 from smartkv.shards.reader import ShardReader

@@ -1,4 +1,4 @@
-"""Labelled keys that are held in memory for a while, read like those of shards."""
+"""Labelled keys kept in memory for a while and read like those of shards."""
 
 import torch
 from torch import Tensor
@@ -6,67 +6,79 @@ from torch import Tensor
 from smartkv.errors import SmartKVError
 from smartkv.labels.lifespans import LabelSpec, WindowLabels
 from smartkv.models.architecture import Fingerprint
-from smartkv.shards.manifest import Block
+from smartkv.shards.manifest import RowBlock
 
 
 class InMemoryRows:
-    """Blocks of windows that were just labelled; in the place of `smartkv.shards.reader.ShardReader`.
+    """Row blocks of freshly labelled windows, kept in memory.
+
+    It is read like a `smartkv.shards.reader.ShardReader`, so that training needs no files.
 
     Args:
-        fingerprint: of the model that made the keys.
-        spec: of their labels.
+        fingerprint: Architecture of the model that made the keys.
+        spec: Thresholds, ages and follow-up of their labels.
     """
 
     def __init__(self, fingerprint: Fingerprint, spec: LabelSpec) -> None:
         heads = (fingerprint.layers, fingerprint.kv_heads, 0)
-        self._none = {
+        self._empty = {
             "keys": torch.zeros(*heads, fingerprint.head_dim, dtype=torch.float16),
             "lifespan": torch.zeros(len(spec.thresholds), *heads, dtype=torch.int32),
             "future_attention": torch.zeros(len(spec.ages), *heads),
             "position": torch.zeros(0, dtype=torch.int32),
             "token": torch.zeros(0, dtype=torch.int32),
         }
-        self._none["keys_post_rope"] = self._none["keys"]
-        self._held: dict[tuple[str, int], tuple[Block, dict[str, Tensor]]] = {}
+        self._empty["keys_post_rope"] = self._empty["keys"]
+        self._tensors: dict[tuple[str, int], tuple[RowBlock, dict[str, Tensor]]] = {}  # by file and first token
 
     def __len__(self) -> int:
-        """Blocks held."""
-        return len(self._held)
+        """Count the row blocks in memory."""
+        return len(self._tensors)
 
-    def __contains__(self, block: Block) -> bool:
-        """Whether this very block is held."""
-        return (block.file, block.start) in self._held
+    def __contains__(self, block: RowBlock) -> bool:
+        """Say whether a row block of this file and first token is in memory."""
+        return (block.file, block.start) in self._tensors
 
-    def hold(self, blocks: list[Block], labels: WindowLabels, tokens: Tensor) -> None:
-        """Copy these blocks of one window; the rest of it is not kept.
+    def hold(self, blocks: list[RowBlock], labels: WindowLabels, tokens: Tensor) -> None:
+        """Copy row blocks of one window; the rest of the window is not kept.
 
         Args:
-            blocks: of this window, which is alone in its file.
-            tokens: its ids, `[tokens]`.
+            blocks: Row blocks of the window, which is the only one of its file.
+            labels: Keys and labels of the whole window.
+            tokens: Token ids of the whole window, `[tokens]`.
         """
         for block in blocks:
-            here = slice(block.start, block.stop)
-            kept = {
-                "keys": labels.keys[:, :, here],
-                "lifespan": labels.lifespan[..., here],
+            rows = slice(block.start, block.stop)
+            tensors = {
+                "keys": labels.keys[:, :, rows],
+                "lifespan": labels.lifespan[..., rows],
                 "position": torch.arange(block.start, block.stop, dtype=torch.int32),
-                "token": tokens[here].int(),
+                "token": tokens[rows].int(),
             }
             if labels.keys_post_rope is not None:
-                kept["keys_post_rope"] = labels.keys_post_rope[:, :, here]
+                tensors["keys_post_rope"] = labels.keys_post_rope[:, :, rows]
             if labels.future_attention is not None:
-                kept["future_attention"] = labels.future_attention[..., here]
-            self._held[block.file, block.start] = block, {name: tensor.clone() for name, tensor in kept.items()}
+                tensors["future_attention"] = labels.future_attention[..., rows]
+            copies = {name: tensor.clone() for name, tensor in tensors.items()}
+            self._tensors[block.file, block.start] = block, copies
 
-    def drop(self, block: Block) -> None:
-        """Let a block go."""
-        del self._held[block.file, block.start]
+    def drop(self, block: RowBlock) -> None:
+        """Free a row block."""
+        del self._tensors[block.file, block.start]
 
-    def read(self, block: Block, name: str, layers: list[int] | None = None) -> Tensor:
-        """One tensor of one block, or of a part of one that is held; shapes as `ShardReader.read`.
+    def read(self, block: RowBlock, name: str, layers: list[int] | None = None) -> Tensor:
+        """Read one tensor of a row block, or of a part of one.
+
+        Args:
+            block: A row block in memory, a part of one, or an empty one.
+            name: Name of the tensor.
+            layers: Indices of the layers to read. None means all.
+
+        Returns:
+            Shapes and dtypes as in `ShardReader.read`. It may be a view: not to be written to.
 
         Raises:
-            SmartKVError: it is not held, or lacks this tensor.
+            SmartKVError: The row block is not in memory, or was kept without this tensor.
         """
         data = self._find(block, name)
         if layers is None:
@@ -75,15 +87,20 @@ class InMemoryRows:
             return data[layers]
         return data[:, layers] if name in ("lifespan", "future_attention") else data
 
-    def _find(self, block: Block, name: str) -> Tensor:
+    def _find(self, block: RowBlock, name: str) -> Tensor:
         if block.start == block.stop:
-            return self._none[name]
-        holder, tensors = self._held.get((block.file, block.start), (None, {}))
-        if holder is None or holder.stop < block.stop:
-            for candidate, its in self._held.values():
-                if candidate.file == block.file and candidate.start <= block.start and block.stop <= candidate.stop:
-                    holder, tensors = candidate, its
-        if holder is None or name not in tensors:
-            raise SmartKVError(f"{block.file} [{block.start}, {block.stop}) has no '{name}' in memory")
+            return self._empty[name]
+        whole, tensors = self._tensors.get((block.file, block.start), (None, {}))
+        if whole is None or whole.stop < block.stop:
+            covering = (
+                (candidate, its_tensors)
+                for candidate, its_tensors in self._tensors.values()
+                if candidate.file == block.file and candidate.start <= block.start and block.stop <= candidate.stop
+            )
+            whole, tensors = next(covering, (None, {}))
+        if whole is None or name not in tensors:
+            raise SmartKVError(
+                f"{block.file} [{block.start}, {block.stop}) has no '{name}' in memory: hold these rows before reading"
+            )
         dim = 2 if name.startswith("keys") else tensors[name].dim() - 1
-        return tensors[name].narrow(dim, block.start - holder.start, block.stop - block.start)
+        return tensors[name].narrow(dim, block.start - whole.start, block.stop - block.start)

@@ -1,4 +1,4 @@
-"""Labelled rows: the keys of shards that a gate is trained and scored on, with their targets."""
+"""The labelled keys of shards, on which gates are trained and scored, with their targets."""
 
 import torch
 from torch import Tensor
@@ -9,25 +9,28 @@ from smartkv.labels.key_labels import Labels
 from smartkv.labels.lifespans import log4_lifespan
 from smartkv.models.layer_ranges import parse_layers
 from smartkv.shards.in_memory import InMemoryRows
-from smartkv.shards.manifest import Block, Manifest
+from smartkv.shards.manifest import Manifest, RowBlock
 from smartkv.shards.reader import ShardReader
 
 INPUTS = ("keys", "keys_post_rope")
 
 
 class LabelledKeys:
-    """Keys with horizon ≥ `follow_up` that are no sinks, of some layers, for one threshold.
+    """The labelled keys of some or all layers of shards, for one threshold.
+
+    A key is labelled if at least `follow_up` later queries of its window were seen and it is not a sink. A row is one
+    token of a row block; it has a key and labels in every head.
 
     Args:
-        manifest: of the shards.
-        threshold: attention probability that counts as a hit; one of those harvested.
-        follow_up: tokens; None: what the harvest had.
-        inputs: keys (before the rotary embedding) or keys_post_rope.
-        layers: ranges such as "0-2,20-29"; None: all.
-        reader: of the keys and labels; None: of the manifest's folder.
+        manifest: Manifest of the shards.
+        threshold: Attention probability that counts as a hit; one of those harvested.
+        follow_up: Follow-up in tokens, at which lifespans are capped. None means that of the harvest.
+        inputs: What gates read: "keys" (before the rotary embedding) or "keys_post_rope".
+        layers: Ranges of layers such as "0-2,20-29". None means all.
+        reader: Source of the keys and labels. None means the manifest's folder.
 
     Raises:
-        SmartKVError: a threshold, layer or input that the shards do not have, or a follow-up that leaves no key.
+        SmartKVError: The shards lack the threshold, layers or inputs, or the follow-up leaves no key.
     """
 
     def __init__(
@@ -54,25 +57,29 @@ class LabelledKeys:
         self._layers = None if len(self.layers) == manifest.fingerprint.layers else self.layers
         self._reader = ShardReader(manifest.folder) if reader is None else reader
 
-    def blocks(self, split: str, size: int | None = None) -> list[Block]:
-        """Blocks of at most `size` tokens; None: one a window.
+    def blocks(self, split: str, size: int | None = None) -> list[RowBlock]:
+        """List the row blocks of a split.
+
+        Args:
+            split: "train", "validation" or "test".
+            size: Largest number of tokens per row block. None means one row block per window.
 
         Raises:
-            SmartKVError: the shards have no window of this split.
+            SmartKVError: The shards have no window of this split.
         """
         if not self.manifest.of_split(split):
             raise SmartKVError(f"{self.manifest.folder} has no {split} windows: harvest some")
         return self.manifest.labelled(split, size or self.manifest.window, self.follow_up)
 
-    def keys(self, *blocks: Block) -> Tensor:
-        """A copy, of these blocks (one at least) one after another: float16 `[gates, rows, head_dim]`."""
+    def keys(self, *blocks: RowBlock) -> Tensor:
+        """Copy the keys of one or more row blocks, concatenated: float16 `[gates, rows, head_dim]`."""
         return torch.cat([self._reader.read(block, self.inputs, self._layers) for block in blocks], dim=2).flatten(0, 1)
 
-    def checked_keys(self, block: Block) -> Tensor:
-        """The same, and finite.
+    def checked_keys(self, block: RowBlock) -> Tensor:
+        """Copy the keys of a row block and check that they are finite: float16 `[gates, rows, head_dim]`.
 
         Raises:
-            SmartKVError: NaN or infinite keys, naming the file.
+            SmartKVError: A key is NaN or infinite. The message names the file.
         """
         keys = self.keys(block)
         if not all_finite(keys):
@@ -82,27 +89,27 @@ class LabelledKeys:
             )
         return keys
 
-    def target(self, *blocks: Block) -> Tensor:
-        """log4 lifespan capped at the follow-up, float32 `[gates, rows]`."""
+    def target(self, *blocks: RowBlock) -> Tensor:
+        """Compute the log4 lifespans, capped at the follow-up: float32 `[gates, rows]`."""
         lifespans = [self._reader.read(block, "lifespan", self._layers)[self._threshold_row] for block in blocks]
         return log4_lifespan(torch.cat(lifespans, dim=2).flatten(0, 1), self.follow_up)
 
-    def labels(self, *blocks: Block) -> Labels:
-        """All labels of the blocks' keys, as objectives want them."""
+    def labels(self, *blocks: RowBlock) -> Labels:
+        """Read all labels that objectives use."""
         ages = self.manifest.spec.ages
         if not ages:
             return Labels(self.target(*blocks))
         future = torch.cat([self._reader.read(block, "future_attention", self._layers) for block in blocks], dim=3)
         return Labels(self.target(*blocks), future.flatten(1, 2), ages)
 
-    def position(self, *blocks: Block) -> Tensor:
-        """Place in the window, int32 `[rows]`."""
+    def position(self, *blocks: RowBlock) -> Tensor:
+        """Read each row's position in its window, int32 `[rows]`."""
         return torch.cat([self._reader.read(block, "position") for block in blocks], dim=0)
 
-    def token(self, *blocks: Block) -> Tensor:
-        """Token ids, int32 `[rows]`."""
+    def token(self, *blocks: RowBlock) -> Tensor:
+        """Read the token ids, int32 `[rows]`."""
         return torch.cat([self._reader.read(block, "token") for block in blocks], dim=0)
 
-    def document(self, block: Block) -> Tensor:
-        """Index into the manifest's documents, int32 `[rows]`."""
+    def document(self, block: RowBlock) -> Tensor:
+        """Read each row's index into the manifest's `documents`, int32 `[rows]`."""
         return self._reader.read(block, "document").clone()

@@ -1,6 +1,6 @@
-"""Shards: keys and labels on disk, and the manifest that lists them.
+"""The manifest of a folder of shards, and the format of the shards that it lists.
 
-A shard is one safetensors file for a run of whole windows, all heads together:
+A shard is one safetensors file for a run of whole windows. It holds the keys and labels of all heads:
 
 =================== ======= ================================================ ==========================================
 tensor              dtype   shape                                            meaning
@@ -16,8 +16,8 @@ tensor              dtype   shape                                            mea
 `split`             int32   `[tokens]`                                       index into `SPLITS`
 =================== ======= ================================================ ==========================================
 
-Every file is written under a temporary name, synced and renamed: a file that is there is whole, and its header holds a
-digest of its content (`smartkv.shards.shard_file`). The manifest is written last. Nothing here is ever unpickled.
+Every file is written under a temporary name, synced and renamed, so that a file that exists is whole. Its header holds
+a digest of its content (`smartkv.shards.shard_file`). The manifest is written last. Nothing is ever unpickled.
 """
 
 import hashlib
@@ -40,7 +40,10 @@ SPLITS = ("train", "validation", "test")
 
 
 def shard_header(fingerprint: Fingerprint, spec: LabelSpec, window: int, sinks: int) -> dict[str, Any]:
-    """What every shard says of itself, as JSON gives it back. (Those of earlier versions do not say their sinks.)"""
+    """Make the header that every shard of a harvest has, as JSON reads it back.
+
+    Shards of early versions have no `sinks` in their header.
+    """
     labels = {"thresholds": list(spec.thresholds), "ages": list(spec.ages), "follow_up": spec.follow_up}
     cut = {"window": window, "sinks": sinks}
     return {"format_version": FORMAT_VERSION, "fingerprint": asdict(fingerprint), **labels, **cut}
@@ -48,7 +51,16 @@ def shard_header(fingerprint: Fingerprint, spec: LabelSpec, window: int, sinks: 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One line of the manifest. `windows` and `tokens` are counts, `bytes` the file's size."""
+    """The manifest's entry for one shard.
+
+    Attributes:
+        file: Name of the file in the manifest's folder.
+        split: "train", "validation" or "test".
+        windows: Number of windows.
+        tokens: Number of tokens.
+        bytes: Size of the file.
+        sha256: SHA-256 of the file.
+    """
 
     file: str
     split: str
@@ -60,18 +72,18 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds.
+    """The contents of a folder of shards.
 
     Attributes:
-        folder: where it was read from.
-        fingerprint: of the model that made the keys.
-        spec: thresholds, ages and follow-up of the labels.
-        window: tokens a window.
-        sinks: tokens at the start of each window that are left out of training and scoring.
-        sources: for each text source its name, origin ("local", "hub", "builtin"), windows and documents by split.
-        documents: ids, in the order that the shards' `document` counts.
-        arguments: of the harvest, model name and versions included.
-        shards: in order.
+        folder: Folder that the manifest was read from.
+        fingerprint: Architecture of the model that made the keys.
+        spec: Thresholds, ages and follow-up of the labels.
+        window: Tokens per window.
+        sinks: Number of tokens at the start of each window that are left out of training and scoring.
+        sources: Name, origin ("local", "hub", "builtin"), windows and documents by split of each text source.
+        documents: Ids of the documents, indexed by the shards' `document`.
+        arguments: Arguments of the harvest, with the model's name and the versions of libraries.
+        shards: Entries of the shards, in order.
     """
 
     folder: Path
@@ -85,24 +97,24 @@ class Manifest:
     shards: list[ShardEntry]
 
     def write(self) -> None:
-        """Write `manifest.json`; the last thing that a harvest does."""
+        """Write `manifest.json`, as the last step of a harvest."""
         data = {"format_version": FORMAT_VERSION, **asdict(self)}
         del data["folder"]
         write_atomically(self.folder / MANIFEST, json.dumps(data, indent=1, sort_keys=True).encode())
 
     @classmethod
     def read(cls, folder: Path | str) -> "Manifest":
-        """Read a folder's manifest and check that every shard it lists is there with its size.
+        """Read a folder's manifest and check the existence, size and header of every shard that it lists.
 
         Raises:
-            SmartKVError: naming the file that is missing, truncated, foreign, or outside the folder.
+            SmartKVError: A file is missing, truncated, foreign, or outside the folder. The message names it.
         """
         folder = Path(folder)
         path = folder / MANIFEST
         if not path.is_file():
             raise SmartKVError(
-                f"{path} is missing: '{folder}' is no folder of shards, or its harvest has not finished "
-                "(run the same harvest command again, it goes on where it stopped)"
+                f"{path} is missing: '{folder}' is not a folder of shards, or its harvest has not finished "
+                "(run the same harvest command again, it continues where it stopped)"
             )
         try:
             data = json.loads(path.read_text())
@@ -138,7 +150,10 @@ class Manifest:
 
     def _check(self, entry: ShardEntry) -> None:
         if entry.split not in SPLITS:
-            raise SmartKVError(f"{self.folder / MANIFEST} is damaged: shard {entry.file!r} of split {entry.split!r}")
+            raise SmartKVError(
+                f"{self.folder / MANIFEST} is damaged: shard {entry.file!r} has the split {entry.split!r}, "
+                f"expected one of {', '.join(SPLITS)}; run the same harvest again"
+            )
         path = self.folder / entry.file
         if Path(entry.file).name != entry.file:
             raise SmartKVError(f"{self.folder / MANIFEST} lists '{entry.file}', which is not a file name in its folder")
@@ -147,49 +162,49 @@ class Manifest:
         if (size := path.stat().st_size) != entry.bytes:
             raise SmartKVError(
                 f"{path} is damaged: {size} bytes, the manifest says {entry.bytes}; "
-                "run the same harvest again, it makes that file anew"
+                "run the same harvest again, it writes that file anew"
             )
         fingerprint, tokens = self.fingerprint, self.window * entry.windows
         header = shard_header(fingerprint, self.spec, self.window, self.sinks)
-        there = {"sinks": self.sinks} | read_header(path)
-        said: dict[str, tuple[Any, Any]] = {name: (there.get(name), value) for name, value in header.items()}
+        file_header = {"sinks": self.sinks} | read_header(path)
+        compared: dict[str, tuple[Any, Any]] = {name: (file_header.get(name), value) for name, value in header.items()}
         with open_tensors(path) as file:
-            held = set(file.keys())
-            shape = list(file.get_slice("keys").get_shape()) if "keys" in held else None
-            split = int(file.get_slice("split")[0]) if "split" in held else None  # a shard has one
-        said["keys of shape"] = (shape, [fingerprint.layers, fingerprint.kv_heads, tokens, fingerprint.head_dim])
-        said["tokens"], said["split"] = (tokens, entry.tokens), (split, SPLITS.index(entry.split))
-        for name, (ours, listed) in said.items():
-            if ours != listed:
+            names = set(file.keys())
+            shape = list(file.get_slice("keys").get_shape()) if "keys" in names else None
+            split = int(file.get_slice("split")[0]) if "split" in names else None  # the same for all its tokens
+        compared["keys of shape"] = (shape, [fingerprint.layers, fingerprint.kv_heads, tokens, fingerprint.head_dim])
+        compared["tokens"], compared["split"] = (tokens, entry.tokens), (split, SPLITS.index(entry.split))
+        for name, (value, listed) in compared.items():
+            if value != listed:
                 raise SmartKVError(
-                    f"{path} has {name} {ours}, its manifest says {listed}: the manifest was changed, or the shard is "
-                    "another's; run the same harvest again"
+                    f"{path} has {name} {value}, its manifest says {listed}: the manifest was changed, or the shard "
+                    "belongs to another harvest; run the same harvest again"
                 )
 
     def verify(self, entries: Sequence[ShardEntry]) -> None:
-        """Read these shards whole, and compare them with what was written.
+        """Read shards whole and compare them with their digests.
 
         Raises:
-            SmartKVError: naming the shard that is another.
+            SmartKVError: A shard was changed. The message names it.
         """
         for entry in entries:
             path = self.folder / entry.file
             if shard_entry(path, entry.split, entry.windows, entry.tokens).sha256 != entry.sha256:
                 raise SmartKVError(
-                    f"{path} is not what was harvested (its SHA-256 differs): run the same harvest again, it makes "
+                    f"{path} is not what was harvested (its SHA-256 differs): run the same harvest again, it writes "
                     "that file anew"
                 )
 
     @property
     def digest(self) -> str:
-        """Of what all shards hold."""
+        """The first 16 hex digits of a SHA-256 over the digests of all shards."""
         return hashlib.sha256("".join(entry.sha256 for entry in self.shards).encode()).hexdigest()[:16]
 
     def threshold_index(self, threshold: float) -> int:
-        """Which row of `lifespan` belongs to `threshold`.
+        """Find the row of `lifespan` that belongs to a threshold.
 
         Raises:
-            SmartKVError: it was not harvested.
+            SmartKVError: The threshold was not harvested.
         """
         if threshold not in self.spec.thresholds:
             known = ", ".join(str(t) for t in self.spec.thresholds)
@@ -197,13 +212,21 @@ class Manifest:
         return self.spec.thresholds.index(threshold)
 
     def of_split(self, split: str) -> list[ShardEntry]:
-        """The shards of one split, in order."""
+        """List the shards of one split, in order."""
         return [entry for entry in self.shards if entry.split == split]
 
-    def labelled(self, split: str, block: int, follow_up: int) -> list["Block"]:
-        """The keys with horizon ≥ `follow_up` that are no sinks, cut into blocks of at most `block` tokens."""
+    def labelled(self, split: str, block: int, follow_up: int) -> list["RowBlock"]:
+        """Cut the labelled keys of a split into row blocks.
+
+        A key is labelled if its horizon is at least `follow_up` and it is not a sink.
+
+        Args:
+            split: "train", "validation" or "test".
+            block: Largest number of tokens per row block.
+            follow_up: Follow-up in tokens.
+        """
         return [
-            Block(entry.file, window, start, min(start + block, window * self.window + self.window - follow_up))
+            RowBlock(entry.file, window, start, min(start + block, window * self.window + self.window - follow_up))
             for entry in self.of_split(split)
             for window in range(entry.windows)
             for start in range(window * self.window + self.sinks, window * self.window + self.window - follow_up, block)
@@ -211,8 +234,15 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Consecutive tokens `[start, stop)` of one window of one shard; what is read from disk at once."""
+class RowBlock:
+    """A slice of a shard: consecutive tokens of one window, read at once.
+
+    Attributes:
+        file: Name of the shard's file.
+        window: Index of the window in the shard.
+        start: Index in the shard of the first token.
+        stop: Index in the shard after the last token.
+    """
 
     file: str
     window: int
@@ -221,14 +251,18 @@ class Block:
 
 
 def shard_entry(path: Path, split: str, windows: int, tokens: int) -> ShardEntry:
-    """The manifest's line for a written shard."""
+    """Make the manifest's entry for a written shard."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return ShardEntry(path.name, split, windows, tokens, path.stat().st_size, digest)
 
 
 def recorded_shards(folder: Path) -> dict[str, ShardEntry]:
-    """What a manifest in `folder` says of each shard, by file name; nothing if there is none that can be read."""
+    """Read the entries of a manifest by file name, without any check.
+
+    Returns:
+        An empty dictionary if `folder` has no manifest that can be read.
+    """
     try:
         lines = json.loads((folder / MANIFEST).read_text())["shards"]
         return {entry.file: entry for entry in (read_dataclass(ShardEntry, line) for line in lines)}
@@ -237,5 +271,5 @@ def recorded_shards(folder: Path) -> dict[str, ShardEntry]:
 
 
 def heads_of(fingerprint: Fingerprint) -> Iterable[tuple[int, int]]:
-    """(layer, head) of every KV head, in the order of the gates."""
+    """Yield the (layer, head) pair of every KV head, in the order of the gates."""
     return ((layer, head) for layer in range(fingerprint.layers) for head in range(fingerprint.kv_heads))

@@ -1,4 +1,4 @@
-"""The layout of earlier tools: keys and targets in a folder a head."""
+"""Exports keys and targets of shards to one folder per head, for tools that read this layout."""
 
 from pathlib import Path
 
@@ -13,20 +13,28 @@ from smartkv.shards.reader import ShardReader
 
 
 def export_heads(manifest: Manifest, out: Path, threshold: float, split: str = "train") -> int:
-    """Write the layout of earlier tools: `l{layer}_h{head}/shard_{n}.safetensors`, one folder a head.
+    """Write the labelled keys of each head to a folder of its own, `l{layer}_h{head}/shard_{n}.safetensors`.
 
-    Each file holds `keys` float16 `[rows, head_dim]` and `target` float32 `[rows]` (log4 lifespan, capped at the
-    follow-up), the labelled keys of one shard.
+    Each file holds the labelled keys of one shard: `keys` float16 `[rows, head_dim]` and `target` float32 `[rows]`,
+    the log4 lifespan capped at the follow-up.
+
+    Args:
+        manifest: Manifest of the shards.
+        out: Folder to write to.
+        threshold: Attention probability that counts as a hit; one of those harvested.
+        split: "train", "validation" or "test".
 
     Returns:
         The number of files written.
 
     Raises:
-        SmartKVError: no keys of this split are labelled, or the threshold was not harvested.
+        SmartKVError: No key of this split is labelled, or the threshold was not harvested.
     """
     reader, row = ShardReader(manifest.folder), manifest.threshold_index(threshold)
     if not manifest.labelled(split, manifest.window, manifest.spec.follow_up):
-        raise SmartKVError(f"{manifest.folder} has no labelled {split} keys to export")
+        raise SmartKVError(
+            f"{manifest.folder} has no labelled {split} keys to export: harvest this split, or choose another"
+        )
     written = 0
     for number, entry in enumerate(manifest.of_split(split)):
         labelled = manifest.labelled(split, manifest.window, manifest.spec.follow_up)

@@ -7,43 +7,56 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from smartkv.errors import SmartKVError
-from smartkv.shards.manifest import Block
+from smartkv.shards.manifest import RowBlock
 from smartkv.shards.shard_file import open_tensors
 
 
 class ShardReader:
-    """Reads blocks out of shards by memory map; holds no data. Files are opened when first asked for."""
+    """Reader of row blocks through memory maps, which copies nothing.
+
+    A file is opened at the first read from it.
+
+    Args:
+        folder: Folder of the shards.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[str, Any] = {}
         self._mapped: dict[tuple[str, str], Tensor] = {}
 
-    def read(self, block: Block, name: str, layers: list[int] | None = None) -> Tensor:
-        """One tensor of one block, all layers or some.
+    def read(self, block: RowBlock, name: str, layers: list[int] | None = None) -> Tensor:
+        """Read one tensor of a row block.
+
+        Args:
+            block: The rows to read.
+            name: Name of the tensor, as listed in `smartkv.shards.manifest`.
+            layers: Indices of the layers to read. None means all.
 
         Returns:
             `[layers, kv_heads, tokens, head_dim]` for keys, `[thresholds or ages, layers, kv_heads, tokens]` for
-            labels, `[tokens]` for the rest, in the dtype on disk. A view of the map: not to be written to.
+            labels, `[tokens]` for the rest, in the dtype on disk. It may be a view of the map: not to be written to.
 
         Raises:
-            SmartKVError: the file is damaged or lacks this tensor.
+            SmartKVError: The file is missing, damaged, or lacks this tensor.
         """
-        here = slice(block.start, block.stop)
+        rows = slice(block.start, block.stop)
         try:
             tensor = self._tensor(block.file, name)
             if name.startswith("keys"):
-                data = tensor[:, :, here]
+                data = tensor[:, :, rows]
                 return data if layers is None else data[layers]
             if name in ("lifespan", "future_attention"):
-                data = tensor[:, :, :, here]
+                data = tensor[:, :, :, rows]
                 return data if layers is None else data[:, layers]
-            return tensor[here]
+            return tensor[rows]
         except (SafetensorError, IndexError) as error:
-            raise SmartKVError(f"{self.folder / block.file} has no usable '{name}': {error}") from error
+            raise SmartKVError(
+                f"{self.folder / block.file} has no usable '{name}' ({error}): run the harvest again"
+            ) from error
 
     def _tensor(self, file: str, name: str) -> Tensor:
-        """All of it, mapped: asked for once, as finding it in its file takes longer than reading a block."""
+        """Map a whole tensor once, because finding it in its file takes longer than reading a row block."""
         if (file, name) not in self._mapped:
             if file not in self._open:
                 self._open[file] = open_tensors(self.folder / file)
@@ -51,4 +64,4 @@ class ShardReader:
         return self._mapped[file, name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_open": {}, "_mapped": {}}  # maps do not travel to worker processes
+        return {"folder": self.folder, "_open": {}, "_mapped": {}}  # maps cannot be pickled for worker processes

@@ -1,7 +1,7 @@
-"""One file of a harvest: a shard, or the plan of its windows.
+"""Reading and writing of single safetensors files of a harvest: shards, and the plan of windows.
 
-Its header says what it is, with a digest of that and of all tensors: a harvest that was killed has no manifest yet, and
-goes on with what it finds only if that is what was written. Files of earlier versions have no digest.
+The header of a file holds metadata and a digest of the metadata and all tensors. A harvest that was killed has no
+manifest yet. When it is run again, it reuses a file only if the digest matches. Files of early versions have no digest.
 """
 
 import hashlib
@@ -19,42 +19,56 @@ from smartkv.errors import SmartKVError
 from smartkv.io.atomic import write_atomically
 from smartkv.io.checks import check_type
 
-DIGEST = "sha256"  # where the header has it
+DIGEST = "sha256"  # key of the digest in the header
 
 
 class DamagedFile(SmartKVError):
-    """A file that is there and is not whole."""
+    """A file that exists but is not whole."""
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write one file. Equal tensors and metadata give equal bytes.
+    """Write one file atomically. Equal tensors and metadata give equal bytes.
 
-    The header holds `metadata` and the digest as JSON under the one key `smartkv`: safetensors writes several keys in
-    random order.
+    The header holds `metadata` and the digest as JSON under the single key `smartkv`, because safetensors writes
+    several keys in random order.
+
+    Args:
+        path: File to write.
+        tensors: Tensors by name.
+        metadata: Anything that JSON can hold.
+
+    Raises:
+        SmartKVError: The file could not be written.
     """
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    said = metadata | {DIGEST: _digest(metadata, sorted(tensors.items()))}
-    write_atomically(path, save(tensors, metadata={"smartkv": json.dumps(said, sort_keys=True)}))
+    header = metadata | {DIGEST: _digest(metadata, sorted(tensors.items()))}
+    write_atomically(path, save(tensors, metadata={"smartkv": json.dumps(header, sort_keys=True)}))
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The metadata that a file was written with.
+    """Read the metadata that a file was written with.
 
     Raises:
-        DamagedFile: not whole.
-        SmartKVError: not there, not to be read, or not one of ours.
+        DamagedFile: The file is not whole.
+        SmartKVError: The file is missing, unreadable, or was not written by SmartKV.
     """
     with open_tensors(path) as file:
-        return _said(path, file)[0]
+        return _metadata_and_digest(path, file)[0]
 
 
 def digests(path: Path) -> tuple[str | None, str]:
-    """The digest that a file's header has (None: it has none), and that of what the file holds. Reads it whole.
+    """Compare a file with its digest. This reads the whole file.
 
-    Raises: as `read_header`.
+    Returns:
+        The digest in the header (None if there is none) and the digest of the content. They differ if the content was
+        changed.
+
+    Raises:
+        DamagedFile: The file is not whole.
+        SmartKVError: The file is missing, unreadable, or was not written by SmartKV.
     """
     with open_tensors(path) as file:
-        metadata, digest = _said(path, file)
+        metadata, digest = _metadata_and_digest(path, file)
         try:
             return digest, _digest(metadata, ((name, file.get_tensor(name)) for name in sorted(file.keys())))
         except SafetensorError as error:
@@ -62,41 +76,41 @@ def digests(path: Path) -> tuple[str | None, str]:
 
 
 def open_tensors(path: Path) -> Any:
-    """An open safetensors file (a context manager).
+    """Open a safetensors file, as a context manager.
 
     Raises:
-        DamagedFile: not whole.
-        SmartKVError: not there, or not to be read.
+        DamagedFile: The file is not whole.
+        SmartKVError: The file is missing or unreadable.
     """
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
-        raise SmartKVError(f"{path} is missing: run the same harvest again, it makes what is not there") from error
+        raise SmartKVError(f"{path} is missing: run the same harvest again, it writes missing files") from error
     except SafetensorError as error:
         raise _damaged(path, error) from error
-    except OSError as error:  # of the disk, not of the file: it may pass
+    except OSError as error:  # a fault of the disk, not of the file, which may pass
         raise SmartKVError(f"{path} could not be read: {error}") from error
 
 
 def _damaged(path: Path, error: Exception) -> DamagedFile:
-    return DamagedFile(f"{path} is damaged ({error}): run the same harvest again, it makes that file anew")
+    return DamagedFile(f"{path} is damaged ({error}): run the same harvest again, it writes that file anew")
 
 
-def _said(path: Path, file: Any) -> tuple[dict[str, Any], str | None]:
-    """A header's metadata and digest."""
+def _metadata_and_digest(path: Path, file: Any) -> tuple[dict[str, Any], str | None]:
+    """Read a header's metadata and digest."""
     try:
         metadata = check_type("smartkv", json.loads((file.metadata() or {})["smartkv"]), dict)
     except (KeyError, ValueError) as error:
         raise SmartKVError(
-            f"{path} is a safetensors file, but not one that SmartKV wrote: move it away, or take another folder"
+            f"{path} is a safetensors file, but not one that SmartKV wrote: move it away, or choose another folder"
         ) from error
     return metadata, metadata.pop(DIGEST, None)
 
 
 def _digest(metadata: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of metadata and tensors. Of what they hold, not of the file: the file holds the digest."""
-    found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    """Compute the SHA-256 of metadata and tensors; not of the file, which contains the digest itself."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in tensors:
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Eviction while a model is trained: which tokens always stay, which keys go, and how many of them when."""
+"""Eviction while a model is trained: anchors, dropping of keys, keep ratios and masked attention; no Trainer."""
 
 from smartkv.sparsity.anchors import Anchors
 from smartkv.sparsity.keep_ratio import Adaptive, Fixed, Linear, Schedule

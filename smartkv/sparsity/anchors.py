@@ -1,4 +1,4 @@
-"""Tokens that always stay: special ones, punctuation, the first and the latest."""
+"""Anchors: tokens whose keys are never dropped (special tokens, punctuation, sinks and recent tokens)."""
 
 import unicodedata
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ CLASSES = ("special", "punctuation", "newline", "number", "word_start", "word_re
 
 @dataclass(frozen=True)
 class Anchors:
-    """Which keys no random draw takes away.
+    """The choice of keys that random dropping never takes away.
 
     Args:
-        sinks: tokens at the start that stay; 0: none.
-        recent: latest tokens that every query sees, its own included; at least 1.
-        special: special tokens stay.
-        punctuation: tokens of nothing but punctuation stay, line ends among them.
+        sinks: Number of tokens at the start that stay, at least 0.
+        recent: Number of latest tokens that every query sees, its own included, at least 1.
+        special: Whether special tokens stay.
+        punctuation: Whether tokens of nothing but punctuation stay, line ends included.
 
     Raises:
-        SmartKVError: fewer sinks or recent tokens than these.
+        SmartKVError: A number is too small.
     """
 
     sinks: int = 4
@@ -36,22 +36,26 @@ class Anchors:
             raise SmartKVError(f"sinks must be at least 0 and recent at least 1, got {self.sinks} and {self.recent}")
 
     def table(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """Whether each id of the vocabulary stays for what it is, bool `[ids]`."""
-        kinds = token_classes(tokenizer)
-        stays = torch.zeros(len(kinds), dtype=torch.bool)
+        """Say for each token id whether its class makes it an anchor, bool `[ids]`."""
+        classes = token_classes(tokenizer)
+        stays = torch.zeros(len(classes), dtype=torch.bool)
         if self.special:
-            stays |= kinds == CLASSES.index("special")
+            stays |= classes == CLASSES.index("special")
         if self.punctuation:
-            stays |= (kinds == CLASSES.index("punctuation")) | (kinds == CLASSES.index("newline"))
+            stays |= (classes == CLASSES.index("punctuation")) | (classes == CLASSES.index("newline"))
         return stays
 
     def always(self, ids: Tensor, table: Tensor, real: Tensor | None = None) -> Tensor:
-        """Whether the key of each token stays for good, bool like `ids`; the latest tokens are no matter of it.
+        """Say for each token whether it is a sink or an anchor by its class; recent tokens are not considered.
 
         Args:
-            ids: int64 `[batch, tokens]`.
-            table: of `table`.
-            real: bool like `ids`, False for padding, which is no sink; None: there is none.
+            ids: Token ids, int64 `[batch, tokens]`.
+            table: Result of `table`.
+            real: bool `[batch, tokens]`, False for padding. Sinks count from the first real token. None means that
+                there is no padding.
+
+        Returns:
+            bool `[batch, tokens]`.
         """
         stays = table.to(ids.device)[ids]
         if real is None:
@@ -61,24 +65,32 @@ class Anchors:
 
 
 def token_classes(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Index into `CLASSES` of each id, int64 `[ids]`.
+    """Classify each token id of a vocabulary.
 
-    special: the tokenizer's own; punctuation: nothing but punctuation, symbols and space; newline: with a line end and
-    nothing else but space; number: digits; word_start: after a space, or first in its word; word_rest: all else.
+    - special: the tokenizer's special tokens;
+    - punctuation: nothing but punctuation, symbols and space;
+    - newline: nothing but space, with a line end;
+    - number: digits;
+    - word_start: begins with a space, or is marked by the tokenizer as the start of a word;
+    - word_rest: all others.
+
+    Returns:
+        Indices into `CLASSES`, int64 `[ids]`.
     """
-    texts = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
-    raw = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    texts = tokenizer.batch_decode([[token_id] for token_id in range(len(tokenizer))])
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     special = set(tokenizer.all_special_ids)
-    kinds = [
-        "special" if number in special else _kind(text, token or "")
-        for number, (text, token) in enumerate(zip(texts, raw, strict=True))
+    classes = [
+        "special" if token_id in special else _token_class(text, token or "")
+        for token_id, (text, token) in enumerate(zip(texts, tokens, strict=True))
     ]
-    return torch.tensor([CLASSES.index(kind) for kind in kinds])
+    return torch.tensor([CLASSES.index(name) for name in classes])
 
 
-def _kind(text: str, token: str) -> str:
+def _token_class(text: str, token: str) -> str:
+    """Classify a token from its decoded text and its spelling in the vocabulary."""
     bare = text.strip()
-    if "\ufffd" in bare:  # part of a letter
+    if "\ufffd" in bare:  # a part of a character, which does not decode by itself
         return "word_rest"
     if not bare:
         return "newline" if "\n" in text else "punctuation"

@@ -1,4 +1,4 @@
-"""What a training config chooses from: each says how keys are dropped from a batch of texts."""
+"""Ways to drop keys during training, from which a config chooses one by class name."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,37 +17,44 @@ from smartkv.sparsity.key_dropout import GatedDropping, KeyDropout, Seen, Share,
 
 
 class Dropping(Persisted, ABC):
-    """How keys go while a model is trained.
+    """Base class of ways to drop keys while a model is trained.
 
     Attributes:
-        gates: that are trained with the model; None: there are none.
+        gates: Gates that are trained with the model. None if there are none.
     """
 
     gates: GateBank | None = None
 
     def price(self) -> float | None:
-        """What a key costs gates that learn, in nats a token for the whole cache; None: none do."""
+        """Return the price of the whole cache, in nats per token, for gates that are trained.
+
+        None if no gates are trained.
+        """
         return None
 
     def prepare(self, lm: Backbone) -> None:
-        """Called once, with the model that will be trained."""
+        """Prepare for the model that will be trained; called once."""
         return
 
     @abstractmethod
     def inside(
         self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
     ) -> AbstractContextManager[Seen]:
-        """A context in which the model attends without the keys that went; it gives the footprint (see `Seen`).
+        """Make a context in which the model attends without the dropped keys.
 
         Args:
-            ids: int64 `[batch, tokens]`, no padding.
-            keep_ratio: share of the keys that stay, where chance decides.
-            seeds: of what is drawn, one a row.
+            lm: The model and its tokenizer.
+            ids: Token ids, int64 `[batch, tokens]`, without padding.
+            keep_ratio: Share of the keys that stay, used if keys are dropped at random.
+            seeds: Seeds of the random draws, one per row.
+
+        Returns:
+            A context manager that yields a function for the footprint (see `Seen`).
         """
 
 
 class NoDropping(Dropping):
-    """A full cache: plain fine-tuning, beside which the others are measured."""
+    """A full cache, which is plain fine-tuning and the baseline of the others."""
 
     def __init__(self) -> None:
         self.arguments = {}
@@ -55,15 +62,19 @@ class NoDropping(Dropping):
     def inside(
         self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
     ) -> AbstractContextManager[Seen]:
+        """Change nothing; the footprint is 1."""
         return nullcontext(lambda _: torch.ones(()))
 
 
 class RandomDropping(Dropping):
-    """Chance, anchors apart.
+    """Random dropping of keys that are no anchors.
 
     Args:
-        sinks, recent, special, punctuation: see `Anchors`.
-        share: who draws alike: head (nobody), layer (the heads of a layer) or model (all).
+        sinks: Number of tokens at the start that stay.
+        recent: Number of latest tokens that every query sees.
+        special: Whether special tokens stay.
+        punctuation: Whether tokens of nothing but punctuation stay.
+        share: Which heads share a draw: "head" (none), "layer" (the heads of a layer) or "model" (all).
     """
 
     def __init__(
@@ -74,22 +85,27 @@ class RandomDropping(Dropping):
         self.arguments |= {"share": share}
 
     def prepare(self, lm: Backbone) -> None:
+        """Classify the tokenizer's vocabulary."""
         self.table = self.anchors.table(lm.tokenizer)
 
     def inside(
         self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
     ) -> AbstractContextManager[Seen]:
+        """Draw which keys stay and attend without the others."""
         arch = lm.architecture
         dropout = KeyDropout(arch.layers, arch.kv_heads, self.anchors.recent, self.share)
         return dropout.dropped(lm.model, self.anchors.always(ids, self.table), keep_ratio, seeds)
 
 
 class WindowDropping(Dropping):
-    """A sliding window with sinks, as it is deployed.
+    """A sliding window with sinks, the same as the cache's policy `window`.
 
     Args:
-        window: latest tokens that are seen.
-        sinks: tokens at the start that are seen.
+        window: Number of latest tokens that a query sees, its own included.
+        sinks: Number of tokens at the start that every query sees.
+
+    Raises:
+        SmartKVError: A number is too small.
     """
 
     def __init__(self, window: int = 128, sinks: int = 4) -> None:
@@ -101,17 +117,21 @@ class WindowDropping(Dropping):
     def inside(
         self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
     ) -> AbstractContextManager[Seen]:
+        """Attend within the window."""
         return window_attention(lm.model, self.window, self.sinks, *ids.shape)
 
 
 class GateDropping(Dropping):
-    """Our gates, as they are deployed; or softly, and trained with the model.
+    """Dropping by gates, either as in the cache or by soft decisions.
 
     Args:
-        gates: folder, hub id, or the name of gates that come with SmartKV; they judge for ages.
-        footprint: share of the full cache for which their price is taken.
-        temperature: of a soft decision; None: keys stay or go.
-        train: the gates learn too; with a temperature alone.
+        gates: Folder, hub id or shipped name of gates that judge by age.
+        footprint: Share of the full cache for which the gates' price is taken.
+        temperature: Temperature of soft decisions. None means hard decisions, as in the cache.
+        train: Whether the gates are trained with the model, which needs a temperature.
+
+    Raises:
+        SmartKVError: The gates are to be trained without a temperature.
     """
 
     def __init__(
@@ -122,20 +142,23 @@ class GateDropping(Dropping):
         train: bool = False,
     ) -> None:
         if train and temperature is None:
-            raise SmartKVError("gates learn through a soft decision: give a temperature, such as 0.2")
+            raise SmartKVError("gates are trained through soft decisions: give a temperature, such as 0.2")
         self.name, self.footprint, self.temperature, self.train = gates, footprint, temperature, train
         self.arguments = {"gates": gates, "footprint": footprint, "temperature": temperature, "train": train}
 
     def prepare(self, lm: Backbone) -> None:
+        """Load the gates for the model."""
         bank = GateBank.from_pretrained(self.name, lm.model).to(lm.model.device).float()
         bank.requires_grad_(self.train)
         self.gates = bank if self.train else None
         self.rule = GatedDropping(bank, self.footprint, self.temperature)
 
     def price(self) -> float | None:
+        """Return the price of the whole cache, in nats per token, if the gates are trained."""
         return math.exp(self.rule.price) if self.train else None
 
     def inside(
         self, lm: Backbone, ids: Tensor, keep_ratio: float, seeds: Sequence[int]
     ) -> AbstractContextManager[Seen]:
+        """Attend as the gates decide."""
         return self.rule.dropped(lm.model)

@@ -1,4 +1,4 @@
-"""How many keys stay at each step of a training."""
+"""Schedules of the keep ratio, the share of keys that stay at a training step."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -8,29 +8,37 @@ from smartkv.io.class_names import Persisted
 
 
 class Schedule(Persisted, ABC):
-    """`keep_ratio` of a step; state is saved and restored exactly.
+    """Base class of schedules of the keep ratio. Their state is saved and restored exactly.
 
     Attributes:
-        needs_end: the ratio hangs on how many steps there will be.
+        needs_end: Whether the ratio depends on the total number of steps.
     """
 
     needs_end = False
 
     @abstractmethod
     def keep_ratio(self, step: int, steps: int) -> float:
-        """Share of the keys that stay, anchors apart, at `step` of `steps`."""
+        """Compute the share of keys, anchors not counted, that stay at a step.
+
+        Args:
+            step: Index of the step.
+            steps: Total number of steps.
+        """
 
     def validated(self, cost: float) -> None:
-        """Called after each validation, with what eviction cost then: NLL under it less NLL with a full cache, nats a
-        token."""
+        """Take note of a validation.
+
+        Args:
+            cost: NLL under eviction minus NLL with a full cache, in nats per token.
+        """
         return
 
     def state_dict(self) -> dict[str, Any]:
-        """For JSON: all that changes while it runs."""
+        """Return all that changes during training, for JSON."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restore the state that `state_dict` returned."""
         return
 
 
@@ -41,10 +49,13 @@ def _check(**shares: float) -> None:
 
 
 class Fixed(Schedule):
-    """The same all the time.
+    """A constant keep ratio.
 
     Args:
-        ratio: share of the keys that stay.
+        ratio: Share of the keys that stay.
+
+    Raises:
+        SmartKVError: The share is not between 0 and 1.
     """
 
     def __init__(self, ratio: float = 0.5) -> None:
@@ -52,14 +63,19 @@ class Fixed(Schedule):
         self.ratio, self.arguments = ratio, {"ratio": ratio}
 
     def keep_ratio(self, step: int, steps: int) -> float:
+        """Return the ratio."""
         return self.ratio
 
 
 class Linear(Schedule):
-    """A curriculum: from easy to hard in a straight line.
+    """A linear curriculum, usually from easy to hard.
 
     Args:
-        start, end: shares of the keys that stay at the first step and at the last.
+        start: Share of the keys that stay at the first step.
+        end: Share of the keys that stay at the last step.
+
+    Raises:
+        SmartKVError: A share is not between 0 and 1.
     """
 
     needs_end = True
@@ -69,40 +85,52 @@ class Linear(Schedule):
         self.start, self.end, self.arguments = start, end, {"start": start, "end": end}
 
     def keep_ratio(self, step: int, steps: int) -> float:
+        """Interpolate between `start` and `end`."""
         share = min(1.0, max(0, step) / max(1, steps - 1))
         return self.start + (self.end - self.start) * share
 
 
 class Adaptive(Schedule):
-    """Harder as long as the model keeps up.
+    """A curriculum that becomes harder while the model keeps up.
 
-    After a validation in which eviction, at the ratio of then, cost at most `tolerance`, the ratio falls by `change`;
-    after one in which it cost more it rises by as much. It stays between `end` and `start`: from 0.9 to 0.3 by 0.05
-    takes twelve validations.
+    After a validation in which eviction at the current ratio cost at most `tolerance`, the ratio falls by `change`.
+    After a validation in which it cost more, the ratio rises by `change`. It stays between `end` and `start`. From 0.9
+    to 0.3 by 0.05 takes at least twelve validations.
 
     Args:
-        start, end: highest and lowest share of the keys that stay; it begins with the highest.
-        change: of the ratio, at a validation.
-        tolerance: nats a token; 0.05: 5 % of perplexity.
+        start: Highest share of the keys that stay, with which the training begins.
+        end: Lowest share of the keys that stay.
+        change: Change of the share at a validation.
+        tolerance: Cost of eviction in nats per token; 0.05 is 5 % of perplexity.
+
+    Raises:
+        SmartKVError: A share is not between 0 and 1, `end` is above `start`, or the tolerance is below 0.
     """
 
     def __init__(self, start: float = 0.9, end: float = 0.3, change: float = 0.05, tolerance: float = 0.05) -> None:
         _check(start=start, end=end, change=change)
         if end > start or tolerance < 0:
-            raise SmartKVError(f"end must be at most start, tolerance at least 0, got {start}, {end}, {tolerance}")
+            raise SmartKVError(
+                f"end must be at most start and tolerance at least 0, got end {end}, start {start} and "
+                f"tolerance {tolerance}"
+            )
         self.start, self.end, self.change, self.tolerance = start, end, change, tolerance
         self.arguments = {"start": start, "end": end, "change": change, "tolerance": tolerance}
         self.ratio = start
 
     def keep_ratio(self, step: int, steps: int) -> float:
+        """Return the current ratio."""
         return self.ratio
 
     def validated(self, cost: float) -> None:
+        """Lower or raise the ratio."""
         change = -self.change if cost <= self.tolerance else self.change
         self.ratio = min(self.start, max(self.end, self.ratio + change))
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the current ratio."""
         return {"ratio": self.ratio}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the ratio."""
         self.ratio = state["ratio"]

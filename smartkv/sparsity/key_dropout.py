@@ -1,4 +1,4 @@
-"""Who decides which keys are gone while a model is trained: chance, a sliding window, or gates."""
+"""Rules by which keys are dropped while a model is trained: at random, by a sliding window, or by gates."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,30 +20,35 @@ from smartkv.sparsity.masked_attention import sparse_attention
 
 Share = Literal["head", "layer", "model"]
 Seen = Callable[[int], Tensor]
-"""(first) -> footprint: share of a full cache's keys that the queries from `first` on saw in the last forward pass."""
+"""Function of the first counted query: share of a full cache's keys that it and later queries saw in the last pass."""
 
 
 def share_seen(stays: Tensor, recent: int, first_query: int) -> Tensor:
-    """The same, where keys stay for good or go after a window.
+    """Compute the footprint where a key either stays for good or goes after a window.
 
     Args:
-        stays: bool `[…, tokens]`, keys that stay for good; the figure is the mean over all else.
-        recent: latest tokens that every query sees.
+        stays: Keys that stay for good, bool `[…, tokens]`.
+        recent: Number of latest tokens that every query sees.
+        first_query: Index of the first query that counts.
+
+    Returns:
+        float64 scalar: the share of a full cache's keys that is seen, mean over all leading dimensions.
     """
     query = torch.arange(first_query, stays.shape[-1], device=stays.device)
-    before = F.pad(stays.cumsum(dim=-1), (1, 0))  # keys that stay among the first so many
+    before = F.pad(stays.cumsum(dim=-1), (1, 0))  # entry n: keys that stay among the first n
     seen = before[..., (query + 1 - recent).clamp(min=0)] + (query + 1).clamp(max=recent)
     return seen.sum(dim=-1).double().mean() / (query + 1).sum()
 
 
 @dataclass(frozen=True)
 class KeyDropout:
-    """Chance: each key that is no anchor stays with probability `keep_ratio`.
+    """Random dropping, by which each key that is no anchor stays with probability `keep_ratio`.
 
-    Args:
-        layers, kv_heads: of the model.
-        recent: latest tokens that every query sees.
-        share: who draws alike: `head`: nobody; `layer`: the heads of a layer; `model`: all.
+    Attributes:
+        layers: Number of layers of the model.
+        kv_heads: Number of KV heads per layer.
+        recent: Number of latest tokens that every query sees.
+        share: Which heads share a draw: "head" (none), "layer" (the heads of a layer) or "model" (all).
     """
 
     layers: int
@@ -52,19 +57,23 @@ class KeyDropout:
     share: Share = "head"
 
     def draw(self, always: Tensor, keep_ratio: float, seeds: Sequence[int]) -> Tensor:
-        """Which keys stay, bool `[layers, batch, kv_heads, tokens]`.
+        """Draw which keys stay.
 
         Args:
-            always: bool `[batch, tokens]`, anchors.
-            seeds: one a row: what is drawn does not depend on the rows beside it.
+            always: Anchors, bool `[batch, tokens]`.
+            keep_ratio: Probability with which any other key stays.
+            seeds: One seed per row, so that a draw does not depend on the other rows of the batch.
+
+        Returns:
+            bool `[layers, batch, kv_heads, tokens]`.
         """
         batch, tokens = always.shape
         layers = 1 if self.share == "model" else self.layers
         heads = self.kv_heads if self.share == "head" else 1
         rows = [torch.rand(layers, heads, tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         drawn = torch.stack(rows, dim=1).to(always.device) < keep_ratio
-        found = drawn | always[None, :, None]
-        return found.expand(self.layers, batch, self.kv_heads, tokens)
+        stays = drawn | always[None, :, None]
+        return stays.expand(self.layers, batch, self.kv_heads, tokens)
 
     @contextmanager
     def dropped(
@@ -75,15 +84,37 @@ class KeyDropout:
         seeds: Sequence[int],
         real: Tensor | None = None,
     ) -> Iterator[Seen]:
-        """Inside, `model` attends without the keys that a draw takes away; arguments as `draw` and `sparse_mask`."""
-        drawn = self.draw(always, keep_ratio, seeds)
-        with sparse_attention(model, lambda layer: drawn[layer], self.recent, real):
-            yield partial(share_seen, drawn, self.recent)
+        """Run forward passes of `model` without randomly dropped keys inside this context.
+
+        Args:
+            model: The model.
+            always: Anchors, bool `[batch, tokens]`.
+            keep_ratio: Probability with which any other key stays.
+            seeds: One seed per row.
+            real: bool `[batch, tokens]`, False for padding. None means that there is no padding.
+
+        Yields:
+            The footprint (see `Seen`).
+        """
+        stays = self.draw(always, keep_ratio, seeds)
+        with sparse_attention(model, lambda layer: stays[layer], self.recent, real):
+            yield partial(share_seen, stays, self.recent)
 
 
 @contextmanager
 def window_attention(model: PreTrainedModel, window: int, sinks: int, batch: int, tokens: int) -> Iterator[Seen]:
-    """Inside, `model` sees sinks and the latest `window` tokens, as under the policy `window`."""
+    """Run forward passes of `model` with sinks and a sliding window, as under the policy `window`.
+
+    Args:
+        model: The model.
+        window: Number of latest tokens that a query sees, its own included.
+        sinks: Number of tokens at the start that every query sees.
+        batch: Rows of the forward passes.
+        tokens: Tokens of the forward passes.
+
+    Yields:
+        The footprint (see `Seen`).
+    """
     always = torch.zeros(batch, 1, tokens, dtype=torch.bool, device=model.device)
     always[..., :sinks] = True
     with sparse_attention(model, lambda _: always, window):
@@ -91,41 +122,52 @@ def window_attention(model: PreTrainedModel, window: int, sinks: int, batch: int
 
 
 class GatedDropping:
-    """Gates decide, as they are deployed: each key by itself, for several ages, above one price.
+    """Dropping by gates, as in the cache: each key is judged by itself, at several ages, against one price.
 
     Args:
-        gates: that judge for ages, and remember prices for a policy in which they judge in all layers, from their first
-            age on.
-        footprint: share of the full cache for which their price is taken.
-        temperature: of a soft decision, through which gates learn too; None: keys stay or go.
+        gates: Gates that judge by age. Their policy must ask the gates in all layers from the first age on, and their
+            prices must reach the footprint.
+        footprint: Share of the full cache for which the price is taken.
+        temperature: Temperature of soft decisions, through which the gates can learn. None means hard decisions.
 
     Raises:
-        SmartKVError: gates that do not judge for ages, go with another policy, or have no price for that footprint.
+        SmartKVError: The gates do not judge by age, have another policy, or have no price for the footprint.
     """
 
     def __init__(self, gates: GateBank, footprint: float, temperature: float | None = None) -> None:
         if not gates.ages:
-            raise SmartKVError("gates that drop keys in training judge for ages: distil them first (DistilledGates)")
+            raise SmartKVError(
+                "dropping keys in training needs gates that judge by age, these judge a key once: "
+                "distil them first (DistilledGates)"
+            )
         if temperature is not None and temperature <= 0:
             raise SmartKVError(f"temperature must be above 0, got {temperature}")
         policy = policy_of(gates, footprint)
         layers = gates.fingerprint.layers
-        alike = ("gated", gates.ages[0], None)
+        expected = ("gated", gates.ages[0], None)
         if policy.price is None or any(
-            (rule.rule, rule.window, rule.price) != alike for rule in policy.by_layer(layers)
+            (rule.rule, rule.window, rule.price) != expected for rule in policy.by_layer(layers)
         ):
             raise SmartKVError(
-                "training drops keys as gates of all layers have it, from their first age on "
-                f"({gates.ages[0]} tokens): these gates go with a policy of other rules, windows or prices"
+                f"dropping keys in training needs a policy that asks the gates in all layers from {gates.ages[0]} "
+                "tokens on, at one price: these gates go with a policy of other rules, windows or prices"
             )
         self.gates, self.price, self.temperature = gates, policy.price, temperature
         self.sinks = policy.sinks
 
     def log_keep(self, layer: int, keys: Tensor) -> Tensor:
-        """Log of the share of each key that is kept from each age on, float32 `[ages, batch, kv_heads, tokens]`, from
-        keys before the rotary embedding."""
+        """Compute the log of the share of each key that is kept from each age on.
+
+        Args:
+            layer: Index of the layer.
+            keys: `[batch, kv_heads, tokens, head_dim]`, before the rotary embedding.
+
+        Returns:
+            float32 `[ages, batch, kv_heads, tokens]`.
+        """
         if not self.gates.weight2.requires_grad:
-            keys = keys.detach()  # or the model would learn to make its keys look worth keeping, which costs it nothing
+            # Otherwise the model would learn to make its keys look worth keeping, at no cost to itself.
+            keys = keys.detach()
         worth = self.gates.predict(layer, keys)
         if self.temperature is None:
             return (~hard_keep(worth, self.price)).float().mul(HIDDEN).movedim(-1, 0)
@@ -133,7 +175,14 @@ class GatedDropping:
 
     @contextmanager
     def dropped(self, model: PreTrainedModel) -> Iterator[Seen]:
-        """Inside, `model` attends as the gates have it (no padding). Through the footprint, too, gates learn."""
+        """Run forward passes of `model`, without padding, under the decisions of the gates inside this context.
+
+        Args:
+            model: The model.
+
+        Yields:
+            The footprint (see `Seen`). It has a gradient to gates that are trained.
+        """
         kept: dict[int, Tensor] = {}
 
         def log_keep(layer: int, keys: Tensor) -> Tensor:

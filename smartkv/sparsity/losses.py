@@ -1,7 +1,7 @@
-"""What a sparse student loses: cross entropy, divergence from a full-cache teacher, distance of hidden states.
+"""Losses of a student that attends under eviction: cross entropy, divergence from a teacher, distance of states.
 
-Logits of all tokens never stand side by side: gradients are made block by block in the forward pass, for a head that is
-not trained itself.
+The teacher attends with a full cache. Gradients are computed a few tokens at a time in the forward pass, so that the
+logits of all tokens are never in memory together. The output embedding is not trained.
 """
 
 from typing import Any, NamedTuple
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-AT_ONCE = 128  # tokens whose logits are held together
+AT_ONCE = 128  # tokens whose logits are in memory together
 
 
 class StudentLoss(NamedTuple):
-    """Means over tokens, nats; `total` has the gradient.
+    """Mean losses over tokens, in nats, float32 scalars.
 
     Attributes:
-        total: cross entropy and divergence, weighted.
-        ce: −log p of the next token.
-        kl: KL(student ‖ teacher); 0 where it has no weight.
+        total: Weighted sum of cross entropy and divergence, which has the gradient.
+        ce: Cross entropy with the next token.
+        kl: KL(student ‖ teacher); 0 if it has no weight or there is no teacher.
     """
 
     total: Tensor
@@ -28,6 +28,8 @@ class StudentLoss(NamedTuple):
 
 
 class _Loss(torch.autograd.Function):
+    """Weighted loss whose gradient is computed in the forward pass."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, teacher: Tensor | None, targets: Tensor, weight: Tensor, bias: Tensor | None,
@@ -36,19 +38,19 @@ class _Loss(torch.autograd.Function):
         gradient, tokens = torch.empty_like(hidden), len(hidden)
         ce, kl = (hidden.new_zeros((), dtype=torch.float32) for _ in range(2))
         for start in range(0, tokens, AT_ONCE):
-            here = slice(start, start + AT_ONCE)
-            ours = F.linear(hidden[here], weight, bias).float().log_softmax(dim=-1)
-            ce -= ours.gather(1, targets[here, None]).sum()
-            likely = ours.exp()
-            grad = ce_weight * likely
-            grad.scatter_add_(1, targets[here, None], torch.full_like(grad[:, :1], -ce_weight))
+            block = slice(start, start + AT_ONCE)
+            student_log = F.linear(hidden[block], weight, bias).float().log_softmax(dim=-1)
+            ce -= student_log.gather(1, targets[block, None]).sum()
+            probability = student_log.exp()
+            d_logits = ce_weight * probability
+            d_logits.scatter_add_(1, targets[block, None], torch.full_like(d_logits[:, :1], -ce_weight))
             if teacher is not None:
-                theirs = F.linear(teacher[here], weight, bias).float().log_softmax(dim=-1)
-                gap = ours - theirs
-                each = (likely * gap).sum(dim=-1, keepdim=True)
-                kl += each.sum()
-                grad += kl_weight * likely * (gap - each)
-            gradient[here] = (grad / tokens).to(hidden.dtype) @ weight
+                teacher_log = F.linear(teacher[block], weight, bias).float().log_softmax(dim=-1)
+                log_ratio = student_log - teacher_log
+                kl_of_token = (probability * log_ratio).sum(dim=-1, keepdim=True)
+                kl += kl_of_token.sum()
+                d_logits += kl_weight * probability * (log_ratio - kl_of_token)
+            gradient[block] = (d_logits / tokens).to(hidden.dtype) @ weight
         ctx.save_for_backward(gradient)
         ce, kl = ce / tokens, kl / tokens
         return ce_weight * ce + kl_weight * kl, ce, kl
@@ -67,12 +69,15 @@ def student_loss(
     ce_weight: float = 1.0,
     kl_weight: float = 1.0,
 ) -> StudentLoss:
-    """Loss of next-token distributions.
+    """Compute cross entropy and divergence of next-token distributions.
 
     Args:
-        hidden, teacher: last hidden states `[tokens, hidden]`, the model's dtype; no teacher: no divergence.
-        targets: int64 `[tokens]`, the next tokens.
-        head: the model's output embedding, a Linear; not trained.
+        hidden: Last hidden states of the student, `[tokens, hidden]`, in the model's dtype. The gradient flows to them.
+        teacher: Last hidden states of the teacher, `[tokens, hidden]`. None means no divergence.
+        targets: Next tokens, int64 `[tokens]`.
+        head: The model's output embedding, a linear layer, which is not trained.
+        ce_weight: Weight of the cross entropy.
+        kl_weight: Weight of the divergence.
     """
     weight, bias = head.weight, getattr(head, "bias", None)
     used = teacher if kl_weight else None
@@ -80,5 +85,13 @@ def student_loss(
 
 
 def hidden_distance(hidden: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared distance of last hidden states, over the teacher's mean square."""
+    """Compute the mean squared distance of last hidden states, relative to the teacher's mean square.
+
+    Args:
+        hidden: Last hidden states of the student, `[tokens, hidden]`.
+        teacher: Last hidden states of the teacher, `[tokens, hidden]`.
+
+    Returns:
+        A float32 scalar.
+    """
     return (hidden.float() - teacher.float()).square().mean() / teacher.float().square().mean()

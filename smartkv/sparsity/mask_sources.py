@@ -1,4 +1,4 @@
-"""The old path of `smartkv.sparsity.dropping`, which configs of version 0.1 name."""
+"""Old path of `smartkv.sparsity.dropping`, kept because configs of version 0.1 name it."""
 
 from smartkv.sparsity.dropping import Dropping, GateDropping, NoDropping, RandomDropping, WindowDropping
 

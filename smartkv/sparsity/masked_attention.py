@@ -1,7 +1,7 @@
-"""Attention in which some keys are gone: a 4-D mask (causal, padding, dropped keys) for `scaled_dot_product_attention`.
+"""Attention without dropped keys, by a 4-D mask for `scaled_dot_product_attention`.
 
-Query `i` sees key `j ≤ i` iff `j` is a real token and its key stays, or is among the latest `recent` tokens. Unlike
-dropout of activations nothing is scaled: an evicted key is not there, and the softmax is over what is left.
+Query `i` sees key `j ≤ i` if and only if `j` is a real token and either stays or is one of the latest `recent` tokens.
+Unlike dropout of activations, nothing is rescaled: the softmax is over the keys that are left.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,25 +19,29 @@ SPARSE = "smartkv_sparse"
 _RULE = "_smartkv_sparse_rule"
 
 Stays = Callable[[int], Tensor]
+"""Function of a layer that returns which keys stay; see `sparse_attention`."""
 
 
 def sparse_mask(stays: Tensor, recent: int, real: Tensor | None = None, sliding_window: int | None = None) -> Tensor:
-    """What each query sees, bool `[batch, kv_heads, queries, keys]`.
+    """Compute which keys each query sees.
 
     Args:
-        stays: bool `[batch, kv_heads, tokens]`, keys that stay for good.
-        recent: latest tokens that are seen in any case, the query's own included; at least 1.
-        real: bool `[batch, tokens]`, False for padding; None: there is none. A query of padding sees itself alone.
-        sliding_window: of the model itself, in tokens; None: it has none.
+        stays: Keys that stay for good, bool `[batch, kv_heads, tokens]`.
+        recent: Number of latest tokens that are always seen, the query's own included, at least 1.
+        real: bool `[batch, tokens]`, False for padding. A padding query sees only itself. None means no padding.
+        sliding_window: Window of the model itself, in tokens. None if it has none.
+
+    Returns:
+        bool `[batch, kv_heads, queries, keys]`.
     """
     tokens = stays.shape[2]
-    place = torch.arange(tokens, device=stays.device)
-    at = place[:, None]
+    key_position = torch.arange(tokens, device=stays.device)
+    query_position = key_position[:, None]
     if real is not None:
-        place = real.cumsum(dim=1) - 1  # padding is no distance
-        at = place[:, None, :, None]
-        place = place[:, None, None, :]
-    seen = stays[:, :, None, :] | (at - place < recent)
+        position = real.cumsum(dim=1) - 1  # padding takes up no position
+        query_position = position[:, None, :, None]
+        key_position = position[:, None, None, :]
+    seen = stays[:, :, None, :] | (query_position - key_position < recent)
     index = torch.arange(tokens, device=stays.device)
     seen = seen & (index <= index[:, None])
     if sliding_window is not None:
@@ -49,7 +53,7 @@ def sparse_mask(stays: Tensor, recent: int, real: Tensor | None = None, sliding_
 
 
 class _Rule:
-    """What the attention modules find."""
+    """State on the attention modules of a model under sparse attention."""
 
     def __init__(self, stays: Stays, recent: int, real: Tensor | None) -> None:
         self.stays, self.recent, self.real = stays, recent, real
@@ -61,17 +65,17 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,  # in this place: kvpress, once imported, gives it by position
+    dropout: float = 0.0,  # the sixth parameter: once imported, kvpress passes it by position
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function."""
+    """Attend as an attention function registered with transformers."""
     rule: _Rule = getattr(module, _RULE)
     layer: int = module.layer_idx  # type: ignore[assignment]
     group = query.shape[1] // key.shape[1]
     mask = sparse_mask(rule.stays(layer), rule.recent, rule.real, sliding_window)
-    if mask.shape[1] > 1:  # one line for all heads broadcasts by itself
+    if mask.shape[1] > 1:  # a mask for all heads together broadcasts
         mask = mask.repeat_interleave(group, dim=1)
     scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
     key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
@@ -84,14 +88,16 @@ register_attention(SPARSE, _attention)
 
 @contextmanager
 def sparse_attention(model: PreTrainedModel, stays: Stays, recent: int, real: Tensor | None = None) -> Iterator[None]:
-    """Inside, forward passes of `model` (no cache) see only what stays. Gradients flow as ever.
+    """Run forward passes of `model`, without a cache, on the keys that stay inside this context.
 
-    The model is as it was on leaving, also after an exception.
+    Gradients flow as usual. On exit the model is restored, also after an exception.
 
     Args:
-        stays: called with a layer; returns bool `[batch, kv_heads, tokens]`, or `[batch, 1, tokens]` for all heads. It
-            is called again where activations are computed anew in the backward pass: it must then return the same.
-        recent, real: as `sparse_mask`.
+        model: The model.
+        stays: Called with a layer's index. Returns bool `[batch, kv_heads, tokens]`, or `[batch, 1, tokens]` for all
+            heads. Activation checkpointing calls it again in the backward pass, and it must return the same then.
+        recent: Number of latest tokens that are always seen, the query's own included, at least 1.
+        real: bool `[batch, tokens]`, False for padding. None means that there is no padding.
     """
     with attention_switched_to(model, SPARSE, _RULE, _Rule(stays, recent, real)):
         yield

@@ -1,4 +1,4 @@
-"""The old path of `smartkv.sparsity.keep_ratio`, which configs of version 0.1 name."""
+"""Old path of `smartkv.sparsity.keep_ratio`, kept because configs of version 0.1 name it."""
 
 from smartkv.sparsity.keep_ratio import Adaptive, Fixed, Linear, Schedule
 

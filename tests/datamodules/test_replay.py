@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 
 from datamodules.replay import Replay
 from smartkv.errors import SmartKVError
-from smartkv.shards.manifest import Block
+from smartkv.shards.manifest import RowBlock
 
 
-def windows(count: int, blocks: int) -> list[list[Block]]:
-    return [[Block(f"train-{w}", 0, 8 * b, 8 * b + 8) for b in range(blocks)] for w in range(count)]
+def windows(count: int, blocks: int) -> list[list[RowBlock]]:
+    return [[RowBlock(f"train-{w}", 0, 8 * b, 8 * b + 8) for b in range(blocks)] for w in range(count)]
 
 
 sizes = st.integers(1, 9)
@@ -21,8 +21,8 @@ def test_each_block_is_drawn_that_often_while_it_is_held_and_the_buffer_never_ov
     count: int, blocks: int, buffer: int, passes: int, per_step: int, seed: int
 ) -> None:
     replay = Replay(windows(count, blocks), buffer, passes, per_step, (seed, 0))
-    held: set[Block] = set()
-    drawn: dict[Block, int] = {}
+    held: set[RowBlock] = set()
+    drawn: dict[RowBlock, int] = {}
     read = []
     steps = list(replay)
     for step in steps:

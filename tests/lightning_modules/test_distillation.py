@@ -194,7 +194,7 @@ def test_a_resumed_run_ends_with_the_weights_and_the_export_of_the_uninterrupted
         ({"model": {"temperature_end": 0}}, "temperature_end must be above 0, got 0"),
         ({"model": {"ages": [16, 8]}}, "ages must be numbers of tokens, ascending, the first at least 1, got [16, 8]"),
         ({"model": {"ages": []}}, "ages must be numbers of tokens"),
-        ({"model": {"hidden": 65}}, "hidden units can become a multiple of that wide, not 65"),
+        ({"model": {"hidden": 65}}, "hidden units of the gates, got 65"),
         ({"model": {"score_from": 95}}, "score_from must lie between sinks and the window of 96"),
         ({"model": {"backbone": "elsewhere"}}, "they must be the same"),
         ({"data": {"windows": {"train": 2, "validation": 0}}}, "train and validation must be at least 1 each"),

@@ -15,7 +15,7 @@ from smartkv.cache.serialization import load_cache, save_cache
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import Architecture, Fingerprint
 from smartkv.policies.budgets import policy_of
-from smartkv.shards.manifest import MANIFEST, Block, Manifest
+from smartkv.shards.manifest import MANIFEST, Manifest, RowBlock
 from smartkv.shards.reader import ShardReader
 from smartkv.shards.shard_file import read_header
 from tests.models import llama, token_ids, write_tiny_shards
@@ -190,7 +190,7 @@ def test_a_shard(data: st.DataObject, made: Path, tmp_path: Path) -> None:
     path.write_bytes(harmed(data, next(made.glob("train-*.safetensors")).read_bytes()))
     try:
         read_header(path)
-        ShardReader(tmp_path).read(Block(path.name, 0, 0, 4), "keys")
+        ShardReader(tmp_path).read(RowBlock(path.name, 0, 0, 4), "keys")
     except SmartKVError as error:
         assert str(error)
 

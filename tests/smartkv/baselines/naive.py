@@ -94,7 +94,7 @@ def simulate(
     v: Tensor,
     scaling: float,
     own: int | None,
-    blocks: Iterable[tuple[int, int, int | None]],
+    tiles: Iterable[tuple[int, int, int | None]],
     window: int,
     sinks: int,
     score: Callable[[list[Head]], list[Scores]],
@@ -103,7 +103,7 @@ def simulate(
     saw `[kv_heads, tokens]`."""
     group, heads = len(q) // len(k), [Head(scaling) for _ in k]
     output, seen = torch.zeros_like(q), torch.zeros(k.shape[:2], dtype=torch.int64)
-    for start, stop, budget in blocks:
+    for start, stop, budget in tiles:
         for number, head in enumerate(heads):
             for i in range(start, stop):
                 head.left.append((i, k[number, i], v[number, i]))

@@ -79,9 +79,9 @@ def test_attention_under_a_method_is_that_of_plain_loops(
     if own is not None and method in (TOVA, SnapKV):
         own = None  # they look with the latest queries at all that is left
     got = simulation.attend(0, q, k, v, 0.4, own)
-    blocks = schedule.blocks(tokens)
+    tiles = schedule.tiles(tokens)
     score = partial(naive.snapkv, queries=window) if method is SnapKV else NAIVE[method]
-    want, seen = naive.simulate(q, k, v, 0.4, own, blocks, window, sinks, score)
+    want, seen = naive.simulate(q, k, v, 0.4, own, tiles, window, sinks, score)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     assert torch.equal(simulation.seen[0], seen)
 

@@ -29,26 +29,26 @@ def test_a_footprint_gives_the_largest_budget_within_it(
     tokens: int, first: int, chunk: int, footprint: float, recent: float
 ) -> None:
     assume(share(5, chunk, tokens, first) <= footprint)
-    found = Streaming.for_footprint(footprint, tokens, first, recent, 4, chunk)
-    assert share(found.budget, chunk, tokens, first) <= footprint
-    assert found.budget == tokens or share(found.budget + 1, chunk, tokens, first) > footprint
-    assert found.window == max(1, int(recent * (found.budget - 4)))
+    schedule = Streaming.for_footprint(footprint, tokens, first, recent, 4, chunk)
+    assert share(schedule.budget, chunk, tokens, first) <= footprint
+    assert schedule.budget == tokens or share(schedule.budget + 1, chunk, tokens, first) > footprint
+    assert schedule.window == max(1, int(recent * (schedule.budget - 4)))
 
 
 @given(tokens=st.integers(1, 300), chunk=st.integers(1, 40))
 def test_streaming_reads_every_token_once_and_keeps_its_budget_after_each_chunk(tokens: int, chunk: int) -> None:
-    blocks = list(Streaming(9, 4, 2, chunk).blocks(tokens))
-    assert [i for start, stop, _ in blocks for i in range(start, stop)] == list(range(tokens))
-    assert all(stop - start <= chunk and budget == 9 for start, stop, budget in blocks)
+    tiles = list(Streaming(9, 4, 2, chunk).tiles(tokens))
+    assert [i for start, stop, _ in tiles for i in range(start, stop)] == list(range(tokens))
+    assert all(stop - start <= chunk and budget == 9 for start, stop, budget in tiles)
 
 
-@given(tokens=st.integers(1, 300), prefill=st.integers(1, 300), block=st.integers(1, 40))
+@given(tokens=st.integers(1, 300), prefill=st.integers(1, 300), tile=st.integers(1, 40))
 def test_once_reads_every_token_once_and_drops_only_when_the_prefill_is_over(
-    tokens: int, prefill: int, block: int
+    tokens: int, prefill: int, tile: int
 ) -> None:
-    blocks = list(Once(prefill, 9, 4, 2, block).blocks(tokens))
-    assert [i for start, stop, _ in blocks for i in range(start, stop)] == list(range(tokens))
-    assert [stop for _, stop, budget in blocks if budget is not None] == ([prefill] if prefill <= tokens else [])
+    tiles = list(Once(prefill, 9, 4, 2, tile).tiles(tokens))
+    assert [i for start, stop, _ in tiles for i in range(start, stop)] == list(range(tokens))
+    assert [stop for _, stop, budget in tiles if budget is not None] == ([prefill] if prefill <= tokens else [])
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,6 @@ def test_the_model_is_as_it_was_even_after_an_error() -> None:
 
 
 def test_a_footprint_of_nothing_is_refused() -> None:
-    refused = pytest.raises(SmartKVError, match="nothing was read")
+    refused = pytest.raises(SmartKVError, match="the text that was read has no query 0")
     with simulated_eviction(MODELS["llama"], KeyNorm(), Streaming(12, 4)) as simulation, refused:
         simulation.footprint_by_head()

@@ -43,10 +43,10 @@ def naive(
     ages=st.sets(st.integers(1, 16), min_size=1, max_size=4).map(sorted),
     sinks=st.integers(0, 4),
     own=st.one_of(st.none(), st.integers(1, 14)),
-    block=st.integers(1, 16),
+    tile=st.integers(1, 16),
 )
 def test_output_and_gradients_are_those_of_plain_loops(
-    seed: int, tokens: int, ages: list[int], sinks: int, own: int | None, block: int
+    seed: int, tokens: int, ages: list[int], sinks: int, own: int | None, tile: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
 
@@ -61,14 +61,14 @@ def test_output_and_gradients_are_those_of_plain_loops(
     )
     grad = torch.randn(2, 4, tokens, 3, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("smartkv.distillation.soft_attention.BLOCK", block)
+        patch.setattr("smartkv.distillation.soft_attention.TILE", tile)
         got = soft_attention(q, k, v, log_keep, 0.7, tuple(ages), sinks, own)
         got_gradients = torch.autograd.grad(got, (q, k, v, log_keep), grad)
     want = naive(q, k, v, log_keep.exp(), 0.7, ages, sinks, own or tokens)
     want_gradients = torch.autograd.grad(want, (q, k, v, log_keep), grad, allow_unused=True)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
-    for ours, theirs in zip(got_gradients, want_gradients, strict=True):
-        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, atol=1e-4, rtol=1e-3)
+    for own, plain in zip(got_gradients, want_gradients, strict=True):
+        torch.testing.assert_close(own, torch.zeros_like(own) if plain is None else plain, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""Gates that come with SmartKV, and model cards."""
+"""Gates that come with SmartKV."""
 
 import json
 import zipfile
@@ -36,18 +36,18 @@ def test_gates_that_come_along_are_small_and_say_how_they_were_made(name: str) -
     assert training["backbone"] and training["sources"] and training["settings"]["ages"]
     written = (folder / "config.json").read_text() + (folder / "README.md").read_text()
     assert "/tmp" not in written and str(Path.home()) not in written
-    assert f'GateBank.from_pretrained("{name}"' in (folder / "README.md").read_text()
+    assert f'LifespanCache(model, gates="{name}"' in (folder / "README.md").read_text()
 
 
 def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / NAMES[0]).mkdir()
-    with pytest.raises(SmartKVError, match="is not a folder of gates"):
+    with pytest.raises(SmartKVError, match="is not a folder of exported gates"):
         GateBank.from_pretrained(NAMES[0])
 
 
 def test_who_asks_for_gates_that_are_nowhere_is_told_which_come_along() -> None:
-    with pytest.raises(SmartKVError, match=f"with SmartKV come: .*{NAMES[0]}"):
+    with pytest.raises(SmartKVError, match=f"shipped with SmartKV: .*{NAMES[0]}"):
         GateBank.from_pretrained("smollm2-135m-instrukt")
 
 
@@ -68,15 +68,3 @@ def test_the_wheel_carries_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     held = set(zipfile.ZipFile(tmp_path / wheel).namelist())
     wanted = {f"smartkv/pretrained/{name}/{file.name}" for name in NAMES for file in (PRETRAINED / name).iterdir()}
     assert wanted and wanted <= held
-
-
-# -- cards ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_card_of_gates_with_prices_shows_their_policy_and_every_price(tmp_path: Path) -> None:
-    bank = GateBank.from_pretrained(NAMES[0])
-    bank.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert "policy_of(gates, 0.25)" in card
-    for footprint, price in bank.details["prices"]:
-        assert f"| {footprint:.3g} | {price:.3f} |" in card

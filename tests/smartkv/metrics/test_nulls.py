@@ -1,5 +1,6 @@
-"""Sums over keys, what predicts without reading keys, and R² by head."""
+"""Nulls against plain tables and pools of labels, and what they hold and copy."""
 
+import pickle
 from collections import defaultdict
 from pathlib import Path
 
@@ -9,21 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
-from torchmetrics import R2Score
 
 from smartkv.errors import SmartKVError
-from smartkv.gates.standardization import Moments
 from smartkv.labels.lifespans import log4_lifespan
-from smartkv.metrics.bootstrap import bootstrap
 from smartkv.metrics.nulls import NULLS, RandomNull, TableNull, make_nulls, score_nulls
-from smartkv.metrics.r2 import RegressionSums
 from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Manifest
+from tests.allocations import largest_allocation
 from tests.models import write_tiny_shards
 
+GATES, ROWS, LONGEST = 6, 40, 64
 quick = settings(deadline=None, max_examples=25, derandomize=True)
 seeds = st.integers(0, 10**6)
-splits = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -36,53 +34,12 @@ def shards(tmp_path: Path) -> Manifest:
     return write_tiny_shards(tmp_path / "shards", post_rope=True)
 
 
-# -- moments ----------------------------------------------------------------------------------------------------------
-
-
-@quick
-@given(seed=seeds, sizes=splits, offset=st.sampled_from([0, 300, -40]), half=st.booleans())
-def test_moments_are_torchs_mean_and_std_however_the_rows_come(
-    seed: int, sizes: list[int], offset: float, half: bool
-) -> None:
-    keys = offset + random(seed, 3, 1 + sum(sizes), 5)
-    keys = keys.half() if half else keys
-    target = random(seed + 1, 3, keys.shape[1])
-    moments, start = Moments.zeros(3, 5), 0
-    for size in [*sizes, 1]:
-        moments.update(keys[:, start : start + size], target[:, start : start + size, None])
-        start += size
-    mean, std, mean_target = moments.result()
-    torch.testing.assert_close(mean, keys.double().mean(dim=1).float())
-    torch.testing.assert_close(std, keys.double().std(dim=1, correction=0).float(), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(mean_target[:, 0], target.double().mean(dim=1).float())
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, 300.1, 60000.0])
-def test_a_dimension_that_never_varies_gets_std_1(value: float) -> None:
-    keys = random(0, 2, 1000, 3)
-    keys[1, :, 2] = value
-    moments = Moments.zeros(2, 3)
-    for part in keys.split(7, dim=1):
-        moments.update(part, part[..., :1])
-    mean, std, _ = moments.result()
-    assert std[1, 2] == 1
-    assert mean[1, 2].item() == pytest.approx(value)
-    assert (std.flatten()[:5] != 1).all()
-
-
-def test_moments_are_summed_over_processes_by_their_tensors() -> None:
-    keys, target = random(0, 2, 30, 3), random(1, 2, 30)
-    whole, first, second = (Moments.zeros(2, 3) for _ in range(3))
-    whole.update(keys, target[..., None])
-    first.update(keys[:, :10], target[:, :10, None])
-    second.update(keys[:, 10:], target[:, 10:, None])
-    for ours, other in zip(first.tensors(), second.tensors(), strict=True):
-        ours += other  # in place, as a reduction does
-    for ours, expected in zip(first.result(), whole.result(), strict=True):
-        torch.testing.assert_close(ours, expected)
-
-
-# -- nulls ------------------------------------------------------------------------------------------------------------
+def window_of(seed: int, tokens: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+    """Target `[GATES, ROWS]`, position and token of a made window; short lives are frequent, as they are in truth."""
+    generator = torch.Generator().manual_seed(seed)
+    lifespan = torch.rand(GATES, ROWS, generator=generator).pow(4).mul(LONGEST).int() + 1
+    token = torch.randint(tokens, (ROWS,), generator=generator).int()
+    return log4_lifespan(lifespan, LONGEST), torch.arange(ROWS, dtype=torch.int32), token
 
 
 def naive_table(target: Tensor, bins: list[int], asked: list[int]) -> list[list[float]]:
@@ -186,103 +143,75 @@ def test_scoring_without_validation_windows_says_so(tmp_path: Path) -> None:
         score_nulls(LabelledKeys(shards))
 
 
-# -- R² ---------------------------------------------------------------------------------------------------------------
+# -- what a null holds ----------------------------------------------------------------------------------------------
 
 
-def sums_of(predictions: list[Tensor], targets: list[Tensor]) -> RegressionSums:
-    sums = RegressionSums.zeros(len(targets), targets[0].shape[0])
-    for window, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
-        sums.update(window, prediction, target)
-    return sums
+@pytest.mark.parametrize("name", NULLS)
+def test_a_null_holds_no_more_after_many_windows_than_after_one(name: str) -> None:
+    null = make_nulls(GATES, ROWS, tokens=9, longest=LONGEST)[name]
+    sizes = []
+    for number in range(20):
+        null.update(*window_of(number))
+        null.predict(*window_of(number)[1:])
+        sizes.append(len(pickle.dumps(null)))
+    assert max(sizes) == sizes[0]
 
 
-def example(seed: int, windows: int = 6, gates: int = 3, rows: int = 9) -> tuple[list[Tensor], list[Tensor]]:
-    """Predictions and targets, `[gates, rows]` a window."""
-    target = 2.5 + random(seed, windows, gates, rows)
-    return list(target + 0.5 * random(seed + 1, windows, gates, rows)), list(target)
+@pytest.mark.parametrize("name", NULLS)
+def test_a_null_gives_all_that_it_holds_to_a_sum_over_processes(name: str) -> None:
+    one, other, both = (make_nulls(GATES, ROWS, tokens=9, longest=LONGEST)[name] for _ in range(3))
+    for number, nulls in enumerate([(one, both), (other, both), (other, both)]):
+        for null in nulls:
+            null.update(*window_of(number))
+    for mine, its in zip(one.tensors(), other.tensors(), strict=True):
+        mine += its
+    asked = window_of(9)[1:]
+    torch.testing.assert_close(one.predict(*asked), both.predict(*asked))
 
 
-@quick
-@given(seed=seeds, windows=st.integers(1, 6), rows=st.integers(2, 12))
-def test_r2_by_head_is_that_of_torchmetrics(seed: int, windows: int, rows: int) -> None:
-    predictions, targets = example(seed, windows, 3, rows)
-    metric = R2Score(multioutput="raw_values").set_dtype(torch.float64)
-    for prediction, target in zip(predictions, targets, strict=True):
-        metric.update(prediction.T.double(), target.T.double())
-    torch.testing.assert_close(sums_of(predictions, targets).r2(), metric.compute(), atol=1e-9, rtol=1e-9)
+def test_neither_learning_nor_predicting_copies_the_token_table() -> None:
+    null = TableNull(GATES, 10_000, "token_table")
+    target, position, token = window_of(0)
+    assert largest_allocation(lambda: null.update(target, position, token)) <= 8 * GATES * ROWS
+    assert largest_allocation(lambda: null.predict(position, token)) <= 8 * GATES * ROWS
 
 
-def test_a_window_updated_in_parts_scores_as_in_one() -> None:
-    (prediction,), (target,) = example(0, windows=1)
-    sums = RegressionSums.zeros(1, 3)
-    for part in (slice(0, 4), slice(4, None)):
-        sums.update(0, prediction[:, part], target[:, part])
-    torch.testing.assert_close(sums.r2(), sums_of([prediction], [target]).r2())
+def test_a_random_draw_is_one_from_the_sorted_pool_of_a_head_s_labels() -> None:
+    null, targets = RandomNull(GATES, LONGEST, seed=3), []
+    for number in range(5):
+        target, position, token = window_of(number)
+        null.update(target, position, token)
+        targets.append(target)
+    pool = torch.cat(targets, dim=1).sort(dim=1).values
+    generator = torch.Generator().manual_seed(3 * 1_000_003 + 7)
+    drawn = torch.randint(pool.shape[1], (GATES, ROWS), generator=generator)
+    assert torch.equal(null.predict(position, token, window=7), pool.gather(1, drawn).double())
 
 
-@pytest.mark.parametrize("value", [0.0, 2.5, 5.0])
-def test_r2_of_a_target_that_never_varies_is_nan_for_that_head_alone(value: float) -> None:
-    predictions, targets = example(0)
-    for target in targets:
-        target[1] = value
-    assert sums_of(predictions, targets).r2().isnan().tolist() == [False, True, False]
+def test_each_lifespan_up_to_a_long_follow_up_is_counted_as_itself() -> None:
+    longest = 2**17
+    null, lifespan = RandomNull(1, longest), torch.arange(1, longest + 1)
+    null.update(log4_lifespan(lifespan[None], longest), lifespan, lifespan)
+    assert null.counts[0].tolist() == [0] + [1] * longest
 
 
-def test_a_window_that_counts_twice_weighs_as_if_it_came_twice() -> None:
-    predictions, targets = example(0)
-    weight = torch.tensor([2, 0, 1, 0, 3, 1])
-    drawn = [window for window, times in enumerate(weight.tolist()) for _ in range(times)]
-    repeated = sums_of([predictions[window] for window in drawn], [targets[window] for window in drawn])
-    torch.testing.assert_close(sums_of(predictions, targets).r2(weight), repeated.r2())
+def test_windows_draw_at_random_each_its_own_in_any_order() -> None:
+    null, (target, position, token) = RandomNull(GATES, LONGEST), window_of(0)
+    null.update(target, position, token)
+    first, second = (null.predict(position, token, window) for window in (0, 1))
+    assert not torch.equal(first, second)
+    assert torch.equal(null.predict(position, token, 0), first)
 
 
-@quick
-@given(seed=seeds)
-def test_the_interval_holds_the_point_estimate(seed: int) -> None:
-    sums = sums_of(*example(seed, windows=20))
-    low, high = sums.interval(draws=300)
-    assert low < sums.r2().nanmean() < high
+def test_tokens_that_validation_does_not_ask_for_cost_the_table_nothing(tmp_path: Path) -> None:
+    shards = write_tiny_shards(tmp_path, vocabulary=2**31 - 1)  # a row of the table for each id would not fit
+    scores = score_nulls(LabelledKeys(shards))
+    assert torch.equal(scores["token_table"].r2(), scores["constant"].r2())  # no id comes twice
 
 
-def test_the_interval_is_the_same_every_time_and_another_for_another_seed() -> None:
-    sums = sums_of(*example(0))
-    assert sums.interval() == sums.interval()
-    assert sums.interval(seed=0) != sums.interval(seed=1)
-
-
-def test_a_wider_level_gives_a_wider_interval() -> None:
-    sums = sums_of(*example(0))
-    narrow, wide = sums.interval(level=0.5), sums.interval(level=0.99)
-    assert wide[0] < narrow[0] < narrow[1] < wide[1]
-
-
-def test_each_draw_counts_as_many_windows_as_there_are() -> None:
-    seen = []
-
-    def statistic(weight: Tensor) -> Tensor:
-        seen.append(weight)
-        return weight[:, 0]
-
-    bootstrap(7, statistic, draws=50)
-    assert seen[0].shape == (50, 7)
-    assert (seen[0].sum(dim=1) == 7).all()
-    assert len(seen[0].unique(dim=0)) > 40
-
-
-def test_one_window_gives_an_interval_of_no_width() -> None:
-    sums = sums_of(*example(0, windows=1))
-    low, high = sums.interval(draws=10)
-    assert low == high == pytest.approx(sums.r2().mean().item())
-
-
-def test_groups_are_drawn_whole() -> None:
-    seen = []
-
-    def statistic(weight: Tensor) -> Tensor:
-        seen.append(weight)
-        return weight[:, 0]
-
-    bootstrap(6, statistic, draws=50, groups=[9, 4, 4, 9, 9, 7])
-    weight = seen[0]
-    assert torch.equal(weight[:, [0, 0]], weight[:, [3, 4]]) and torch.equal(weight[:, 1], weight[:, 2])
-    assert (weight[:, [0, 1, 5]].sum(dim=1) == 3).all() and len(weight.unique(dim=0)) > 5
+def test_all_windows_pooled_score_as_window_by_window(tmp_path: Path) -> None:
+    rows = LabelledKeys(write_tiny_shards(tmp_path))
+    pooled, apart = score_nulls(rows, pooled=True), score_nulls(rows)
+    for name in NULLS:
+        assert [len(sums.count) for sums in (pooled[name], apart[name])] == [1, 3]
+        torch.testing.assert_close(pooled[name].r2(), apart[name].r2(), atol=1e-12, rtol=0)

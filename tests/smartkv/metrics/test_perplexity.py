@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from smartkv.errors import SmartKVError
-from smartkv.metrics.perplexity import LOGITS_AT_ONCE, window_nll
+from smartkv.metrics.perplexity import LOGITS_AT_ONCE, evicted_nll, full_cache_bytes, token_losses, window_nll
+from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from tests.models import FAMILIES, llama, token_ids
 
 
@@ -28,3 +30,29 @@ def test_only_tokens_from_the_first_on_are_scored() -> None:
 def test_nothing_to_score_is_refused(first: int) -> None:
     with pytest.raises(SmartKVError, match=f"10 tokens has nothing to score from token {first}"):
         window_nll(llama(), token_ids(10), first)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bytes_of_a_full_cache_are_those_of_transformers(family: str) -> None:
+    model, cache = FAMILIES[family](sliding_window=None) if "sliding" in family else FAMILIES[family](), DynamicCache()
+    with torch.no_grad():
+        model(token_ids(21)[None], past_key_values=cache, use_cache=True)
+    assert full_cache_bytes(model, 21) == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def test_the_rank_of_a_token_is_how_many_are_likelier() -> None:
+    model, tokens = llama(), token_ids(12)
+    with torch.no_grad():
+        logits = model(tokens[None]).logits[0]
+    order = logits.argsort(dim=-1, descending=True).tolist()
+    assert token_losses(model, tokens, 5).rank.tolist() == [order[i - 1].index(int(tokens[i])) for i in range(5, 12)]
+
+
+def test_a_window_that_holds_all_keys_loses_nothing_and_a_small_one_keeps_its_share() -> None:
+    model, tokens = llama(), token_ids(30)
+    whole = evicted_nll(model, None, HybridPolicy((LayerRule("all", "window", 30),), sinks=2), tokens, 10)
+    assert whole.nll == pytest.approx(window_nll(model, tokens, 10), rel=1e-5)
+    assert torch.equal(whole.footprint, torch.ones(2, 2, dtype=torch.float64))
+    small = evicted_nll(model, None, HybridPolicy((LayerRule("all", "window", 4),), sinks=2), tokens, 10)
+    queries = range(9, 29)  # the queries that predict tokens 10 to 29
+    assert small.footprint.flatten().tolist() == pytest.approx([6 * len(queries) / sum(q + 1 for q in queries)] * 4)

@@ -1,4 +1,4 @@
-"""How well scores order keys: against plain loops."""
+"""Ranking metrics against plain loops."""
 
 import itertools
 import math
@@ -18,15 +18,15 @@ def drawn(seed: int, gates: int, rows: int, levels: int) -> Tensor:
 
 def naive_share(score: list[float], future: list[float], share: float) -> float:
     """Mean over every order in which ties may stand."""
-    keys, held = range(len(score)), []
+    keys, shares = range(len(score)), []
     room = len(score) * share
     for order in itertools.permutations(keys):
         if any(score[a] < score[b] for a, b in itertools.pairwise(order)):
             continue
         whole, part = int(room), room - int(room)
         kept = sum(future[key] for key in order[:whole])
-        held.append((kept + part * future[order[whole]]) / sum(future))
-    return sum(held) / len(held)
+        shares.append((kept + part * future[order[whole]]) / sum(future))
+    return sum(shares) / len(shares)
 
 
 @settings(max_examples=30, deadline=None)
@@ -54,7 +54,7 @@ def test_the_true_order_holds_most_and_equal_scores_hold_their_share() -> None:
 @given(seed=st.integers(0, 10_000), rows=st.integers(1, 12), levels=st.integers(1, 6))
 def test_concordance_is_that_of_plain_loops(seed: int, rows: int, levels: int) -> None:
     score, lifespan = drawn(seed, 11, rows, levels), drawn(seed + 1, 11, rows, 4)
-    found = concordance(score, lifespan)
+    shares = concordance(score, lifespan)
     for gate in range(11):
         right = pairs = 0.0
         for a, b in itertools.permutations(range(rows), 2):
@@ -62,26 +62,26 @@ def test_concordance_is_that_of_plain_loops(seed: int, rows: int, levels: int) -
                 pairs += 1
                 ahead = float(score[gate, a] - score[gate, b])
                 right += 1.0 if ahead > 0 else 0.5 if ahead == 0 else 0.0
-        assert float(found[gate]) == pytest.approx(right / pairs) if pairs else math.isnan(found[gate])
+        assert float(shares[gate]) == pytest.approx(right / pairs) if pairs else math.isnan(shares[gate])
 
 
 def test_reliability_is_that_of_plain_loops() -> None:
     generator = torch.Generator().manual_seed(0)
     probability = torch.rand(300, 2, generator=generator)
     outcome = (torch.rand(300, 2, generator=generator) < probability.square()).float()
-    found = Reliability.zeros(2, 5)
-    found.update(probability[:100].view(4, 25, 2), outcome[:100].view(4, 25, 2))
-    found.update(probability[100:], outcome[100:])
+    reliability = Reliability.zeros(2, 5)
+    reliability.update(probability[:100].view(4, 25, 2), outcome[:100].view(4, 25, 2))
+    reliability.update(probability[100:], outcome[100:])
     for age in range(2):
         error = 0.0
         for place in range(5):
             inside = [n for n in range(300) if min(4, int(float(probability[n, age]) * 5)) == place]
-            assert float(found.count[age, place]) == len(inside)
+            assert float(reliability.count[age, place]) == len(inside)
             error += abs(sum(float(probability[n, age] - outcome[n, age]) for n in inside)) / 300
-        assert float(found.error()[age]) == pytest.approx(error, abs=1e-6)
+        assert float(reliability.error()[age]) == pytest.approx(error, abs=1e-6)
 
 
 def test_the_error_of_true_probabilities_is_none() -> None:
-    found = Reliability.zeros(1)
-    found.update(torch.tensor([[0.0], [1.0], [1.0]]), torch.tensor([[0.0], [1.0], [1.0]]))
-    assert float(found.error()) == 0
+    reliability = Reliability.zeros(1)
+    reliability.update(torch.tensor([[0.0], [1.0], [1.0]]), torch.tensor([[0.0], [1.0], [1.0]]))
+    assert float(reliability.error()) == 0

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from smartkv.errors import SmartKVError
 from smartkv.shards.labelled_keys import LabelledKeys
-from smartkv.shards.manifest import Block, Manifest
+from smartkv.shards.manifest import Manifest, RowBlock
 from smartkv.shards.shard_file import write_shard
 from tests.models import write_tiny_shards
 
@@ -52,7 +52,7 @@ def test_what_is_read_may_be_written_to(shards: Manifest) -> None:
 
 def test_a_block_without_rows_reads_as_none_of_each(shards: Manifest) -> None:
     rows = LabelledKeys(shards)
-    labels, block = rows.labels(Block(shards.shards[0].file, 0, 0, 0)), Block(shards.shards[0].file, 0, 0, 0)
+    labels, block = rows.labels(RowBlock(shards.shards[0].file, 0, 0, 0)), RowBlock(shards.shards[0].file, 0, 0, 0)
     assert rows.keys(block).shape == (4, 0, shards.fingerprint.head_dim)
     assert labels.log4_lifespan.shape == (4, 0)
     assert labels.future_attention.shape == (len(shards.spec.ages), 4, 0)

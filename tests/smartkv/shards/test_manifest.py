@@ -1,25 +1,22 @@
-"""Shards and their manifest on disk."""
+"""The manifest of a folder of shards, and the row blocks that it lists."""
 
 import hashlib
 import json
-import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from smartkv.errors import SmartKVError
-from smartkv.labels.lifespans import LabelSpec, label_window
+from smartkv.gates.bank import GateBank
+from smartkv.labels.lifespans import LabelSpec
 from smartkv.models.architecture import Fingerprint
-from smartkv.shards.manifest import Block, Manifest, ShardEntry, shard_entry
-from smartkv.shards.per_head_export import export_heads
-from smartkv.shards.reader import ShardReader
-from smartkv.shards.shard_file import digests, read_header, write_shard
-from tests.models import llama, shard_tensors, token_ids, write_tiny_shards
+from smartkv.shards.manifest import Manifest, ShardEntry, heads_of, recorded_shards, shard_entry
+from smartkv.shards.shard_file import write_shard
+from tests.models import shard_tensors, write_tiny_shards
 
 METADATA = {"b": 1, "a": [2, "é"], "c": {"y": 0, "x": None}}
 quick = settings(deadline=None, max_examples=30, derandomize=True)
@@ -43,90 +40,6 @@ def change_manifest(folder: Path, **changes: Any) -> None:
     path = folder / "manifest.json"
     data = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
-
-
-# -- writing ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_shard_gives_back_its_tensors_bit_for_bit_and_its_metadata(tmp_path: Path) -> None:
-    tensors = shard_tensors(ages=2, post_rope=True)
-    tensors["future_attention"][0, 0, 0, -3:] = torch.nan
-    write_shard(tmp_path / "new" / "shard.safetensors", tensors, METADATA)
-    back = load_file(tmp_path / "new" / "shard.safetensors")
-    assert back.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert (back[name].dtype, back[name].shape) == (tensor.dtype, tensor.shape)
-        assert back[name].numpy().tobytes() == tensor.contiguous().numpy().tobytes()
-    assert read_header(tmp_path / "new" / "shard.safetensors") == METADATA
-
-
-def test_equal_content_gives_equal_bytes_in_any_order_of_keys(tmp_path: Path) -> None:
-    tensors = shard_tensors(ages=1, post_rope=True)
-    turned = {name: tensors[name].clone() for name in reversed(tensors)}
-    turned["keys"] = turned["keys"].transpose(2, 3).contiguous().transpose(2, 3)  # equal, but laid out otherwise
-    write_shard(tmp_path / "a", tensors, METADATA)
-    write_shard(tmp_path / "b", turned, dict(reversed(METADATA.items())))
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_equal_content_gives_equal_bytes_in_another_process(tmp_path: Path, fresh_interpreter: dict[str, Any]) -> None:
-    write_shard(tmp_path / "here", shard_tensors(ages=1, post_rope=True), METADATA)
-    assert (tmp_path / "here").read_bytes() == fresh_interpreter["shard"]
-
-
-def test_what_a_window_gives_fits_the_shards_contract() -> None:
-    labels = label_window(llama(), token_ids(16), LabelSpec((0.05, 0.1), (1,), 4), post_rope=True)
-    contract = shard_tensors(windows=1, thresholds=2, ages=1, post_rope=True, head_dim=8)
-    for name in ("keys", "keys_post_rope", "lifespan", "horizon", "future_attention"):
-        ours = getattr(labels, name)
-        assert (ours.dtype, ours.shape) == (contract[name].dtype, contract[name].shape), name
-    assert torch.equal(labels.horizon, contract["horizon"])
-
-
-# -- damaged files ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("left", [0, 5, 300, -1])
-def test_a_truncated_shard_is_refused_by_name(left: int, shard: Path) -> None:
-    shard.write_bytes(shard.read_bytes()[:left])
-    with pytest.raises(SmartKVError, match=r"shard\.safetensors is damaged"):
-        read_header(shard)
-    with pytest.raises(SmartKVError, match=r"shard\.safetensors is damaged"):
-        ShardReader(shard.parent).read(Block(shard.name, 0, 0, 4), "keys")
-
-
-def test_a_flipped_bit_anywhere_is_found(shard: Path) -> None:
-    write_shard(shard, shard_tensors(), {"thresholds": [0.05], "window": 16})
-    whole = shard.read_bytes()
-    for place in range(0, len(whole), 7):
-        data = bytearray(whole)
-        data[place] ^= 1 << place % 8
-        shard.write_bytes(data)
-        try:
-            said, held = digests(shard)
-            assert said != held, place
-        except SmartKVError:
-            pass
-
-
-def test_a_shard_that_is_missing_is_told_as_missing(shard: Path) -> None:
-    shard.unlink()
-    with pytest.raises(SmartKVError, match=r"shard\.safetensors is missing"):
-        read_header(shard)
-    with pytest.raises(SmartKVError, match=r"shard\.safetensors is missing"):
-        ShardReader(shard.parent).read(Block(shard.name, 0, 0, 4), "keys")
-
-
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"smartkv": "{"}])
-def test_a_safetensors_file_of_others_is_refused(metadata: dict[str, str] | None, shard: Path) -> None:
-    save_file({"keys": torch.zeros(1)}, shard, metadata=metadata)
-    with pytest.raises(SmartKVError, match="not one that SmartKV wrote"):
-        read_header(shard)
-
-
-def test_a_tensor_that_a_shard_lacks_is_named(shard: Path) -> None:
-    with pytest.raises(SmartKVError, match=r"shard\.safetensors has no usable 'keys_post_rope'"):
-        ShardReader(shard.parent).read(Block(shard.name, 0, 0, 4), "keys_post_rope")
 
 
 # -- the manifest -----------------------------------------------------------------------------------------------------
@@ -244,49 +157,30 @@ def test_labelled_are_exactly_the_keys_followed_up_that_are_no_sinks(
     assert all(1 <= block.stop - block.start <= size for block in blocks)
 
 
-LABELS = ("lifespan", "future_attention")
+def test_a_shard_that_was_changed_is_found_when_it_is_verified(shards: Manifest) -> None:
+    shards.verify(shards.shards)
+    path = shards.folder / shards.shards[1].file
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # the size stays
+    path.write_bytes(data)
+    shards.verify(shards.of_split("validation"))
+    with pytest.raises(SmartKVError, match=rf"{path.name} is not what was harvested"):
+        shards.verify(shards.of_split("train"))
 
 
-@pytest.mark.parametrize("layers", [None, [0], [1], [0, 1]])
-@pytest.mark.parametrize("name", ["keys", "keys_post_rope", *LABELS, "horizon", "position", "token", "document"])
-def test_a_block_read_equals_that_part_of_the_whole_tensor(
-    name: str, layers: list[int] | None, shards: Manifest
-) -> None:
-    reader = ShardReader(shards.folder)
-    for block in shards.labelled("train", 5, 4):
-        whole = load_file(shards.folder / block.file)[name]
-        here = slice(block.start, block.stop)
-        part = whole[:, :, here] if name.startswith("keys") else whole[..., here]
-        if layers is not None and whole.dim() > 1:
-            part = part[:, layers] if name in LABELS else part[layers]
-        read = reader.read(block, name, layers)
-        assert read.dtype == whole.dtype
-        assert torch.equal(read, part)
+def test_the_digest_follows_from_the_shards_alone(shards: Manifest) -> None:
+    again = replace(shards, folder=Path("elsewhere"), arguments={"seed": 1})
+    assert again.digest == shards.digest and len(shards.digest) == 16
+    assert replace(shards, shards=shards.shards[:-1]).digest != shards.digest
 
 
-def test_a_reader_travels_to_another_process_and_reads_on(shards: Manifest) -> None:
-    reader, block = ShardReader(shards.folder), shards.labelled("train", 5, 4)[0]
-    before = reader.read(block, "keys")
-    assert torch.equal(pickle.loads(pickle.dumps(reader)).read(block, "keys"), before)
+def test_recorded_shards_are_those_of_the_manifest_or_none(shards: Manifest, tmp_path: Path) -> None:
+    assert recorded_shards(shards.folder) == {entry.file: entry for entry in shards.shards}
+    assert recorded_shards(tmp_path / "nothing") == {}
+    (shards.folder / "manifest.json").write_text("{")
+    assert recorded_shards(shards.folder) == {}
 
 
-@pytest.mark.parametrize("threshold", [0.05, 0.1])
-def test_export_writes_the_labelled_rows_of_each_head(threshold: float, shards: Manifest, tmp_path: Path) -> None:
-    assert export_heads(shards, tmp_path / "heads", threshold) == 8
-    for number, entry in enumerate(shards.of_split("train")):
-        whole = load_file(shards.folder / entry.file)
-        rows = [t for t in range(entry.tokens) if 2 <= t % 16 < 12]  # window 16, sinks 2, follow-up 4
-        for layer in range(2):
-            for head in range(2):
-                file = load_file(tmp_path / "heads" / f"l{layer}_h{head}" / f"shard_{number}.safetensors")
-                lifespan = whole["lifespan"][shards.threshold_index(threshold), layer, head, rows]
-                target = torch.tensor([min(life, 4) for life in lifespan.tolist()]).log() / torch.tensor(4.0).log()
-                assert file["keys"].dtype == torch.float16
-                assert torch.equal(file["keys"], whole["keys"][layer, head, rows])
-                torch.testing.assert_close(file["target"], target)
-
-
-def test_export_says_when_the_follow_up_leaves_no_key(tmp_path: Path) -> None:
-    shards = write_tiny_shards(tmp_path / "shards", follow_up=14)  # window 16, sinks 2
-    with pytest.raises(SmartKVError):
-        export_heads(shards, tmp_path / "heads", 0.05)
+def test_heads_are_in_the_order_of_the_gates() -> None:
+    fingerprint = Fingerprint("llama", 2, 3, 8, "0")
+    assert list(heads_of(fingerprint)) == GateBank(fingerprint).heads

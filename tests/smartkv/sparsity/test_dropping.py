@@ -1,152 +1,110 @@
-"""Who drops keys in training, and the loss of a student that lives with it."""
+"""The ways to drop keys that a config names: each is the rule it stands for."""
 
-from typing import Any
+import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.errors import SmartKVError
-from smartkv.gates.bank import GateBank
-from smartkv.policies.hybrid import HybridPolicy, LayerRule
+from smartkv.models.backbone import Backbone, load_backbone
+from smartkv.sparsity.anchors import Anchors
+from smartkv.sparsity.dropping import Dropping, GateDropping, NoDropping, RandomDropping, WindowDropping
 from smartkv.sparsity.key_dropout import GatedDropping, KeyDropout, window_attention
-from smartkv.sparsity.losses import hidden_distance, student_loss
-from tests.models import FAMILIES, llama, token_ids
-from tests.smartkv.cache.fixtures import random_gates, state
+from tests.models import save_tiny_backbone, token_ids
+from tests.smartkv.sparsity.fixtures import gates_for_ages
+
+IDS = token_ids(60, vocabulary=257).view(2, 30)
+SEEDS = (3, 4)
+PRICE = -0.5  # a log worth; gates of both footprints have it
 
 
-@given(st.floats(0, 1), st.integers(0, 2**31), st.sampled_from(["head", "layer", "model"]))
-def test_a_draw_keeps_anchors_and_is_the_same_for_its_seed(ratio: float, seed: int, share: Any) -> None:
-    dropout, always = KeyDropout(3, 2, 4, share), torch.rand(2, 30) < 0.2
-    drawn = dropout.draw(always, ratio, [seed, seed + 1])
-    assert drawn.shape == (3, 2, 2, 30) and drawn[always[None, :, None].expand_as(drawn)].all()
-    assert torch.equal(drawn[:, 1:], dropout.draw(always[1:], ratio, [seed + 1]))
-    if share != "head":
-        assert torch.equal(drawn[:, :, 0], drawn[:, :, 1])
-    if share == "model":
-        assert torch.equal(drawn[0], drawn[2])
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    """A tiny Llama with a byte-level tokenizer."""
+    return load_backbone(str(save_tiny_backbone(tmp_path_factory.mktemp("backbone"))), "float32")
 
 
-def test_a_draw_keeps_its_share_of_the_rest() -> None:
-    always = torch.zeros(2, 4000, dtype=torch.bool)
-    drawn = KeyDropout(4, 3, 1).draw(always, 0.3, range(len(always)))
-    assert drawn.float().mean() == pytest.approx(0.3, abs=0.01)
-    assert (drawn[0] != drawn[1]).any() and (drawn[:, :, 0] != drawn[:, :, 1]).any()
+@pytest.fixture(scope="module")
+def gates(lm: Backbone, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of gates that judge by age."""
+    folder = tmp_path_factory.mktemp("gates")
+    gates_for_ages(lm.model, PRICE).save_pretrained(folder)
+    return str(folder)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_window_in_training_is_the_policy_window(family: str) -> None:
-    model, ids = FAMILIES[family](), token_ids(40)[None]
-    before = state(model)
-    with torch.inference_mode():
-        with window_attention(model, 6, 2, 1, 40):
-            found = model(ids, use_cache=False).logits
-        policy = HybridPolicy((LayerRule("all", "window", 6),), sinks=2)
-        with LifespanCache(model, None, policy) as cache:
-            want = model(ids, past_key_values=cache).logits
-    assert torch.allclose(found, want, atol=1e-4) and state(model) == before
+def logits_and_footprint(dropping: Dropping, lm: Backbone) -> tuple[Tensor, float]:
+    """The model's logits on `IDS` at a keep ratio of 0.5, and the footprint from query 5 on."""
+    dropping.prepare(lm)
+    with torch.no_grad(), dropping.inside(lm, IDS, 0.5, SEEDS) as seen:
+        return lm.model(IDS, use_cache=False).logits, float(seen(5))
 
 
-def gates_for_ages(model: Any, price: float = 0.0) -> GateBank:
-    plain = random_gates(model)
-    bank = GateBank(plain.fingerprint, plain.layers, 16, 2, {"ages": [4, 9]})
-    policy = HybridPolicy((LayerRule("all", "gated", 4),), sinks=2)
-    bank.details |= {"policy": policy.to_dict(), "prices": [[0.1, price], [0.9, price]]}
-    return bank
-
-
-def test_gates_in_training_are_the_gates_that_are_deployed() -> None:
-    model, ids = llama(), token_ids(40)[None]
-    gates = gates_for_ages(model)
-    with torch.inference_mode():
-        with GatedDropping(gates, 0.5).dropped(model) as seen:
-            found = model(ids, use_cache=False).logits
-            share = float(seen(10))
-        policy = HybridPolicy((LayerRule("all", "gated", 4),), sinks=2, price=0.0)
-        with LifespanCache(model, gates, policy, first_query=10) as cache:
-            want = model(ids, past_key_values=cache).logits
-        assert 0.2 < cache.footprint < 0.95 and share == pytest.approx(cache.footprint, abs=1e-6)
-    assert torch.allclose(found, want, atol=1e-4)
-
-
-def test_soft_gates_learn_with_the_model() -> None:
-    model, ids = llama(), token_ids(40)[None]
-    gates = gates_for_ages(model).requires_grad_(True)
-    with GatedDropping(gates, 0.5, temperature=0.5).dropped(model):
-        model(ids, labels=ids, use_cache=False).loss.backward()
-    assert gates.weight1.grad.abs().max() > 0
-    assert model.base_model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
-
-
-def test_soft_gates_learn_what_keeping_costs() -> None:
-    model, ids = llama(), token_ids(40)[None]
-    gates = gates_for_ages(model).requires_grad_(True)
-    with GatedDropping(gates, 0.5, temperature=0.5).dropped(model) as seen:
-        model(ids, use_cache=False)
-        before = seen(10)
-        before.backward()
+def full_logits(lm: Backbone) -> Tensor:
     with torch.no_grad():
-        gates.bias2 -= gates.bias2.grad.sign()
-    with torch.no_grad(), GatedDropping(gates, 0.5, temperature=0.5).dropped(model) as seen:
-        model(ids, use_cache=False)
-        assert seen(10) < before - 0.05
+        logits: Tensor = lm.model(IDS, use_cache=False).logits
+    return logits
 
 
-def test_a_model_is_not_paid_for_keys_that_look_worth_keeping() -> None:
-    """Through soft gates that do not learn, and pay no price, no gradient reaches the keys that they read."""
-    model, ids = llama(), token_ids(40)[None]
-    gates = gates_for_ages(model).requires_grad_(False)
-    with GatedDropping(gates, 0.5, temperature=0.5).dropped(model) as seen:
-        model(ids, use_cache=False)
-        assert not seen(10).requires_grad
+def test_no_dropping_is_the_model_itself(lm: Backbone) -> None:
+    logits, footprint = logits_and_footprint(NoDropping(), lm)
+    assert torch.equal(logits, full_logits(lm)) and footprint == 1
+
+
+@pytest.mark.parametrize("share", ["head", "layer", "model"])
+def test_random_dropping_is_a_draw_beside_its_anchors(share: str, lm: Backbone) -> None:
+    logits, footprint = logits_and_footprint(RandomDropping(2, 6, punctuation=False, share=share), lm)
+    anchors = Anchors(2, 6, punctuation=False)
+    always = anchors.always(IDS, anchors.table(lm.tokenizer))
+    with torch.no_grad(), KeyDropout(2, 2, 6, share).dropped(lm.model, always, 0.5, SEEDS) as seen:
+        assert torch.equal(logits, lm.model(IDS, use_cache=False).logits) and footprint == float(seen(5))
+    assert footprint < 1 and not torch.allclose(logits, full_logits(lm), atol=1e-3)
+
+
+def test_window_dropping_is_attention_in_a_window(lm: Backbone) -> None:
+    logits, footprint = logits_and_footprint(WindowDropping(window=6, sinks=2), lm)
+    with torch.no_grad(), window_attention(lm.model, 6, 2, *IDS.shape) as seen:
+        assert torch.equal(logits, lm.model(IDS, use_cache=False).logits) and footprint == float(seen(5))
+    assert footprint < 1 and not torch.allclose(logits, full_logits(lm), atol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_gate_dropping_is_what_the_gates_decide(temperature: float | None, gates: str, lm: Backbone) -> None:
+    dropping = GateDropping(gates, 0.5, temperature)
+    logits, footprint = logits_and_footprint(dropping, lm)
+    rule = GatedDropping(gates_for_ages(lm.model, PRICE), 0.5, temperature)
+    with torch.no_grad(), rule.dropped(lm.model) as seen:
+        torch.testing.assert_close(logits, lm.model(IDS, use_cache=False).logits)
+        assert footprint == pytest.approx(float(seen(5)))
+    assert footprint < 1 and not torch.allclose(logits, full_logits(lm), atol=1e-3)
+
+
+def test_only_gates_that_are_trained_have_a_price_and_gradients(gates: str, lm: Backbone) -> None:
+    fixed, trained = GateDropping(gates, 0.5, 0.5), GateDropping(gates, 0.5, 0.5, train=True)
+    for dropping in (fixed, trained):
+        dropping.prepare(lm)
+    assert fixed.price() is None and fixed.gates is None and NoDropping().price() is None
+    assert trained.price() == pytest.approx(math.exp(PRICE))
+    assert trained.gates is not None and trained.gates.weight1.requires_grad
 
 
 @pytest.mark.parametrize(
-    "rules", [(("all", "gated", 6),), (("0", "window", 4), ("1", "gated", 4)), (("all", "gated", 4, 0.5),)]
+    "dropping",
+    [NoDropping(), RandomDropping(3, 9, False, True, "model"), WindowDropping(7, 1), GateDropping("x", 0.5, 0.2, True)],
+    ids=lambda dropping: type(dropping).__name__,
 )
-def test_gates_of_another_policy_are_not_trained_under_as_if_they_were_deployed_so(rules: Any) -> None:
-    gates = gates_for_ages(llama())
-    policy = HybridPolicy(tuple(LayerRule(*rule) for rule in rules), sinks=2)
-    gates.details["policy"] = policy.to_dict()
-    with pytest.raises(SmartKVError, match="these gates go with a policy of other"):
-        GatedDropping(gates, 0.5)
+def test_a_dropping_is_made_again_from_what_is_saved_of_it(dropping: Dropping) -> None:
+    saved = dropping.to_dict()
+    again = type(dropping)(**saved["init_args"])
+    assert saved["class_path"] == type(dropping).__name__ and again.to_dict() == saved
 
 
-def test_gates_that_cannot_drop_are_refused() -> None:
-    model = llama()
-    for make in (lambda: GatedDropping(random_gates(model), 0.5), lambda: GatedDropping(gates_for_ages(model), 0.95)):
+def test_settings_that_mean_nothing_are_refused() -> None:
+    for make in (
+        lambda: WindowDropping(window=0),
+        lambda: WindowDropping(sinks=-1),
+        lambda: RandomDropping(recent=0),
+        lambda: GateDropping(train=True),
+    ):
         with pytest.raises(SmartKVError):
             make()
-
-
-# -- losses -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("ce_weight", "kl_weight"), [(1.0, 1.0), (0.0, 2.0), (1.0, 0.0)])
-def test_the_loss_and_its_gradient_are_those_of_plain_torch(bias: bool, ce_weight: float, kl_weight: float) -> None:
-    torch.manual_seed(0)
-    head = nn.Linear(16, 50, bias=bias).requires_grad_(False)
-    hidden, teacher = torch.randn(300, 16, requires_grad=True), torch.randn(300, 16)
-    targets = torch.randint(50, (300,))
-    found = student_loss(hidden, teacher, targets, head, ce_weight, kl_weight)
-    (gradient,) = torch.autograd.grad(3 * found.total, hidden)
-    ours, theirs = head(hidden).log_softmax(-1), head(teacher).log_softmax(-1)
-    ce = F.nll_loss(ours, targets)
-    kl = (ours.exp() * (ours - theirs)).sum(-1).mean()  # KL(student ‖ teacher), a mean over tokens
-    (want,) = torch.autograd.grad(3 * (ce_weight * ce + kl_weight * kl), hidden)
-    assert torch.allclose(gradient, want, atol=1e-6)
-    assert torch.allclose(found.total, ce_weight * ce + kl_weight * kl, atol=1e-5)
-    assert torch.allclose(found.ce, ce, atol=1e-5)
-    assert torch.allclose(found.kl, kl if kl_weight else torch.zeros(()), atol=1e-5)
-
-
-def test_hidden_states_are_as_far_apart_as_they_are() -> None:
-    teacher = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
-    assert hidden_distance(teacher, teacher) == 0
-    found: Tensor = hidden_distance(2 * teacher, teacher)
-    assert found == pytest.approx(1.0)

@@ -1,0 +1,59 @@
+"""The model card of exported gates."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smartkv.gates.bank import GateBank
+from smartkv.gates.model_card import model_card
+from smartkv.gates.pretrained import PRETRAINED, pretrained_gates
+from smartkv.models.architecture import Fingerprint
+
+PRICED = {"policy": {"name": "distilled"}, "prices": [[0.5, -3.73444], [0.125, -0.5]], "name": "my-gates"}
+
+
+def snippet(card: str) -> str:
+    """The Python of a card."""
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return code
+
+
+def test_the_card_of_saved_gates_tells_their_shape_and_details(tmp_path: Path) -> None:
+    bank = GateBank(Fingerprint("llama", 4, 2, 8, "0"), [1, 2, 3], hidden=6, details={"target": "log4 lifespan"})
+    bank.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    for part in ("6 gates", "4 layers × 2 KV heads × 8 dims", "layers 1-3", "log4 lifespan"):
+        assert part in card
+
+
+def test_the_card_of_gates_with_prices_shows_a_cache_and_every_price() -> None:
+    card = model_card(6, "llama", "1-3", PRICED)
+    assert 'LifespanCache(model, gates="my-gates", footprint=0.25)' in snippet(card)
+    assert "| 0.5 | -3.734 |" in card and "| 0.125 | -0.500 |" in card
+    assert '"prices"' not in card  # they stand in the table alone
+
+
+@pytest.mark.parametrize("details", [{}, {"policy": PRICED["policy"]}, {"prices": PRICED["prices"]}])
+def test_the_card_of_gates_without_a_policy_or_prices_shows_their_predictions(details: dict[str, Any]) -> None:
+    card = model_card(6, "llama", "1-3", details)
+    assert 'GateBank.from_pretrained("this folder or hub id", model=model)' in snippet(card)
+    assert "gates.predict(layer, keys)" in snippet(card) and "| footprint | price |" not in card
+
+
+@pytest.mark.parametrize("window", [None, 1024])
+def test_the_length_of_the_windows_is_told_where_it_is_known(window: int | None) -> None:
+    card = model_card(6, "llama", "1-3", PRICED | ({"training": {"window": window}} if window else {}))
+    assert ("training windows of 1024 tokens." in card) == (window is not None)
+
+
+@pytest.mark.parametrize("details", [{}, PRICED])
+def test_the_snippet_is_python(details: dict[str, Any]) -> None:
+    compile(snippet(model_card(6, "llama", "1-3", details)), "card", "exec")
+
+
+@pytest.mark.parametrize("name", pretrained_gates())
+def test_the_cards_that_come_with_smartkv_are_those_that_saving_writes(name: str, tmp_path: Path) -> None:
+    GateBank.from_pretrained(name).save_pretrained(tmp_path)
+    assert (PRETRAINED / name / "README.md").read_text() == (tmp_path / "README.md").read_text()
