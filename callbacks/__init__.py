@@ -1,4 +1,4 @@
-"""Callbacks; importing the package lets configs name them without their module."""
+"""Lightning callbacks. Importing the package lets configs name these classes without their module."""
 
 from callbacks.adapter_export import AdapterExport
 from callbacks.gate_export import GateExport

@@ -1,4 +1,4 @@
-"""Export the gates each time they are the best so far: a folder that `GateBank.from_pretrained` reads."""
+"""Export of the best gates so far to a folder that `GateBank.from_pretrained` reads."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +14,15 @@ from smartkv.io.atomic import delete_partial_files
 
 
 class GateExport(L.Callback):
-    """Writes safetensors, config and model card after a validation that is better than all before.
+    """Callback that writes safetensors, config and model card after each validation that is the best so far.
 
     Args:
-        out: the folder.
-        monitor: logged figure that decides.
-        mode: max: a larger figure is better; min: a smaller one.
-        per_head: also write one file a head, `l{layer}_h{head}.safetensors`, into `out`/heads.
-        dtype: of the file: float32, or float16, which is half as large and costs a rounding at the tenth bit.
-        name: that the model card gives to `GateBank.from_pretrained`, such as a hub id; null: the folder's.
+        out: folder.
+        monitor: logged figure that is compared.
+        mode: max: a larger figure is better; min: a smaller one is.
+        per_head: also write one file per head, `l{layer}_h{head}.safetensors`, into `out`/heads.
+        dtype: of the file: float32, or float16, which halves it and rounds weights to 11 bits.
+        name: name with which the model card loads the gates, such as a hub id; null: the folder.
     """
 
     def __init__(
@@ -40,20 +40,28 @@ class GateExport(L.Callback):
 
     @property
     def state_key(self) -> str:
-        """Two exports of one run, told apart by figure and name, have each their best."""
+        """Key of this callback's state; exports of one run with another figure or name have states of their own."""
         return self._generate_state_key(monitor=self.monitor, name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the best figure so far."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best figure so far."""
         self.best = state_dict["best"]
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
+        """Delete what a killed export left half written."""
         delete_partial_files(self.out)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
+        """Export the gates if the validation is the best so far.
+
+        Raises:
+            SmartKVError: the monitored figure is not logged.
+        """
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor not in trainer.callback_metrics:

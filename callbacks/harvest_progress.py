@@ -1,4 +1,4 @@
-"""The harvest's progress bar counts tokens, not batches."""
+"""Progress bar of the harvest."""
 
 from typing import Any
 
@@ -6,11 +6,14 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from datamodules.documents import DocumentWindows
+
 
 class HarvestProgress(TQDMProgressBar):
-    """Tokens done, tokens a second and time left, of this process's share."""
+    """Progress bar that counts tokens instead of batches: done, per second and time left, of this process's shards."""
 
     def init_predict_tqdm(self) -> Tqdm:
+        """Return a bar with tokens as its unit."""
         bar = super().init_predict_tqdm()
         bar.set_description("Harvest")
         bar.unit, bar.unit_scale = " tokens", True
@@ -20,10 +23,11 @@ class HarvestProgress(TQDMProgressBar):
     def on_predict_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        """Set the bar's total before the first batch."""
         if batch_idx == 0 and not self.predict_progress_bar.disable:
-            data = trainer.datamodule
-            mine = data.todo[trainer.global_rank :: trainer.world_size]
-            self.predict_progress_bar.reset(sum(run.windows for run in mine) * data.window)
+            data: DocumentWindows = trainer.datamodule  # type: ignore[attr-defined]
+            runs = data.todo[trainer.global_rank :: trainer.world_size]
+            self.predict_progress_bar.reset(sum(run.windows for run in runs) * data.window)
             self.predict_progress_bar.initial = 0
             self.predict_progress_bar.set_description("Harvest")
 
@@ -36,5 +40,6 @@ class HarvestProgress(TQDMProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        """Add the tokens of a batch."""
         if not self.predict_progress_bar.disable:
             self.predict_progress_bar.update(batch.tokens.numel())

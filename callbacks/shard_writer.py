@@ -1,4 +1,4 @@
-"""Write each shard as it is made, and the manifest when all are there."""
+"""Writing of shards during a harvest, and of the manifest at its end."""
 
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,17 @@ from smartkv.shards.shard_file import write_shard
 
 
 class ShardWriter(BasePredictionWriter):
-    """Shards go to the datamodule's `out`; nothing is kept in memory."""
+    """Callback that writes each shard to the datamodule's `out` and keeps none in memory.
+
+    The manifest is written at the end, when all shards are there.
+    """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Harvest) -> None:
-        trainer.predict_loop.return_predictions = False  # true by default, and would keep every shard in memory
+        """Keep the predictions out of memory."""
+        trainer.predict_loop.return_predictions = False  # true by default
 
     def write_on_batch_end(
         self,
@@ -35,19 +39,22 @@ class ShardWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        data: DocumentWindows = trainer.datamodule
+        """Write one shard."""
+        data: DocumentWindows = trainer.datamodule  # type: ignore[attr-defined]
         write_shard(data.out / batch.file, prediction, pl_module.header)
 
     def teardown(self, trainer: L.Trainer, pl_module: Harvest, stage: str) -> None:
-        # not in on_predict_end, which a process without shards to make never sees
+        """Write the manifest if all shards are there; otherwise print how many are missing."""
+        # not in on_predict_end, which a process without shards skips
         trainer.strategy.barrier("all shards are written")
-        if trainer.is_global_zero and (left := _left(trainer.datamodule)):
+        data: DocumentWindows = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.is_global_zero and (missing := _missing_shards(data)):
             print(
-                f"{left} shards are not in {trainer.datamodule.out}, so there is no manifest yet: run the same command "
-                "again; all processes have to write into one folder"
+                f"{missing} shards are not in {data.out}, so there is no manifest yet: run the same "
+                "command again; all processes have to write into one folder"
             )
         elif trainer.is_global_zero:
-            manifest = _manifest(pl_module, trainer.datamodule)
+            manifest = _manifest(pl_module, data)
             manifest.write()
             print(
                 f"{len(manifest.shards)} shards with {sum(s.tokens for s in manifest.shards):,} tokens "
@@ -56,8 +63,11 @@ class ShardWriter(BasePredictionWriter):
         trainer.strategy.barrier("the manifest is written")
 
 
-def _left(data: DocumentWindows) -> int:
-    """Shards that are not there: of a run limited to a few batches, or of processes that wrote somewhere else."""
+def _missing_shards(data: DocumentWindows) -> int:
+    """Return the number of shards without a file.
+
+    There are some after a run limited to a few batches, or if processes wrote into different folders.
+    """
     return sum(not (data.out / run.file).exists() for run in data.runs)
 
 

@@ -1,4 +1,4 @@
-"""LightningDataModules; importing the package lets configs name them without their module."""
+"""LightningDataModules. Importing the package lets configs name these classes without their module."""
 
 from datamodules.documents import DocumentWindows
 from datamodules.lifespan_shards import LifespanShards

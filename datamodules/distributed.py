@@ -1,5 +1,4 @@
-"""What the processes of a run ask: which one this is, what all have summed or found wrong, whether a checkpoint is of
-this run."""
+"""Communication of a run's processes: rank, sums, shared errors, and the check of a resumed run's data."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,43 +9,64 @@ from torch import Tensor, distributed
 
 from smartkv.errors import SmartKVError
 
-AT_ONCE = 2**24  # numbers of a sum that a device holds while processes exchange them
+CHUNK = 2**24  # numbers summed in one exchange, which bounds the memory on the device
 
 
 def process_of(trainer: L.Trainer | None) -> tuple[int, int]:
-    """Number of this process, and how many there are; without a trainer it is alone."""
+    """Return rank and world size; (0, 1) without a trainer."""
     return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
 
 def sum_over_processes(trainer: L.Trainer, totals: Iterable[Tensor]) -> None:
-    """Sum each tensor over all processes, in place, on whichever device it is. All call it, with the same shapes."""
+    """Sum each tensor over all processes, in place.
+
+    All processes must call it with tensors of the same shapes, in the same order.
+
+    Args:
+        trainer: the running trainer.
+        totals: contiguous tensors on any device.
+    """
     if trainer.world_size == 1:
         return
     for total in totals:
-        for part in total.view(-1).split(AT_ONCE):
+        for part in total.view(-1).split(CHUNK):
             part.copy_(trainer.strategy.reduce(part.to(trainer.strategy.root_device), reduce_op="sum"))
 
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """What processes do in parts: where one of them finds a mistake, all of them stop with what it says. Alone it would
-    leave the others waiting for it, until they are killed with nothing said. All processes must come here."""
-    mistake = None
+    """Context for work divided among processes: a SmartKVError in one of them is raised in all.
+
+    Without it, the other processes would wait for the one that failed until they are killed without a message. All
+    processes must enter the context.
+
+    Raises:
+        SmartKVError: this process's own error, else the first of another process.
+    """
+    failure = None
     try:
         yield
     except SmartKVError as error:
-        mistake = error
+        failure = error
     if distributed.is_available() and distributed.is_initialized():
-        said: list[str | None] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(said, None if mistake is None else str(mistake))
-        others = [text for text in said if text is not None]
-        if mistake is None and others:
-            mistake = SmartKVError(others[0])
-    if mistake is not None:
-        raise mistake
+        messages: list[str | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(messages, None if failure is None else str(failure))
+        first = next((message for message in messages if message is not None), None)
+        if failure is None and first is not None:
+            failure = SmartKVError(first)
+    if failure is not None:
+        raise failure
 
 
 def check_resumed(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises SmartKVError where a checkpoint's data (`then`) are not this run's: other rows would follow."""
+    """Check that a checkpoint continues on the data of this run.
+
+    Args:
+        then: the datamodule's state in the checkpoint.
+        now: its state in this run.
+
+    Raises:
+        SmartKVError: they differ, so the run would continue with other rows.
+    """
     if then != now:
         raise SmartKVError(f"the checkpoint was made with {then}, this run has {now}: the same rows cannot follow")

@@ -1,7 +1,7 @@
-"""Documents -> token windows: what the harvest reads.
+"""Token windows of documents, the input of the harvest.
 
-`plan_windows` fixes, before anything runs, which windows there are; the plan is kept beside the shards, so that every
-process and every later run works on the same ones.
+`plan_windows` chooses all windows before the harvest starts. The plan is saved beside the shards, so that every process
+and every later run works on the same windows.
 """
 
 from dataclasses import asdict
@@ -31,15 +31,17 @@ class DocumentWindows(L.LightningDataModule):
 
     Args:
         out: folder for the plan and the shards.
-        backbone: hub id, local folder, .gguf file or smollm2-135m; here its tokenizer is used.
-        sources: the mix.
-        windows: windows to harvest of each split.
-        window: tokens a window.
-        windows_per_document: most windows taken from one long document, unless its source runs out.
-        windows_per_shard: windows a shard; what is lost at most, per process, when a run is killed.
-        seed: of the choice and the order of windows.
+        sources: mix of texts.
+        windows: windows to harvest per split.
+        backbone: hub id, local folder, .gguf file or smollm2-135m; only its tokenizer is used.
+        window: tokens per window.
+        windows_per_document: most windows from one document, unless its source has too few documents.
+        windows_per_shard: windows per shard; a killed run loses at most this many per process.
+        seed: seed of the choice and the order of windows.
         trust_remote_code: run code that comes with the tokenizer.
     """
+
+    trainer: Any  # None without a run
 
     def __init__(
         self,
@@ -57,28 +59,32 @@ class DocumentWindows(L.LightningDataModule):
         self.out, self.backbone, self.sources, self.counts = Path(out), backbone, sources, asdict(windows)
         self.window, self.windows_per_document = window, windows_per_document
         self.windows_per_shard, self.seed, self.trust_remote_code = windows_per_shard, seed, trust_remote_code
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards to do than processes
-        self.plan: WindowPlan | None = None
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # there may be fewer shards than processes
+        self.plan: WindowPlan = None  # type: ignore[assignment] # until setup
         self.runs: list[WindowRun] = []
-        self.faults: dict[str, str] = {}  # by file, of the shards that this run makes
-        self.entries: dict[str, ShardEntry] = {}  # by file, of those that an earlier manifest vouches for
+        self.faults: dict[str, str] = {}  # reason for making each shard, by file
+        self.entries: dict[str, ShardEntry] = {}  # entries confirmed by an earlier manifest, by file
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What decides which windows there are."""
+        """Arguments that decide which windows are chosen."""
         names = ("backbone", "counts", "window", "windows_per_document", "windows_per_shard", "seed")
         return {name: getattr(self, name) for name in names} | {"sources": [asdict(s) for s in self.sources]}
 
     def prepare_data(self) -> None:
-        """Plan the windows, once; a plan that is there is kept."""
+        """Plan the windows and save the plan, unless the folder has the same one already.
+
+        Raises:
+            SmartKVError: an argument is out of range, or the folder holds shards of other windows.
+        """
         if self.windows_per_shard < 1:
             raise SmartKVError(f"windows_per_shard must be at least 1, got {self.windows_per_shard}")
         path = self.out / PLAN
-        if path.exists() and (there := _arguments_of(path)) is not None:
-            if there == self.arguments:
+        if path.exists() and (saved := _arguments_of(path)) is not None:
+            if saved == self.arguments:
                 return
-            if any(self.out.glob("*-*.safetensors")):  # a plan without shards is no loss
-                changed = sorted(k for k in self.arguments if there.get(k) != self.arguments[k])
+            if any(self.out.glob("*-*.safetensors")):  # a plan without shards may be replaced
+                changed = sorted(k for k in self.arguments if saved.get(k) != self.arguments[k])
                 raise SmartKVError(
                     f"{self.out} holds another harvest (it differs in {', '.join(changed)}): "
                     "give another 'out', or delete that folder"
@@ -92,39 +98,42 @@ class DocumentWindows(L.LightningDataModule):
         write_shard(path, {"tokens": plan.tokens, "document": plan.document, "split": plan.split}, header)
 
     def setup(self, stage: str) -> None:
+        """Read the plan and find the shards that are still to be made."""
         self.plan = read_plan(self.out)
         self.runs = shard_runs(self.plan, self.windows_per_shard)
         self.entries = {}
-        # one process decides what is still to do: others may already be writing when the last one looks
+        # one process looks for all: another may already be writing when the last one looks
         faults = self._faults() if self.trainer is None or self.trainer.is_global_zero else {}
         self.faults = faults if self.trainer is None else self.trainer.strategy.broadcast(faults)
         self.todo = [run for run in self.runs if run.file in self.faults]
 
     def _faults(self) -> dict[str, str]:
-        """Of each shard that is to be made, what is wrong with its file."""
+        """Return the fault of each shard that is to be made, by file."""
         recorded = recorded_shards(self.out)
-        found = {run.file: self._fault(run, recorded.get(run.file)) for run in WindowRuns(self.plan, self.runs)}
-        return {file: fault for file, fault in found.items() if fault is not None}
+        faults = {run.file: self._fault(run, recorded.get(run.file)) for run in WindowRuns(self.plan, self.runs)}
+        return {file: fault for file, fault in faults.items() if fault is not None}
 
     def _fault(self, run: WindowRun, recorded: ShardEntry | None) -> str | None:
-        """What is wrong with a shard; None: its content is what was written, and its windows are those of the plan.
+        """Return what is wrong with a shard's file, or None if it is intact and holds the planned windows.
 
         Args:
-            recorded: what an earlier manifest says of it: of content and not of windows, it may list a foreign shard.
+            run: the shard's planned windows.
+            recorded: the shard's entry in an earlier manifest. It vouches for the content only: the manifest may list a
+                shard of other windows.
 
         Raises:
-            SmartKVError: a file of that name that is none of ours, or that cannot be read.
+            SmartKVError: the file is no shard, or cannot be read.
         """
         path = self.out / run.file
         if not path.exists():
             return MISSING
         entry = self.entry(run) if recorded else None
-        vouched = entry is not None and entry.sha256 == recorded.sha256
+        vouched = entry is not None and recorded is not None and entry.sha256 == recorded.sha256
         try:
             if not vouched:
-                said, held = digests(path)
-                if said != held:
-                    return DAMAGED if said or recorded else NO_DIGEST
+                recorded_digest, digest = digests(path)
+                if recorded_digest != digest:
+                    return DAMAGED if recorded_digest or recorded else NO_DIGEST
             with open_tensors(path) as file:
                 names = set(file.keys())
                 same = (n in names and torch.equal(file.get_tensor(n), t) for n, t in run.tensors().items())
@@ -132,58 +141,63 @@ class DocumentWindows(L.LightningDataModule):
                     return OTHER_WINDOWS
         except DamagedFile:
             return DAMAGED
-        if vouched:
+        if vouched and entry is not None:
             self.entries[run.file] = entry
         return None
 
     def entry(self, run: WindowRun) -> ShardEntry:
-        """The manifest's line for a shard that is there."""
+        """Return the manifest's entry for a shard that exists."""
         return shard_entry(self.out / run.file, run.split, run.windows, run.windows * self.window)
 
     def check_shards(self, header: dict[str, Any]) -> None:
-        """Refuse to add to shards that were made with other settings or another model.
+        """Check that the existing shards were made with this run's settings and model.
 
         Args:
-            header: of the shards that this run makes.
+            header: header of the shards that this run makes.
 
         Raises:
-            SmartKVError: naming the shard and what differs.
+            SmartKVError: a shard's header differs; the message names the shard and the differing keys.
         """
         for run in self.runs:
             if run in self.todo:
                 continue
             path = self.out / run.file
-            there = {"sinks": header["sinks"]} | read_header(path)
-            if changed := sorted(key for key in header if there.get(key) != header[key]):
+            written = {"sinks": header["sinks"]} | read_header(path)
+            if changed := sorted(key for key in header if written.get(key) != header[key]):
                 raise SmartKVError(
                     f"{path} was harvested with other settings (it differs in {', '.join(changed)}): "
                     "give another 'out', or delete that folder"
                 )
 
     def clear_away(self) -> None:
-        """Delete the shards that are made again, and say so. Left there, they would pass for made after a run that is
-        limited to a few batches."""
+        """Delete the faulty shards that this run makes again, and print their names.
+
+        If they stayed, a run limited to a few batches would count them as made.
+        """
         if self.trainer.is_global_zero:
             for fault in (DAMAGED, OTHER_WINDOWS, NO_DIGEST):
-                files = [file for file, found in self.faults.items() if found == fault]
+                files = [file for file, reason in self.faults.items() if reason == fault]
                 for file in files:
                     (self.out / file).unlink(missing_ok=True)
                 if files:
                     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
                     print(f"made again in {self.out}: {', '.join(files[:3])}{more} ({fault})")
-        self.trainer.strategy.barrier("faulty shards are deleted")  # before another process has made them anew
+        self.trainer.strategy.barrier("faulty shards are deleted")  # before another process writes new ones
 
     def predict_dataloader(self) -> WindowRuns:
-        """This process's shards. Dealt here and not by the Trainer's sampler, which wants one for every process."""
+        """Return this process's shards.
+
+        They are divided here because the Trainer's sampler needs at least one shard per process.
+        """
         rank, world_size = process_of(self.trainer)
         return WindowRuns(self.plan, self.todo[rank::world_size])
 
 
 def _arguments_of(path: Path) -> dict[str, Any] | None:
-    """What a plan was made with; None, and a word to the user, if it is damaged: it is made anew then."""
+    """Return the arguments of a saved plan; if it is damaged, print so and return None."""
     try:
-        said, held = digests(path)
-        if said in (None, held):
+        recorded, digest = digests(path)
+        if recorded in (None, digest):
             return read_header(path)["arguments"]
     except DamagedFile:
         pass

@@ -1,7 +1,7 @@
-"""Shards -> batches of keys and targets, streamed: what the gates are trained on.
+"""Batches of keys and labels streamed from harvested shards, the training data of gates.
 
-An epoch is a permutation of all blocks of the split, over documents and shards; a batch takes the next few of them.
-Each process reads its part of every batch, so the rows of step n do not depend on how many processes there are.
+An epoch is a permutation of all blocks of a split, across documents and shards; a batch takes the next few blocks. Each
+process reads its part of every batch, so the rows of a step do not depend on the number of processes.
 """
 
 from typing import Any, Literal
@@ -21,17 +21,16 @@ class LifespanShards(L.LightningDataModule):
     """Keys and log4 lifespans from harvested shards, for `fit` and `validate`.
 
     Args:
-        shards: folder that a harvest made.
-        threshold: attention probability that counts as a hit; one of those harvested.
-        follow_up: tokens; only keys with at least this horizon are used, lifespans are capped here.
-            Null: what the harvest had.
-        inputs: what the gates read: keys (before the rotary embedding) or keys_post_rope (if harvested).
+        shards: folder that a harvest wrote.
+        threshold: attention probability above which a query hits a key; one of the harvest's thresholds.
+        follow_up: tokens; keys with a shorter horizon are left out, and lifespans are capped here. Null: the harvest's.
+        inputs: what gates read: keys (before the rotary embedding) or keys_post_rope (if harvested).
         layers: ranges of layers that get gates, such as "3-19"; null: all.
-        batch_size: keys a head an optimiser step, over all processes together; whole blocks, so at most so many.
-        block: consecutive keys read at once; smaller shuffles better, larger reads faster.
-        seed: of the order of blocks.
+        batch_size: keys per head and optimiser step over all processes, rounded down to whole blocks.
+        block: consecutive keys read together; smaller blocks shuffle better, larger ones read faster.
+        seed: seed of the order of blocks.
         num_workers: reader processes; 0 reads in the training process.
-        verify: read each shard that is used whole before the first step, and compare it with its SHA-256.
+        verify: compare each shard that is used with its SHA-256 before the first step.
     """
 
     def __init__(
@@ -54,6 +53,11 @@ class LifespanShards(L.LightningDataModule):
         self.batch_size, self.block, self.seed, self.num_workers = batch_size, block, seed, num_workers
 
     def setup(self, stage: str) -> None:
+        """Open the shards and verify this process's part of them.
+
+        Raises:
+            SmartKVError: an argument is out of range, a shard is damaged, or a split has no keys.
+        """
         if min(self.batch_size, self.block) < 1:
             raise SmartKVError(f"batch_size and block must be at least 1, got {self.batch_size} and {self.block}")
         manifest = Manifest.read(self.shards)
@@ -65,18 +69,19 @@ class LifespanShards(L.LightningDataModule):
         self.rows = LabelledKeys(manifest, self.threshold, self.follow_up, self.inputs, self.layers)
         self.dataset = BlockReader(self.rows)
         for split in ("train", "validation"):
-            self.blocks(split)  # both are needed, so say at once if one is missing
+            self.blocks(split)  # raises if the split has no keys
 
     @property
     def plan(self) -> WindowPlan:
-        """The windows that were harvested."""
+        """The harvested windows."""
         return read_plan(self.rows.manifest.folder)
 
     def blocks(self, split: str) -> list[RowBlock]:
+        """Return all blocks of a split, the units of the shuffle."""
         return self.rows.blocks(split, min(self.block, self.batch_size))
 
     def first_blocks(self, split: str) -> list[RowBlock]:
-        """What this process checks, and averages, before the first step: its part of whole windows."""
+        """Return the whole windows that this process checks and averages before the first step."""
         rank, world = process_of(self.trainer)
         return self.rows.blocks(split)[rank::world]
 
@@ -88,20 +93,23 @@ class LifespanShards(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> BlockLoader:
+        """Return the loader of shuffled training batches."""
         loader = self._loader("train", True, self.batch_size)
         if self.trainer:
-            loader.set_epoch(self.trainer.current_epoch)  # or a resumed run replays epoch 0 first
+            loader.set_epoch(self.trainer.current_epoch)  # otherwise a resumed run replays epoch 0 first
         return loader
 
     def val_dataloader(self) -> BlockLoader:
+        """Return the loader of validation batches, at least 1024 rows each."""
         return self._loader("validation", False, max(self.batch_size, 1024))
 
     def state_dict(self) -> dict[str, Any]:
-        """Which keys come, with which labels, and in which order."""
+        """Return what decides the keys, their labels and their order, for the check on resume."""
         rows = self.rows
         settings = {"threshold": rows.threshold, "follow_up": rows.follow_up, "inputs": rows.inputs}
         order = {"seed": self.seed, "batch_size": self.batch_size, "block": self.block}
         return order | settings | {"layers": format_layers(rows.layers), "shards": rows.manifest.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that a checkpoint was made on the same data."""
         check_resumed(state, self.state_dict())

@@ -1,11 +1,11 @@
-"""Text -> keys and lifespans -> batches, with no shards between: a frozen LM reads windows while gates are trained.
+"""Batches of keys and labels without shards on disk: a frozen language model labels windows while gates are trained.
 
-Labelled windows flow through a buffer from which batches are drawn (`datamodules.replay`). Every process works out the
-same draw, reads every n-th window, and gives to each batch what it holds of it: the rows of step n do not depend on how
-many processes there are.
+Labelled windows pass through a buffer from which batches are drawn (`datamodules.replay`). Every process works out the
+same draw, reads every n-th window, and contributes its blocks to each batch. The rows of a step therefore do not depend
+on the number of processes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from rich.progress import track
+from torch import Tensor
 
 from datamodules.block_loader import BlockLoader, BlockReader, KeyBatch, Resumable
 from datamodules.distributed import check_resumed, process_of
@@ -30,29 +31,36 @@ from smartkv.texts.windows import WindowCounts, WindowPlan, check_counts, plan_w
 
 
 class OnlineKeys(L.LightningDataModule):
-    """Keys and log4 lifespans of a frozen LM, labelled while gates are trained, for `fit` and `validate`.
+    """Keys and log4 lifespans of a frozen language model, labelled during training, for `fit` and `validate`.
 
     Args:
-        sources: the mix.
-        windows: windows of each split. Those of validation are read once and held.
+        sources: mix of texts.
+        windows: windows per split. Those of validation are read once and stay in memory.
         backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: of the LM: auto, float32, bfloat16 or float16.
-        window: tokens a window, one forward pass each.
-        windows_per_document: most windows from one long document, unless its source runs out.
-        threshold: attention probability that counts as a hit.
-        ages: tokens; future attention is measured from these ages on, for objectives that want it.
-        follow_up: tokens; only keys with at least this horizon are used, lifespans are capped here.
+        dtype: of the language model: auto, float32, bfloat16 or float16.
+        window: tokens per window; one window per forward pass.
+        windows_per_document: most windows from one document, unless its source has too few documents.
+        threshold: attention probability above which a query hits a key.
+        ages: tokens; ages from which future attention is measured, for objectives that need it.
+        follow_up: tokens; keys with a shorter horizon are left out, and lifespans are capped here.
         sinks: tokens at the start of a window that are left out.
-        inputs: what the gates read: keys (before the rotary embedding) or keys_post_rope.
+        inputs: what gates read: keys (before the rotary embedding) or keys_post_rope.
         layers: ranges of layers that get gates, such as "3-19"; null: all.
-        buffer: training windows whose keys are held at once, over all processes: batches are drawn from them.
-        passes: how often each key is drawn in an epoch.
-        batch_size: keys a head an optimiser step, over all processes together; whole blocks, so at most so many.
-        block: consecutive keys drawn at once; smaller shuffles better.
-        seed: of the choice of windows and of the draw.
-        threads: CPU threads a process.
+        buffer: training windows in memory at once, over all processes; batches are drawn from them.
+        passes: number of times each key is drawn in an epoch.
+        batch_size: keys per head and optimiser step over all processes, rounded down to whole blocks.
+        block: consecutive keys drawn together; smaller blocks shuffle better.
+        seed: seed of the choice of windows and of the draw.
+        threads: CPU threads per process.
         trust_remote_code: run code that comes with the model.
     """
+
+    spec: LabelSpec
+    in_memory: InMemoryRows
+    rows: LabelledKeys
+    dataset: BlockReader
+    tokens: dict[str, Tensor]
+    blocks: list[list[RowBlock]]
 
     def __init__(
         self,
@@ -83,9 +91,14 @@ class OnlineKeys(L.LightningDataModule):
         self.inputs, self.layers, self.buffer, self.passes = inputs, layers, buffer, passes
         self.batch_size, self.block, self.seed, self.threads = batch_size, block, seed, threads
         self.trust_remote_code = trust_remote_code
-        self.plan: WindowPlan | None = None
+        self.plan: WindowPlan = None  # type: ignore[assignment] # until setup
 
     def setup(self, stage: str) -> None:
+        """Load the language model, choose the windows, and label those of validation.
+
+        Raises:
+            SmartKVError: an argument is out of range.
+        """
         if self.plan is not None:
             return
         if min(self.batch_size, self.block, self.buffer, self.passes, self.threads) < 1 or self.sinks < 0:
@@ -101,21 +114,22 @@ class OnlineKeys(L.LightningDataModule):
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         self.lm: Backbone = load_backbone(self.backbone, self.dtype, device, self.trust_remote_code)
         check_window(self.lm.model, self.window)
-        say = print if self.trainer is None or self.trainer.is_global_zero else str
+        first = self.trainer is None or self.trainer.is_global_zero
+        report: Callable[[str], None] = print if first else lambda line: None
         self.plan = plan_windows(
-            self.sources, self.counts, self.lm.tokenizer, self.window, self.windows_per_document, self.seed, say
+            self.sources, self.counts, self.lm.tokenizer, self.window, self.windows_per_document, self.seed, report
         )
-        self.held = InMemoryRows(self.lm.fingerprint, self.spec)
-        self.rows = LabelledKeys(self._manifest(), self.threshold, None, self.inputs, self.layers, self.held)
+        self.in_memory = InMemoryRows(self.lm.fingerprint, self.spec)
+        self.rows = LabelledKeys(self._manifest(), self.threshold, None, self.inputs, self.layers, self.in_memory)
         self.dataset = BlockReader(self.rows)
         self.tokens = {split: self.plan.of_split(split) for split in ("train", "validation")}
-        validation = self.rows.blocks("validation")  # one a window
+        validation = self.rows.blocks("validation")  # one block per window
         self.blocks = self._by_window("train")
-        for block in self._tracked(self.mine(validation), "Validation keys"):
+        for block in self._tracked(self.of_this_process(validation), "Validation keys"):
             self._read("validation", _number(block), [block])
 
     def _manifest(self) -> Manifest:
-        """What a harvest of the same windows would have written, with a file a window."""
+        """Return the manifest that a harvest of these windows would write with one window per shard."""
         shards = [
             ShardEntry(_name(split, number), split, 1, self.window, 0, "")
             for split in ("train", "validation")
@@ -134,74 +148,85 @@ class OnlineKeys(L.LightningDataModule):
             shards,
         )
 
-    # -- whose windows ----------------------------------------------------------------------------------------------
+    # -- windows of this process ------------------------------------------------------------------------------------
 
     def owns(self, number: int) -> bool:
-        """Whether this process reads a window of that number."""
+        """Return whether this process reads the window with that index."""
         rank, world = process_of(self.trainer)
         return number % world == rank
 
-    def mine(self, blocks: list[RowBlock]) -> list[RowBlock]:
-        """Those that this process holds."""
+    def of_this_process(self, blocks: list[RowBlock]) -> list[RowBlock]:
+        """Return the blocks that are in this process's memory."""
         return [block for block in blocks if self.owns(_number(block))]
 
     def first_blocks(self, split: str) -> list[RowBlock]:
-        """What this process checks, and averages, before the first step: validation, and the first windows of the
-        buffer, which are then there already when the first step asks for them."""
+        """Return the blocks of a split that this process checks and averages before the first step.
+
+        For `train` these are the windows that fill the buffer first. They are read here and stay in memory, so that the
+        first step finds them.
+        """
         if split == "train":
             first = range(min(self.buffer, len(self.blocks)))
             for number in self._tracked([number for number in first if self.owns(number)], "First keys"):
                 self.read([number])
-            return self.mine([block for number in first for block in self.blocks[number]])
-        return self.mine(self.rows.blocks(split))
+            return self.of_this_process([block for number in first for block in self.blocks[number]])
+        return self.of_this_process(self.rows.blocks(split))
 
     def _tracked(self, work: list[Any], description: str) -> Iterable[Any]:
-        """With a progress bar, of one process."""
+        """Return `work` with a progress bar on one process."""
         quiet = self.trainer is not None and not self.trainer.is_global_zero
         return track(work, description, disable=quiet, transient=True)
 
     def _by_window(self, split: str) -> list[list[RowBlock]]:
-        """The blocks of each window."""
-        found: dict[int, list[RowBlock]] = {}
+        """Return the blocks of each window of a split."""
+        by_window: dict[int, list[RowBlock]] = {}
         for block in self.rows.blocks(split, min(self.block, self.batch_size)):
-            found.setdefault(_number(block), []).append(block)
-        return [found[number] for number in sorted(found)]
+            by_window.setdefault(_number(block), []).append(block)
+        return [by_window[number] for number in sorted(by_window)]
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def read(self, numbers: list[int], live: set[RowBlock] | None = None) -> None:
-        """Label the training windows of these numbers that this process owns, and hold their blocks (of `live` alone,
-        if it is given). What is held already is not read again."""
+        """Label training windows of this process and keep their blocks in memory.
+
+        Windows whose blocks are all in memory are not read again.
+
+        Args:
+            numbers: indices of the windows; those of other processes are skipped.
+            live: blocks to keep; None: all blocks of the windows.
+        """
         for number in numbers:
             blocks = [block for block in self.blocks[number] if live is None or block in live]
-            if self.owns(number) and any(block not in self.held for block in blocks):
+            if self.owns(number) and any(block not in self.in_memory for block in blocks):
                 self._read("train", number, blocks)
 
     def _read(self, split: str, number: int, blocks: list[RowBlock]) -> None:
         tokens = self.tokens[split][number]
         labels = label_window(self.lm.model, tokens, self.spec, self.inputs == "keys_post_rope")
-        self.held.hold(blocks, labels, tokens)
+        self.in_memory.hold(blocks, labels, tokens)
 
     def release(self) -> None:
-        """What an epoch that was cut short has left, but for the windows with which an epoch begins."""
+        """Free the blocks that an interrupted epoch left, except whole windows that the next epoch begins with."""
         for number, blocks in enumerate(self.blocks):
-            held = [block for block in blocks if block in self.held]
-            if number >= self.buffer or len(held) < len(blocks):
-                for block in held:
-                    self.held.drop(block)
+            present = [block for block in blocks if block in self.in_memory]
+            if number >= self.buffer or len(present) < len(blocks):
+                for block in present:
+                    self.in_memory.drop(block)
 
     def train_dataloader(self) -> "ReplayLoader":
+        """Return the loader that draws training batches from the buffer."""
         loader = ReplayLoader(self)
         if self.trainer:
-            loader.set_epoch(self.trainer.current_epoch)  # or a resumed run replays epoch 0 first
+            loader.set_epoch(self.trainer.current_epoch)  # otherwise a resumed run replays epoch 0 first
         return loader
 
     def val_dataloader(self) -> BlockLoader:
+        """Return the loader of validation batches, at least 1024 rows each."""
         blocks = self.rows.blocks("validation", min(self.block, self.batch_size))
-        return _Held(self, blocks)
+        return _InMemoryLoader(self, blocks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which keys come, with which labels, and in which order."""
+        """Return what decides the keys, their labels and their order, for the check on resume."""
         names = (
             "seed",
             "batch_size",
@@ -219,29 +244,37 @@ class OnlineKeys(L.LightningDataModule):
         return {name: getattr(self, name) for name in names} | drawn | model | {"tokens": self.plan.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that a checkpoint was made on the same data."""
         check_resumed(state, self.state_dict())
 
 
-class _Held(BlockLoader):
-    """Batches in order, of which each process gives what it holds."""
+class _InMemoryLoader(BlockLoader):
+    """Loader of batches in order; each process contributes the blocks in its memory."""
 
     def __init__(self, data: OnlineKeys, blocks: list[RowBlock]) -> None:
         super().__init__(data.dataset, blocks, max(data.batch_size, 1024), None, 0, 1)
         self.data = data
 
-    def mine(self, blocks: list[RowBlock]) -> list[RowBlock]:
-        return self.data.mine(blocks)
+    def of_this_process(self, blocks: list[RowBlock]) -> list[RowBlock]:
+        """Return the blocks of a batch that are in this process's memory."""
+        return self.data.of_this_process(blocks)
 
 
 class ReplayLoader(Resumable):
-    """Batches by `Replay`. Taken up inside an epoch, it reads the windows again that the buffer then holds."""
+    """Loader of training batches in the order of a `Replay`.
+
+    A loader that resumes inside an epoch first reads the windows again that the buffer holds at that place.
+
+    Args:
+        data: the datamodule whose buffer is drawn from.
+    """
 
     def __init__(self, data: OnlineKeys) -> None:
         super().__init__()
         self.data = data
 
     def replay(self) -> Replay:
-        """The draw of the current epoch."""
+        """Return the draw of the current epoch."""
         data = self.data
         size = min(data.block, data.batch_size)
         per_step = max(1, data.batch_size // size)
@@ -251,24 +284,24 @@ class ReplayLoader(Resumable):
         return len(self.replay())
 
     def __iter__(self) -> Iterator[KeyBatch]:
-        # the body runs at the first `next`, after set_epoch and load_state_dict
+        # a generator: this runs at the first `next`, after set_epoch and load_state_dict
         replay, data = self.replay(), self.data
         if self.consumed >= len(replay):
             self.consumed = 0
-        behind = self.consumed
-        if not behind:
+        resume_at = self.consumed
+        if not resume_at:
             data.release()
         for number, step in enumerate(replay):
-            if number < behind:
-                if number == behind - 1:  # what the buffer holds now
+            if number < resume_at:
+                if number == resume_at - 1:  # the replay's buffer is now that of the resumed step
                     live = {block for block, _ in replay.live}
                     data.read(sorted({_number(block) for block in live}), live)
                 continue
             data.read(step.read)
-            mine = data.mine(step.draw)
-            batch = data.dataset[mine, sum(block.stop - block.start for block in step.draw)]
-            for block in data.mine(step.done):
-                data.held.drop(block)
+            blocks = data.of_this_process(step.draw)
+            batch = data.dataset[blocks, sum(block.stop - block.start for block in step.draw)]
+            for block in data.of_this_process(step.done):
+                data.in_memory.drop(block)
             self.consumed += 1
             yield batch
         self.consumed = 0

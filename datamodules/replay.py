@@ -1,6 +1,7 @@
-"""In which order keys are drawn from a buffer that new windows flow through.
+"""Order in which blocks of keys are drawn from a buffer that windows pass through.
 
-Only numbers: nothing is read here, so that any process, and any later run, can work out the same order again.
+Nothing is read here: the order depends on numbers alone, so that every process and every resumed run works out the same
+one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,12 @@ from smartkv.shards.manifest import RowBlock
 
 @dataclass
 class Step:
-    """What one optimiser step takes.
+    """Reads and draws of one optimiser step.
 
     Attributes:
-        read: windows to be read for it, by their numbers.
-        draw: blocks of its batch.
-        done: blocks that are not drawn again.
+        read: indices of the windows to read before the step.
+        draw: blocks of the step's batch; a block may occur twice.
+        done: blocks drawn for the last time, to be freed after the step.
     """
 
     read: list[int] = field(default_factory=list)
@@ -28,22 +29,23 @@ class Step:
 
 
 class Replay:
-    """Draws blocks at random among those held; each is drawn `passes` times and then let go, and as soon as there is
-    room for a window the next one is read.
+    """Random draw of blocks from a buffer of windows, as an iterable of `Step`s.
+
+    Each block is drawn `passes` times and then freed. As soon as the buffer has room for a window, the next one is
+    read.
 
     Args:
-        windows: the blocks of each window, in the order in which windows are read.
-        buffer: windows whose blocks are held at once; beside them, those that the batch at work has drawn for the last
-            time.
-        passes: how often each block is drawn.
-        blocks_per_step: of a batch.
-        seed: of the draw.
+        windows: blocks of each window, in reading order.
+        buffer: windows that the buffer holds. Blocks drawn for the last time by the current step come on top.
+        passes: number of times each block is drawn.
+        blocks_per_step: blocks per batch.
+        seed: seed of the draw.
 
     Raises:
-        SmartKVError: a figure below 1, or no blocks.
+        SmartKVError: a number is below 1, or a window has no blocks.
 
     Attributes:
-        live: blocks that are held now, with how often each will still be drawn.
+        live: blocks in the buffer now, each with the number of draws left.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Replay:
         self.live: list[tuple[RowBlock, int]] = []
 
     def __len__(self) -> int:
-        """Steps."""
+        """Return the number of steps."""
         return -(-sum(map(len, self.windows)) * self.passes // self.blocks_per_step)
 
     def __iter__(self) -> Iterator[Step]:

@@ -1,5 +1,6 @@
-"""Token windows of a weighted mix of texts, for `fit`: what gates are distilled on."""
+"""Token windows of a weighted mix of texts, the training data of distillation and eviction tuning."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,12 +21,12 @@ from smartkv.texts.windows import WindowCounts, WindowPlan, check_counts, plan_w
 
 @dataclass
 class WindowBatch:
-    """Some windows.
+    """Token windows: this process's part of a batch.
 
     Attributes:
         tokens: int64 `[windows, window]`.
-        number: int64 `[windows]`, which of the split's windows they are.
-        global_windows: windows that all processes together hold of this batch.
+        number: int64 `[windows]`, index of each window in its split.
+        global_windows: windows of the batch over all processes.
     """
 
     tokens: Tensor
@@ -33,11 +34,12 @@ class WindowBatch:
     global_windows: int
 
     def to(self, device: torch.device, **_: Any) -> "WindowBatch":
+        """Copy the batch to a device; Lightning calls this before each step."""
         return WindowBatch(self.tokens.to(device), self.number.to(device), self.global_windows)
 
 
 class _Windows(Dataset):
-    """`__getitem__` takes (windows of this process, as blocks of one; windows of all)."""
+    """Dataset of windows, indexed by (this process's windows as blocks of one row, windows over all processes)."""
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens.long()
@@ -52,13 +54,13 @@ class TokenWindows(L.LightningDataModule):
     """Windows of a weighted mix of texts, for `fit` and `validate`.
 
     Args:
-        sources: the mix.
-        windows: windows of each split.
-        backbone: hub id, local folder, .gguf file or smollm2-135m; here its tokenizer is used.
-        window: tokens a window.
-        windows_per_document: most windows taken from one long document, unless its source runs out.
-        batch_size: windows an optimiser step, over all processes together.
-        seed: of the choice and the order of windows.
+        sources: mix of texts.
+        windows: windows per split; at least one each for train and validation.
+        backbone: hub id, local folder, .gguf file or smollm2-135m; only its tokenizer is used.
+        window: tokens per window.
+        windows_per_document: most windows from one document, unless its source has too few documents.
+        batch_size: windows per batch over all processes; at least one per process.
+        seed: seed of the choice and the order of windows.
         trust_remote_code: run code that comes with the tokenizer.
     """
 
@@ -77,9 +79,14 @@ class TokenWindows(L.LightningDataModule):
         self.sources, self.counts, self.backbone, self.window = sources, asdict(windows), backbone, window
         self.windows_per_document, self.batch_size, self.seed = windows_per_document, batch_size, seed
         self.trust_remote_code = trust_remote_code
-        self.plan: WindowPlan | None = None
+        self.plan: WindowPlan = None  # type: ignore[assignment] # until setup
 
     def setup(self, stage: str) -> None:
+        """Choose and tokenize the windows of all splits.
+
+        Raises:
+            SmartKVError: an argument is out of range.
+        """
         if self.plan is not None:
             return
         processes = self.trainer.world_size if self.trainer else 1
@@ -94,9 +101,10 @@ class TokenWindows(L.LightningDataModule):
         if self.window > limit:
             raise SmartKVError(f"window {self.window} is longer than the {limit} positions of '{self.backbone}'")
         tokenizer = load_tokenizer(self.backbone, self.trust_remote_code)
-        say = print if self.trainer is None or self.trainer.is_global_zero else str
+        first = self.trainer is None or self.trainer.is_global_zero
+        report: Callable[[str], None] = print if first else lambda line: None
         self.plan = plan_windows(
-            self.sources, self.counts, tokenizer, self.window, self.windows_per_document, self.seed, say
+            self.sources, self.counts, tokenizer, self.window, self.windows_per_document, self.seed, report
         )
 
     def _loader(self, split: str, shuffle: bool) -> BlockLoader:
@@ -107,19 +115,21 @@ class TokenWindows(L.LightningDataModule):
         return BlockLoader(_Windows(tokens), blocks, size, seed, rank, world)
 
     def train_dataloader(self) -> BlockLoader:
+        """Return the loader of shuffled training batches."""
         loader = self._loader("train", shuffle=True)
         if self.trainer:
-            loader.set_epoch(self.trainer.current_epoch)  # or a resumed run replays epoch 0 first
+            loader.set_epoch(self.trainer.current_epoch)  # otherwise a resumed run replays epoch 0 first
         return loader
 
     def val_dataloader(self) -> BlockLoader:
-        """One window a process."""
+        """Return the loader of validation batches, one window per process each."""
         return self._loader("validation", shuffle=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which windows come, and in which order."""
-        known = {"seed": self.seed, "batch_size": self.batch_size, "window": self.window, "windows": self.counts}
-        return known | {"tokens": self.plan.digest}
+        """Return what decides the windows and their order, for the check on resume."""
+        arguments = {"seed": self.seed, "batch_size": self.batch_size, "window": self.window, "windows": self.counts}
+        return arguments | {"tokens": self.plan.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that a checkpoint was made on the same windows."""
         check_resumed(state, self.state_dict())

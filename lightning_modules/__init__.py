@@ -1,4 +1,4 @@
-"""LightningModules; importing the package lets configs name them without their module."""
+"""LightningModules. Importing the package lets configs name these classes without their module."""
 
 from lightning_modules.distillation import DistilledGates
 from lightning_modules.eviction_tuning import EvictionTuning

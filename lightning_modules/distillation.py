@@ -1,10 +1,11 @@
-"""Gates distilled through the frozen LM: they learn from what it loses when keys go. For `fit` and `validate`."""
+"""Distillation of gates through the frozen language model, on its loss under eviction."""
 
 import copy
 import math
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from datamodules.token_windows import TokenWindows, WindowBatch
@@ -23,35 +24,40 @@ from smartkv.models.layer_ranges import format_layers
 from smartkv.policies.budgets import Calibration, price_curve, solve
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
-TARGET = "log worth"  # of a key, in nats a token for the whole cache
-START = {"low": 0.35, "high": 0.05}  # of what lies beyond windows, kept at first at the lowest and the highest price
+TARGET = "log worth"  # log of a key's worth, in nats per token for the whole cache
+START = {
+    "low": 0.35,
+    "high": 0.05,
+}  # shares of keys beyond the window kept at first at the lowest and the highest price
 
 
 class DistilledGates(Resuming):
-    """KL divergence from the full cache, plus price × footprint, through a soft visibility mask.
+    """Gates trained on KL divergence from the full cache plus price × footprint, for `fit` and `validate`.
 
-    A window draws its price at random, log-uniformly: what the gates learn is the log of each key's worth, and one
-    training serves every footprint.
+    Evicted keys are hidden by a soft visibility mask, through which gradients reach the gates. Each window draws its
+    price log-uniformly. The gates therefore learn the log of each key's worth, and one training serves every footprint.
 
     Args:
-        gates: folder of exported gates, or hub id, to start from.
+        gates: gates to start from: a folder, a hub id, or the name of shipped gates.
         backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: of the LM: auto (bfloat16 where the hardware has it, else float32), float32, bfloat16 or float16.
-        ages: tokens, ascending, at which a key may go. All are judged at its birth, by an output each. Until the first
-            every key is seen.
-        hidden: width of the gates' hidden layer; wider than that of the gates to start from: their units are doubled.
+        dtype: of the language model: auto (bfloat16 where the hardware multiplies it, else float32), float32, bfloat16
+            or float16.
+        ages: ascending ages in tokens at which a key may be evicted. A gate judges all of them when the key is new, one
+            output each. Younger keys are always seen.
+        hidden: width of the gates' hidden layer, a multiple of that of the gates to start from; their units are copied.
         sinks: tokens at the start that are always seen.
-        price_low, price_high: nats a token for the whole cache; prices are drawn between them.
-        temperature: of the soft decision at the start of the run, in factors of e of a key's worth.
-        temperature_end: at its end; between them it falls geometrically. The cache decides at 0: warm gates learn
-            quickly, and cold ones what really happens.
-        score_from: queries from this token on count; null: from a quarter of the window on.
-        scored_tokens: queries of a window that are compared with the teacher, drawn at random; null: all.
-        learning_rate: of Adam, after warm-up.
-        warmup_steps: optimiser steps of linear warm-up; cosine decay to 0 follows, over the run.
-        calibration_windows: training windows on which the gates' start is brought to the unit of prices, and on which
-            the exported gates' prices are solved.
-        threads: CPU threads a process.
+        price_low: lowest price, in nats per token for the whole cache.
+        price_high: highest price, in the same unit.
+        temperature: of the soft decision at the start of the run, in nats of log worth.
+        temperature_end: the same at the end of the run; it falls geometrically in between. The cache decides at
+            temperature 0: a high temperature learns quickly, a low one comes close to the cache.
+        score_from: first query that counts; null: a quarter of the window.
+        scored_tokens: queries of a window compared with the teacher, drawn at random; null: all.
+        learning_rate: of Adam after warm-up.
+        warmup_steps: optimiser steps of linear warm-up; a cosine to 0 at the end of the run follows.
+        calibration_windows: training windows that scale the start to the unit of prices, and on which the prices of the
+            exported gates are solved.
+        threads: CPU threads per process.
         trust_remote_code: run code that comes with the model.
     """
 
@@ -77,16 +83,22 @@ class DistilledGates(Resuming):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.frozen: list[Backbone] = []  # in a list: the LM is no submodule, so DDP and checkpoints leave it alone
-        self.bank: GateBank | None = None
+        self.frozen: list[Backbone] = []  # in a list, so that DDP and checkpoints do not see a submodule
+        self.bank: GateBank = None  # type: ignore[assignment] # until configure_model
 
     @property
     def lm(self) -> Backbone:
+        """The frozen language model."""
         return self.frozen[0]
 
     # -- what is trained ------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
+        """Load the language model, and build the gates from those to start from.
+
+        Raises:
+            SmartKVError: an argument is out of range, or the gates to start from do not fit.
+        """
         if self.bank is not None:
             return
         h = self.hparams
@@ -114,6 +126,11 @@ class DistilledGates(Resuming):
         self.bank = one_output_per_age(start, h.ages, h.hidden).requires_grad_(True).train()
 
     def setup(self, stage: str) -> None:
+        """Check the arguments against those of the datamodule.
+
+        Raises:
+            SmartKVError: the backbones differ, or `score_from` is out of range.
+        """
         data: TokenWindows = self.trainer.datamodule
         if data.backbone != self.hparams.backbone:
             raise SmartKVError(
@@ -128,30 +145,31 @@ class DistilledGates(Resuming):
 
     @torch.no_grad()
     def _in_nats(self, gates: GateBank) -> None:
-        """Bring the figures of gates that predict something else to the unit of prices, by a straight line, so that
-        they keep the shares `START` at the highest and the lowest price."""
+        """Scale the outputs of gates with another target to the unit of prices.
+
+        The linear map makes the gates keep the shares `START` at the lowest and the highest price.
+        """
         h, keys = self.hparams, self._keys()
         calibration = Calibration.of(gates, keys, self.first_query)
         policy = HybridPolicy((LayerRule("all", "gated", h.ages[0]),), sinks=h.sinks)
         in_full = float(footprint(torch.zeros(1, keys[0][0].shape[2], 1), h.ages[:1], h.sinks, self.first_query))
-        prices = {
-            name: solve(policy, in_full + share * (1 - in_full), calibration).price for name, share in START.items()
-        }
+        solved = {name: solve(policy, in_full + share * (1 - in_full), calibration) for name, share in START.items()}
+        prices: dict[str, Any] = {name: policy.price for name, policy in solved.items()}
         scale = math.log(h.price_high / h.price_low) / (prices["high"] - prices["low"])
         gates.weight2.mul_(scale)
         gates.bias2.mul_(scale).add_(math.log(h.price_high) - scale * prices["high"])
 
     def _keys(self) -> list[list[Tensor]]:
-        """Of the first training windows, layer by layer `[1, kv_heads, tokens, head_dim]`."""
+        """Return the keys of the calibration windows, one `[1, kv_heads, tokens, head_dim]` per layer."""
         windows = self.trainer.datamodule.plan.of_split("train")[: self.hparams.calibration_windows]
         return [read_keys(self.lm.model, ids) for ids in windows]
 
     def gates(self) -> GateBank:
-        """The gates as they stand now; a copy."""
+        """Return a copy of the current gates."""
         return copy.deepcopy(self.bank)
 
     def details(self) -> dict[str, Any]:
-        """What the exported gates' config says of them: also the prices of footprints, on some training windows."""
+        """Return the details in the exported gates' config, with prices of footprints on the calibration windows."""
         data: TokenWindows = self.trainer.datamodule
         h = self.hparams
         policy = HybridPolicy((LayerRule("all", "gated", h.ages[0]),), sinks=h.sinks, name="distilled")
@@ -174,7 +192,7 @@ class DistilledGates(Resuming):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def temperature(self) -> float:
-        """Of this step."""
+        """Return the temperature of this step."""
         start, end, steps = self.hparams.temperature, self.hparams.temperature_end, total_steps(self.trainer)
         share = self.global_step / max(1.0, steps - 1) if math.isfinite(steps) else 0.0
         return start * (end / start) ** min(1.0, share)
@@ -182,13 +200,17 @@ class DistilledGates(Resuming):
     def losses(
         self, ids: Tensor, price: float, places: Tensor, temperature: float | None, teacher: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Divergence (nats a token, over the queries at `places`) and footprint of one window.
+        """Compute divergence and footprint of one window.
 
         Args:
             ids: int64 `[tokens]`.
-            price: log of nats.
-            temperature: of the soft decision; None: keys stay or go, as in the cache.
-            teacher: what `full` returns of these ids; None: it is computed.
+            price: log of the price, whose unit is nats per token for the whole cache.
+            places: int64 `[queries]`, positions of the scored queries.
+            temperature: of the soft decision; None: keys are kept or evicted, as in the cache.
+            teacher: last hidden states of these ids under a full cache; None: computed here.
+
+        Returns:
+            The mean divergence over the scored queries in nats per token, and the footprint; scalars.
         """
         h, kept = self.hparams, []
 
@@ -211,32 +233,32 @@ class DistilledGates(Resuming):
 
     @torch.no_grad()
     def full(self, ids: Tensor) -> Tensor:
-        """Last hidden states under a full cache, `[tokens, hidden]`."""
+        """Return the last hidden states under a full cache, `[tokens, hidden]`, of ids `[tokens]`."""
         return self.lm.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
 
     def training_step(self, batch: WindowBatch, batch_idx: int) -> Tensor:
+        """Return the mean loss over the windows of the batch, each at a random price."""
         low, high = math.log(self.hparams.price_low), math.log(self.hparams.price_high)
         temperature = self.temperature()
-        total = self.bank.bias2.sum() * 0  # a process without a window still takes part in every step
+        total = self.bank.bias2.sum() * 0  # a process without a window takes part in every step
         for number, ids in zip(batch.number.tolist(), batch.tokens, strict=True):
-            # what is drawn depends on the step and the window alone, not on how many processes there are
+            # the draw depends on the step and the window, not on the number of processes
             generator = torch.Generator().manual_seed(self.global_step * 1_000_003 + number)
             price = low + (high - low) * float(torch.rand((), generator=generator))
             places = torch.arange(self.first_query, len(ids))
             if self.hparams.scored_tokens is not None:
-                places = places[torch.randperm(len(places), generator=generator)[: self.hparams.scored_tokens]].sort()[
-                    0
-                ]
+                order = torch.randperm(len(places), generator=generator)
+                places = places[order[: self.hparams.scored_tokens]].sort().values
             lost, kept = self.losses(ids, price, places.to(ids.device), temperature)
             total = total + lost + math.exp(price) * kept
             self.log_dict({"train_divergence": lost.detach(), "train_footprint": kept.detach()}, batch_size=1)
-        # DDP averages gradients over processes; dividing by all windows makes that the mean over the whole batch
+        # DDP averages gradients over processes; this factor turns that into the mean over the whole batch
         loss = total * self.trainer.world_size / batch.global_windows
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
-        """At the lowest, the middle and the highest price, keys staying or going as in the cache."""
+        """Log the loss at the lowest, the middle and the highest price, with keys kept or evicted as in the cache."""
         low, high = math.log(self.hparams.price_low), math.log(self.hparams.price_high)
         for ids in batch.tokens:
             places, total = torch.arange(self.first_query, len(ids), device=ids.device), 0.0
@@ -248,6 +270,7 @@ class DistilledGates(Resuming):
                 self.log_dict(figures, batch_size=1, sync_dist=True)
             self.log("val_loss", total, prog_bar=True, batch_size=1, sync_dist=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return Adam with warm-up and cosine decay."""
         optimizer = torch.optim.Adam(self.bank.parameters(), lr=self.hparams.learning_rate, betas=(0.9, 0.98))
         return warmup_then_cosine(optimizer, self.trainer, self.hparams.warmup_steps)

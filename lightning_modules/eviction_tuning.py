@@ -1,4 +1,4 @@
-"""A model learns to live with a sparse cache: LoRA while keys are dropped. For `fit` and `validate`."""
+"""Eviction tuning: LoRA adapters trained while keys are dropped, so that the model adapts to a sparse cache."""
 
 import copy
 import json
@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -31,48 +32,52 @@ from smartkv.sparsity.dropping import Dropping, RandomDropping
 from smartkv.sparsity.key_dropout import window_attention
 from smartkv.sparsity.losses import hidden_distance, student_loss
 
-UNLIKE = ("threads", "trust_remote_code", "gradient_checkpointing")  # settings that a resumed run may have otherwise
-SINKS = 4  # of the sliding window that every run is validated under
-CALIBRATION_WINDOWS = 4  # training windows on which prices of gates are solved that learned
+FREE_ON_RESUME = ("threads", "trust_remote_code", "gradient_checkpointing")  # settings that a resumed run may change
+SINKS = 4  # sinks of the sliding window under which every run is validated
+CALIBRATION_WINDOWS = 4  # training windows on which the prices of trained gates are solved
 
 
 class _Restore(L.Callback):
-    """A run that fails leaves the model as it was."""
+    """Callback that restores the model's attention when a run fails."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: "EvictionTuning", exception: BaseException) -> None:
         pl_module.open.close()
 
 
 class EvictionTuning(Resuming):
-    """Cross entropy of a student under eviction, and its divergence from the frozen base with a full cache.
+    """LoRA trained on cross entropy under eviction and on divergence from the full cache, for `fit` and `validate`.
 
-    The student is the base with LoRA adapters; the teacher is the same model with the adapters switched off, so it does
-    not move. (A hook-based dropout of keys would do the same as the mask; there is none.) Gates that learn too pay
-    their price for the footprint, as in distillation.
+    The student is the model with LoRA adapters, and keys are dropped by a mask in its attention. The teacher is the
+    same model with the adapters switched off and a full cache; it is not trained. If gates are trained too, the loss
+    also has price × footprint, as in distillation.
 
     Args:
-        dropping: how keys go.
-        schedule: how many stay, where chance decides.
+        dropping: which keys are dropped.
+        schedule: keep ratio over the run, for random dropping.
         backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: of the LM: auto (bfloat16 where the hardware has it, else float32), float32, bfloat16 or float16. LoRA
-            is float32.
-        rank, alpha: of LoRA; the update is scaled by alpha / rank.
-        targets: modules with adapters.
-        ce_weight: of the cross entropy.
-        kl_weight: of KL(student ‖ teacher), a mean over tokens.
-        hidden_weight: of the squared distance of last hidden states, over the teacher's mean square.
-        learning_rate: of AdamW, after warm-up.
+        dtype: of the language model: auto (bfloat16 where the hardware multiplies it, else float32), float32 or
+            bfloat16. Adapters are float32.
+        rank: LoRA rank.
+        alpha: LoRA alpha; the update is scaled by alpha / rank.
+        targets: names of the modules that get adapters.
+        ce_weight: weight of the cross entropy.
+        kl_weight: weight of KL(student ‖ teacher), mean over tokens.
+        hidden_weight: weight of the squared distance of the last hidden states, relative to the teacher's mean square.
+        learning_rate: of AdamW after warm-up.
         weight_decay: of AdamW.
-        warmup_steps: optimiser steps of linear warm-up; cosine decay to 0 follows.
-        seed: of the adapters' start and of what is drawn.
-        gradient_checkpointing: activations are computed anew in the backward pass: slower, and little memory.
-        threads: CPU threads a process.
+        warmup_steps: optimiser steps of linear warm-up; a cosine to 0 at the end of the run follows.
+        seed: seed of the adapters' initial weights and of random drops.
+        gradient_checkpointing: recompute activations in the backward pass: slower, less memory.
+        threads: CPU threads per process.
         trust_remote_code: run code that comes with the model.
     """
 
+    backbone_: Backbone
+    gates: GateBank | None
+
     def __init__(
         self,
-        dropping: Dropping = RandomDropping(),  # noqa: B008 - jsonargparse shows it
+        dropping: Dropping = RandomDropping(),  # noqa: B008 - jsonargparse prints the default
         schedule: Schedule = Linear(),  # noqa: B008
         backbone: str = PACKAGED,
         dtype: str = "auto",
@@ -93,20 +98,25 @@ class EvictionTuning(Resuming):
         super().__init__()
         self.save_hyperparameters(ignore=["dropping", "schedule"])
         self.dropping, self.schedule = dropping, schedule
-        self.strict_loading = False  # checkpoints hold what is trained, and nothing of the base
-        self.student: PeftModel | None = None
+        self.strict_loading = False  # checkpoints hold trained parameters alone
+        self.student: PeftModel = None  # type: ignore[assignment] # until configure_model
         self.open = ExitStack()
-        self.steps = math.inf  # of the run
-        self.reached: tuple[int, int | None] | None = None  # step of the checkpoint, and how many its run had
+        self.steps = math.inf  # optimiser steps of the run
+        self.reached: tuple[int, int | None] | None = None  # step of the checkpoint, and its run's steps
 
     @property
     def lm(self) -> Backbone:
-        """The model with its adapters; for caches and measurement."""
+        """The model with its adapters, for caches and measurement."""
         return self.backbone_
 
     # -- what is trained ------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
+        """Load the model, and add the adapters.
+
+        Raises:
+            SmartKVError: an argument is out of range, or the strategy or a target is not supported.
+        """
         if self.student is not None:
             return
         h = self.hparams
@@ -127,26 +137,31 @@ class EvictionTuning(Resuming):
             r=h.rank, lora_alpha=h.alpha, target_modules=list(h.targets), lora_dropout=0.0, task_type="CAUSAL_LM"
         )
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(h.seed)  # adapters start alike in every process, on every device
+            torch.default_generator.manual_seed(h.seed)  # the same initial adapters in every process, on every device
             try:
                 self.student = get_peft_model(lm.model, config)
             except ValueError as error:
                 raise SmartKVError(f"targets {list(h.targets)} are no modules of '{h.backbone}': {error}") from error
         if isinstance(lm.model.get_output_embeddings(), BaseTunerLayer):
             raise SmartKVError(f"targets {list(h.targets)} have the output embedding among them: it is not trained")
-        # not the place where its files lie
+        # the hub id, not the local path of the packaged file
         base = PACKAGED_ID if h.backbone == PACKAGED else h.backbone
         self.student.peft_config["default"].base_model_name_or_path = base
         if h.gradient_checkpointing:
             lm.model.gradient_checkpointing_enable({"use_reentrant": False})
             lm.model.enable_input_require_grads()
-            for module in lm.model.modules():  # they ask for training mode; dropouts inside stay off
+            for module in lm.model.modules():  # checkpointing asks for training mode; dropout inside stays off
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True
         self.backbone_ = lm
-        self.gates = self.dropping.gates  # a submodule where gates are trained too
+        self.gates = self.dropping.gates  # a submodule if gates are trained too
 
     def setup(self, stage: str) -> None:
+        """Check the arguments against the datamodule and the trainer.
+
+        Raises:
+            SmartKVError: the backbones differ, or the schedule needs a run with an end.
+        """
         data: TokenWindows = self.trainer.datamodule
         if data.backbone != self.hparams.backbone:
             raise SmartKVError(
@@ -158,9 +173,11 @@ class EvictionTuning(Resuming):
                 raise SmartKVError(f"{type(self.schedule).__name__} needs an end: give trainer.max_steps or max_epochs")
 
     def configure_callbacks(self) -> list[L.Callback]:
+        """Return the callback that restores the model when the run fails."""
         return [_Restore()]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return AdamW on adapters and trained gates, with warm-up and cosine decay."""
         h, trained = self.hparams, [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=h.learning_rate, weight_decay=h.weight_decay)
         return warmup_then_cosine(optimizer, self.trainer, h.warmup_steps)
@@ -168,39 +185,40 @@ class EvictionTuning(Resuming):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def keep_ratio(self) -> float:
-        """Of this step; outside of `fit`, of the checkpoint's."""
+        """Return the keep ratio of this step; outside of `fit`, that of the checkpoint's step."""
         step, steps = self.global_step, self.steps
         if self.trainer.state.fn != "fit" and self.reached is not None:
             step, steps = self.reached[0], self.reached[1] or math.inf
         return self.schedule.keep_ratio(step, int(steps) if math.isfinite(steps) else 1)
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """Last hidden states `[batch, tokens, hidden]`."""
+        """Return the last hidden states `[batch, tokens, hidden]` of ids `[batch, tokens]`."""
         return self.lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
     def training_step(self, batch: WindowBatch, batch_idx: int) -> Tensor:
+        """Return the student's loss on the batch."""
         h, ids = self.hparams, batch.tokens
         self.open.close()
-        if not len(ids):  # a process without a window still takes part in every step
-            return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0
+        if not len(ids):  # a process without a window takes part in every step
+            return torch.stack([p.sum() * 0 for p in self.parameters() if p.requires_grad]).sum()
         teacher = None
         if h.kl_weight or h.hidden_weight:
             with torch.no_grad(), self.student.disable_adapter():
                 teacher = self.hidden(ids)[:, :-1].flatten(0, 1)
         ratio = self.keep_ratio()
-        # closed after the backward pass, in which checkpointed activations are computed anew under the same rule
+        # closed after the backward pass, which recomputes checkpointed activations under the same mask
         seen = self.open.enter_context(self.dropping.inside(self.lm, ids, ratio, self._seeds(batch)))
         hidden = self.hidden(ids)[:, :-1].flatten(0, 1)
         head = self.lm.model.get_output_embeddings()
         loss = student_loss(hidden, teacher, ids[:, 1:].flatten(), head, h.ce_weight, h.kl_weight)
         total, footprint = loss.total, seen(ids.shape[1] // 4)
-        if h.hidden_weight:
+        if h.hidden_weight and teacher is not None:
             distance = hidden_distance(hidden, teacher)
             self.log("train_hidden", distance.detach(), batch_size=1)
             total = total + h.hidden_weight * distance
         if (price := self.dropping.price()) is not None:
             total = total + price * footprint
-        figures = {
+        figures: dict[str, Tensor | float] = {
             "train_ce": loss.ce.detach(),
             "train_kl": loss.kl.detach(),
             "keep_ratio": ratio,
@@ -211,26 +229,30 @@ class EvictionTuning(Resuming):
         return total * len(ids) * self.trainer.world_size / batch.global_windows
 
     def _seeds(self, batch: WindowBatch) -> list[int]:
-        """What is drawn depends on the step and the window, not on how many processes there are."""
+        """Return a seed per window; it depends on the step and the window, not on the number of processes."""
         first = (self.hparams.seed * 1_000_003 + self.global_step) * 1_000_003
         return [(first + number) % 2**63 for number in batch.number.tolist()]
 
     def on_after_backward(self) -> None:
+        """Restore the model's attention."""
         self.open.close()
 
     def teardown(self, stage: str) -> None:
+        """Restore the model's attention."""
         self.open.close()
 
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
-        """NLL of the student, nats a token: with a full cache (`val_nll`), under eviction as it is trained at this step
-        (`val_nll_dropped`; `val_cost`: how much more), and under a sliding window of an eighth of the text
-        (`val_nll_window`), the same for every run."""
+        """Log the student's NLL in nats per token.
+
+        `val_nll` is with a full cache, `val_nll_dropped` under the eviction of this training step, and `val_cost` their
+        difference. `val_nll_window` is under a sliding window of an eighth of the text, the same for every run.
+        """
         self.log_dict(self._validated(batch), prog_bar=True, batch_size=len(batch.tokens), sync_dist=True)
 
     @torch.no_grad()
     def _validated(self, batch: WindowBatch) -> dict[str, float]:
         ids = batch.tokens
-        if not len(ids):  # windows that do not divide by the processes: of no weight
+        if not len(ids):  # a process without a window: the batch has no weight
             return dict.fromkeys(("val_nll", "val_nll_dropped", "val_cost", "val_nll_window"), 0.0)
         full = self._nll(ids)
         with self.dropping.inside(self.lm, ids, self.keep_ratio(), batch.number.tolist()):
@@ -244,19 +266,20 @@ class EvictionTuning(Resuming):
         return float(losses_after(self.lm.model, hidden, ids[:, 1:].flatten()).nll.double().mean())
 
     def on_validation_epoch_end(self) -> None:
+        """Tell the schedule the cost of eviction."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.schedule.validated(float(self.trainer.callback_metrics["val_cost"]))
 
-    # -- what is kept ---------------------------------------------------------------------------------------------
+    # -- checkpoints and export -----------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What is trained: adapters, and gates where they learn too."""
+        """Return the trained parameters: adapters, and gates if they are trained too."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
 
     def described(self) -> dict[str, Any]:
-        """Which run this is, for JSON: what a checkpoint of it was made with, and the export says."""
-        settings = {k: v for k, v in self.hparams.items() if not k.startswith("_") and k not in UNLIKE}
+        """Return the settings and data of this run as JSON values, for its checkpoints and its export."""
+        settings = {k: v for k, v in self.hparams.items() if not k.startswith("_") and k not in FREE_ON_RESUME}
         parts = {"dropping": self.dropping.to_dict(), "schedule": self.schedule.to_dict(), "settings": settings}
         plain: dict[str, Any] = json.loads(json.dumps(parts))
         return plain | {
@@ -266,7 +289,7 @@ class EvictionTuning(Resuming):
 
     @torch.no_grad()
     def tuned_gates(self) -> GateBank | None:
-        """Gates that learned, with prices solved for the tuned model; None: none did."""
+        """Return the trained gates with prices solved for the tuned model, or None if no gates are trained."""
         if self.gates is None:
             return None
         gates = copy.deepcopy(self.gates).requires_grad_(False)
@@ -277,15 +300,21 @@ class EvictionTuning(Resuming):
         return gates.cpu()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the schedule's state and the run's settings."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["schedule"] = self.schedule.state_dict()
         checkpoint["run"] = self.described()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        then, now = bare_class_paths(checkpoint["run"]), self.described()  # older ones hold whole paths
-        if unlike := [name for name in now if name not in ("data", "steps") and then.get(name) != now[name]]:
-            different = "; ".join(f"{name} {then.get(name)}, now {now[name]}" for name in unlike)
-            raise SmartKVError(f"the checkpoint is of another run: {different}. Give this run folders of its own")
+        """Restore the schedule.
+
+        Raises:
+            SmartKVError: the checkpoint was made with other settings.
+        """
+        then, now = bare_class_paths(checkpoint["run"]), self.described()  # version 0.1 saved whole paths
+        if changed := [name for name in now if name not in ("data", "steps") and then.get(name) != now[name]]:
+            differences = "; ".join(f"{name} {then.get(name)}, now {now[name]}" for name in changed)
+            raise SmartKVError(f"the checkpoint is of another run: {differences}. Give this run folders of its own")
         super().on_load_checkpoint(checkpoint)
         self.schedule.load_state_dict(checkpoint["schedule"])
         self.reached = checkpoint["global_step"], then["steps"]

@@ -1,8 +1,9 @@
-"""All gates of a model, trained jointly on harvested keys. For `fit` and `validate`."""
+"""Joint training of all gates of a model on labelled keys."""
 
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics import R2Score
 
@@ -20,22 +21,36 @@ from smartkv.gates.objectives import Log4Lifespan, Objective
 from smartkv.gates.standardization import Moments
 from smartkv.models.layer_ranges import format_layers
 
-AT_ONCE = 2**20  # float32 of a layer's activations on a CPU: what its caches hold
+CHUNK = 2**20  # float32 activations per layer and chunk of gates on a CPU; fits its caches
 
 
 class LifespanGates(Resuming):
-    """Gates trained on labels of keys, one small MLP a KV head.
+    """Gates trained on labels of keys, one small MLP per KV head, for `fit` and `validate`.
 
-    The loss is the sum over heads of each head's mean over rows: a head learns as if it were trained alone, however
-    many there are.
+    The loss is the sum over heads of each head's mean over rows, so every head is trained as if it were alone.
 
     Args:
         hidden: width of each gate's hidden layer.
-        objective: what they learn to predict.
-        learning_rate: of AdamW, after warm-up.
-        weight_decay: of AdamW, on weights (not on biases).
-        warmup_steps: optimiser steps of linear warm-up; cosine decay to 0 follows, over the run.
+        objective: target and loss; None: `Log4Lifespan`.
+        learning_rate: of AdamW after warm-up.
+        weight_decay: of AdamW, on weights and not on biases.
+        warmup_steps: optimiser steps of linear warm-up; a cosine to 0 at the end of the run follows.
+
+    Attributes:
+        bank: the gates, on standardised keys.
+        val_r2_head: R² of each head at the last validation, float64 `[gates]`.
+        loss_history: one entry per epoch with its number and the losses of each head.
+        key_mean: mean of the training keys, float32 `[gates, head_dim]`.
+        key_std: their standard deviation, float32 `[gates, head_dim]`.
+        standardised: the two are computed, bool scalar.
     """
+
+    key_mean: Tensor
+    key_std: Tensor
+    standardised: Tensor
+    val_r2: R2Score
+    train_loss_head: HeadMean
+    val_loss_head: HeadMean
 
     def __init__(
         self,
@@ -47,15 +62,20 @@ class LifespanGates(Resuming):
     ) -> None:
         super().__init__()
         self.objective = Log4Lifespan() if objective is None else objective
-        self.save_hyperparameters(ignore="objective")  # a checkpoint holds nothing that needs unpickling
+        self.save_hyperparameters(ignore="objective")  # a checkpoint must hold no object
         self.save_hyperparameters({"objective": self.objective.to_dict()})
-        self.bank: GateBank | None = None
-        self.val_r2_head: Tensor | None = None  # float64 [gates], of the last validation
-        self.loss_history: list[dict[str, Any]] = []  # one entry an epoch: {"epoch", "train": [gates], "val": [gates]}
+        self.bank: GateBank = None  # type: ignore[assignment] # until configure_model
+        self.val_r2_head: Tensor | None = None
+        self.loss_history: list[dict[str, Any]] = []  # {"epoch", "train": [gates], "val": [gates]}
 
     # -- what is trained ------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
+        """Build the gates for the model and the layers of the datamodule.
+
+        Raises:
+            SmartKVError: an argument is out of range.
+        """
         if self.bank is not None:
             return
         for name in ("hidden", "learning_rate"):
@@ -73,15 +93,18 @@ class LifespanGates(Resuming):
         self.train_loss_head, self.val_loss_head = HeadMean(gates), HeadMean(gates)
 
     def setup(self, stage: str) -> None:
+        """Check that this process's validation keys are finite."""
         data = self.trainer.datamodule
         with failing_together():
             for block in data.first_blocks("validation"):
-                data.rows.checked_keys(block)  # those of training are checked while they are averaged
+                data.rows.checked_keys(block)  # those of training are checked in on_fit_start
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        """Mean and std of the training keys (online: of those held at first); each gate's output starts at its mean
-        target. A resumed run has them."""
+        """Compute mean and std of the training keys, and start each gate at its mean target.
+
+        Without shards, these are the keys of the first windows. A resumed run has the values in its checkpoint.
+        """
         super().on_fit_start()
         if self.standardised:
             return
@@ -98,29 +121,29 @@ class LifespanGates(Resuming):
         self.standardised.fill_(True)
 
     def forward(self, keys: Tensor) -> Tensor:
-        """Raw `keys` `[gates, rows, head_dim]` -> the objective's score, float32 `[gates, rows]`."""
+        """Return the objective's score, float32 `[gates, rows]`, of raw keys `[gates, rows, head_dim]`."""
         return self.objective.score(self.predict(keys))
 
     def predict(self, keys: Tensor) -> Tensor:
-        """The same -> all outputs, float32 `[gates, rows, outputs]`."""
+        """Return all outputs, float32 `[gates, rows, outputs]`, of raw keys `[gates, rows, head_dim]`."""
         return self.bank(self._standardise(keys, slice(None)))
 
     def _standardise(self, keys: Tensor, gates: slice) -> Tensor:
-        # in place: a new float32 tensor of all keys costs more than what is done to it
+        # in place: allocating another float32 tensor costs more than the arithmetic
         return (keys.float() - self.key_mean[gates, None]).div_(self.key_std[gates, None])
 
     def _gates_at_once(self, keys: Tensor) -> int:
         gates, rows, head_dim = keys.shape
         if self.device.type != "cpu":
             return gates
-        return max(1, AT_ONCE // max(1, rows * max(head_dim, self.hparams.hidden)))
+        return max(1, CHUNK // max(1, rows * max(head_dim, self.hparams.hidden)))
 
     def gates(self) -> GateBank:
-        """The gates as they stand now, for raw keys."""
+        """Return the current gates for raw keys, with the standardisation folded in."""
         return self.bank.folded(self.key_mean, self.key_std)
 
     def details(self) -> dict[str, Any]:
-        """What the exported gates' config says of them."""
+        """Return the details in the exported gates' config."""
         rows = self.trainer.datamodule.rows
         manifest = rows.manifest
         return {
@@ -146,6 +169,7 @@ class LifespanGates(Resuming):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: KeyBatch, batch_idx: int) -> Tensor:
+        """Return the sum over heads of each head's mean loss over the rows of the batch."""
         target = self.objective.targets(batch.labels)
 
         def row_losses(predict: Predict, gates: slice) -> Tensor:
@@ -153,25 +177,27 @@ class LifespanGates(Resuming):
 
         losses, total = in_chunks(self.bank, row_losses, self._gates_at_once(batch.keys))
         self.train_loss_head.update(losses)
-        # DDP averages gradients over processes; dividing by all rows makes that the mean over the whole batch
+        # DDP averages gradients over processes; this factor turns that into the mean over the whole batch
         loss = total * self.trainer.world_size / batch.global_rows
-        self.log("train_loss", loss.detach() / len(self.bank), prog_bar=True, sync_dist=True)  # the mean over processes
+        self.log("train_loss", loss.detach() / len(self.bank), prog_bar=True, sync_dist=True)  # mean over processes
         return loss
 
     def validation_step(self, batch: KeyBatch, batch_idx: int) -> None:
+        """Add the batch to R² and loss of each head."""
         prediction = self.predict(batch.keys)
         score = self.objective.score(prediction)
         self.val_r2.update(score.T.double(), batch.target.T.double())
         self.val_loss_head.update(self.objective.row_loss(prediction, self.objective.targets(batch.labels)))
 
     def on_validation_epoch_end(self) -> None:
-        # computed from sums over all processes, so every process logs the same
+        """Log loss and R²: a summary, and each head."""
+        # metrics are summed over processes, so every process logs the same values
         loss = self.val_loss_head.compute().reshape(-1)
         self.val_loss_head.reset()
         self.log("val_loss", loss.mean().float())
         self._log_heads("val_loss_head", loss)
         if self.objective.in_log4:
-            r2 = self.val_r2.compute().reshape(-1)  # torchmetrics makes a scalar of a single head's figure
+            r2 = self.val_r2.compute().reshape(-1)  # torchmetrics returns a scalar for a single head
             self.val_r2_head = r2.cpu()
             self.log("val_r2_mean", r2.mean().float(), prog_bar=True)
             for name, share in (("median", 0.5), ("p10", 0.1), ("min", 0.0)):
@@ -182,6 +208,7 @@ class LifespanGates(Resuming):
             self.loss_history.append({"epoch": self.current_epoch, "val": loss.tolist()})
 
     def on_train_epoch_end(self) -> None:
+        """Log the training loss of each head."""
         loss = self.train_loss_head.compute().reshape(-1)
         self.train_loss_head.reset()
         self._log_heads("train_loss_head", loss)
@@ -194,7 +221,8 @@ class LifespanGates(Resuming):
 
     # -- optimisation and checkpoints -----------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return AdamW with warm-up and cosine decay; biases have no weight decay."""
         weights = [p for name, p in self.bank.named_parameters() if name.startswith("weight")]
         biases = [p for name, p in self.bank.named_parameters() if name.startswith("bias")]
         groups = [
@@ -205,12 +233,14 @@ class LifespanGates(Resuming):
         return warmup_then_cosine(optimizer, self.trainer, self.hparams.warmup_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the loss history and the running training loss."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["loss_history"] = self.loss_history
         checkpoint["train_loss_head"] = self.train_loss_head.sums()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the loss history and the running training loss."""
         super().on_load_checkpoint(checkpoint)
         self.loss_history = checkpoint["loss_history"]
-        if "train_loss_head" in checkpoint and self.trainer.is_global_zero:  # they are of all processes
+        if "train_loss_head" in checkpoint and self.trainer.is_global_zero:  # the sums are of all processes
             self.train_loss_head.go_on_from(checkpoint["train_loss_head"])

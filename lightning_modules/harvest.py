@@ -1,4 +1,4 @@
-"""Harvest: a frozen LM over windows; keys and labels out of its own attention step. For `predict`."""
+"""Harvest of keys and labels from the attention of a frozen language model."""
 
 import os
 from typing import Any
@@ -16,19 +16,23 @@ from smartkv.shards.manifest import shard_header
 
 
 class Harvest(L.LightningModule):
-    """Takes the windows of one shard a step, one window a forward pass.
+    """Frozen language model that labels the windows of one shard per step, for `predict`.
+
+    Each window has a forward pass of its own.
 
     Args:
         backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: auto (bfloat16 where the hardware has it, else float32), float32, bfloat16 or float16.
-        thresholds: attention probabilities that count as a hit; lifespans are recorded for each.
-        ages: tokens; future attention is recorded from these ages on.
-        follow_up: tokens; the span of future attention, and what gates are trained on.
+        dtype: auto (bfloat16 where the hardware multiplies it, else float32), float32, bfloat16 or float16.
+        thresholds: attention probabilities above which a query hits a key; one lifespan is recorded for each.
+        ages: tokens; ages from which future attention is recorded.
+        follow_up: tokens; span of future attention. Keys with a shorter horizon are not trained on.
         sinks: tokens at the start of a window that are left out of training and scoring.
-        post_rope: also record the keys after the rotary embedding (doubles the disk space).
-        threads: CPU threads a process. Fixed, because results may differ in the last bit with another number.
+        post_rope: also record keys after the rotary embedding (doubles the disk space).
+        threads: CPU threads per process; fixed, because another number may change the last bit of a result.
         trust_remote_code: run code that comes with the model.
     """
+
+    trainer: Any  # with its `datamodule`, which Lightning's Trainer does not declare
 
     def __init__(
         self,
@@ -46,15 +50,16 @@ class Harvest(L.LightningModule):
         self.thresholds, self.ages, self.follow_up = tuple(thresholds), tuple(ages), follow_up
         self.backbone, self.dtype_name, self.sinks = backbone, dtype, sinks
         self.post_rope, self.threads, self.trust_remote_code = post_rope, threads, trust_remote_code
-        self.frozen: list[Backbone] = []  # in a list: the LM is no submodule, so DDP and checkpoints leave it alone
+        self.frozen: list[Backbone] = []  # in a list, so that DDP and checkpoints do not see a submodule
 
     @property
     def lm(self) -> Backbone:
+        """The frozen language model."""
         return self.frozen[0]
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What decides the bytes of a shard, beside the windows."""
+        """Arguments that decide the bytes of a shard, besides the windows."""
         return {
             "backbone": self.backbone,
             "dtype": str(self.lm.model.dtype).removeprefix("torch."),
@@ -64,11 +69,16 @@ class Harvest(L.LightningModule):
 
     @property
     def header(self) -> dict[str, Any]:
-        """The metadata of every shard of this run, as JSON gives it back."""
+        """Metadata of every shard of this run, as it reads back from JSON."""
         own = shard_header(self.lm.fingerprint, self.spec, self.trainer.datamodule.window, self.sinks)
         return own | {"arguments": self.arguments}
 
     def setup(self, stage: str) -> None:
+        """Load the model, and check existing shards against this run.
+
+        Raises:
+            SmartKVError: an argument is out of range, or a shard was made with other settings.
+        """
         if self.sinks < 0 or self.threads < 1:
             raise SmartKVError(f"sinks must be at least 0 and threads at least 1, got {self.sinks} and {self.threads}")
         self.spec = LabelSpec(self.thresholds, self.ages, self.follow_up)
@@ -85,14 +95,14 @@ class Harvest(L.LightningModule):
             )
         if not self.frozen:
             options = {"trust_remote_code": self.trust_remote_code}
-            device = self.trainer.strategy.root_device  # `self.device` is still the CPU at this point
+            device = self.trainer.strategy.root_device  # `self.device` is still the CPU here
             self.frozen.append(load_backbone(self.backbone, self.dtype_name, device, **options))
         check_window(self.lm.model, data.window)
         data.check_shards(self.header)
         data.clear_away()
 
     def predict_step(self, run: WindowRun, batch_idx: int) -> dict[str, Tensor]:
-        """The tensors of one shard (see `smartkv.shards.manifest`), all its windows one after another."""
+        """Return the tensors of one shard (see `smartkv.shards.manifest`), its windows one after another."""
         windows = [label_window(self.lm.model, tokens, self.spec, self.post_rope) for tokens in run.tokens]
         shard = {
             "keys": torch.cat([w.keys for w in windows], dim=2),
@@ -101,7 +111,11 @@ class Harvest(L.LightningModule):
             **run.tensors(),
         }
         if self.post_rope:
-            shard["keys_post_rope"] = torch.cat([w.keys_post_rope for w in windows], dim=2)
+            shard["keys_post_rope"] = torch.cat(
+                [w.keys_post_rope for w in windows if w.keys_post_rope is not None], dim=2
+            )
         if self.spec.ages:
-            shard["future_attention"] = torch.cat([w.future_attention for w in windows], dim=3)
+            shard["future_attention"] = torch.cat(
+                [w.future_attention for w in windows if w.future_attention is not None], dim=3
+            )
         return shard

@@ -1,4 +1,4 @@
-"""Metrics of every head at once, summed exactly over processes."""
+"""Metrics of all heads together, summed exactly over processes."""
 
 import torch
 from torch import Tensor
@@ -6,9 +6,15 @@ from torchmetrics import Metric
 
 
 class HeadMean(Metric):
-    """Mean over rows for each of `gates` heads, in float64. A process without rows adds nothing."""
+    """Mean over rows for each head, in float64; a process without rows adds nothing.
+
+    Args:
+        gates: number of heads.
+    """
 
     full_state_update = False
+    total: Tensor
+    rows: Tensor
 
     def __init__(self, gates: int) -> None:
         super().__init__()
@@ -16,20 +22,20 @@ class HeadMean(Metric):
         self.add_state("rows", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: Tensor) -> None:
-        """`values` `[gates, rows]`."""
+        """Add rows: `values` `[gates, rows]`."""
         self.total += values.double().sum(dim=1)
         self.rows += values.shape[1]
 
     def compute(self) -> Tensor:
-        """float64 `[gates]`."""
+        """Return the mean of each head, float64 `[gates]`."""
         return self.total / self.rows
 
     def sums(self) -> dict[str, Tensor]:
-        """Those of all processes so far, for a checkpoint. Every process must ask for them."""
+        """Return the sums over all processes so far, for a checkpoint; every process must call it."""
         with self.sync_context():
             return {"total": self.total.clone(), "rows": self.rows.clone()}
 
     def go_on_from(self, sums: dict[str, Tensor]) -> None:
-        """`sums` count as this process's own: give them to one."""
-        self.update(self.total.new_zeros(len(self.total), 0))  # so that torchmetrics knows that there is a mean
+        """Continue from sums of a checkpoint, on one process only: they count as its own."""
+        self.update(self.total.new_zeros(len(self.total), 0))  # torchmetrics counts the metric as updated from here on
         self.total, self.rows = sums["total"].to(self.total), sums["rows"].to(self.rows)

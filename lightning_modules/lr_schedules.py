@@ -1,14 +1,20 @@
-"""Learning rates over a run."""
+"""Learning rate schedules."""
 
 import math
-from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 
-def warmup_then_cosine(optimizer: torch.optim.Optimizer, trainer: L.Trainer, warmup: int) -> dict[str, Any]:
-    """What `configure_optimizers` returns: linear warm-up over `warmup` steps, then a cosine to 0 over the run."""
+def warmup_then_cosine(optimizer: torch.optim.Optimizer, trainer: L.Trainer, warmup: int) -> OptimizerLRSchedulerConfig:
+    """Build the return value of `configure_optimizers`: linear warm-up, then a cosine to 0 at the end of the run.
+
+    Args:
+        optimizer: the optimiser to schedule.
+        trainer: the running trainer; a run without an end stays at the full rate after warm-up.
+        warmup: optimiser steps of warm-up.
+    """
     total = total_steps(trainer)
 
     def factor(step: int) -> float:
@@ -23,11 +29,14 @@ def warmup_then_cosine(optimizer: torch.optim.Optimizer, trainer: L.Trainer, war
 
 
 def total_steps(trainer: L.Trainer) -> float:
-    """Optimiser steps of the whole run. The Trainer's own estimate would load the data before a checkpoint is
-    restored, and so lose the place in the epoch."""
+    """Return the optimiser steps of the whole run, or infinity.
+
+    The Trainer's own estimate would load the data before a checkpoint is restored, and so lose the place in the epoch.
+    """
     by_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
     if trainer.max_epochs is None or trainer.max_epochs < 0:
         return by_steps
-    batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+    loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+    batches, limit = len(loader), trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     return min(by_steps, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))

@@ -1,9 +1,9 @@
-"""The old name of `python -m eval baselines --memory-only`: no model is loaded."""
+"""Old name of `python -m eval baselines --memory-only`, which loads no model."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # scripts run from anywhere; the commands live in the checkout
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the script runs from any folder
 
 from eval.__main__ import main
 

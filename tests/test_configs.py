@@ -1,9 +1,8 @@
-"""Every run that configs/ describes: it parses, it runs at a tiny size, and it explains itself."""
+"""Every run that configs/ describes parses, and runs at a tiny size."""
 
 import contextlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import yaml
 
 from smartkv import GateBank, HybridPolicy, LayerRule, Manifest, load_backbone
+from tests.configs import CONFIGS, OBJECTIVES, files_of, load, merged, name_of, options_of, settings
 from tests.lightning_fixtures import ROOT, harvest, prose, run_cli, write_texts
 from tests.models import save_random_gates, save_tiny_backbone
 
@@ -22,27 +22,25 @@ SUBCOMMANDS = {
     "DistilledGates": "distil",
     "EvictionTuning": "tune",
 }
-OBJECTIVES = sorted((ROOT / "configs/gates/objectives").glob("*.yaml"))  # given after another config
-CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*OBJECTIVES})
+FOLDERS = {"harvest", "gates", "lifespans", "distilled", "eviction_tuning"}  # in configs/, of main.py
 
 
 def runs(subcommand: str) -> list[Any]:
-    """The configs of one subcommand of main.py (online: of `fit`, without shards; distil: of `fit`, the other way to
-    train gates; tune: of `fit`, a model that learns to live with eviction), as test parameters; told apart by the
-    classes of their model and their data."""
-    found = []
+    """The configs of one kind of run as test parameters; overlays stand for themselves on top of their base.
+
+    Args:
+        subcommand: `predict`, or a kind of `fit`: `fit` (gates on shards), `online` (gates without shards), `distil`
+            (gates through the frozen model) or `tune` (adapters).
+    """
+    chosen = []
     for path in CONFIGS:
-        parts = [load(path).get(part) for part in ("model", "data")]
-        if not all(isinstance(part, dict) for part in parts):
-            continue  # of `python -m eval`
+        parts = [merged(path).get(part) for part in ("model", "data")]
+        if path in OBJECTIVES or not all(isinstance(part, dict) for part in parts):
+            continue  # the latter are configs of `python -m eval`
         model, data = (part["class_path"] for part in parts)
         if SUBCOMMANDS.get("OnlineKeys" if data == "OnlineKeys" else model) == subcommand:
-            found.append(path)
-    return [pytest.param(path, id=str(path.relative_to(ROOT / "configs").with_suffix(""))) for path in found]
-
-
-def load(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text())
+            chosen.append(path)
+    return [pytest.param(path, id=name_of(path)) for path in chosen]
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +71,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Pat
 
 def test_every_config_of_main_is_tested() -> None:
     tested = {param.values[0] for subcommand in SUBCOMMANDS.values() for param in runs(subcommand)}
-    folders = [path for path in CONFIGS if path.parent.name in ("harvest", "gates", "eit")]
+    folders = [path for path in CONFIGS if path.parent.name in FOLDERS]
     demo = [ROOT / "configs" / "demo" / f"{name}.yaml" for name in ("harvest", "gates")]
     assert folders and tested == {*folders, *demo}
 
 
 def printed_config(*args: str | Path) -> dict[str, Any]:
-    """What `--print_config` prints; it must end with status 0."""
+    """Return what `--print_config` prints; it must exit with status 0."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
         run_cli(*args, "--print_config")
@@ -96,13 +94,13 @@ def test_a_harvest_config_prints_what_it_sets(path: Path) -> None:
 
 @pytest.mark.parametrize("path", runs("fit") + runs("online") + runs("distil") + runs("tune"))
 def test_a_gates_config_prints_what_it_sets(path: Path) -> None:
-    printed, written = printed_config("fit", "-c", path), load(path)
-    for part in ("model", "data"):
+    printed, written = printed_config("fit", *options_of(path)), merged(path)
+    for part in ("trainer", "model", "data"):
         assert only(printed[part], written[part]) == written[part]
 
 
 def only(printed: Any, written: Any) -> Any:
-    """`printed`, cut down to what the file writes."""
+    """Return `printed`, cut down to what the file writes."""
     if isinstance(written, dict):
         return {key: only(printed[key], value) for key, value in written.items()}
     if isinstance(written, list):
@@ -136,8 +134,8 @@ def test_a_harvest_config_runs(
 def test_a_gates_config_runs(path: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     overrides = ["--data.init_args.shards", shards, "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
-    run_cli("fit", "-c", path, *overrides)
-    export = next(c for c in load(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
+    run_cli("fit", *options_of(path), *overrides)
+    export = next(c for c in merged(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
     assert len(GateBank.from_pretrained(tmp_path / export["init_args"]["out"])) == 4
 
 
@@ -150,26 +148,25 @@ def test_an_online_config_runs(
     small = {"window": 256, "windows": '{"train": 2, "validation": 1, "test": 0}', "follow_up": 32, "threads": 1,
              "backbone": tiny_backbone}  # fmt: skip
     overrides = [part for name, value in small.items() for part in (f"--data.init_args.{name}", str(value))]
-    run_cli("fit", "-c", path, *overrides, "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true")
-    export = next(c for c in load(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
+    run_cli("fit", *options_of(path), *overrides, "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true")
+    export = next(c for c in merged(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
     assert len(GateBank.from_pretrained(tmp_path / export["init_args"]["out"])) == 4
 
 
 @pytest.mark.parametrize("path", OBJECTIVES, ids=lambda path: path.stem)
-def test_an_objective_s_config_runs_after_that_of_gates_and_changes_the_objective_alone(
+def test_an_objective_s_overlay_runs_and_changes_the_objective_alone(
     path: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    base, written = ROOT / "configs/gates/recall.yaml", load(path)
-    printed, plain = printed_config("fit", "-c", base, "-c", path), printed_config("fit", "-c", base)
+    printed, plain = (printed_config("fit", *options_of(file)) for file in (path, files_of(path)[0]))
     assert printed["data"] == plain["data"]
     changed = {key for key, value in printed["model"]["init_args"].items() if value != plain["model"]["init_args"][key]}
     assert changed == {"objective"} and printed["trainer"]["max_epochs"] == plain["trainer"]["max_epochs"]
     small = {"data.init_args.shards": shards, "trainer.fast_dev_run": "true", "trainer.accelerator": "cpu"}
     if path.stem == "future-attention":
         small["model.init_args.objective.init_args.ages"] = "[8]"  # what the test's shards hold
-    run_cli("fit", "-c", base, "-c", path, *(part for name, value in small.items() for part in (f"--{name}", value)))
-    export = next(c for c in written["trainer"]["callbacks"] if c["class_path"] == "GateExport")
+    run_cli("fit", *options_of(path), *(part for name, value in small.items() for part in (f"--{name}", value)))
+    export = next(c for c in merged(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
     assert GateBank.from_pretrained(tmp_path / export["init_args"]["out"]).details["training"]
 
 
@@ -184,13 +181,13 @@ def test_a_distillation_config_runs_on_a_tiny_model_of_its_family(
     for split in ("train", "validation", "test"):
         (tmp_path / "data" / "books" / split).mkdir(parents=True)
         (tmp_path / "data" / "books" / split / f"{split}.txt").write_text(prose(8000, len(split)))
-    written = load(path)["model"]["init_args"]
+    written = merged(path)["model"]["init_args"]
     save_random_gates(tiny_backbone, tmp_path / written["gates"])
     small = {"data.init_args.window": 512, "data.init_args.windows": '{"train": 4, "validation": 1, "test": 0}',
              "data.init_args.backbone": tiny_backbone, "model.init_args.backbone": tiny_backbone,
              "model.init_args.threads": 1, "trainer.accelerator": "cpu", "trainer.fast_dev_run": "true"}  # fmt: skip
-    run_cli("fit", "-c", path, *(part for name, value in small.items() for part in (f"--{name}", str(value))))
-    export = next(c for c in load(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
+    run_cli("fit", *options_of(path), *(part for name, value in small.items() for part in (f"--{name}", str(value))))
+    export = next(c for c in merged(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
     gates = GateBank.from_pretrained(tmp_path / export["init_args"]["out"])
     assert len(gates) == 4 and gates.details["target"] == "log worth"
 
@@ -214,14 +211,14 @@ def test_a_tuning_config_runs_on_a_tiny_model_of_its_family(
              "data.init_args.backbone": tiny_backbone, "model.init_args.backbone": tiny_backbone,
              "model.init_args.threads": 1, "model.init_args.dtype": "float32", "trainer.accelerator": "cpu",
              "trainer.max_steps": 2, "trainer.accumulate_grad_batches": 1, "trainer.val_check_interval": 2}  # fmt: skip
-    if load(path)["model"]["init_args"]["dropping"]["class_path"] == "GateDropping":
+    if merged(path)["model"]["init_args"]["dropping"]["class_path"] == "GateDropping":
         policy = HybridPolicy((LayerRule("all", "gated", 8),))
         details = {"ages": [8, 24], "policy": policy.to_dict(), "prices": [[0.1, 0.0], [0.9, 0.0]]}
         fingerprint = load_backbone(str(tiny_backbone)).fingerprint
         GateBank(fingerprint, None, 16, 2, details).save_pretrained(tmp_path / "gates")
         small["model.init_args.dropping.init_args.gates"] = tmp_path / "gates"
-    run_cli("fit", "-c", path, *(part for name, value in small.items() for part in (f"--{name}", str(value))))
-    export = next(c for c in load(path)["trainer"]["callbacks"] if c["class_path"] == "AdapterExport")
+    run_cli("fit", *options_of(path), *(part for name, value in small.items() for part in (f"--{name}", str(value))))
+    export = next(c for c in merged(path)["trainer"]["callbacks"] if c["class_path"] == "AdapterExport")
     assert (tmp_path / export["init_args"]["out"] / "adapter_model.safetensors").is_file()
 
 
@@ -245,22 +242,22 @@ def test_the_demo_s_fit_starts_without_a_checkpoint_and_goes_on_from_its_last(
 
 @pytest.mark.parametrize("path", runs("predict"))
 def test_a_harvest_config_names_one_backbone(path: Path) -> None:
-    config = load(path)
+    config = merged(path)
     assert config["model"]["init_args"]["backbone"] == config["data"]["init_args"]["backbone"]
 
 
 @pytest.mark.parametrize("path", runs("distil"))
 def test_a_distillation_config_starts_from_what_a_gates_config_exports_or_what_comes_with_smartkv(path: Path) -> None:
-    callbacks = [c for param in runs("fit") for c in load(param.values[0])["trainer"]["callbacks"]]
+    callbacks = [c for param in runs("fit") for c in merged(param.values[0])["trainer"]["callbacks"]]
     exports = [c["init_args"]["out"] for c in callbacks if c["class_path"] == "GateExport"]
-    gates = load(path)["model"]["init_args"]["gates"]
+    gates = merged(path)["model"]["init_args"]["gates"]
     assert exports.count(gates) == 1 or (ROOT / "smartkv/pretrained" / gates).is_dir()
 
 
 @pytest.mark.parametrize("path", runs("fit"))
 def test_a_gates_config_reads_what_a_harvest_config_writes(path: Path) -> None:
-    data = load(path)["data"]["init_args"]
-    harvests = [load(param.values[0]) for param in runs("predict")]
+    data = merged(path)["data"]["init_args"]
+    harvests = [merged(param.values[0]) for param in runs("predict")]
     made = [config for config in harvests if config["data"]["init_args"]["out"] == data["shards"]]
     assert len(made) == 1
     labels = made[0]["model"]["init_args"]
@@ -270,76 +267,17 @@ def test_a_gates_config_reads_what_a_harvest_config_writes(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [param for name in SUBCOMMANDS.values() for param in runs(name)])
 def test_a_run_keeps_its_files_below_runs(path: Path) -> None:
-    config = load(path)
+    config = merged(path)
     names = ("default_root_dir", "save_dir", "dirpath", "out", "shards")
     folders = [value for name, value in settings(config) if name in names]
     assert "default_root_dir" in config["trainer"]  # or the CLI leaves its config.yaml where it is started
     assert all(folder.startswith("runs/") for folder in folders)
-
-
-def settings(config: Any) -> Iterator[tuple[str, Any]]:
-    """All (name, value) of a config, however deep."""
-    if isinstance(config, dict):
-        for name, value in config.items():
-            yield name, value
-            yield from settings(value)
-    elif isinstance(config, list):
-        for value in config:
-            yield from settings(value)
+    root = config["trainer"]["default_root_dir"]
+    written = [value for name, value in settings(config) if name in ("dirpath", "out")]
+    assert all(folder.startswith(f"{root}/") for folder in written)  # no two runs write into the same folder
 
 
 @pytest.mark.parametrize("path", runs("fit"))
 def test_the_best_gates_are_kept_stopped_and_exported_by_one_figure(path: Path) -> None:
-    monitors = [value for name, value in settings(load(path)) if name == "monitor"]
+    monitors = [value for name, value in settings(merged(path)) if name == "monitor"]
     assert monitors == ["val_r2_mean"] * 3  # of ModelCheckpoint, EarlyStopping and GateExport
-
-
-# -- they explain themselves ------------------------------------------------------------------------------------------
-
-
-def unexplained(text: str) -> list[str]:
-    """Settings that nothing explains.
-
-    A setting is a line `key: value`. It is explained by a comment on its line, by a comment line directly above it or
-    above a block that it is in, or by an explained setting of the same name earlier in the file. `class_path` names a
-    class, whose documentation explains it.
-    """
-    found: list[str] = []
-    known = {"class_path"}
-    blocks: list[tuple[int, bool]] = []  # indent of each open block, and whether it is explained
-    above = False  # a comment stands on the line before
-    for line in text.splitlines():
-        content, indent = line.strip(), len(line) - len(line.lstrip())
-        if not content or content.startswith("#"):
-            above = bool(content)
-            continue
-        while blocks and blocks[-1][0] >= indent:
-            blocks.pop()
-        setting, _, comment = content.removeprefix("- ").partition(" #")
-        key, _, value = setting.partition(":")
-        explained = bool(comment.strip()) or above or any(block for _, block in blocks)
-        if not value.strip():
-            blocks.append((indent, explained))
-        elif explained:
-            known.add(key)
-        elif key not in known:
-            found.append(content)
-        above = False
-    return found
-
-
-def test_the_search_for_unexplained_settings_finds_them() -> None:
-    opening = "# of the file\n\na: 1\nb: 2  # said\n"
-    text = opening + "c:\n  class_path: C\n  b: 3\n  d: 4\n# of the block\ne:\n  - {f: 5}\n  - g: 6\n"
-    assert unexplained(text) == ["a: 1", "d: 4"]
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs").with_suffix("")))
-def test_every_setting_is_explained(path: Path) -> None:
-    assert unexplained(path.read_text()) == []
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs").with_suffix("")))
-def test_every_config_says_with_which_command_it_runs(path: Path) -> None:
-    opening = path.read_text().partition("\n\n")[0]
-    assert str(path.relative_to(ROOT)) in opening and ("python main.py" in opening or "python -m eval" in opening)

@@ -1,23 +1,24 @@
 # shellcheck shell=bash
-# What all phases share. To be set for your cluster: the options of sbatch (partition, account) in SBATCH_OPTIONS, and how
-# the environment is entered, in ENVIRONMENT. MODELS: hub ids; OUT: where measurements go (adapters: runs/eit, by their configs).
+# Shared by all phases. Set for your cluster: SBATCH_OPTIONS, the options of sbatch (partition, account), and ENVIRONMENT, a
+# file that is sourced to enter the Python environment. MODELS: hub ids. OUT: folder for measurements (adapters go to runs/eit).
 set -euo pipefail
 cd "${SMARTKV_CHECKOUT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)}"
 OUT="${OUT:-runs/eit}"
 MODELS="${MODELS:-Qwen/Qwen3-8B meta-llama/Llama-3.1-8B}"
 PYTHON="${PYTHON:-python}"
 DRY_RUN="${DRY_RUN:-0}"
-PRESSES_PYTHON="${PRESSES_PYTHON:-}"  # of an environment with kvpress (make .venv-kvpress/.installed); empty: no presses
+PRESSES_PYTHON="${PRESSES_PYTHON:-}"  # Python with kvpress (make .venv-kvpress/.installed); empty: no presses
 PRESSES="${PRESSES:-[\"press:knorm\", \"press:keydiff\", \"press:snapkv\", \"press:expected_attention\"]}"
 if [[ -n "${ENVIRONMENT:-}" ]]; then
   # shellcheck disable=SC1090
   source "$ENVIRONMENT"
 fi
 
-# a model's id as the name of a file
+# print a model's id as a file name
 name_of() { tr '/' '_' <<<"$1"; }
 
-# run a command unless its result is there, and newer than what it was made of ("": nothing); with DRY_RUN=1 only say it
+# unless_there RESULT SOURCE COMMAND…: run the command unless RESULT exists and is newer than SOURCE ("": no source); with
+# DRY_RUN=1 only print it
 unless_there() {
   local result="$1" of="$2"
   shift 2
@@ -30,16 +31,22 @@ unless_there() {
   fi
 }
 
-# the config of a model in configs/eit
-config_of() {
+# print the name of a model's run below runs/eit
+run_of() {
   case "$1" in
-    Qwen/Qwen3-8B) echo configs/eit/qwen3-8b.yaml ;;
-    meta-llama/Llama-3.1-8B) echo configs/eit/llama-3.1-8b.yaml ;;
-    Qwen/Qwen2.5-0.5B) echo configs/eit/qwen2.5-0.5b.yaml ;;
-    smollm2-135m) echo configs/eit/smollm2.yaml ;;
+    Qwen/Qwen3-8B) echo qwen3-8b ;;
+    meta-llama/Llama-3.1-8B) echo llama-3.1-8b ;;
+    Qwen/Qwen2.5-0.5B) echo qwen2.5-0.5b ;;
+    smollm2-135m) echo smollm2 ;;
     *)
-      echo "no config for '$1' in configs/eit: write one" >&2
+      echo "no config for '$1' in configs/eviction_tuning: write an overlay, and name it in run_of" >&2
       return 1
       ;;
   esac
+}
+
+# print the options of main.py that name a run's configs: the base, and the overlay of the run's name if it has one
+config_options() {
+  local overlay="configs/eviction_tuning/$1.yaml"
+  echo "-c configs/eviction_tuning/base.yaml $([[ ! -e "$overlay" ]] || echo "-c $overlay")"
 }

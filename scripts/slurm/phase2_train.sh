@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Phase 2: train; a job that was cut off goes on from its last checkpoint.   phase2_train.sh MODEL
-source "${SMARTKV_CHECKOUT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}}/scripts/slurm/common.sh"  # SLURM runs a copy elsewhere
+# Phase 2: train; a job that was cut off resumes from its last checkpoint.   phase2_train.sh MODEL
+source "${SMARTKV_CHECKOUT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}}/scripts/slurm/common.sh"  # SLURM runs a copy of this file
 model="$1"
-config="$(config_of "$model")"
-run="$(basename "$config" .yaml)"
-unless_there "runs/eit/$run/final/training.json" "" "$PYTHON" main.py fit -c "$config" --ckpt_path last
+run="$(run_of "$model")"
+read -r -a configs <<<"$(config_options "$run")"
+unless_there "runs/eit/$run/final/training.json" "" "$PYTHON" main.py fit "${configs[@]}" --ckpt_path last

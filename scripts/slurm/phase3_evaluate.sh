@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Phase 3: what eviction costs the trained model, under the same policies.   phase3_evaluate.sh MODEL
-source "${SMARTKV_CHECKOUT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}}/scripts/slurm/common.sh"  # SLURM runs a copy elsewhere
+# Phase 3: measure what eviction costs the trained model, under the same policies.   phase3_evaluate.sh MODEL
+source "${SMARTKV_CHECKOUT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}}/scripts/slurm/common.sh"  # SLURM runs a copy of this file
 model="$1"
-run="$(basename "$(config_of "$model")" .yaml)"
+run="$(run_of "$model")"
 adapter="runs/eit/$run/final"
 out="$OUT/$(name_of "$model")/trained"
 base="$OUT/$(name_of "$model")/base"

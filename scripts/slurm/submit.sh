@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Send one phase for all models, at most 4 jobs at a time.   submit.sh PHASE [options of sbatch]
-# PHASE: 0 analyse, 1 baselines, 2 train, 3 evaluate. What is done is not sent; DRY_RUN=1 only says what it would do.
+# Submit one phase for all models, at most 4 jobs at a time.   submit.sh PHASE [options of sbatch]
+# PHASE: 0 analyse, 1 baselines, 2 train, 3 evaluate. Finished work is not submitted; DRY_RUN=1 only prints what would run.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 most="${MOST_JOBS:-4}"
 phase="${1:?which phase: 0, 1, 2 or 3}"
@@ -17,8 +17,8 @@ case "$phase" in
 esac
 read -r -a extra <<<"${SBATCH_OPTIONS:-}"
 
-# our jobs in the queue, one name a line: smartkv-PHASE-MODEL
-ours() {
+# print the names of SmartKV's jobs in the queue, one per line: smartkv-PHASE-MODEL
+queued_jobs() {
   local queue
   queue="$(squeue --noheader --me --format %j)" || return 1
   grep '^smartkv-' <<<"$queue" || true
@@ -27,7 +27,7 @@ ours() {
 wait_for_room() {
   local sent
   while true; do
-    sent="$(ours)" || { echo "squeue does not answer: nothing is sent" >&2; exit 1; }
+    sent="$(queued_jobs)" || { echo "squeue does not answer: nothing is sent" >&2; exit 1; }
     (($(grep --count . <<<"$sent") < most)) && return
     sleep 60
   done
@@ -48,7 +48,7 @@ for model in $MODELS; do
   fi
   name="smartkv-$phase-$(name_of "$model")"
   wait_for_room
-  if ours | grep --quiet --line-regexp --fixed-strings "$name"; then
+  if queued_jobs | grep --quiet --line-regexp --fixed-strings "$name"; then
     echo "sent already: $script $model"
     continue
   fi

@@ -84,27 +84,27 @@ def test_each_row_of_the_shards_comes_as_often_as_asked_and_no_other(
 
 def test_no_more_keys_are_held_than_the_buffer_has_room_for(tiny_backbone: Path, tiny_texts: Path) -> None:
     data = online(tiny_backbone, tiny_texts)
-    validation = len(data.held)
+    validation = len(data.in_memory)
     blocks = len(data.blocks[0])
-    most = max(len(data.held) - validation for _ in data.train_dataloader())
-    assert 2 * blocks < most <= data.buffer * blocks and len(data.held) == validation
+    most = max(len(data.in_memory) - validation for _ in data.train_dataloader())
+    assert 2 * blocks < most <= data.buffer * blocks and len(data.in_memory) == validation
 
 
 def test_an_epoch_after_one_that_was_cut_short_gives_its_batches_all_the_same(
     tiny_backbone: Path, tiny_texts: Path
 ) -> None:
     whole, cut = online(tiny_backbone, tiny_texts), online(tiny_backbone, tiny_texts)
-    blocks, validation = len(cut.blocks[0]), len(cut.held)
+    blocks, validation = len(cut.blocks[0]), len(cut.in_memory)
     for data, taken in ((whole, None), (cut, 5)):
         loader = data.train_dataloader()
         loader.load_state_dict({"epoch": 0, "consumed": 0})
         list(islice(loader, taken))
         loader.set_epoch(1)
-        assert len(data.held) >= validation + (blocks if taken else 0)  # something is left, or this tells nothing
+        assert len(data.in_memory) >= validation + (blocks if taken else 0)  # something is left, or this tells nothing
         data.second = []
         for batch in loader:
             data.second.append(rows_of(batch))
-            assert len(data.held) - validation <= data.buffer * blocks
+            assert len(data.in_memory) - validation <= data.buffer * blocks
     assert cut.second == whole.second
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +20,7 @@ from smartkv.models.backbone import Backbone
 from smartkv.sparsity import Linear
 from smartkv.sparsity.dropping import WindowDropping
 from smartkv.sparsity.key_dropout import Seen
+from tests.configs import merged
 from tests.lightning_fixtures import ROOT
 from tests.models import token_ids
 
@@ -168,7 +168,8 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_configs_adapters_have_as_many_parameters_as_the_shapes_say(name: str) -> None:
     shape, billions, share = SHAPES[name]
-    settings = yaml.safe_load((ROOT / f"configs/eit/{name}.yaml").read_text())["model"]["init_args"]
+    file = "base" if name == "smollm2" else name
+    settings = merged(ROOT / f"configs/eviction_tuning/{file}.yaml")["model"]["init_args"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
         total = sum(p.numel() for p in model.parameters())

@@ -1,0 +1,138 @@
+"""Overlays in configs/: what each changes of its base, and which command replaces a path of version 0.1."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import main
+from tests.configs import CONFIGS, FOLDER, OBJECTIVES, files_of, flat, load, merged, name_of
+from tests.lightning_fixtures import ROOT, error_line, refused
+
+OVERLAYS = [path for path in CONFIGS if len(files_of(path)) > 1 and path not in OBJECTIVES]
+LARGE_RUN = {
+    "trainer.max_steps": 1250,
+    "trainer.accumulate_grad_batches": 8,
+    "trainer.val_check_interval": 1000,
+    "trainer.callbacks.ModelCheckpoint.every_n_train_steps": 500,
+    "model.dtype": "bfloat16",
+    "model.learning_rate": 0.0002,
+    "data.window": 2048,
+    "data.windows.train": 10000,
+    "data.windows.validation": 32,
+    "data.sources": [{"name": "fineweb_edu", "weight": 1, "origins": ["local", "hub"]}],
+}
+DISTILLED_ELSEWHERE = {
+    "trainer.val_check_interval": 125,
+    "trainer.callbacks.GateExport.dtype": "float32",
+    "trainer.callbacks.GateExport.name": None,
+    "model.hidden": 64,
+    "model.scored_tokens": 2048,
+    "data.window": 4096,
+    "data.windows.train": 500,
+    "data.seed": 0,
+    "data.sources": [
+        {"name": "pg19", "weight": 0.5, "origins": ["local", "hub"]},
+        {"name": "recall", "weight": 0.5, "origins": ["local", "hub"]},
+    ],
+}
+CHANGES: dict[str, dict[str, Any]] = {  # the folders of the run aside
+    "eviction_tuning/plain": {
+        "model.dropping": "NoDropping",
+        "model.schedule": "Fixed",
+        "model.schedule.ratio": 1.0,
+        "model.kl_weight": 0.0,
+    },
+    "eviction_tuning/random": {
+        "model.dropping.recent": 32,
+        "model.dropping.punctuation": False,
+        "model.schedule.end": 0.074,
+    },
+    "eviction_tuning/window": {
+        "model.dropping": "WindowDropping",
+        "model.dropping.window": 76,
+        "model.schedule": "Fixed",
+        "model.schedule.ratio": 1.0,
+    },
+    "eviction_tuning/gates": {
+        "model.dropping": "GateDropping",
+        "model.dropping.gates": "smollm2-135m-instruct",
+        "model.dropping.footprint": 0.125,
+        "model.dropping.temperature": None,
+        "model.dropping.train": False,
+        "model.schedule": "Fixed",
+        "model.schedule.ratio": 1.0,
+    },
+    "eviction_tuning/qwen2.5-0.5b": LARGE_RUN | {f"{part}.backbone": "Qwen/Qwen2.5-0.5B" for part in ("model", "data")},
+    "eviction_tuning/qwen3-8b": LARGE_RUN
+    | {f"{part}.backbone": "Qwen/Qwen3-8B" for part in ("model", "data")}
+    | {"model.gradient_checkpointing": True},
+    "eviction_tuning/llama-3.1-8b": LARGE_RUN
+    | {f"{part}.backbone": "meta-llama/Llama-3.1-8B" for part in ("model", "data")}
+    | {"model.gradient_checkpointing": True},
+    "gates/lifespans/books": {},
+    "gates/lifespans/books-post-rope": {"data.inputs": "keys_post_rope"},
+    "gates/lifespans/qwen2.5-0.5b": {},
+    "gates/lifespans/qwen3-0.6b": {},
+    "gates/distilled/lists": {
+        "trainer.log_every_n_steps": 5,
+        "trainer.val_check_interval": 32,
+        "trainer.callbacks.GateExport.name": "lists",
+        "model.gates": "smollm2-135m-instruct",
+        "model.temperature": 0.25,
+        "model.learning_rate": 0.001,
+        "data.windows.train": 64,
+        "data.sources": [
+            {"name": "pg19", "weight": 2, "origins": ["local", "hub"]},
+            {"name": "recall", "weight": 1, "origins": ["local", "hub"]},
+            {"name": "lists", "weight": 1},
+        ],
+    },
+    "gates/distilled/qwen2.5-0.5b": DISTILLED_ELSEWHERE
+    | {f"{part}.backbone": "Qwen/Qwen2.5-0.5B" for part in ("model", "data")},
+    "gates/distilled/qwen3-0.6b": DISTILLED_ELSEWHERE
+    | {f"{part}.backbone": "Qwen/Qwen3-0.6B" for part in ("model", "data")},
+}
+
+
+def test_every_overlay_is_in_the_table() -> None:
+    assert {name_of(path) for path in OVERLAYS} == set(CHANGES)
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=name_of)
+def test_an_overlay_changes_its_folders_and_what_the_table_says(path: Path) -> None:
+    base, config = flat(load(files_of(path)[0])), flat(merged(path))
+    changes = {key: value for key, value in config.items() if key not in base or base[key] != value}
+    folders = {key for key, value in changes.items() if str(value).startswith("runs/") or key == "trainer.logger.name"}
+    assert {key: value for key, value in changes.items() if key not in folders} == CHANGES[name_of(path)]
+    assert {key.rpartition(".")[2] for key in folders} >= {"default_root_dir", "dirpath", "out"}
+
+
+# -- paths of version 0.1 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", main.MOVED_CONFIGS)
+def test_a_config_that_moved_is_gone_and_those_that_replace_it_are_there(old: str) -> None:
+    new = [FOLDER / name for name in main.MOVED_CONFIGS[old]]
+    assert not (FOLDER / old).exists() and files_of(new[-1]) == new
+
+
+@pytest.mark.parametrize("option", [["-c", "{}"], ["--config", "{}"], ["--config={}"]], ids=" ".join)
+@pytest.mark.parametrize("folder", ["", "./", f"{ROOT}/"])
+def test_an_old_path_is_answered_with_the_new_options(
+    option: list[str], folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = f"{folder}configs/eit/smollm2-window.yaml"
+    line = error_line(refused(capsys, "fit", *(part.format(old) for part in option), "--ckpt_path", "last"))
+    base, overlay = (f"-c {folder}configs/eviction_tuning/{name}.yaml" for name in ("base", "window"))
+    assert f"{old} has moved" in line and f"{base} {overlay}".replace("./", "") in line.replace("./", "")
+
+
+def test_a_file_of_the_user_s_own_with_an_old_name_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "configs/gates/books.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("model: {class_path: NoSuchClass}\n")
+    assert "NoSuchClass" in refused(capsys, "fit", "-c", "configs/gates/books.yaml")
