@@ -1,4 +1,4 @@
-"""`python -m eval <command> --help`; every command takes `--config FILE` as well."""
+"""Entry point of the measurements: `python -m eval <command> --help`."""
 
 import sys
 
@@ -49,13 +49,22 @@ COMMANDS = {
     "training": training,
 }
 
+DESCRIPTION = (
+    "Measurements of gates, caches and models. Every command takes `--config FILE`. An option of a group has a flat "
+    "name too, on the command line and in files: `--backbone` is `--model.backbone`."
+)
+
 
 def main(args: list[str] | None = None) -> None:
-    """Run one command; a user's mistake ends with one line on stderr and status 2."""
+    """Run one command; a user's mistake ends with one line on stderr and status 2.
+
+    Args:
+        args: the command line after `python -m eval`; None: that of this process.
+    """
     with one_line_errors():
         limit_hub_waiting()
-        given = expand_aliases(sys.argv[1:] if args is None else args)
-        auto_cli(COMMANDS, args=given, as_positional=False, prog="python -m eval")
+        expanded = expand_aliases(sys.argv[1:] if args is None else args)
+        auto_cli(COMMANDS, args=expanded, as_positional=False, prog="python -m eval", description=DESCRIPTION)
 
 
 if __name__ == "__main__":

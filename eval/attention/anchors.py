@@ -12,14 +12,12 @@ from torch import Tensor
 
 from eval.common.console import make_console
 from eval.common.figures import COLOURS
+from eval.common.options import Model, Texts
 from eval.common.results import machine, save_picture, write_result, write_tables
 from smartkv.errors import SmartKVError
 from smartkv.labels.lifespans import check_window
-from smartkv.models.backbone import load_backbone
-from smartkv.models.gguf import PACKAGED
 from smartkv.models.observation import observe_attention
 from smartkv.sparsity.anchors import CLASSES, token_classes
-from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
 
 SINK, RECENT = "sink", "recent"  # besides the classes of what a token is: where it stands
@@ -57,17 +55,12 @@ class _Shares:
 @torch.inference_mode()
 def anchors(
     out: str,
-    sources: list[SourceConfig] = [SourceConfig("pg19")],  # noqa: B006, B008 - jsonargparse shows it
-    windows: int = 4,
+    texts: Texts = Texts(split="validation", windows=4),  # noqa: B008 - jsonargparse shows it
     window: int = 1024,
-    split: str = "validation",
     sinks: int = 4,
     recent: int = 64,
-    backbone: str = PACKAGED,
-    dtype: str = "auto",
-    device: str = "cpu",
+    model: Model = Model(),  # noqa: B008
     seed: int = 0,
-    trust_remote_code: bool = False,
 ) -> None:
     """Which kinds of tokens receive the attention, by layer: what is worth keeping as an anchor.
 
@@ -77,31 +70,26 @@ def anchors(
 
     Args:
         out: folder for anchors.json and the picture.
-        sources: the texts.
-        windows: how many.
-        window: tokens each.
-        split: train, validation or test.
+        texts: windows of text to read.
+        window: tokens of a window.
         sinks: tokens at the start that count as sinks.
         recent: latest tokens that count as recent.
-        backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: auto, float32, bfloat16 or float16.
-        device: cpu or cuda.
+        model: the frozen language model.
         seed: of the choice of windows.
-        trust_remote_code: run code that comes with the model.
     """
     console = make_console()
-    if windows < 1 or sinks < 0 or recent < 1 or window <= sinks + recent:
+    if texts.windows < 1 or sinks < 0 or recent < 1 or window <= sinks + recent:
         raise SmartKVError("windows and recent must be at least 1, and windows longer than sinks and recent tokens")
-    lm = load_backbone(backbone, dtype, device, trust_remote_code)
+    lm = model.load()
     check_window(lm.model, window)
-    plan = plan_windows(sources, {split: windows}, lm.tokenizer, window, 4, seed, console.print)
+    plan = plan_windows(texts.sources, {texts.split: texts.windows}, lm.tokenizer, window, 4, seed, console.print)
     classes, first_query = token_classes(lm.tokenizer), window // 4
     attention = torch.zeros(lm.architecture.layers, len(NAMES), dtype=torch.float64)
     keys = torch.zeros(len(NAMES), dtype=torch.float64)
-    for ids in track(plan.of_split(split), "Reading", console=console):
+    for ids in track(plan.of_split(texts.split), "Reading", console=console):
         observer = _Shares(lm.architecture.layers, classes[ids.long()], sinks, recent, first_query)
         with observe_attention(lm.model, observer):
-            lm.model.base_model(input_ids=ids.long()[None].to(device), use_cache=False)
+            lm.model.base_model(input_ids=ids.long()[None].to(model.device), use_cache=False)
         attention += observer.attention
         keys += observer.keys
     attention, keys = attention / attention.sum(dim=1, keepdim=True), keys / keys.sum()
@@ -112,16 +100,16 @@ def anchors(
             "attention": "share of a layer's attention, mean over heads and queries",
             "keys": "share of the keys",
         },
-        "machine": machine(device),
+        "machine": machine(model.device),
         "classes": [NAMES[n] for n in found],
         "keys": keys[found].tolist(),
         "attention": attention[:, found].tolist(),
     }
-    settings = {"backbone": backbone, "texts": plan.sources, "windows": windows, "window": window, "split": split}
-    settings |= {"sinks": sinks, "recent": recent, "dtype": str(lm.model.dtype), "seed": seed}
+    settings = {"backbone": model.backbone, "texts": plan.sources, "windows": texts.windows, "window": window}
+    settings |= {"split": texts.split, "sinks": sinks, "recent": recent, "dtype": str(lm.model.dtype), "seed": seed}
     folder = Path(out)
     result = write_result(folder, "anchors", settings, figures)
-    picture = save_picture(_picture(attention, keys, found, backbone), folder / "anchors.png")
+    picture = save_picture(_picture(attention, keys, found, model.backbone), folder / "anchors.png")
     console.print(table)
     for path in (result, write_tables(folder / "anchors.md", [table]), picture):
         console.print(f"  {path}", highlight=False)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eval.common.console import make_console
 from eval.common.figures import heads_heatmap, lines_by_layer, survival
+from eval.common.options import Model
 from eval.common.results import save_picture, write_result
 from smartkv.labels.attention_distribution import (
     PERCENTILES,
@@ -19,8 +20,6 @@ from smartkv.labels.attention_distribution import (
     AttentionDistributionObserver,
 )
 from smartkv.labels.lifespans import LabelSpec, check_window, log4_lifespan
-from smartkv.models.backbone import load_backbone
-from smartkv.models.gguf import PACKAGED
 from smartkv.models.key_site_check import check_key_site
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
@@ -31,36 +30,30 @@ SHOWN = [0.05, 0.1]  # thresholds whose share is always given
 def calibrate(
     out: str,
     sources: list[SourceConfig],
-    backbone: str = PACKAGED,
-    dtype: str = "auto",
-    device: str = "cpu",
+    model: Model = Model(),  # noqa: B008
     window: int = 2048,
     windows: int = 4,
     thresholds: tuple[float, ...] = (0.02, 0.05, 0.11),
     follow_up: int | None = None,
     sinks: int = 4,
     seed: int = 0,
-    trust_remote_code: bool = False,
 ) -> None:
     """Measure a model's attention on validation text.
 
     Args:
         out: folder for calibrate.json and the pictures.
         sources: the texts, as in configs/harvest.
-        backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: auto, float32, bfloat16 or float16.
-        device: cpu or cuda.
+        model: the frozen language model.
         window: tokens a window.
         windows: validation windows to read.
         thresholds: attention probabilities whose labels are compared.
         follow_up: tokens; labels are of keys with this horizon and capped there. Null: half a window.
         sinks: tokens at the start of a window that are left out of the labels.
         seed: of the choice of windows.
-        trust_remote_code: run code that comes with the model.
     """
     console = make_console()
     spec = LabelSpec(tuple(thresholds), (), follow_up or window // 2)
-    lm = load_backbone(backbone, dtype, device, trust_remote_code)
+    lm = model.load()
     check_window(lm.model, window)
     site = check_key_site(lm)
     plan = plan_windows(sources, {"validation": windows}, lm.tokenizer, window, seed=seed, say=console.print)
@@ -78,7 +71,7 @@ def calibrate(
         folder,
         "calibrate",
         {
-            "backbone": backbone,
+            "backbone": model.backbone,
             "dtype": str(lm.model.dtype),
             "window": window,
             "windows": len(plan.tokens),
@@ -102,7 +95,7 @@ def calibrate(
     ]
     arch = lm.architecture
     console.print(
-        f"{backbone} ({arch.model_type}): {arch.layers} layers, {arch.query_heads} query heads, "
+        f"{model.backbone} ({arch.model_type}): {arch.layers} layers, {arch.query_heads} query heads, "
         f"{arch.kv_heads} KV heads of {arch.head_dim} dims: {arch.gates} gates\n"
         f"pre-RoPE key: output of {site['module']}, (kv_heads, tokens, head_dim) = {tuple(site['shape'])}, "
         "checked on the module itself",

@@ -12,13 +12,13 @@ from transformers.utils.logging import disable_progress_bar
 from eval.chat.conversation import Conversation, check_room, encode
 from eval.chat.page import write_page
 from eval.chat.terminal import ask, is_terminal
+from eval.common.options import CalibrationWindows, Model, Sampling
 from eval.common.results import write_result
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import check_window
 from smartkv.metrics.perplexity import full_cache_bytes
-from smartkv.models.backbone import Backbone, load_backbone, read_architecture
-from smartkv.models.gguf import PACKAGED
+from smartkv.models.backbone import Backbone
 from smartkv.policies.budgets import Calibration, solve
 from smartkv.policies.hybrid import HybridPolicy
 from smartkv.policies.named import read_policy
@@ -35,17 +35,10 @@ def generate(
     policy: str = "all-gated",
     footprint: float = 0.2,
     price: float | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    backbone: str = PACKAGED,
-    dtype: str = "auto",
-    device: str = "cpu",
-    sources: list[SourceConfig] = [SourceConfig("builtin")],  # noqa: B006, B008 - jsonargparse shows it; never changed
-    calibration_window: int = 1024,
-    calibration_windows: int = 2,
+    sampling: Sampling = Sampling(),  # noqa: B008 - jsonargparse shows it
+    calibration: CalibrationWindows = CalibrationWindows([SourceConfig("builtin")], windows=2),  # noqa: B008
+    model: Model = Model(),  # noqa: B008
     seed: int = 0,
-    trust_remote_code: bool = False,
 ) -> None:
     """Complete a text or chat with a cache that evicts.
 
@@ -61,21 +54,14 @@ def generate(
         policy: named (all-gated, default, lifespan, window, full) or a YAML file.
         footprint: share of the full cache that the policy's open windows and price are solved for.
         price: of a key, in place of the solved one: log4 of the predicted lifespan above which it stays.
-        max_new_tokens: most tokens an answer; 0 reads the prompt alone.
-        temperature: of sampling; 0 takes the likeliest token.
-        top_p: sample among the likeliest tokens that hold this share of the probability.
-        backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: auto, float32, bfloat16 or float16.
-        device: cpu or cuda.
-        sources: the texts on which windows and price are solved, as in configs/harvest.
-        calibration_window: tokens a window of these.
-        calibration_windows: how many of them.
+        sampling: how an answer is generated.
+        calibration: texts on which windows and price are solved.
+        model: the frozen language model.
         seed: of sampling, and of the choice of windows.
-        trust_remote_code: run code that comes with the model.
     """
     text = _prompt(prompt, prompt_file)
-    _check(max_new_tokens, temperature, top_p, min(calibration_window - 1, calibration_windows))
-    architecture = read_architecture(backbone, trust_remote_code)
+    _check(sampling, min(calibration.window - 1, calibration.windows))
+    architecture = model.architecture()
     bank = GateBank.from_pretrained(gates) if gates else None
     chosen = _priced(read_policy(policy, architecture.layers), price)
     chosen.check(architecture, bank)
@@ -83,36 +69,34 @@ def generate(
         raise SmartKVError(f"a footprint is a share of the full cache above 0 and at most 1, got {footprint}")
     if not is_terminal():  # stdout is the text, and stderr one line
         disable_progress_bar()
-    lm = load_backbone(backbone, dtype, device, trust_remote_code)
+    lm = model.load()
     if bank is not None:
         lm.fingerprint.check(bank.fingerprint, f"the gates in {gates}")
-        bank = bank.to(device)
+        bank = bank.to(model.device)
     first = encode(lm.tokenizer, text or "…", chat, first=True)  # a mistake is told before anything takes long
-    check_room(len(first), max_new_tokens, architecture.max_positions)
+    check_room(len(first), sampling.max_new_tokens, architecture.max_positions)
     texts = []
     if chosen.open:
-        check_window(lm.model, calibration_window)
-        counts = {"train": calibration_windows}
-        plan = plan_windows(sources, counts, lm.tokenizer, calibration_window, seed=seed, say=_tell)
+        check_window(lm.model, calibration.window)
+        counts = {"train": calibration.windows}
+        plan = plan_windows(calibration.sources, counts, lm.tokenizer, calibration.window, seed=seed, say=_tell)
         chosen = solve(chosen, footprint, Calibration.measure(lm.model, bank, plan.of_split("train")))
         texts = plan.sources
     torch.manual_seed(seed)
-    spoken = _talk(lm, bank, chosen, text, chat, _generation(lm, max_new_tokens, temperature, top_p))
+    spoken = _talk(lm, bank, chosen, text, chat, _generation(lm, sampling))
     if spoken is None:
         return
     settings = {
-        "backbone": backbone,
+        "backbone": model.backbone,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "gates": gates,
         "chat": chat,
         "policy": chosen.to_dict(),
         "footprint": footprint,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
+        **asdict(sampling),
         "texts": texts,
-        "calibration_window": calibration_window,
-        "calibration_windows": calibration_windows,
+        "calibration_window": calibration.window,
+        "calibration_windows": calibration.windows,
         "seed": seed,
     }
     figures = _figures(spoken)
@@ -143,13 +127,13 @@ def _prompt(prompt: str | None, prompt_file: str | None) -> str | None:
     return prompt
 
 
-def _check(max_new_tokens: int, temperature: float, top_p: float, calibration: int) -> None:
-    if max_new_tokens < 0:
-        raise SmartKVError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise SmartKVError(f"temperature must be 0 (the likeliest token) or above, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise SmartKVError(f"top_p must be above 0 and at most 1, got {top_p}")
+def _check(sampling: Sampling, calibration: int) -> None:
+    if sampling.max_new_tokens < 0:
+        raise SmartKVError(f"max_new_tokens must be 0 or more, got {sampling.max_new_tokens}")
+    if not 0 <= sampling.temperature < float("inf"):
+        raise SmartKVError(f"temperature must be 0 (the likeliest token) or above, got {sampling.temperature}")
+    if not 0 < sampling.top_p <= 1:
+        raise SmartKVError(f"top_p must be above 0 and at most 1, got {sampling.top_p}")
     if calibration < 1:
         raise SmartKVError("calibration needs at least 1 window of at least 2 tokens")
 
@@ -162,17 +146,17 @@ def _priced(policy: HybridPolicy, price: float | None) -> HybridPolicy:
     return replace(policy, price=price)
 
 
-def _generation(lm: Backbone, max_new_tokens: int, temperature: float, top_p: float) -> GenerationConfig | None:
+def _generation(lm: Backbone, sampling: Sampling) -> GenerationConfig | None:
     """Sampling by temperature and top_p alone, whatever the model's own settings are; None: nothing is generated."""
-    if max_new_tokens == 0:
+    if sampling.max_new_tokens == 0:
         return None
     plain = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # of which greedy search reads nothing
-    sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=sampling.max_new_tokens,
         repetition_penalty=1.0,
         pad_token_id=lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id,
-        **(sampled if temperature > 0 else plain),
+        **(drawn if sampling.temperature > 0 else plain),
     )
 
 

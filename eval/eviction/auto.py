@@ -9,13 +9,12 @@ from rich.table import Table
 
 from eval.common.console import make_console
 from eval.common.figures import heads_heatmap
+from eval.common.options import Measure, Model
 from eval.common.results import save_picture, write_result
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.io.atomic import write_atomically
 from smartkv.labels.lifespans import check_window
-from smartkv.models.backbone import load_backbone
-from smartkv.models.gguf import PACKAGED
 from smartkv.policies.budgets import Calibration, solve
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from smartkv.policy_search import Trade, auto_policy, measure_trade
@@ -33,14 +32,9 @@ def auto(
     start: int = 16,
     local: bool = True,
     sources: list[SourceConfig] = [SourceConfig("pg19")],  # noqa: B006, B008
-    backbone: str = PACKAGED,
-    dtype: str = "auto",
-    device: str = "cpu",
-    window: int = 1024,
     texts: int = 4,
-    score_from: int = 256,
-    seed: int = 0,
-    trust_remote_code: bool = False,
+    measure: Measure = Measure(window=1024, score_from=256),  # noqa: B008
+    model: Model = Model(),  # noqa: B008
 ) -> None:
     """Choose each layer's window, and whether it asks its gates, for a target footprint.
 
@@ -52,26 +46,29 @@ def auto(
         start: the size that all layers have while another is tried in one.
         local: a layer may also do without gates, and keep recent keys only.
         sources: the texts, train split.
-        backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: auto, float32, bfloat16 or float16.
-        device: cpu or cuda.
-        window: tokens of a text.
-        texts: how many.
-        score_from: queries of a text count from this one on.
-        seed: of the choice of texts.
-        trust_remote_code: run code that comes with the model.
+        texts: number of windows.
+        measure: which tokens are read, and from which on their queries count.
+        model: the frozen language model.
     """
     console = make_console()
     if start not in windows or min(windows) < 1:
         raise SmartKVError(f"windows must be at least 1 token each and hold start, got {windows} and {start}")
-    if texts < 1 or not 1 <= score_from < window - 1:
+    if texts < 1 or not 1 <= measure.score_from < measure.window - 1:
         raise SmartKVError("texts must be at least 1, and score_from lie between 1 and the window")
-    lm = load_backbone(backbone, dtype, device, trust_remote_code)
-    check_window(lm.model, window)
-    bank = GateBank.from_pretrained(gates, lm.model).to(device)
-    plan = plan_windows(sources, {"train": texts}, lm.tokenizer, window, seed=seed, say=console.print)
+    lm = model.load()
+    check_window(lm.model, measure.window)
+    bank = GateBank.from_pretrained(gates, lm.model).to(model.device)
+    plan = plan_windows(
+        sources,
+        {"train": texts},
+        lm.tokenizer,
+        measure.window,
+        measure.windows_per_document,
+        measure.seed,
+        console.print,
+    )
     learn = list(plan.of_split("train"))
-    calibration = Calibration.measure(lm.model, bank, learn, score_from)
+    calibration = Calibration.measure(lm.model, bank, learn, measure.score_from)
     sizes = sorted(set(windows))
     options = [LayerRule("all", "gated", size) for size in sizes]
     if local:
@@ -86,13 +83,14 @@ def auto(
         nearby,
         options,
         learn,
-        score_from,
+        measure.score_from,
         lambda layers: track(list(layers), "Layers", console=console),
     )
     found = auto_policy(trade, policy, footprint, calibration)
     folder = Path(out)
-    settings = {"gates": gates, "backbone": backbone, "footprint": footprint, "texts": plan.sources, "window": window}
-    settings |= {"windows": sizes, "start": start, "score_from": score_from, "seed": seed}
+    settings = {"gates": gates, "backbone": model.backbone, "footprint": footprint, "texts": plan.sources}
+    settings |= {"window": measure.window, "windows": sizes, "start": start}
+    settings |= {"score_from": measure.score_from, "seed": measure.seed}
     figures = {
         "units": {
             "divergence": "nats a token from the full cache, one layer changed",

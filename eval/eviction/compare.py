@@ -1,7 +1,6 @@
 """`python -m eval compare`: gates, rules, nulls and oracles on the same texts, at equal footprint."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from eval.common.adapters import with_adapter
 from eval.common.console import make_console, say_once
+from eval.common.options import AdaptedModel, CalibrationTexts, Measure, NamedTexts, Recall
 from eval.common.resume import Measurements, digest, digest_of_model, digests
 from eval.contenders.base import Contender, EvictionProtocol, Reading
 from eval.contenders.registry import ADAPTIVE_BY_GATES, DEFAULT, make_contenders
@@ -22,69 +21,23 @@ from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import check_window
 from smartkv.metrics.perplexity import query_before
-from smartkv.models.backbone import load_backbone
-from smartkv.models.gguf import PACKAGED
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
-
-
-@dataclass(frozen=True)
-class Text:
-    """A kind of text that is read.
-
-    Attributes:
-        name: what results call it.
-        sources: the mix, as in configs/harvest.
-        split: train, validation or test.
-        windows: how many.
-    """
-
-    name: str
-    sources: list[SourceConfig]
-    split: str = "test"
-    windows: int = 48
-
-
-@dataclass(frozen=True)
-class Recall:
-    """Facts stated once in text and asked for at its end.
-
-    Attributes:
-        trials: how many; 0: none.
-        tokens: of text around a fact.
-        split: train, validation or test, of the text and of the ways facts are stated.
-    """
-
-    trials: int = 64
-    tokens: int = 1900
-    split: str = "test"
-
-
-BOOKS = SourceConfig("pg19")
 
 
 def compare(
     out: str,
     gates: str | None = None,
-    adapter: str | None = None,
     contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
     footprints: list[float] = [0.0625, 0.125, 0.25, 0.5],  # noqa: B006
     others: list[float] | None = None,
     protocol: EvictionProtocol = "stream",
     prefill: int = 1024,
-    texts: list[Text] = [Text("books", [BOOKS])],  # noqa: B006
-    recall: Recall = Recall(),
-    haystack: list[SourceConfig] = [BOOKS],  # noqa: B006
-    calibration: list[SourceConfig] = [BOOKS],  # noqa: B006
-    calibration_windows: int = 6,
-    backbone: str = PACKAGED,
-    dtype: str = "auto",
-    device: str = "cpu",
-    window: int = 2048,
-    score_from: int = 512,
-    windows_per_document: int = 4,
-    seed: int = 0,
-    trust_remote_code: bool = False,
+    texts: list[NamedTexts] = [NamedTexts(name="books")],  # noqa: B006, B008
+    recall: Recall = Recall(),  # noqa: B008
+    calibration: CalibrationTexts = CalibrationTexts(windows=6),  # noqa: B008
+    measure: Measure = Measure(),  # noqa: B008
+    model: AdaptedModel = AdaptedModel(),  # noqa: B008
 ) -> None:
     """Compare what decides which keys stay. A run that was killed goes on where it stopped.
 
@@ -92,7 +45,6 @@ def compare(
         out: folder for compare.json and the pictures.
         gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: only contenders
             without.
-        adapter: folder or hub id of a peft adapter that the model gets, such as runs/eit/smollm2/final. Null: none.
         contenders: `gates` (the policy that goes with them), named policies or YAML files, each also with +8bit or, of
             keys and of values, +k6v4 behind it (what stays is packed); random, key_norm, keydiff, snapkv, tova, h2o,
             expected_attention; null:constant, null:position, null:token_table; oracle:lifespan, oracle:attention;
@@ -105,49 +57,42 @@ def compare(
         protocol: stream: keys go while the text is read; once: when the prefill is over, and later ones all stay.
         prefill: tokens, for protocol once.
         texts: the kinds of text whose negative log-likelihood is measured.
-        recall: facts that are stated once, and asked for.
-        haystack: the text around them.
+        recall: facts that are stated once in a text and asked for at its end.
         calibration: the texts, train split, on which prices are solved, and nulls learn.
-        calibration_windows: how many.
-        backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: auto, float32, bfloat16 or float16.
-        device: cpu or cuda.
-        window: tokens a window.
-        score_from: tokens of a window are scored from this one on (protocol once: from prefill on).
-        windows_per_document: most windows from one document.
-        seed: of the choice of windows, of names and numbers.
-        trust_remote_code: run code that comes with the model.
+        measure: which tokens are read, and which of them are scored (protocol once: those from prefill on).
+        model: the frozen language model, with an adapter if one is given.
     """
     console = make_console()
-    first_token = score_from if protocol == "stream" else prefill
+    window, seed = measure.window, measure.seed
+    first_token = measure.score_from if protocol == "stream" else prefill
     if not 1 <= first_token < window:
         name = "score_from" if protocol == "stream" else "prefill"
         raise SmartKVError(f"{name} must be at least 1 and below the window of {window} tokens, got {first_token}")
     if not footprints or not all(0 < f <= 1 for f in [*footprints, *(others or [])]):
         raise SmartKVError(f"footprints are shares of the full cache above 0 and at most 1, got {footprints}")
-    if calibration_windows < 1 or recall.trials < 0 or (not texts and not recall.trials):
+    if calibration.windows < 1 or recall.trials < 0 or (not texts and not recall.trials):
         raise SmartKVError("calibration_windows must be at least 1, and there must be texts or recall trials")
     if protocol == "once" and recall.trials and recall.tokens < prefill:
         raise SmartKVError(f"recall.tokens {recall.tokens} must be at least the prefill of {prefill}")
-    lm = with_adapter(load_backbone(backbone, dtype, device, trust_remote_code), adapter)
+    lm = model.load()
     check_window(lm.model, window)
-    bank = GateBank.from_pretrained(gates, lm.model).to(device) if gates else None
+    bank = GateBank.from_pretrained(gates, lm.model).to(model.device) if gates else None
 
     say = say_once(console)
 
     def windows_of(sources: list[SourceConfig], split: str, count: int) -> tuple[Tensor, list[int], Any]:
         counts = {split: count}
-        plan = plan_windows(sources, counts, lm.tokenizer, window, windows_per_document, seed, say)
+        plan = plan_windows(sources, counts, lm.tokenizer, window, measure.windows_per_document, seed, say)
         return plan.of_split(split), plan.documents_of_split(split), plan.sources
 
-    learn, _, learnt_from = windows_of(calibration, "train", calibration_windows)
+    learn, _, learnt_from = windows_of(calibration.sources, "train", calibration.windows)
     read = {text.name: windows_of(text.sources, text.split, text.windows) for text in texts}
     asked: list[Trial] = []
     if recall.trials:
-        around, _, _ = windows_of(haystack, recall.split, recall.trials)
+        around, _, _ = windows_of(recall.haystack, recall.split, recall.trials)
         asked = trials(recall.split, recall.trials, recall.tokens, lm.tokenizer, list(around), seed)
     provenance = {
-        "backbone": backbone,
+        "backbone": model.backbone,
         "model": digest_of_model(lm.model),  # with its adapter
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "device": lm.model.device.type,
@@ -157,7 +102,7 @@ def compare(
     }
     weights = digests(bank)
     settings = provenance | {
-        "adapter": adapter,
+        "adapter": model.adapter,
         "weights": weights,
         "gates": gates,
         "window": window,

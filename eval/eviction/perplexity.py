@@ -1,13 +1,14 @@
 """`python -m eval perplexity`: what a model loses when keys are evicted, by policy and footprint."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.progress import Progress
 
 from eval.common.console import make_console
 from eval.common.figures import frontier, lines_by_layer
+from eval.common.options import Measure, Model, Texts
 from eval.common.results import save_picture, write_result
 from eval.common.resume import Measurements, digest, digests
 from eval.eviction.frontier import REFERENCE, Point, equal_loss_ratio, frontier_table
@@ -15,12 +16,10 @@ from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import check_window
 from smartkv.metrics.perplexity import EvictedWindow, evicted_nll, full_cache_bytes, query_before, window_nll
-from smartkv.models.backbone import Backbone, load_backbone, read_architecture
-from smartkv.models.gguf import PACKAGED
+from smartkv.models.backbone import Backbone
 from smartkv.policies.budgets import Calibration, solve
 from smartkv.policies.hybrid import HybridPolicy
 from smartkv.policies.named import read_policy
-from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
 
 CELLS = "perplexity.cells"
@@ -31,18 +30,11 @@ def perplexity(
     gates: str | None = None,
     policies: list[str] = ["default", "all-gated", "window"],  # noqa: B006 - jsonargparse shows it; never changed
     footprints: list[float] = [0.08, 0.12, 0.22, 0.35, 0.5],  # noqa: B006
-    sources: list[SourceConfig] = [SourceConfig("pg19")],  # noqa: B006, B008
-    split: Literal["train", "validation", "test"] = "test",
-    backbone: str = PACKAGED,
-    dtype: str = "auto",
-    device: str = "cpu",
-    window: int = 2048,
-    windows: int = 16,
-    score_from: int = 512,
+    texts: Texts = Texts(),  # noqa: B008
     calibration_windows: int = 4,
     chunk: int = 1024,
-    seed: int = 0,
-    trust_remote_code: bool = False,
+    measure: Measure = Measure(),  # noqa: B008
+    model: Model = Model(),  # noqa: B008
 ) -> None:
     """Measure perplexity under eviction, beside the full cache. A run that was killed goes on where it stopped.
 
@@ -52,41 +44,37 @@ def perplexity(
         policies: named ones (default, all-gated, lifespan, window, full) or YAML files.
         footprints: shares of the full cache that a policy's open figure is solved for; a policy that leaves nothing
             open is measured as it is.
-        sources: the texts, as in configs/harvest; a folder of your own is {name: mine, path: FOLDER}.
-        split: of the texts that are measured. Prices are solved on train texts (on validation texts for train).
-        backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: auto, float32, bfloat16 or float16.
-        device: cpu or cuda.
-        window: tokens a window.
-        windows: windows to measure.
-        score_from: tokens of a window are scored from this one on.
+        texts: windows that are measured. Prices are solved on train texts (on validation texts for split train).
         calibration_windows: windows on which the open figure is solved.
         chunk: tokens of a text that go through the model together.
-        seed: of the choice of windows.
-        trust_remote_code: run code that comes with the model.
+        measure: which tokens are read, and which of them are scored.
+        model: the frozen language model.
     """
     console = make_console()
+    window, score_from, split = measure.window, measure.score_from, texts.split
     if not 1 <= score_from < window:
         raise SmartKVError(f"score_from must be at least 1 and below the window of {window} tokens, got {score_from}")
-    if min(windows, calibration_windows, chunk) < 1:
+    if min(texts.windows, calibration_windows, chunk) < 1:
         raise SmartKVError("windows, calibration_windows and chunk must be at least 1")
-    architecture = read_architecture(backbone, trust_remote_code)
+    architecture = model.architecture()
     bank = GateBank.from_pretrained(gates) if gates else None
     chosen = [read_policy(name, architecture.layers) for name in policies]
     for policy in chosen:
         policy.check(architecture, bank)
     if any(policy.open for policy in chosen) and not (footprints and all(0 < f <= 1 for f in footprints)):
         raise SmartKVError(f"footprints are shares of the full cache above 0 and at most 1, got {footprints}")
-    lm = load_backbone(backbone, dtype, device, trust_remote_code)
+    lm = model.load()
     check_window(lm.model, window)
     if bank is not None:
         lm.fingerprint.check(bank.fingerprint, f"the gates in {gates}")
-        bank = bank.to(device)
+        bank = bank.to(model.device)
     learn = "validation" if split == "train" else "train"
-    counts = {learn: calibration_windows, split: windows}
-    plan = plan_windows(sources, counts, lm.tokenizer, window, seed=seed, say=console.print)
+    counts = {learn: calibration_windows, split: texts.windows}
+    plan = plan_windows(
+        texts.sources, counts, lm.tokenizer, window, measure.windows_per_document, measure.seed, console.print
+    )
     settings = {
-        "backbone": backbone,
+        "backbone": model.backbone,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "gates": gates,
         "texts": plan.sources,
@@ -96,7 +84,7 @@ def perplexity(
         "score_from": score_from,
         "calibration_windows": len(plan.of_split(learn)),
         "chunk": chunk,
-        "seed": seed,
+        "seed": measure.seed,
     }
     wanted = [(policy, target) for policy in chosen for target in (sorted(set(footprints)) if policy.open else [None])]
     with Progress(console=console) as progress:

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from eval.common.console import make_console
+from eval.common.options import Model
 from eval.common.results import machine, write_result
 from eval.contenders.quantised import QuantisedContender
 from eval.quantization.probe import Probe
@@ -37,10 +38,9 @@ STEPS = 16  # single tokens whose time is taken
 
 
 def baselines(
-    model: str = "gpt2",
+    model: Model = Model("gpt2", dtype="float32"),  # noqa: B008
     baselines: list[str] = list(BASELINES),  # noqa: B006 - jsonargparse shows it; never changed
     num_prompts: int = 4,
-    device: str = "cpu",
     memory_only: bool = False,
     out: str = "experiments/validation",
     experiment_id: str | None = None,
@@ -49,18 +49,16 @@ def baselines(
     budget: float = 0.5,
     gates: str | None = None,
     sources: list[SourceConfig] = [SourceConfig("pg19", origins=["local", "hub", "builtin"])],  # noqa: B006, B008
-    dtype: str = "float32",
     seed: int = 0,
-    trust_remote_code: bool = False,
 ) -> None:
     """Memory, error, speed and perplexity of quantised caches.
 
     Args:
-        model: hub id, local folder, .gguf file or smollm2-135m. gpt2 and gpt2-medium are replaced by random weights of
-            the same shape where they cannot be had; their perplexity then means nothing, and is left out.
+        model: the frozen language model; errors are those against its exact attention. gpt2 and gpt2-medium are
+            replaced by random weights of the same shape where they cannot be had; their perplexity then means nothing,
+            and is left out.
         baselines: FP16, INT8, INT4, KIVI (keys in 2 bits, values in 4), KIVI2, KIVI4, SmartKV (bits by importance).
         num_prompts: texts.
-        device: cpu or cuda.
         memory_only: bytes alone, of random keys of the model's shape: no model is loaded.
         out: folder for <experiment_id>.json and validation.log.
         experiment_id: name of the result. Null: date and time.
@@ -69,9 +67,7 @@ def baselines(
         budget: of SmartKV, bytes of what is encoded ÷ those in float16, all included: about 0.3 to 0.6.
         gates: tell SmartKV what is important. Null: attention so far does.
         sources: the texts, validation split.
-        dtype: of the model; errors are those against its exact attention.
         seed: of texts and random weights.
-        trust_remote_code: run code that comes with the model.
     """
     console = make_console()
     known = BASELINES | MORE
@@ -82,7 +78,7 @@ def baselines(
         raise SmartKVError(f"num_prompts must be at least 1 and tokens at least 64, got {num_prompts} and {tokens}")
     folder, name = Path(out), experiment_id or datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     log = _log(folder)
-    log.info("experiment %s: %s on %s%s", name, model, device, ", memory only" if memory_only else "")
+    log.info("experiment %s: %s on %s%s", name, model.backbone, model.device, ", memory only" if memory_only else "")
     codecs = {each: SCHEMES[known[each]] for each in baselines}
     if "SmartKV" in codecs:
         codecs["SmartKV"] = replace(codecs["SmartKV"][0], budget=budget), codecs["SmartKV"][1]
@@ -91,9 +87,9 @@ def baselines(
     loaded: Loaded | None = None
     used: list[Any] = []
     if memory_only:
-        shape = shape_of(model, trust_remote_code)
+        shape = shape_of(model.backbone, model.trust_remote_code)
     else:
-        loaded = load_or_stand_in(model, dtype, device, seed, trust_remote_code)
+        loaded = load_or_stand_in(model.backbone, model.dtype, model.device, seed, model.trust_remote_code)
         check_window(loaded.lm.model, tokens)
         shape = Shape.of(loaded.lm.architecture)
         if loaded.stand_in:
@@ -103,7 +99,7 @@ def baselines(
         figures[each] |= _memory(codec, kept, shape, tokens, seed)
     if loaded is not None:
         used = _measure(console, loaded, codecs, figures, gates, sources, num_prompts, tokens, seed)
-    table = _table(figures, model, tokens, loaded)
+    table = _table(figures, model.backbone, tokens, loaded)
     console.print(table)
     plain = Console(width=140, file=StringIO())
     plain.print(table)
@@ -111,10 +107,10 @@ def baselines(
         console.print(line)
         plain.print(line)
     log.info("\n%s", plain.file.getvalue())  # type: ignore[attr-defined]
-    settings = {"model": model, "device": device, "tokens": tokens, "num_prompts": num_prompts, "seed": seed}
-    settings |= {"memory_only": memory_only, "dtype": dtype, "shape": vars(shape), "gates": gates}
+    settings = {"model": model.backbone, "device": model.device, "tokens": tokens, "num_prompts": num_prompts}
+    settings |= {"seed": seed, "memory_only": memory_only, "dtype": model.dtype, "shape": vars(shape), "gates": gates}
     settings |= {"budget": budget, "residual": {each: kept for each, (_, kept) in codecs.items()}}
-    extra = {"stand_in": loaded.stand_in if loaded else None, "sources": used, "machine": machine(device)}
+    extra = {"stand_in": loaded.stand_in if loaded else None, "sources": used, "machine": machine(model.device)}
     result = write_result(folder, name, settings, {"units": UNITS} | extra | {"baselines": figures})
     log.info("written: %s", result)
     console.print(f"  {result}\n  {folder / 'validation.log'}", highlight=False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from eval.common.console import make_console
+from eval.common.options import Model
 from eval.common.results import machine, save_picture, write_result
 from eval.speed.decode_report import decode_table, markdown, picture
 from smartkv.cache.lifespan_cache import LifespanCache
@@ -24,8 +25,6 @@ from smartkv.gates.bank import GateBank
 from smartkv.io.atomic import write_atomically
 from smartkv.io.locks import lock_folder
 from smartkv.metrics.perplexity import full_cache_bytes
-from smartkv.models.backbone import load_backbone
-from smartkv.models.gguf import PACKAGED
 from smartkv.policies.budgets import Calibration, solve
 from smartkv.policies.hybrid import HybridPolicy
 from smartkv.policies.lifetimes import FOREVER
@@ -48,9 +47,7 @@ def decode(
     steps: int = 64,
     rounds: int = 3,
     sources: list[SourceConfig] = [SourceConfig("pg19")],  # noqa: B006, B008
-    backbone: str = PACKAGED,
-    dtype: str = "auto",
-    device: str = "cpu",
+    model: Model = Model(),  # noqa: B008
     threads: int = 2,
     chunk: int = 1024,
     markdown_file: str | None = None,
@@ -73,9 +70,7 @@ def decode(
         rounds: of all ways; the median of the rounds' means is given. Prompts of up to 8,192 tokens, all rows
             counted, are fed as often, longer ones once.
         sources: the text.
-        backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: auto, float32, bfloat16 or float16.
-        device: cpu or cuda.
+        model: the frozen language model.
         threads: CPU threads.
         chunk: tokens of a prompt that go through the model together.
         markdown_file: where the table goes as markdown, besides. Null: nowhere.
@@ -89,7 +84,7 @@ def decode(
             f"got {contexts}, {batches}, {steps}, {rounds}, {threads} and {chunk}"
         )
     torch.set_num_threads(threads)
-    lm = load_backbone(backbone, dtype, device)
+    lm = model.load()
     longest = max(contexts) + steps * rounds
     if longest > lm.architecture.max_positions:
         raise SmartKVError(
@@ -114,7 +109,7 @@ def decode(
                 figures.append(bench.measure(steps, rounds))
                 progress.advance(task)
     arguments = {
-        "backbone": backbone,
+        "backbone": model.backbone,
         "gates": gates or "untrained",
         "texts": plan.sources,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
@@ -124,9 +119,9 @@ def decode(
         "rounds": rounds,
         "threads": threads,
         "chunk": chunk,
-        "device": device,
+        "device": model.device,
         "seed": seed,
-        "machine": machine(device),
+        "machine": machine(model.device),
     }
     units = {
         "ms_per_token": "ms a step (one token a row), the median of ms_by_round",

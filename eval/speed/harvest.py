@@ -19,35 +19,32 @@ from torch import Tensor
 from eval.common.console import make_console
 from eval.common.figures import COLOURS
 from eval.common.isolated import run_isolated
+from eval.common.options import Model
 from eval.common.results import machine, provenance, save_picture, write_result, write_tables
 from smartkv.errors import SmartKVError
 from smartkv.io.locks import lock_folder
 from smartkv.labels.lifespans import LabelSpec, label_window
-from smartkv.models.backbone import Backbone, load_backbone, read_architecture
-from smartkv.models.gguf import PACKAGED
+from smartkv.models.backbone import Backbone
 
 WAYS = ("smartkv", "smartkv_all_labels", "forward", "output_attentions")
 
 
 def speed(
     out: str,
-    backbone: str = PACKAGED,
-    dtype: str = "auto",
-    lengths: list[int] = [512, 1024, 2048, 4096, 8192],  # noqa: B006 - jsonargparse shows it; it is never changed
+    model: Model = Model(),  # noqa: B008 - jsonargparse shows it
+    lengths: list[int] = [512, 1024, 2048, 4096, 8192],  # noqa: B006
     ways: list[str] = list(WAYS),  # noqa: B006
     old_way_up_to: int = 2048,
     rounds: int = 5,
     rounds_alone: int = 1,
     threads: int = 2,
-    device: str = "cpu",
     markdown_file: str | None = None,
 ) -> None:
     """Measure the harvest of one window.
 
     Args:
         out: folder for speed.json and the picture.
-        backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: auto, float32, bfloat16 or float16.
+        model: the frozen language model.
         lengths: tokens a window.
         ways: smartkv (lifespans for one threshold, block by block), smartkv_all_labels (for three, and future
             attention), forward (the model alone with SDPA: the limit), output_attentions (eager attention kept for all
@@ -56,12 +53,11 @@ def speed(
         rounds: passes of all ways in turn, after one that is not counted; the median is given, of ratios too.
         rounds_alone: the same, of those longer windows.
         threads: CPU threads.
-        device: cpu or cuda.
         markdown_file: where the table goes besides. Null: nowhere.
     """
     console = make_console()
     lock_folder(out)  # now, and not when all is measured
-    if device == "cuda" and not torch.cuda.is_available():
+    if model.device == "cuda" and not torch.cuda.is_available():
         raise SmartKVError("device 'cuda' cannot be used here: torch finds none")
     if unknown := sorted(set(ways) - set(WAYS)):
         raise SmartKVError(f"ways {', '.join(unknown)} are unknown: expected some of {', '.join(WAYS)}")
@@ -70,24 +66,24 @@ def speed(
             "rounds, rounds_alone, threads and old_way_up_to must be at least 1, lengths 2, and some ways and lengths "
             f"given; got {rounds}, {rounds_alone}, {threads}, {old_way_up_to}, {lengths} and {ways}"
         )
-    limit = read_architecture(backbone).max_positions
+    limit = model.architecture().max_positions
     if max(lengths) > limit:
         raise SmartKVError(
-            f"lengths go up to {max(lengths)} tokens, '{backbone}' has {limit} positions: leave those out"
+            f"lengths go up to {max(lengths)} tokens, '{model.backbone}' has {limit} positions: leave those out"
         )
-    model = (backbone, dtype, threads, device)
     figures = []
     for length in lengths:
         there = [way for way in ways if way != "output_attentions" or length <= old_way_up_to]
-        rows = [{"way": way, "tokens": length, **run_isolated(_pass, way, *model, length)} for way in there]
+        rows = [{"way": way, "tokens": length, **run_isolated(_pass, way, model, threads, length)} for way in there]
         possible = [row["way"] for row in rows if "note" not in row]
-        found = _timed(possible, model, length, rounds if length <= old_way_up_to else rounds_alone)
+        found = _timed(possible, model, threads, length, rounds if length <= old_way_up_to else rounds_alone)
         for row in rows:
             row |= found.get(row["way"], {})
             console.print(_line(row), highlight=False)
         figures += rows
-    arguments = {"backbone": backbone, "dtype": dtype, "rounds": rounds, "threads": threads, "device": device}
-    arguments |= {"rounds_alone": rounds_alone, "old_way_up_to": old_way_up_to, "machine": machine(device)}
+    arguments = {"backbone": model.backbone, "dtype": model.dtype, "rounds": rounds, "threads": threads}
+    arguments |= {"device": model.device, "rounds_alone": rounds_alone, "old_way_up_to": old_way_up_to}
+    arguments |= {"machine": machine(model.device)}
     units = {
         "tokens_per_second": "tokens/s, median of rounds",
         "seconds": "of each pass, all ways in turn",
@@ -108,48 +104,46 @@ def speed(
         console.print(f"  {path}", highlight=False)
 
 
-def _pass(way: str, backbone: str, dtype: str, threads: int, device: str, length: int) -> dict[str, Any]:
+def _pass(way: str, model: Model, threads: int, length: int) -> dict[str, Any]:
     """One pass, for its peak memory."""
-    lm, tokens = _loaded(backbone, dtype, threads, device, length)
+    lm, tokens = _loaded(model, threads, length)
     arch = lm.architecture
     attentions = arch.layers * arch.query_heads * length**2 * lm.model.dtype.itemsize
     # eager attention also holds one layer's float32 scores and softmax, and the mask
     needed = attentions + 3 * arch.query_heads * length**2 * 4
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if model.device == "cuda" else psutil.virtual_memory().available
     if way == "output_attentions" and needed > free:
         return {"note": f"needs {needed / 2**30:.0f} GiB"}
     _run(way, lm, tokens)
-    return {"peak_memory": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
+    return {"peak_memory": torch.cuda.max_memory_allocated()} if model.device == "cuda" else {}
 
 
-def _timed(ways: list[str], model: tuple[str, str, int, str], length: int, rounds: int) -> dict[str, dict[str, Any]]:
+def _timed(ways: list[str], model: Model, threads: int, length: int, rounds: int) -> dict[str, dict[str, Any]]:
     """Of each way its seconds and tokens/s, or a note why there are none."""
     if not ways:
         return {}
-    found = run_isolated(_seconds, ways, *model, length, rounds)
+    found = run_isolated(_seconds, ways, model, threads, length, rounds)
     if "note" not in found:
         taken = {way: found[way] for way in ways}
         return {way: {"tokens_per_second": length / statistics.median(s), "seconds": s} for way, s in taken.items()}
     if len(ways) > 1 and "output_attentions" in ways:  # beside the others it had not room enough
-        rest = _timed([way for way in ways if way != "output_attentions"], model, length, rounds)
+        rest = _timed([way for way in ways if way != "output_attentions"], model, threads, length, rounds)
         return rest | {"output_attentions": {"note": found["note"]}}
     return {way: {"note": found["note"]} for way in ways}
 
 
-def _seconds(
-    ways: list[str], backbone: str, dtype: str, threads: int, device: str, length: int, rounds: int
-) -> dict[str, Any]:
+def _seconds(ways: list[str], model: Model, threads: int, length: int, rounds: int) -> dict[str, Any]:
     """Of each way its seconds a pass, all ways in turn, after a round that is not counted."""
-    lm, tokens = _loaded(backbone, dtype, threads, device, length)
+    lm, tokens = _loaded(model, threads, length)
     taken = [[_run(way, lm, tokens) for way in ways] for _ in range(rounds + 1)][1:]
     return {way: list(column) for way, column in zip(ways, zip(*taken, strict=True), strict=True)}
 
 
-def _loaded(backbone: str, dtype: str, threads: int, device: str, length: int) -> tuple[Backbone, Tensor]:
+def _loaded(model: Model, threads: int, length: int) -> tuple[Backbone, Tensor]:
     torch.set_num_threads(threads)
-    lm = load_backbone(backbone, dtype, torch.device(device))
+    lm = model.load()
     tokens = torch.randint(lm.model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
-    return lm, tokens.to(device)
+    return lm, tokens.to(model.device)
 
 
 def _run(way: str, lm: Backbone, tokens: Tensor) -> float:

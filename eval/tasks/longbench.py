@@ -11,13 +11,13 @@ import numpy as np
 import yaml
 
 from eval.common.console import make_console
+from eval.common.options import CalibrationTexts, Model
 from eval.common.results import save_picture
 from eval.tasks.answers import Sample, continuation_ids, cut_in_the_middle, prompt_ids
 from eval.tasks.heatmaps import panels
 from eval.tasks.metrics import METRICS
-from eval.tasks.suite import DEFAULT, Calibrating, Row, Suite, all_lengths, group_table, mean, merged
+from eval.tasks.suite import DEFAULT, Row, Suite, all_lengths, group_table, mean, merged
 from smartkv.errors import SmartKVError
-from smartkv.models.gguf import PACKAGED
 
 TASKS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 HUB = "zai-org/LongBench"  # once THUDM/LongBench
@@ -35,12 +35,9 @@ def longbench(
     longest: int = 3500,
     new_tokens: int | None = None,
     chat: bool = False,
-    calibration: Calibrating = Calibrating(),  # noqa: B008
-    backbone: str = PACKAGED,
-    dtype: str = "auto",
-    device: str = "cpu",
+    calibration: CalibrationTexts = CalibrationTexts(),  # noqa: B008
+    model: Model = Model(),  # noqa: B008
     seed: int = 0,
-    trust_remote_code: bool = False,
 ) -> None:
     """LongBench v1 (Bai et al. 2023): its prompts, its truncation in the middle, its metrics.
 
@@ -56,11 +53,8 @@ def longbench(
         new_tokens: to generate. Null: as published for each task.
         chat: in the model's chat template, except for the tasks that LongBench asks without.
         calibration: texts on which prices are solved.
-        backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: auto, float32, bfloat16 or float16.
-        device: cpu or cuda.
+        model: the frozen language model.
         seed: of the choice of calibration windows.
-        trust_remote_code: run code that comes with the model.
     """
     console = make_console()
     unknown = [task for task in tasks if task not in TASKS]
@@ -68,7 +62,7 @@ def longbench(
         raise SmartKVError(f"there are no tasks {unknown}: expected some of {', '.join(TASKS)}")
     if longest < 16 or (samples is not None and samples < 1) or (new_tokens is not None and new_tokens < 1):
         raise SmartKVError("longest must be at least 16 tokens, samples and new_tokens at least 1")
-    suite = Suite(console, backbone, dtype, device, gates, contenders, footprints, calibration, seed, trust_remote_code)
+    suite = Suite(console, model, gates, contenders, footprints, calibration, seed)
     folder, rows, asked = Path(out), [], {}
     for task in tasks:  # all of them before the first is measured
         records = read_records(data, task, samples)

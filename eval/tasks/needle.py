@@ -10,13 +10,13 @@ from rich.table import Table
 
 from eval.common.console import make_console
 from eval.common.figures import heads_heatmap
+from eval.common.options import CalibrationTexts, Model
 from eval.common.results import save_picture
 from eval.eviction.recall import Trial, trial
 from eval.tasks.answers import Sample
 from eval.tasks.heatmaps import panels
 from eval.tasks.suite import (
     DEFAULT,
-    Calibrating,
     Row,
     Suite,
     counted,
@@ -28,7 +28,6 @@ from eval.tasks.suite import (
     shown,
 )
 from smartkv.errors import SmartKVError
-from smartkv.models.gguf import PACKAGED
 from smartkv.texts.sources import SourceConfig
 
 SPARE = 96  # tokens of a text's length that the fact, the question and the answer may take
@@ -45,12 +44,9 @@ def needle(
     split: str = "test",
     new_tokens: int = 16,
     haystack: list[SourceConfig] = [SourceConfig("pg19")],  # noqa: B006, B008
-    calibration: Calibrating = Calibrating(),  # noqa: B008
-    backbone: str = PACKAGED,
-    dtype: str = "auto",
-    device: str = "cpu",
+    calibration: CalibrationTexts = CalibrationTexts(),  # noqa: B008
+    model: Model = Model(),  # noqa: B008
     seed: int = 0,
-    trust_remote_code: bool = False,
 ) -> None:
     """The needle in the haystack, depth × length, for every contender at every footprint.
 
@@ -70,11 +66,8 @@ def needle(
         new_tokens: to generate for each sample; 0: none, which takes half the time.
         haystack: the text around the facts.
         calibration: texts on which prices are solved.
-        backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: auto, float32, bfloat16 or float16.
-        device: cpu or cuda.
+        model: the frozen language model.
         seed: of texts, names and numbers.
-        trust_remote_code: run code that comes with the model.
     """
     console = make_console()
     if not lengths or min(lengths) < 4 * SPARE or min(depths, samples) < 1 or new_tokens < 0:
@@ -82,7 +75,7 @@ def needle(
             f"lengths must be at least {4 * SPARE} tokens, depths and samples at least 1, new_tokens at least 0, "
             f"got {lengths}, {depths}, {samples}, {new_tokens}"
         )
-    suite = Suite(console, backbone, dtype, device, gates, contenders, footprints, calibration, seed, trust_remote_code)
+    suite = Suite(console, model, gates, contenders, footprints, calibration, seed)
     places = [round((number + 0.5) / depths, 3) for number in range(depths)]
     by_length = {length: _samples(suite, haystack, split, length, places, samples) for length in sorted(set(lengths))}
     folder = Path(out)

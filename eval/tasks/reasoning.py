@@ -9,13 +9,13 @@ import numpy as np
 from rich.table import Table
 
 from eval.common.console import make_console
+from eval.common.options import CalibrationTexts, Model
 from eval.common.results import save_picture
 from eval.tasks.answers import Sample, continuation_ids, prompt_ids
 from eval.tasks.heatmaps import panels
 from eval.tasks.metrics import same_answer
 from eval.tasks.suite import (
     DEFAULT,
-    Calibrating,
     Row,
     Suite,
     all_lengths,
@@ -28,7 +28,6 @@ from eval.tasks.suite import (
     shown,
 )
 from smartkv.errors import SmartKVError
-from smartkv.models.gguf import PACKAGED
 from smartkv.texts.sources import SourceConfig, resolve_source
 
 SHOTS = {"gsm8k": 8, "math500": 4, "aime24": 0}  # as is usual
@@ -48,12 +47,9 @@ def reasoning(
     chat: bool = False,
     split: str = "test",
     origins: list[str] = ["local", "hub"],  # noqa: B006
-    calibration: Calibrating = Calibrating(),  # noqa: B008
-    backbone: str = PACKAGED,
-    dtype: str = "auto",
-    device: str = "cpu",
+    calibration: CalibrationTexts = CalibrationTexts(),  # noqa: B008
+    model: Model = Model(),  # noqa: B008
     seed: int = 0,
-    trust_remote_code: bool = False,
 ) -> None:
     """GSM8K, MATH-500 and AIME 2024: exact match of generated solutions, and the likelihood of the reference solution.
 
@@ -74,11 +70,8 @@ def reasoning(
         split: train (its problems after those that are shown), validation or test.
         origins: where the sets are taken from: local ($SMARTKV_DATA), hub.
         calibration: texts on which prices are solved.
-        backbone: hub id, local folder, .gguf file or smollm2-135m.
-        dtype: auto, float32, bfloat16 or float16.
-        device: cpu or cuda.
+        model: the frozen language model.
         seed: of the choice of calibration windows.
-        trust_remote_code: run code that comes with the model.
     """
     console = make_console()
     if not sets or any(name not in SETS for name in sets):
@@ -86,7 +79,7 @@ def reasoning(
     shown_first, said = _of_sets("shots", shots, sets), _of_sets("new_tokens", new_tokens, sets)
     if samples is not None and samples < 1:
         raise SmartKVError(f"samples must be at least 1, got {samples}")
-    suite = Suite(console, backbone, dtype, device, gates, contenders, footprints, calibration, seed, trust_remote_code)
+    suite = Suite(console, model, gates, contenders, footprints, calibration, seed)
     folder, rows = Path(out), []
     asked = {
         name: suite.by_length(_samples(suite, name, split, samples, shown_first[name], chat, origins)) for name in sets

@@ -1,7 +1,7 @@
 """What all tasks share: samples, read by every contender at every footprint, cell by cell; a killed run goes on."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from eval.common.console import say_once
+from eval.common.options import CalibrationTexts, Model
 from eval.common.results import machine, write_result, write_tables
 from eval.common.resume import Measurements, digest, digest_of_model, digests
 from eval.contenders.base import Contender
@@ -19,25 +20,12 @@ from eval.contenders.solving import solved_setting
 from eval.tasks.answers import Sample, answered, counted_from
 from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
-from smartkv.models.backbone import Backbone, load_backbone
+from smartkv.models.backbone import Backbone
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
 
 DEFAULT = ("gates", "window")
 ROUNDED = 256  # tokens
-
-
-@dataclass(frozen=True)
-class Calibrating:
-    """Texts, train split, on which prices are solved, and nulls learn.
-
-    Attributes:
-        sources: the mix, as in configs/harvest.
-        windows: how many.
-    """
-
-    sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig("pg19")])
-    windows: int = 4
 
 
 @dataclass
@@ -76,25 +64,22 @@ class Suite:
     Args:
         names: of contenders, see `eval.eviction.compare.compare`; the full cache is always among them.
         footprints: shares of the full cache.
-        calibration: see `Calibrating`.
+        calibration: see `CalibrationTexts`.
         seed: of the choice of windows.
 
     Raises:
-        SmartKVError: footprints that are none, or as `load_backbone` and `make_contenders`.
+        SmartKVError: footprints that are none, or as `Model.load` and `make_contenders`.
     """
 
     def __init__(
         self,
         console: Console,
-        backbone: str,
-        dtype: str,
-        device: str,
+        model: Model,
         gates: str | None,
         names: Sequence[str],
         footprints: Sequence[float],
-        calibration: Calibrating,
+        calibration: CalibrationTexts,
         seed: int,
-        trust_remote_code: bool = False,
     ) -> None:
         if not footprints or not all(0 < f <= 1 for f in footprints):
             raise SmartKVError(f"footprints are shares of the full cache above 0 and at most 1, got {list(footprints)}")
@@ -103,14 +88,14 @@ class Suite:
         self.console, self.names, self.footprints, self.seed = console, names, sorted(set(footprints)), seed
         self.calibration, self.say = calibration, say_once(console)
         self.solved: dict[int, list[tuple[Contender, float, Any]]] = {}  # by length
-        self.lm: Backbone = load_backbone(backbone, dtype, device, trust_remote_code)
-        self.bank = GateBank.from_pretrained(gates, self.lm.model).to(device) if gates else None
+        self.lm: Backbone = model.load()
+        self.bank = GateBank.from_pretrained(gates, self.lm.model).to(model.device) if gates else None
         self.settings = {
-            "backbone": backbone,
+            "backbone": model.backbone,
             "weights": digest_of_model(self.lm.model),
             "gates": gates,
             "dtype": str(self.lm.model.dtype).removeprefix("torch."),
-            "device": device,
+            "device": model.device,
             "contenders": list(names),
             "footprints": self.footprints,
             "calibration": {"windows": calibration.windows, "sources": [s.name for s in calibration.sources]},

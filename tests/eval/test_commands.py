@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from eval.__main__ import main
+from eval.common.options import Model
 from tests.lightning_fixtures import ROOT, write_texts
 from tests.models import save_tiny_backbone
 
@@ -104,14 +105,14 @@ def test_ways_are_timed_in_turn_and_one_without_room_leaves_the_others(monkeypat
     ran: list[str] = []
     monkeypatch.setattr(harvest, "_loaded", lambda *_: (None, None))
     monkeypatch.setattr(harvest, "_run", lambda way, *_: float(len(ran.append(way) or ran)))
-    assert harvest._seconds(["a", "b"], "lm", "auto", 1, "cpu", 64, 2) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert harvest._seconds(["a", "b"], Model("lm"), 1, 64, 2) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
     assert ran == ["a", "b"] * 3
 
     def isolated(_: Any, ways: list[str], *__: Any) -> dict[str, Any]:
         return {"note": "killed"} if "output_attentions" in ways else {way: [2.0, 4.0, 8.0] for way in ways}
 
     monkeypatch.setattr(harvest, "run_isolated", isolated)
-    found = harvest._timed(["forward", "output_attentions"], ("lm", "auto", 1, "cpu"), 64, 3)
+    found = harvest._timed(["forward", "output_attentions"], Model("lm"), 1, 64, 3)
     assert found["forward"]["tokens_per_second"] == 16 and found["output_attentions"] == {"note": "killed"}
     row = {"way": "output_attentions", "tokens": 64, "peak_memory": 2**30, **found["output_attentions"]}
     table = harvest._table([{"way": "forward", "tokens": 64, "peak_memory": 2**30, **found["forward"]}, row])
@@ -293,7 +294,7 @@ def test_a_source_that_cannot_be_had_is_said_by_every_command(
     origins = '["local", "builtin"]'
     book = f'[{{"name": "pg19", "origins": {origins}}}]'
     options = {
-        "anchors": ["--sources", book, "--windows", "1", "--window", "64", "--split", "train"],
+        "anchors": ["--sources", book, "--windows", "1", "--window", "64", "--recent", "8", "--split", "train"],
         "compare": [
             "--texts",
             f'[{{"name": "t", "sources": {book}, "windows": 1}}]',

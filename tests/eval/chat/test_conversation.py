@@ -21,6 +21,7 @@ from eval.chat import generate as command
 from eval.chat.conversation import Conversation, RecordingCache
 from eval.chat.page import UNDECIDED
 from eval.chat.terminal import Answer
+from eval.common.options import Sampling
 from smartkv import GateBank, load_backbone
 from smartkv.models.architecture import Fingerprint
 from smartkv.models.backbone import load_tokenizer
@@ -73,7 +74,7 @@ def test_an_answer_that_the_model_closed_is_not_closed_twice(chatty: Path) -> No
     end = lm.tokenizer.eos_token
     lm.tokenizer.chat_template = TEMPLATE.replace("\n", end)
     spoken = Conversation(lm, None, FULL, chat=True)
-    generation = command._generation(lm, 1, 0.0, 1.0)
+    generation = command._generation(lm, Sampling(1))
     spoken.say("a", generation)
     spoken.ids[-1] = lm.tokenizer.eos_token_id
     spoken.say("b", generation)
