@@ -2,8 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 
+import functools
+from collections.abc import Callable
+
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+
+STYLE = {
+    "font.size": 10,
+    "font.family": "DejaVu Sans",
+}
+
+
+def styled(draw):
+    @functools.wraps(draw)
+    def drawn(*args, **kwargs):
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
 
 # Okabe and Ito's palette: distinguishable with any colour vision
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
