@@ -14,7 +14,7 @@ from rich.table import Table
 from datamodules.distributed import process_of, sum_over_processes
 from datamodules.lifespan_shards import LifespanShards
 from eval.common.console import make_console
-from eval.common.figures import heads_heatmap, predicted_against_true
+from eval.common.figures import heads_heatmap, lifespan_histogram, predicted_against_true
 from lightning_modules.gates import LifespanGates
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import head_name
@@ -76,11 +76,13 @@ class HeadDashboard(L.Callback):
         truth = rows.target(*blocks).numpy()
         order = module.val_r2_head.argsort().tolist()
         chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
-        panels = {}
+        panels, limit = {}, float(np.log2(rows.follow_up) / 2)
         for name, gate in chosen.items():
             head = head_name(*module.bank.heads[gate])
-            panels[f"{name}: {head}, R² {module.val_r2_head[gate]:.3f}"] = (prediction[gate], truth[gate])
-        return predicted_against_true(panels, float(np.log2(rows.follow_up) / 2))
+            panels[f"{name}: {head}, R² {module.val_r2_head[gate]:.3f}"] = lifespan_histogram(
+                prediction[gate], truth[gate], limit
+            )
+        return predicted_against_true(panels, limit)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
         if not trainer.is_global_zero or pl_module.val_r2_head is None:

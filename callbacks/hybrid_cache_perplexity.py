@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from callbacks.head_dashboard import tensorboard_writer
-from eval.common.figures import frontier
+from eval.common.footprint_figures import frontier
 from lightning_modules.gates import LifespanGates
 from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank

@@ -1,5 +1,7 @@
 """The architecture diagram: from text to gates, and from gates to a cache that evicts."""
 
+from itertools import pairwise
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
@@ -37,7 +39,7 @@ def architecture_figure() -> Figure:
     for row, boxes in zip(ROWS, (TRAIN, USE), strict=True):
         for left, (title, text, place) in zip(COLUMNS, boxes, strict=True):
             _box(axes, left, row, title, text, place, ours=title in ("Gates", "Policy", "Cache"))
-        for left, right in zip(COLUMNS, COLUMNS[1:], strict=False):
+        for left, right in pairwise(COLUMNS):
             _arrow(axes, (left + WIDTH + 0.05, row + HEIGHT / 2), (right - 0.05, row + HEIGHT / 2))
     _gates_to_inference(axes)
     _one_head(axes)

@@ -1,17 +1,17 @@
 """One label, colour, marker and line for each contender, the same in every picture.
 
-The colours are those of Paul Tol's and of Okabe and Ito's palettes, which readers with any colour vision can tell apart.
-A contender is recognised by its colour and its marker together. SmartKV's own contenders are blue and thick, published
-rules are thin, and nulls and oracles stand back in grey with hollow markers.
+The colours are from Paul Tol's and Okabe and Ito's palettes, which readers with any colour vision can tell apart. A
+contender is recognised by its colour and its marker together. SmartKV's own contenders have thick lines, others thin
+ones, and nulls and oracles stand back in grey with hollow markers.
 """
 
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-BLUE, GREY, BLACK = "#0072B2", "#8C8C8C", "#222222"
+BLUE, GREY, DARK_GREY, BLACK = "#0072B2", "#8C8C8C", "#555555", "#222222"
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,26 @@ def _ours(label: str, colour: str, marker: str) -> ContenderStyle:
     return ContenderStyle(label, colour, marker, width=2.6, order=4)
 
 
-def _null(label: str, marker: str) -> ContenderStyle:
-    return ContenderStyle(label, GREY, marker, line=":", width=1.1, hollow=True, order=1)
+def _null(label: str, colour: str, marker: str) -> ContenderStyle:
+    return ContenderStyle(label, colour, marker, line=":", width=1.1, hollow=True, order=1)
 
 
-def _oracle(label: str, marker: str) -> ContenderStyle:
-    return ContenderStyle(label, "#555555", marker, line="--", width=1.1, hollow=True, order=1)
+def _oracle(label: str, colour: str, marker: str) -> ContenderStyle:
+    return ContenderStyle(label, colour, marker, line="--", width=1.1, hollow=True, order=1)
 
 
 def _quantised(label: str, colour: str, marker: str) -> ContenderStyle:
     return ContenderStyle(label, colour, marker, line="", order=3)
 
 
+KINDS: dict[str, Callable[[str, str, str], ContenderStyle]] = {
+    "ours": _ours,
+    "rule": ContenderStyle,
+    "full": ContenderStyle,
+    "null": _null,
+    "oracle": _oracle,
+    "quantised": _quantised,
+}
 STYLES = {
     # SmartKV
     "gates": _ours("SmartKV gates", BLUE, "o"),
@@ -90,13 +98,13 @@ STYLES = {
     "h2o": ContenderStyle("H2O", "#D55E00", "h"),
     "random": ContenderStyle("Random keys", "#777777", "x", line="-.", order=1),
     # nulls and oracles
-    "null:token_table": _null("Token-id table (null)", "s"),
-    "null:position": _null("Position only (null)", "^"),
-    "null:constant": _null("Constant a head (null)", "o"),
-    "null:random": _null("Random label (null)", "D"),
-    "oracle": _oracle("True future attention (oracle)", "d"),
-    "oracle:lifespan": _oracle("True lifespan (oracle)", "*"),
-    "oracle:attention": _oracle("True future attention (oracle)", "d"),
+    "null:token_table": _null("Token-id table (null)", GREY, "s"),
+    "null:position": _null("Position only (null)", GREY, "^"),
+    "null:constant": _null("Constant a head (null)", GREY, "o"),
+    "null:random": _null("Random label (null)", GREY, "D"),
+    "oracle": _oracle("True future attention (oracle)", DARK_GREY, "d"),
+    "oracle:lifespan": _oracle("True lifespan (oracle)", DARK_GREY, "*"),
+    "oracle:attention": _oracle("True future attention (oracle)", DARK_GREY, "d"),
     # every key, in few bits: points
     "quant:int8": _quantised("INT8", BLACK, "s"),
     "quant:int4": _quantised("INT4", BLACK, "D"),
@@ -141,7 +149,7 @@ def contender_label(name: str) -> str:
     return contender_styles([name])[name].label
 
 
-def contender_styles(names: Iterable[str]) -> dict[str, ContenderStyle]:
+def contender_styles(names: Iterable[str], kinds: Mapping[str, str] | None = None) -> dict[str, ContenderStyle]:
     """Return the style of each named contender of one picture.
 
     A name that is not in the table gets a colour and a marker that depend on the name alone, unless another contender
@@ -149,22 +157,24 @@ def contender_styles(names: Iterable[str]) -> dict[str, ContenderStyle]:
 
     Args:
         names: contenders as `eval compare` names them, with or without a footprint after a space.
+        kinds: name -> ours, rule, null, oracle or quantised, which decides the line of a name that is not in the table.
     """
+    names = list(dict.fromkeys(names))
     styles: dict[str, ContenderStyle] = {}
-    for name in dict.fromkeys(names):
+    for name in names:
         known = _known(name)
         if known is not None:
             styles[name] = known
     taken = {(style.colour, style.marker) for style in (*STYLES.values(), *styles.values())}
-    for name in dict.fromkeys(names):
+    for name in names:
         if name not in styles:
             first = zlib.crc32(name.encode()) % len(FALLBACKS)
             places = (FALLBACKS[(first + step) % len(FALLBACKS)] for step in range(len(FALLBACKS)))
             colour, marker = next((place for place in places if place not in taken), FALLBACKS[first])
             taken.add((colour, marker))
-            line = "" if name.startswith("quant:") else "-"
-            styles[name] = ContenderStyle(_readable(name), colour, marker, line)
-    return styles
+            kind = (kinds or {}).get(name, "quantised" if name.startswith("quant:") else "rule")
+            styles[name] = KINDS[kind](_readable(name), colour, marker)
+    return {name: styles[name] for name in names}
 
 
 def _known(name: str) -> ContenderStyle | None:
