@@ -125,6 +125,11 @@ def _in_bytes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "peak_memory": row["peak_memory_gib"] * GIB} for row in rows]
 
 
+def _training(content: dict[str, Any]) -> Figure:
+    heads = [{**row, "steps_per_second": row["head_steps_per_second"] / row["heads"]} for row in content["heads"]]
+    return training_picture(content["ways"], _in_bytes(heads))
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "contenders": _contenders,
     "bytes": _bytes,
@@ -140,5 +145,5 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "r2_by_layer": lambda content: r2_by_layer_picture(content["by_layer"], content["layers"]),
     "decode": lambda content: decode_picture(content["rows"]),
     "harvest": lambda content: harvest_picture(_in_bytes(content["rows"])),
-    "training": lambda content: training_picture(content["ways"], _in_bytes(content["heads"])),
+    "training": _training,
 }

@@ -177,8 +177,14 @@ def contender_styles(names: Iterable[str], kinds: Mapping[str, str] | None = Non
     return {name: styles[name] for name in names}
 
 
+def _split(name: str) -> tuple[str, str]:
+    """Return a contender's name and its footprint, if it has one: `gates 0.25` is (`gates`, `0.25`)."""
+    match = re.fullmatch(r"(\S+) (\d\S*)", name)
+    return (match[1], match[2]) if match else (name, "")
+
+
 def _known(name: str) -> ContenderStyle | None:
-    name, _, footprint = name.partition(" ")
+    name, footprint = _split(name)
     style = STYLES.get(SAME.get(name, name))
     if style is None and re.fullmatch(r"random:\d+", name):
         style = STYLES["random"]
@@ -189,7 +195,7 @@ def _known(name: str) -> ContenderStyle | None:
 
 def _readable(name: str) -> str:
     """Return a label for a name that is not in the table: `all-gated+4bit`, `quant:kivi2@32`, `my_policy`."""
-    name, _, footprint = name.partition(" ")
+    name, footprint = _split(name)
     rest = f", {footprint}" if footprint else ""
     if name.startswith("quant:") and "@" in name:
         scheme, _, latest = name.partition("@")

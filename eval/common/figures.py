@@ -161,11 +161,12 @@ def predicted_against_true(panels: Mapping[str, np.ndarray], limit: float, unit:
     all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     most = max(int(counts.max()) for counts in panels.values())
     norm = matplotlib.colors.LogNorm(1, max(most, 2))
+    blues = matplotlib.colors.ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.25, 1, 256)))
     image = None
     for axes, (name, counts) in zip(all_axes, panels.items(), strict=True):
         edges = np.linspace(0, limit, len(counts) + 1)
         shown = np.ma.masked_equal(counts.T, 0)
-        image = axes.pcolormesh(edges, edges, shown, cmap="viridis_r", norm=norm, rasterized=True)
+        image = axes.pcolormesh(edges, edges, shown, cmap=blues, norm=norm, rasterized=True)
         axes.plot([0, limit], [0, limit], color="#444444", linewidth=0.9, linestyle="--")
         axes.set_aspect("equal")
         axes.set_title(name, fontsize=10)

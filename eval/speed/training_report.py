@@ -75,7 +75,7 @@ def training_picture(ways: list[dict[str, Any]], heads: list[dict[str, Any]]) ->
     for shift, (way, style) in zip((-0.2, 0.2), contender_styles(("together", "apart")).items(), strict=True):
         places = [place + shift for place in range(len(measured))]
         bars = left.bar(places, [row[way] for row in measured], 0.38, **style.bar())
-        left.bar_label(bars, fmt="%.1f", padding=2, fontsize=9)
+        left.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
     left.set_xticks(range(len(measured)), [f"{row['batch']:,}" for row in measured])
     left.set_xlabel("batch, keys a head")
     left.set_ylabel("seconds for the same steps of 48 gates")
