@@ -6,6 +6,7 @@ functions that the measuring commands draw with.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def _recall(content: dict[str, Any]) -> Figure:
     points = []
     for row in content["rows"]:
         right = torch.tensor([1.0] * row["right"] + [0.0] * (row["asked"] - row["right"]), dtype=torch.float64)
-        interval = bootstrap(len(right), lambda weight, right=right: mean_over(weight, right))
+        interval = bootstrap(len(right), partial(mean_over, values=right))
         points.append((row, (row["footprint"], float(right.mean()), *interval)))
     return contenders_figure(_series(points), content["title"], "share of facts recalled", loss=False)
 

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from eval.common.contender_styles import BLACK, BLUE, GREY, STYLES
+from eval.common.contender_styles import BLACK, BLUE, STYLES
 from eval.common.figures import styled
 
 WIDTH, HEIGHT = 2.35, 1.3  # of a box, in inches
@@ -81,13 +81,17 @@ def _one_head(axes: Axes) -> None:
     axes.text(left, 1.85, "One KV head of the cache, oldest key first", fontsize=11.5, weight="bold", va="center")
     for place, kind in enumerate(kinds):
         corner = (left + place * side + 0.03, bottom)
-        style = {"facecolor": faces[kind], "edgecolor": "#BBBBBB" if kind == "d" else faces[kind]}
-        axes.add_patch(Rectangle(corner, side - 0.06, 0.42, linestyle=":" if kind == "d" else "-", **style))
+        _key(axes, corner, side - 0.06, 0.42, faces[kind], evicted=kind == "d")
     legend = [("S", "sinks: always kept"), ("k", "worth more than the price: kept"), ("d", "worth less: evicted")]
     legend += [("w", "window: too young to judge")]
-    place = left
+    at = left
     for (kind, text), step in zip(legend, (2.2, 3.35, 2.35, 0.0), strict=True):
-        style = {"facecolor": faces[kind], "edgecolor": GREY if kind == "d" else faces[kind]}
-        axes.add_patch(Rectangle((place + 0.03, 0.46), 0.2, 0.2, linestyle=":" if kind == "d" else "-", **style))
-        axes.text(place + 0.34, 0.56, text, fontsize=10.5, va="center", color=BLACK)
-        place += step
+        _key(axes, (at + 0.03, 0.46), 0.2, 0.2, faces[kind], evicted=kind == "d")
+        axes.text(at + 0.34, 0.56, text, fontsize=10.5, va="center", color=BLACK)
+        at += step
+
+
+def _key(axes: Axes, corner: tuple[float, float], width: float, height: float, face: str, evicted: bool) -> None:
+    """Draw one key; an evicted one is an empty place."""
+    edge, line = ("#AAAAAA", ":") if evicted else (face, "-")
+    axes.add_patch(Rectangle(corner, width, height, facecolor=face, edgecolor=edge, linestyle=line))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
+import matplotlib.cm
 import matplotlib.colors
 import numpy as np
 from matplotlib.axes import Axes
@@ -50,7 +51,7 @@ def styled(draw: Callable[Parameters, Drawn]) -> Callable[Parameters, Drawn]:
 
     @functools.wraps(draw)
     def drawn(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Drawn:
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]  # known keys, of a plain dict
             result = draw(*args, **kwargs)
             if isinstance(result, Figure):
                 result.draw_without_rendering()  # ticks are made when they are first drawn, in the style of that moment
@@ -100,10 +101,10 @@ def heads_heatmap(
     count, heads = values.shape
     figure = new_figure((max(5.0, 2.0 + 0.34 * count), max(2.3, 1.3 + 0.34 * heads)))
     axes = figure.add_subplot()
-    high = float(np.nanmax(values)) if np.isfinite(values).any() else low
-    image = axes.imshow(values.T, aspect="auto", cmap="viridis", vmin=low, vmax=max(high, low + 1e-6))
+    high = max(float(np.nanmax(values)) if np.isfinite(values).any() else low, low + 1e-6)
+    image = axes.imshow(values.T, aspect="auto", cmap="viridis", vmin=low, vmax=high)
     if heads <= 16:
-        write_cells(axes, values.T, (image.norm.vmin + image.norm.vmax) / 2)
+        write_cells(axes, values.T, (low + high) / 2)
     axes.set_xticks(range(count), [str(layer) for layer in layers], fontsize=8)
     axes.set_yticks(range(heads), [str(head) for head in range(heads)] if columns is None else list(columns))
     axes.set_xlabel("layer")
@@ -162,17 +163,17 @@ def predicted_against_true(panels: Mapping[str, np.ndarray], limit: float, unit:
     most = max(int(counts.max()) for counts in panels.values())
     norm = matplotlib.colors.LogNorm(1, max(most, 2))
     blues = matplotlib.colors.ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.25, 1, 256)))
-    image = None
     for axes, (name, counts) in zip(all_axes, panels.items(), strict=True):
         edges = np.linspace(0, limit, len(counts) + 1)
         shown = np.ma.masked_equal(counts.T, 0)
-        image = axes.pcolormesh(edges, edges, shown, cmap=blues, norm=norm, rasterized=True)
+        axes.pcolormesh(edges, edges, shown, cmap=blues, norm=norm, rasterized=True)
         axes.plot([0, limit], [0, limit], color="#444444", linewidth=0.9, linestyle="--")
         axes.set_aspect("equal")
         axes.set_title(name, fontsize=10)
         axes.set_xlabel(f"true {unit}")
     all_axes[0].set_ylabel(f"predicted {unit}")
-    figure.colorbar(image, ax=all_axes, label="keys a cell", pad=0.01)
+    scale = matplotlib.cm.ScalarMappable(norm, blues)
+    figure.colorbar(scale, ax=all_axes, label="keys a cell", pad=0.01)
     return figure
 
 

@@ -151,8 +151,8 @@ def _bars(rows: dict[str, Any]) -> Figure:
     figure = new_figure((8.0, 1.5 + 0.45 * len(rows)))
     axes, height = figure.add_subplot(), 0.8 / len(shown)
     for number, name in enumerate(shown):
-        bars = [(place + number * height, row[name]) for place, row in enumerate(rows.values()) if row.get(name)]
-        axes.barh(*zip(*bars, strict=True), height * 0.9, label=NAMES[name], color=COLOURS[number])
+        bars = {place + number * height: row[name] for place, row in enumerate(rows.values()) if row.get(name)}
+        axes.barh(list(bars), list(bars.values()), height * 0.9, label=NAMES[name], color=COLOURS[number])
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(rows))], list(rows))
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
