@@ -54,7 +54,7 @@ class HeadDashboard(L.Callback):
         """
         if not isinstance(pl_module, LifespanGates) or not pl_module.objective.in_log4:
             raise SmartKVError(
-                "HeadDashboard draws the R² of log4 lifespan, which the objective of this run does not have: "
+                "HeadDashboard draws R² of log4 lifespan, which this run's objective does not have: "
                 "leave it out of the callbacks"
             )
 
