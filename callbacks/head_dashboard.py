@@ -1,4 +1,4 @@
-"""What TensorBoard shows of the heads, and the table at the end of a fit."""
+"""TensorBoard's pictures of the heads, and the table at the end of a fit."""
 
 import csv
 from functools import partial
@@ -8,56 +8,83 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 from rich.table import Table
 
+from callbacks.hybrid_cache_perplexity import HybridCachePerplexity
+from callbacks.tensorboard_logging import (
+    LEARNING_RATE_TAG,
+    SUMMARY_TAGS,
+    custom_scalars_layout,
+    tensorboard_logger,
+    tensorboard_writer,
+)
 from datamodules.distributed import process_of, sum_over_processes
 from datamodules.lifespan_shards import LifespanShards
 from eval.common.console import make_console
-from eval.common.figures import heads_heatmap, predicted_against_true
+from eval.common.figures import heads_heatmap, lifespan_histogram, predicted_against_true
 from lightning_modules.gates import LifespanGates
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import head_name
 from smartkv.metrics.nulls import score_nulls
 
-SUMMARY_TAGS = ["val_r2_mean", "val_r2_median", "val_r2_p10", "val_r2_min"]
-
 
 class HeadDashboard(L.Callback):
-    """Nulls, heatmap of R² by layer and head, predicted-against-true histograms, custom scalar layout, hparams with the
-    final figure; at the end a table by layer, and `heads.csv` in the run's folder with every head.
+    """Callback that shows how well each head's gate predicts.
+
+    TensorBoard gets the R² of the nulls (`val_r2_null/…`), the learning rate (`lr`), a heatmap of R² by layer and head
+    (`heads/r2`), histograms of prediction against truth (`heads/predicted_against_true`), a layout of custom scalars
+    with one card a question, and the hyperparameters with the final figures. At its end a fit prints a table by layer
+    and writes `heads.csv` with every head into the run's folder.
 
     Args:
-        sample_windows: validation windows whose keys are drawn in the histograms.
+        sample_windows: validation windows whose keys are counted in the histograms.
     """
 
     def __init__(self, sample_windows: int = 4) -> None:
+        """Keep the number of windows; nothing is measured yet."""
         self.sample_windows = sample_windows
-        self.nulls: dict[str, torch.Tensor] = {}  # R² of each, `[gates]`
+        self.nulls: dict[str, torch.Tensor] = {}  # null -> R² of each gate, `[gates]`
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
-        """
+        """Check that there is an R² to draw.
+
         Raises:
-            SmartKVError: what is trained has no R² to draw.
+            SmartKVError: the module's objective is not log4 lifespan.
         """
         if not isinstance(pl_module, LifespanGates) or not pl_module.objective.in_log4:
-            raise SmartKVError("HeadDashboard draws R², which this objective has not: leave it out of the callbacks")
+            raise SmartKVError(
+                "HeadDashboard draws R² of log4 lifespan, which this run's objective does not have: "
+                "leave it out of the callbacks"
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
-        if isinstance(trainer.datamodule, LifespanShards):  # online, keys are gone before nulls could learn from them
-            # each process reads its share: were it one alone, the others would give up waiting for it in a long run
+        """Score the nulls, where the keys lie in shards, and lay out TensorBoard's custom scalars."""
+        if isinstance(trainer.datamodule, LifespanShards):  # online keys are gone before nulls could learn from them
+            # every process reads its share: if one read all, the others' waiting would time out in a long run
             rank, world = process_of(trainer)
-            together = {"share": slice(rank, None, world), "sum_over_processes": partial(sum_over_processes, trainer)}
-            scores = score_nulls(trainer.datamodule.rows, pooled=True, **together)
+            sum_up = partial(sum_over_processes, trainer)
+            share = slice(rank, None, world)
+            scores = score_nulls(trainer.datamodule.rows, pooled=True, share=share, sum_over_processes=sum_up)
             self.nulls = {name: sums.r2() for name, sums in scores.items()}
         writer = tensorboard_writer(trainer)
         if writer is None or not trainer.is_global_zero:
             return
         for name, r2 in self.nulls.items():
             writer.add_scalar(f"val_r2_null/{name}", float(r2.nanmean()), trainer.global_step)
-        writer.add_custom_scalars(_layout(pl_module))
+        eviction = any(isinstance(callback, HybridCachePerplexity) for callback in trainer.callbacks)
+        writer.add_custom_scalars(custom_scalars_layout(eviction))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LifespanGates, *_: Any) -> None:
+        """Write the learning rate as often as the Trainer logs, and at the first step."""
+        step = trainer.global_step
+        if trainer.is_global_zero and (step == 1 or step % trainer.log_every_n_steps == 0):
+            writer = tensorboard_writer(trainer)
+            if writer is not None:
+                writer.add_scalar(LEARNING_RATE_TAG, trainer.optimizers[0].param_groups[0]["lr"], step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
+        """Draw the heatmap of R² and the histograms."""
         writer = tensorboard_writer(trainer)
         if writer is None or trainer.sanity_checking or not trainer.is_global_zero:
             return
@@ -69,23 +96,27 @@ class HeadDashboard(L.Callback):
         writer.add_figure("heads/predicted_against_true", self._histograms(trainer, pl_module), trainer.global_step)
 
     @torch.no_grad()
-    def _histograms(self, trainer: L.Trainer, module: LifespanGates) -> Any:
+    def _histograms(self, trainer: L.Trainer, module: LifespanGates) -> Figure:
+        """Draw prediction against truth for the worst, the median and the best head."""
         rows = trainer.datamodule.rows
         blocks = trainer.datamodule.first_blocks("validation")[: self.sample_windows]
         prediction = torch.cat([module(rows.keys(block).to(module.device)).cpu() for block in blocks], dim=1).numpy()
         truth = rows.target(*blocks).numpy()
         order = module.val_r2_head.argsort().tolist()
         chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
-        panels = {}
+        panels, limit = {}, float(np.log2(rows.follow_up) / 2)
         for name, gate in chosen.items():
             head = head_name(*module.bank.heads[gate])
-            panels[f"{name}: {head}, R² {module.val_r2_head[gate]:.3f}"] = (prediction[gate], truth[gate])
-        return predicted_against_true(panels, float(np.log2(rows.follow_up) / 2))
+            panels[f"{name}: {head}, R² {module.val_r2_head[gate]:.3f}"] = lifespan_histogram(
+                prediction[gate], truth[gate], limit
+            )
+        return predicted_against_true(panels, limit)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
+        """Write the hyperparameters with the final figures and `heads.csv`, and print the table by layer."""
         if not trainer.is_global_zero or pl_module.val_r2_head is None:
             return
-        logger = _logger(trainer)
+        logger = tensorboard_logger(trainer)
         if logger is not None:
             final = {f"hp/{tag}": float(trainer.callback_metrics[tag]) for tag in SUMMARY_TAGS}
             data = {"threshold": trainer.datamodule.rows.threshold, "inputs": trainer.datamodule.rows.inputs}
@@ -99,7 +130,7 @@ class HeadDashboard(L.Callback):
         console.print(f"every head: {path}", highlight=False)
 
     def _columns(self, module: LifespanGates) -> dict[str, torch.Tensor]:
-        """R² of the last validation, the nulls, training losses of the first and last epoch: `[gates]` each."""
+        """Return R² of the last validation and of the nulls, and the first and last epoch's loss: `[gates]` each."""
         columns = {"R²": module.val_r2_head, **{f"R² {name}": r2 for name, r2 in self.nulls.items()}}
         epochs = [entry for entry in module.loss_history if "train" in entry]
         for entry in epochs[:1] + epochs[-1:]:
@@ -126,22 +157,3 @@ class HeadDashboard(L.Callback):
         table.add_section()
         table.add_row("mean", *(f"{float(value.nanmean()):.3f}" for value in columns.values()))
         return table
-
-
-def _logger(trainer: L.Trainer) -> TensorBoardLogger | None:
-    return next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
-
-
-def tensorboard_writer(trainer: L.Trainer) -> Any:
-    """TensorBoard's own writer; None where the run has no such logger."""
-    logger = _logger(trainer)
-    return None if logger is None else logger.experiment
-
-
-def _layout(module: LifespanGates) -> dict[str, Any]:
-    """TensorBoard's "custom scalars": the summary in one chart, and a chart a layer."""
-    by_layer: dict[str, Any] = {}
-    for layer, head in module.bank.heads:
-        chart = by_layer.setdefault(f"layer {layer:02d}", ["Multiline", []])
-        chart[1].append(f"val_r2_head/{head_name(layer, head)}")
-    return {"R²": {"summary": ["Multiline", SUMMARY_TAGS]}, "R² by layer": by_layer}

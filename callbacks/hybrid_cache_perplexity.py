@@ -1,4 +1,4 @@
-"""Perplexity of the LM under eviction by the gates as they stand, while they are trained."""
+"""Perplexity of the LM under eviction by the gates that are being trained."""
 
 import time
 
@@ -6,8 +6,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from callbacks.head_dashboard import tensorboard_writer
-from eval.common.figures import frontier
+from callbacks.tensorboard_logging import tensorboard_writer
+from eval.common.footprint_figures import frontier
 from lightning_modules.gates import LifespanGates
 from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
@@ -21,21 +21,22 @@ from smartkv.policies.named import named_policy, read_policy
 
 
 class HybridCachePerplexity(L.Callback):
-    """Measures at validations, with held-out windows of the harvest: the policy under the current gates at each
-    footprint, beside a sliding window of equal footprint and the full cache.
+    """Callback that measures, after a validation, what eviction by the current gates costs.
 
-    Logs `val_perplexity/…`, `val_delta_nll/…` (nats a token), `val_footprint/…` and `val_peak_bytes/…` of `full`,
-    `window_0.22`, `all-gated_0.22` and so on, and a figure of the frontier. Windows are divided among processes.
+    The frozen LM reads held-out windows of the harvest under the policy at each footprint, under a sliding window of
+    equal footprint, and with a full cache. The callback logs `val_perplexity/…`, `val_delta_nll/…` (nats a token),
+    `val_footprint/…` and `val_peak_bytes/…` of `full`, `window_0.22`, `all-gated_0.22` and so on, and draws
+    `eviction/frontier`. Windows are divided among processes.
 
     Args:
         footprints: shares of the full cache, each in (0, 1].
         policy: a named one (all-gated, default, lifespan) or a YAML file.
         windows: validation windows to measure, over all processes.
         calibration_windows: training windows on which the policy's open figures are solved.
-        score_from: tokens of a window are scored from this one on; null: the second half.
+        score_from: first token of a window that is scored. Null: the middle one.
         every_n_epochs: epochs between measurements. The first is at the end of epoch `every_n_epochs`.
-        max_share: of the run's time so far; while earlier measurements have taken more, the next is left out. What the
-            run ends with is always measured.
+        max_share: share of the run's time that measurements may take, from 0 to 1. While earlier ones have taken more,
+            the next is left out. The gates at the end of the run are always measured.
         dtype: of the LM; auto, float32, bfloat16 or float16.
         chunk: tokens of a text that go through the model together.
     """
@@ -52,6 +53,7 @@ class HybridCachePerplexity(L.Callback):
         dtype: str = "auto",
         chunk: int = 1024,
     ) -> None:
+        """Keep the settings; `setup` checks them."""
         self.footprints, self.policy_name, self.windows = tuple(footprints), policy, windows
         self.calibration_windows, self.score_from = calibration_windows, score_from
         self.every_n_epochs, self.max_share, self.dtype, self.chunk = every_n_epochs, max_share, dtype, chunk
@@ -59,10 +61,14 @@ class HybridCachePerplexity(L.Callback):
         self.started = self.spent = 0.0
         self.measured_step = -1
 
-    # -- when -------------------------------------------------------------------------------------------------------
+    # -- schedule -----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: LifespanGates, stage: str) -> None:
-        """Everything that can be wrong is told here, before the LM is loaded."""
+        """Check every setting before the LM is loaded, and choose the windows.
+
+        Raises:
+            SmartKVError: a setting is out of range, or the policy does not fit the gates or the footprints.
+        """
         if min(self.windows, self.calibration_windows, self.every_n_epochs, self.chunk) < 1:
             raise SmartKVError("windows, calibration_windows, every_n_epochs and chunk must be at least 1")
         if not self.footprints or not all(0 < f <= 1 for f in self.footprints):
@@ -77,18 +83,20 @@ class HybridCachePerplexity(L.Callback):
                 f"score_from must be at least 1 and below the window of {window} tokens, got {self.first_token}"
             )
         self.policy = read_policy(self.policy_name, fingerprint.layers)
-        with torch.device("meta"):  # gates to come: no weights yet, and no random numbers drawn before the module's
+        with torch.device("meta"):  # the gates of the run, without weights, so that no random numbers are drawn here
             self.policy.check(fingerprint, GateBank(fingerprint, rows.layers, details={"inputs": rows.inputs}))
         if self.policy.open is None:
-            raise SmartKVError(f"policy '{self.policy_name}' leaves nothing open that a footprint could decide")
+            raise SmartKVError(
+                f"policy '{self.policy_name}' leaves nothing open that a footprint could decide: "
+                "leave out its price or its window"
+            )
         plan = trainer.datamodule.plan
-        self.held_out, self.learn = (
-            plan.of_split(split)[:count]
-            for split, count in (("validation", self.windows), ("train", self.calibration_windows))
-        )
+        self.held_out = plan.of_split("validation")[: self.windows]
+        self.learn = plan.of_split("train")[: self.calibration_windows]
         self.started = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
+        """Measure, every `every_n_epochs` epochs, if the time allows it."""
         if trainer.sanity_checking:
             return
         fitting = trainer.state.fn == "fit"
@@ -97,7 +105,7 @@ class HybridCachePerplexity(L.Callback):
         pl_module.log_dict(self._measure(trainer, pl_module), sync_dist=True)  # the same on every process
 
     def on_train_end(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
-        """What the run ends with. The module can log no more, so it goes straight to the loggers."""
+        """Measure the gates at the end of the run, and hand the figures to the loggers: the module can log no more."""
         if trainer.fast_dev_run or self.measured_step == trainer.global_step:
             return
         figures = self._measure(trainer, pl_module)
@@ -105,11 +113,11 @@ class HybridCachePerplexity(L.Callback):
             logger.log_metrics(figures, trainer.global_step)
 
     def _affordable(self, trainer: L.Trainer) -> bool:
-        """Decided by one process for all."""
+        """Return whether the time allows a measurement; one process decides for all."""
         within = self.spent <= self.max_share * (time.monotonic() - self.started)
         return bool(trainer.strategy.broadcast(within))
 
-    # -- what ---------------------------------------------------------------------------------------------------------
+    # -- measurement --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, pl_module: LifespanGates) -> dict[str, float]:
@@ -122,7 +130,9 @@ class HybridCachePerplexity(L.Callback):
         for footprint in self.footprints:
             try:
                 policy = solve(self.policy, footprint, calibration)
-            except FootprintOutOfReach:  # gates of an early epoch may not be able to keep that little, or that much
+            except (
+                FootprintOutOfReach
+            ):  # the gates of an early epoch may reach no price that keeps so much or so little
                 continue
             measured[f"{policy.name}_{footprint:g}"] = self._windows(trainer, gates, policy)
         self._draw(trainer, measured)
@@ -131,7 +141,7 @@ class HybridCachePerplexity(L.Callback):
         return self._figures(measured)
 
     def _prepare(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
-        """What the gates do not change: the LM, its keys of the calibration windows, full cache and sliding window."""
+        """Load the LM and measure what does not depend on the gates: the full cache and the sliding window."""
         manifest = trainer.datamodule.rows.manifest
         self.lm = load_backbone(manifest.arguments["backbone"], self.dtype, pl_module.device)
         self.keys = [read_keys(self.lm.model, window) for window in self.learn]
@@ -144,21 +154,22 @@ class HybridCachePerplexity(L.Callback):
             self.reference[f"window_{footprint:g}"] = self._windows(trainer, None, policy)
 
     def _windows(self, trainer: L.Trainer, gates: GateBank | None, policy: HybridPolicy | None) -> Tensor:
-        """NLL, footprint and peak bytes of every window, float64 `[windows, 3]`, the same on every process.
+        """Return NLL, footprint and peak bytes of every window, float64 `[windows, 3]`, the same on every process.
 
         Each window is measured by one process and added to the others' zeros, so the sum is exact.
         """
         model, rank, world = self.lm.model, trainer.global_rank, trainer.world_size
-        found = torch.zeros(len(self.held_out), 3, dtype=torch.float64, device=model.device)
+        rows = torch.zeros(len(self.held_out), 3, dtype=torch.float64, device=model.device)
         for number in range(rank, len(self.held_out), world):
             tokens = self.held_out[number]
             if policy is None:
                 row = (window_nll(model, tokens, self.first_token), 1.0, full_cache_bytes(model, len(tokens) - 1))
             else:
-                own = evicted_nll(model, gates if policy.gated else None, policy, tokens, self.first_token, self.chunk)
-                row = (own.nll, float(own.footprint.mean()), own.peak_bytes)
-            found[number] = torch.tensor(row, dtype=torch.float64)
-        return trainer.strategy.reduce(found, reduce_op="sum").cpu()
+                bank = gates if policy.gated else None
+                window = evicted_nll(model, bank, policy, tokens, self.first_token, self.chunk)
+                row = (window.nll, float(window.footprint.mean()), window.peak_bytes)
+            rows[number] = torch.tensor(row, dtype=torch.float64)
+        return trainer.strategy.reduce(rows, reduce_op="sum").cpu()
 
     def _figures(self, measured: dict[str, Tensor]) -> dict[str, float]:
         figures = {}

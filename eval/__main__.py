@@ -12,6 +12,7 @@ from eval.eviction.auto import auto
 from eval.eviction.compare import compare
 from eval.eviction.gains import gains
 from eval.eviction.perplexity import perplexity
+from eval.figures_of_docs import figures
 from eval.gates.layers import layers
 from eval.gates.objectives import objectives
 from eval.gates.score import gates
@@ -34,6 +35,7 @@ COMMANDS = {
     "calibrate": calibrate,
     "compare": compare,
     "decode": decode,
+    "figures": figures,
     "gains": gains,
     "gates": gates,
     "generate": generate,

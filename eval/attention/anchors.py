@@ -11,7 +11,8 @@ from rich.table import Table
 from torch import Tensor
 
 from eval.common.console import make_console
-from eval.common.figures import COLOURS
+from eval.common.contender_styles import COLOURS
+from eval.common.figures import WIDE, legend_beside, new_figure, styled
 from eval.common.options import Model, Texts
 from eval.common.results import machine, save_picture, write_result, write_tables
 from smartkv.errors import SmartKVError
@@ -109,7 +110,7 @@ def anchors(
     settings |= {"split": texts.split, "sinks": sinks, "recent": recent, "dtype": str(lm.model.dtype), "seed": seed}
     folder = Path(out)
     result = write_result(folder, "anchors", settings, figures)
-    picture = save_picture(_picture(attention, keys, found, model.backbone), folder / "anchors.png")
+    picture = save_picture(anchors_picture(attention, keys, found, model.backbone), folder / "anchors.png")
     console.print(table)
     for path in (result, write_tables(folder / "anchors.md", [table]), picture):
         console.print(f"  {path}", highlight=False)
@@ -127,19 +128,20 @@ def _table(attention: Tensor, keys: Tensor, found: list[int]) -> Table:
     return table
 
 
-def _picture(attention: Tensor, keys: Tensor, found: list[int], backbone: str) -> Figure:
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
+@styled
+def anchors_picture(attention: Tensor, keys: Tensor, found: list[int], backbone: str) -> Figure:
+    figure = new_figure((WIDE[0] + 0.8, WIDE[1]))
     axes = figure.add_subplot()
     layers, bottom = np.arange(len(attention)), np.zeros(len(attention))
     for place, n in enumerate(found):
         values = attention[:, n].numpy()
         label = f"{NAMES[n].replace('_', ' ')} ({float(keys[n]):.1%} of the keys)"
-        style = {"color": COLOURS[place % len(COLOURS)], "hatch": "" if place < len(COLOURS) else "//"}
-        axes.bar(layers, values, bottom=bottom, width=0.9, label=label, **style)
+        axes.bar(layers, values, bottom=bottom, width=0.9, label=label, color=COLOURS[place % len(COLOURS)])
         bottom += values
     axes.set_xlabel("layer")
     axes.set_ylabel("share of the attention")
     axes.set_ylim(0, 1)
-    axes.set_title(f"{backbone}: where the attention goes", fontsize=10)
-    figure.legend(loc="outside right upper", fontsize=8)
+    axes.set_title(f"{backbone}: where the attention goes")
+    axes.grid(False)
+    legend_beside(figure, axes, reverse=True)  # as the bars are stacked
     return figure

@@ -61,7 +61,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def save_picture(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path)
     return path
 
 

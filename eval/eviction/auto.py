@@ -124,14 +124,11 @@ def _table(policy: HybridPolicy, layers: int) -> Table:
 def _picture(trade: Trade, policy: HybridPolicy) -> Figure:
     """How much each option costs each layer, above its cheapest."""
     above = trade.divergence - trade.divergence.amin(dim=1, keepdim=True)
-    figure = heads_heatmap(
+    return heads_heatmap(
         (above * 1000).numpy(),
         range(len(above)),
-        "divergence above the layer's best option",
+        "Divergence above the layer's best option",
         "thousandths of a nat a token",
+        columns=[f"{option.rule} {option.window}" for option in trade.options],
+        column_label="rule and window",
     )
-    axes = figure.axes[0]
-    axes.set_xlabel("option")
-    names = [f"{option.rule}\n{option.window}" for option in trade.options]
-    axes.set_xticks(range(len(names)), names, fontsize=7)
-    return figure

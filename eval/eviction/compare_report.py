@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from eval.common.figures import contenders_figure
+from eval.common.footprint_figures import DELTA_NLL, contenders_figure
 from eval.common.results import machine, save_picture, write_result, write_tables
 from eval.eviction.frontier import REFERENCE, equal_loss_ratio, loss_at
 from smartkv.errors import SmartKVError
@@ -138,12 +138,11 @@ def report(
         curves[text] = [curve(row, text, full, owners[text]) for row in rest]
         series = _series((c.row, c.footprint, c.delta_nll, *c.interval) for c in curves[text])
         title = f"{settings['backbone']}, {len(owners[text])} windows of {settings['window']:,} tokens: {text}"
-        label = "ΔNLL against the full cache, nats a token"
-        pictures.append(save_picture(contenders_figure(series, title, label), out / f"frontier_{text}.png"))
+        pictures.append(save_picture(contenders_figure(series, title, DELTA_NLL), out / f"frontier_{text}.png"))
         if any(c.row.kind == "quantised" for c in curves[text]):
             series = _series((c.row, c.stored or c.footprint, c.delta_nll, *c.interval) for c in curves[text])
             pictures.append(
-                save_picture(contenders_figure(series, title, label, axis=BYTES), out / f"bytes_{text}.png")
+                save_picture(contenders_figure(series, title, DELTA_NLL, axis=BYTES), out / f"bytes_{text}.png")
             )
         title = f"{text}; full cache: {whole[text]['nll']:.4f} nats a token"
         tables.append(_table(title, curves[text], shares, owners[text]))

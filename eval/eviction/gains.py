@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
 from eval.common.console import make_console
-from eval.common.figures import COLOURS
 from eval.common.results import read_result, save_picture, write_result, write_tables
+from eval.eviction.gains_figure import GainBar, gains_picture
 from smartkv.errors import SmartKVError
 from smartkv.metrics.bootstrap import bootstrap
 
@@ -81,7 +80,8 @@ def gains(out: str, base: str, trained: list[str], against: str | None = None) -
     result = write_result(Path(out), "gains", arguments, {"units": UNITS, "full": changes, "gains": _plain(found)})
     for table in tables:
         console.print(table)
-    picture = save_picture(_picture(found), Path(out) / "gains.png")
+    bars = [GainBar(g.run, g.text, g.contender, g.target, g.cost_before, g.fall, g.interval) for g in found]
+    picture = save_picture(gains_picture(bars), Path(out) / "gains.png")
     for path in (result, write_tables(Path(out) / "gains.md", tables), picture):
         console.print(f"  {path}", highlight=False)
 
@@ -211,32 +211,3 @@ def _table(found: list[Gain], reference: str) -> Table:
         costs = f"{gain.cost_before:.4f}", f"{gain.cost:.4f}"
         table.add_row(gain.run, gain.text, f"{gain.contender} {gain.target:g}", footprints, *read, *costs, change, fall)
     return table
-
-
-def _picture(found: list[Gain]) -> Figure:
-    """What is left of the cost before, by policy and run, with its interval; no bar where nothing was lost before."""
-    groups = list(dict.fromkeys((g.text, g.contender, g.target) for g in found))
-    runs = list(dict.fromkeys(g.run for g in found))
-    short = [Path(run).name for run in runs]
-    figure = Figure(figsize=(max(6.0, 0.5 * len(groups) * len(runs) + 2), 4.2), layout="constrained")
-    axes, width = figure.add_subplot(), 0.8 / len(runs)
-    axes.axhline(100, color="#555555", linestyle=":", label="before")
-    for gain in found:
-        if gain.fall is None or gain.interval is None:
-            continue
-        number, group = runs.index(gain.run), groups.index((gain.text, gain.contender, gain.target))
-        left, (most, least) = 100 * (1 - gain.fall), (100 * (1 - fall) for fall in gain.interval)
-        name = short[number] if len(set(short)) == len(short) else gain.run
-        bar = {"color": COLOURS[number % len(COLOURS)], "label": name, "yerr": [[left - least], [most - left]]}
-        axes.bar(group + (number + 0.5) * width - 0.4, left, 0.9 * width, capsize=3, **bar)
-    costs = {(g.text, g.contender, g.target): g.cost_before for g in found}
-    names = [
-        f"{contender} {target:g}\n{text}\nbefore: {costs[text, contender, target]:.4f}"
-        for text, contender, target in groups
-    ]
-    axes.set_xticks(range(len(groups)), names, fontsize=8)
-    axes.set_ylabel("what is left of the cost of eviction, %")
-    axes.set_xlabel("policy and footprint, text, cost before in nats a token")
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one for each run
-    axes.legend(handles.values(), handles.keys(), fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure

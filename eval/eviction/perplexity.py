@@ -7,7 +7,8 @@ import torch
 from rich.progress import Progress
 
 from eval.common.console import make_console
-from eval.common.figures import frontier, lines_by_layer
+from eval.common.figures import lines_by_layer
+from eval.common.footprint_figures import frontier
 from eval.common.options import Measure, Model, Texts
 from eval.common.results import save_picture, write_result
 from eval.common.resume import Measurements, digest, digests
@@ -180,7 +181,9 @@ def _write(console: Any, out: Path, settings: dict[str, Any], full: list[float],
     pictures = [
         save_picture(frontier(series, title), out / "frontier.png"),
         save_picture(
-            lines_by_layer(shares, layers, "Which layers hold the memory", "share of a full cache's keys"),
+            lines_by_layer(
+                shares, layers, "Which layers hold the memory", "share of a full cache's keys", contenders=True
+            ),
             out / "footprint_by_layer.png",
         ),
     ]
@@ -191,7 +194,7 @@ def _write(console: Any, out: Path, settings: dict[str, Any], full: list[float],
 
 
 def _name(point: Point) -> str:
-    return f"{point.policy}, footprint {point.footprint:.2f}"
+    return f"{point.policy} {point.footprint:.2f}"
 
 
 def _in_the_middle(points: list[Point]) -> list[Point]:

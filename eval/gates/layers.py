@@ -109,6 +109,11 @@ def _table(grids: dict[str, Tensor]) -> Table:
     return table
 
 
+def needle_title(window: int) -> str:
+    """Return the title of the picture of heads that look back at facts that are asked for."""
+    return f"Keys hit beyond {window} tokens: text that asks for facts, less plain text"
+
+
 def _pictures(folder: Path, grids: dict[str, Tensor], windows: list[int]) -> list[Path]:
     count = len(next(iter(grids.values())))
     shown: dict[str, Any] = {
@@ -117,9 +122,9 @@ def _pictures(folder: Path, grids: dict[str, Tensor], windows: list[int]) -> lis
     title, share = "Keys that are looked at again after a window, by layer", "share of keys"
     found = [save_picture(lines_by_layer(shown, range(count), title, share), folder / "beyond_windows.png")]
     titles = {
-        f"hit_beyond_{windows[len(windows) // 2]}": (f"Keys hit beyond\n{windows[len(windows) // 2]} tokens", share),
-        "needle": (f"Keys hit beyond {max(windows)} tokens:\ntext that asks back\nabove plain text", share),
-        "predicted_cap": ("Longest lives that\ngates predict (99 %)", "tokens"),
+        f"hit_beyond_{windows[len(windows) // 2]}": (f"Keys hit beyond {windows[len(windows) // 2]} tokens", share),
+        "needle": (needle_title(max(windows)), share),
+        "predicted_cap": ("Longest lives that gates predict (99 %)", "tokens"),
     }
     for name, (title, label) in titles.items():
         if name in grids:

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from eval.common.console import make_console
-from eval.common.figures import COLOURS, lines_by_layer
+from eval.common.contender_styles import COLOURS
+from eval.common.figures import lines_by_layer, new_figure, styled
 from eval.common.results import read_result, save_picture, write_result, write_tables
 from eval.eviction.frontier import Point, loss_at, read_points
 from eval.gates.ranking import ORACLE
@@ -143,20 +144,20 @@ def _layers(layers: dict[str, list[float]]) -> Table:
     return table
 
 
+@styled
 def _bars(rows: dict[str, Any]) -> Figure:
     """Future attention held by the top keys of all heads, and pairs in order."""
     shown = [name for name in ("top_10_all", "top_25_all", "concordance") if any(name in row for row in rows.values())]
-    figure = Figure(figsize=(7.5, 1.2 + 0.45 * len(rows)), layout="constrained")
+    figure = new_figure((8.0, 1.5 + 0.45 * len(rows)))
     axes, height = figure.add_subplot(), 0.8 / len(shown)
     for number, name in enumerate(shown):
-        places = [place + number * height for place in range(len(rows))]
-        values = [row.get(name) or 0.0 for row in rows.values()]
-        axes.barh(places, values, height * 0.9, label=NAMES[name], color=COLOURS[number])
-    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(rows))], list(rows), fontsize=8)
+        bars = {place + number * height: row[name] for place, row in enumerate(rows.values()) if row.get(name)}
+        axes.barh(list(bars), list(bars.values()), height * 0.9, label=NAMES[name], color=COLOURS[number])
+    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(rows))], list(rows))
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("share (of future attention; of pairs of keys)")
-    axes.set_title("What the highest scores hold", fontsize=10)
-    axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    axes.set_title("What the highest scores hold")
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure

@@ -1,5 +1,6 @@
 """What `eval gates` shows: R² by layer and head, order, calibration."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from eval.common.figures import COLOURS, heads_heatmap, lines_by_layer, predicted_against_true
+from eval.common.figures import (
+    PANEL,
+    heads_heatmap,
+    lifespan_histogram,
+    lines_by_layer,
+    new_figure,
+    predicted_against_true,
+    series_style,
+    styled,
+)
 from eval.common.results import save_picture
 from smartkv.gates.bank import GateBank, head_name
 from smartkv.metrics.bootstrap import bootstrap
@@ -18,6 +28,7 @@ from smartkv.metrics.r2 import RegressionSums
 from smartkv.metrics.ranking import Reliability
 
 Nulls = dict[str, RegressionSums]
+BESIDE = ("token_table", "position", "constant")  # the nulls that the picture by layer shows
 
 
 def r2_figures(sums: RegressionSums, nulls: Nulls, names: list[str]) -> dict[str, Any]:
@@ -54,21 +65,21 @@ def r2_pictures(
     """By head, by layer beside the nulls, and predicted against true (of `drawn`) for three heads."""
     r2, by_layer = sums.r2(), _by_layer(bank, sums, nulls)
     title = f"R² by head on {len(sums.count)} validation windows, mean {r2.nanmean():.3f}"
-    shown = {
-        "gates": by_layer["gates"],
-        "null: token-id table": by_layer["token_table"],
-        "null: position": by_layer["position"],
-        "null: constant": by_layer["constant"],
-    }
     grid, names = r2.view(len(bank.layers), -1).numpy(), [head_name(*head) for head in bank.heads]
     return [
         save_picture(heads_heatmap(grid, bank.layers, title, "R²"), folder / "r2_by_head.png"),
         save_picture(
-            lines_by_layer(shown, bank.layers, "R² by layer: gates beside their nulls", "R² (mean over KV heads)"),
+            r2_by_layer_picture({name: by_layer[name] for name in ("gates", *BESIDE)}, bank.layers),
             folder / "r2_by_layer.png",
         ),
         save_picture(_histograms(drawn, r2, names, follow_up), folder / "predicted_against_true.png"),
     ]
+
+
+def r2_by_layer_picture(by_layer: dict[str, list[float]], layers: list[int]) -> Figure:
+    """Draw the R² of gates and nulls, name -> mean over the KV heads of each layer."""
+    title = "R² by layer: gates beside their nulls"
+    return lines_by_layer(by_layer, layers, title, "R² of log4 lifespan, mean over KV heads", contenders=True)
 
 
 def print_r2(console: Console, bank: GateBank, figures: dict[str, Any], sums: RegressionSums, nulls: Nulls) -> None:
@@ -88,8 +99,12 @@ def _histograms(drawn: list[tuple[Tensor, Tensor]], r2: Tensor, names: list[str]
     prediction, truth = (torch.cat(parts, dim=1).numpy() for parts in zip(*drawn, strict=True))
     order = r2.nan_to_num(-1).argsort().tolist()
     chosen = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
-    panels = {f"{k}: {names[g]}, R² {r2[g]:.2f}": (prediction[g], truth[g]) for k, g in chosen.items()}
-    return predicted_against_true(panels, torch.tensor(float(follow_up)).log2().item() / 2)
+    limit = math.log2(follow_up) / 2
+    panels = {
+        f"{place}: {names[gate]}, R² {r2[gate]:.2f}": lifespan_histogram(prediction[gate], truth[gate], limit)
+        for place, gate in chosen.items()
+    }
+    return predicted_against_true(panels, limit)
 
 
 def _table(by_layer: dict[str, list[float]], layers: list[int], heads: dict[str, Tensor]) -> Table:
@@ -141,20 +156,20 @@ def calibration(reliability: Reliability, ages: list[int]) -> dict[str, Any]:
     }
 
 
+@styled
 def reliability_picture(figures: dict[str, Any]) -> Figure:
     """Predicted probability against the share that lived beyond each age; `figures`: of `calibration`."""
-    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    figure = new_figure((PANEL[0] + 0.6, PANEL[1] + 0.7))
     axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--", label="calibrated")
+    axes.plot([0, 1], [0, 1], color="#777777", linewidth=1.0, linestyle="--", label="calibrated")
     rows = zip(figures["ages"], figures["predicted"], figures["happened"], strict=True)
     for number, (age, predicted, happened) in enumerate(rows):
         points = [(p, h) for p, h in zip(predicted, happened, strict=True) if p is not None]
         error = figures["expected_calibration_error"][number]
-        style = {"color": COLOURS[number % len(COLOURS)], "marker": "osD^vP*"[number % 7], "markersize": 4}
-        axes.plot(*zip(*points, strict=True), label=f"beyond {age} tokens (error {error:.3f})", **style)
-    axes.set_xlabel("predicted probability")
-    axes.set_ylabel("share of keys")
-    axes.set_title("Lives beyond ages: predicted against what happened", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+        label = f"beyond {age} tokens (error {error:.3f})"
+        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, **series_style(number))
+    axes.set_xlabel("predicted probability that a key lives on")
+    axes.set_ylabel("share of these keys that did")
+    axes.set_title("Lives beyond ages")
+    axes.legend()
     return figure

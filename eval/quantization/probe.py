@@ -1,4 +1,4 @@
-"""Exact attention of a model, beside the same with keys and values that went through codecs."""
+"""A cache that measures the errors of codecs beside the model's exact attention."""
 
 import math
 import statistics
@@ -17,13 +17,16 @@ from smartkv.quantization.codecs import Adaptive, Codec
 
 
 class Probe(AttachedCache):
-    """Takes one text in one piece; the model's output is exact.
+    """Cache that takes one text in one piece and compares each layer's attention with what codecs make of it.
+
+    The model's own output is exact.
 
     Args:
         model: of a supported family.
-        codecs: by name; every token goes through them, with no residual.
-        gates: tell codecs what is important; None: the attention that a key has got when its block is encoded does.
-        residual: latest tokens that stay exact until then, of codecs that ask for importance.
+        codecs: name -> codec; every token goes through it, none stays exact.
+        gates: decide which keys are important, for codecs that ask. None: the attention that a key has received until
+            its block is encoded decides.
+        residual: latest tokens that stay exact until then, for codecs that ask for importance.
     """
 
     def __init__(
@@ -32,15 +35,17 @@ class Probe(AttachedCache):
         layers = DynamicCache(config=model.config).layers
         super().__init__(model, layers, chunk=2**20)
         self.codecs, self.gates, self.residual = codecs, gates, residual
-        self.found: dict[str, dict[str, list[float]]] = {name: {} for name in codecs}
-        self.held: list[tuple[Tensor, Tensor, dict[str, Tensor | None]]] = []  # of each layer, importance by codec
+        self.errors_by_layer: dict[str, dict[str, list[float]]] = {name: {} for name in codecs}
+        # of each layer key, value and the importance that each codec asks for
+        self.layers_read: list[tuple[Tensor, Tensor, dict[str, Tensor | None]]] = []
 
     @property
     def block(self) -> int:
-        """Texts are a multiple of so many tokens."""
+        """Number of tokens of which the length of a text must be a multiple."""
         return math.lcm(*(codec.block for codec in self.codecs.values()))
 
     def attend(self, layer: int, step: EvictionStep) -> Tensor:
+        """Return the exact attention, and note each codec's errors of keys, values and output."""
         place = torch.arange(step.key.shape[2], device=step.key.device)
         exact = _attention(step, step.key, step.value)
         importance: dict[str, Tensor | None] = {}
@@ -49,35 +54,35 @@ class Probe(AttachedCache):
                 importance[name] = None
             elif self.gates is not None:
                 importance[name] = importance_by(self.gates, layer, step.pre_rope)
-            else:  # when a block is full, and as many tokens have come as stay exact
+            else:  # a block is encoded when it is full and as many tokens have followed as stay exact
                 importance[name] = _received(step, (place // codec.block + 1) * codec.block + self.residual)
             parts = codec.encode(step.key, step.value, importance[name])
             key, value = codec.decode(parts, torch.float32)
             output = _attention(step, key, value)
             pairs = {"key": (key, step.key), "value": (value, step.value), "output": (output, exact)}
-            for what, (mine, theirs) in pairs.items():
-                error = float((mine - theirs).norm() / theirs.float().norm())
-                self.found[name].setdefault(f"error_{what}", []).append(error)
-        self.held.append((step.key, step.value, importance))
+            for what, (decoded, original) in pairs.items():
+                error = float((decoded - original).norm() / original.float().norm())
+                self.errors_by_layer[name].setdefault(f"error_{what}", []).append(error)
+        self.layers_read.append((step.key, step.value, importance))
         return exact.to(step.query.dtype)
 
     def errors(self) -> dict[str, dict[str, float]]:
-        """Of each codec, mean over layers: `error_key`, `error_value`, `error_output`."""
+        """Return of each codec `error_key`, `error_value` and `error_output`, relative (Frobenius), mean over layers."""
         return {
             name: {what: sum(values) / len(values) for what, values in errors.items()}
-            for name, errors in self.found.items()
+            for name, errors in self.errors_by_layer.items()
         }
 
     def times(self, repeats: int) -> dict[str, dict[str, float]]:
-        """Of each codec, milliseconds for all layers, median of `repeats` in turns: `encode_ms`, `decode_ms`."""
+        """Return of each codec `encode_ms` and `decode_ms` for all layers, median of `repeats` rounds of all in turns."""
         taken: dict[str, dict[str, list[float]]] = {name: {"encode_ms": [], "decode_ms": []} for name in self.codecs}
         for _ in range(repeats):
             for name, codec in self.codecs.items():
                 start = self._now()
-                parts = [codec.encode(key, value, importance[name]) for key, value, importance in self.held]
+                parts = [codec.encode(key, value, importance[name]) for key, value, importance in self.layers_read]
                 middle = self._now()
                 for each in parts:
-                    codec.decode(each, self.held[0][0].dtype)
+                    codec.decode(each, self.layers_read[0][0].dtype)
                 taken[name]["encode_ms"].append(1000 * (middle - start))
                 taken[name]["decode_ms"].append(1000 * (self._now() - middle))
         return {
@@ -91,7 +96,7 @@ class Probe(AttachedCache):
 
 
 def _weights(step: EvictionStep, key: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Causal attention in float32, some queries at a time: which, `[batch, kv_heads, group, queries, tokens]`."""
+    """Yield a slice of queries and their causal attention, float32 `[batch, kv_heads, group, queries, tokens]`."""
     tokens, kv_heads = key.shape[2], key.shape[1]
     query = step.query.float().unflatten(1, (kv_heads, -1))
     place = torch.arange(tokens, device=key.device)
@@ -105,13 +110,18 @@ def _weights(step: EvictionStep, key: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _attention(step: EvictionStep, key: Tensor, value: Tensor) -> Tensor:
-    """What comes of it, float32 `[batch, query_heads, tokens, head_dim]`."""
+    """Return the attention output, float32 `[batch, query_heads, tokens, head_dim]`."""
     wide = value.float()[:, :, None]
     return torch.cat([weights @ wide for _, weights in _weights(step, key)], dim=3).flatten(1, 2)
 
 
 def _received(step: EvictionStep, until: Tensor) -> Tensor:
-    """Attention that each key gets from queries before `until` (int64 `[tokens]`), `[batch, kv_heads, tokens]`."""
+    """Return the attention that keys get from queries before `until`, float32 `[batch, kv_heads, tokens]`.
+
+    Args:
+        step: query and key of a layer.
+        until: of each key, int64 `[tokens]`.
+    """
     place, total = torch.arange(len(until), device=until.device), torch.zeros(step.key.shape[:3], device=until.device)
     for here, weights in _weights(step, step.key):
         total += (weights * (place[here, None] < until)).sum(dim=(2, 3))

@@ -1,4 +1,4 @@
-"""Models for `python -m eval baselines`: as they are, or random ones of the same shape."""
+"""Models for `python -m eval baselines`, and random weights of the same shape for those that cannot be had."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from smartkv.models.gguf import PACKAGED
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model's cache."""
+    """Shape of a model's cache."""
 
     layers: int
     kv_heads: int
@@ -23,11 +23,11 @@ class Shape:
 
     @staticmethod
     def of(architecture: Architecture) -> "Shape":
-        """Of a model's."""
+        """Return the shape of the cache of a model with this architecture."""
         return Shape(architecture.layers, architecture.kv_heads, architecture.head_dim)
 
 
-SHAPES = {  # known without asking anybody
+SHAPES = {  # known without reading a config
     "gpt2": Shape(12, 12, 64),
     "gpt2-medium": Shape(24, 16, 64),
     PACKAGED: Shape(30, 3, 64),
@@ -37,10 +37,11 @@ VOCABULARY, POSITIONS = 50_257, 1024  # of GPT-2
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model.
+    """A loaded model.
 
     Attributes:
-        stand_in: what stands in for it and why; None: it is the model that was asked for.
+        lm: the model.
+        stand_in: what stands in for the model that was asked for, and why. None: it is that model.
     """
 
     lm: Backbone
@@ -48,22 +49,22 @@ class Loaded:
 
 
 def shape_of(model: str, trust_remote_code: bool = False) -> Shape:
-    """The shape of a model's cache; for known ones nothing is read, for others the config alone.
+    """Return the shape of a model's cache; at most the model's config is read.
 
     Raises:
-        SmartKVError: there is no config to be had.
+        SmartKVError: the config cannot be had.
     """
     return SHAPES[model] if model in SHAPES else Shape.of(read_architecture(model, trust_remote_code))
 
 
 def load_or_stand_in(model: str, dtype: str, device: str, seed: int, trust_remote_code: bool = False) -> Loaded:
-    """A model; for GPT-2s that cannot be had, random weights of their shape and a tokenizer of bytes.
+    """Load a model; a GPT-2 that cannot be had is replaced by random weights of its shape and a byte tokenizer.
 
     Raises:
         SmartKVError: another model that cannot be had.
     """
     check_device(device)
-    computed = resolve_dtype(dtype, device)  # a mistake here is no reason for a stand-in
+    computed = resolve_dtype(dtype, device)  # before the try: a wrong dtype is an error and no reason for a stand-in
     try:
         return Loaded(load_backbone(model, dtype, device, trust_remote_code))
     except SmartKVError as error:
@@ -79,7 +80,8 @@ def load_or_stand_in(model: str, dtype: str, device: str, seed: int, trust_remot
         n_head=shape.kv_heads,
         n_embd=shape.kv_heads * shape.head_dim,
     )
-    weights = GPT2LMHeadModel(config).to(device=device, dtype=computed)
+    weights = GPT2LMHeadModel(config)
+    weights.to(device=torch.device(device), dtype=computed)  # type: ignore[call-arg]  # a wrapped method, to mypy
     lm = freeze(weights, _byte_tokenizer(), model)
     why = f"{model} cannot be had ({reason}): random weights of its shape stand in; their perplexity means nothing"
     return Loaded(lm, why)

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from eval.common.console import make_console
 from eval.common.options import Model
 from eval.common.results import machine, save_picture, write_result
-from eval.speed.decode_report import decode_table, markdown, picture
+from eval.speed.decode_report import decode_picture, decode_table, markdown
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.ragged import Fields, Ragged
 from smartkv.errors import SmartKVError
@@ -129,7 +129,7 @@ def decode(
         "bytes": "of all rows' caches",
     }
     result = write_result(Path(out), "decode", arguments, {"units": units, "decode": figures})
-    shown = save_picture(picture(figures), Path(out) / "decode.png")
+    shown = save_picture(decode_picture(figures), Path(out) / "decode.png")
     console.print(decode_table(figures))
     if markdown_file:
         write_atomically(Path(markdown_file), markdown(arguments, figures).encode())

@@ -5,7 +5,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from eval.common.figures import COLOURS
+from eval.common.contender_styles import contender_styles
+from eval.common.figures import PANEL, legend_beside, new_figure, styled
 
 NAMES = {
     "smartkv": "SmartKV",
@@ -98,23 +99,27 @@ def markdown(arguments: dict[str, Any], figures: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(figures: list[dict[str, Any]]) -> Figure:
-    """ms a token over the context, a panel a batch."""
-    batches = sorted({f["batch"] for f in figures})
-    figure = Figure(figsize=(4.5 * len(batches), 3.8), layout="constrained")
-    for place, batch in enumerate(batches, 1):
-        axes = figure.add_subplot(1, len(batches), place)
-        own = [f for f in figures if f["batch"] == batch]
-        for number, (way, name) in enumerate(NAMES.items()):
-            points = [f["ms_per_token"][way] for f in own]
-            axes.plot([f["context"] for f in own], points, "osD^"[number] + "-", color=COLOURS[number], label=name)
+@styled
+def decode_picture(figures: list[dict[str, Any]]) -> Figure:
+    """Draw milliseconds a step over the tokens in the cache, one panel a batch size.
+
+    Args:
+        figures: of each measurement `context`, `batch` and `ms_per_token` (way -> milliseconds).
+    """
+    batches = sorted({measured["batch"] for measured in figures})
+    figure = new_figure((PANEL[0] * len(batches) + 1.8, PANEL[1]))
+    all_axes = figure.subplots(1, len(batches), squeeze=False)[0]
+    for axes, batch in zip(all_axes, batches, strict=True):
+        rows = sorted((measured for measured in figures if measured["batch"] == batch), key=lambda row: row["context"])
+        contexts = [row["context"] for row in rows]
+        for way, style in contender_styles(NAMES).items():
+            axes.plot(contexts, [row["ms_per_token"][way] for row in rows], **style.plot())
         axes.set_xscale("log", base=2)
-        axes.set_xticks([f["context"] for f in own], [f"{f['context']:,}" for f in own])
+        axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens in the cache")
-        axes.set_ylabel("ms a step")
-        axes.set_title(f"batch {batch}")
-        axes.grid(alpha=0.3)
-        if place == 1:
-            axes.legend(fontsize=8)
+        axes.set_title("one sequence" if batch == 1 else f"{batch} sequences")
+    all_axes[0].set_ylabel("decode step, ms")
+    legend_beside(figure, all_axes[0])
     return figure

@@ -14,18 +14,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from matplotlib.figure import Figure
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datamodules.block_loader import KeyBatch
 from datamodules.lifespan_shards import LifespanShards
 from eval.common.console import make_console
-from eval.common.figures import COLOURS
 from eval.common.isolated import run_isolated
 from eval.common.results import machine, provenance, save_picture, write_result, write_tables
+from eval.speed.training_report import table_of_heads, table_of_ways, training_picture
 from lightning_modules.gates import LifespanGates
 from smartkv.errors import SmartKVError
 from smartkv.io.locks import lock_folder
@@ -99,10 +97,10 @@ def training(
             progress.advance(task)
     arguments = {"batches": batches, "steps": steps, "rounds": rounds, "window": window, "windows": windows}
     arguments |= {"threads": threads, "device": device, "machine": machine(device)}
-    tables = [_table_of_ways(ways), _table_of_heads(heads, batches[0])]
+    tables = [table_of_ways(ways), table_of_heads(heads, batches[0])]
     figures = {"units": UNITS, "ways": ways, "heads": heads}
     result = write_result(Path(out), "training", arguments, figures)
-    picture = save_picture(_picture(ways, heads), Path(out) / "training.png")
+    picture = save_picture(training_picture(ways, heads), Path(out) / "training.png")
     files = [Path(out) / "training.md", *([Path(markdown_file)] if markdown_file else [])]
     said = provenance("training", arguments)
     for table in tables:
@@ -253,82 +251,3 @@ def _heads(shards: Path, batch: int, steps: int, threads: int, device: str) -> d
     figures = {"steps_per_second": steps / seconds, "rows_a_step": rows / steps}
     figures["shard_bytes"] = sum(s.bytes for s in Manifest.read(shards).shards)
     return figures | ({"peak_memory": torch.cuda.max_memory_allocated()} if device == "cuda" else {})
-
-
-def _table_of_ways(ways: list[dict[str, Any]]) -> Table:
-    table = Table(title="48 gates together and one by one, and keys from disk")
-    for name in (
-        "batch",
-        "keys a step",
-        "together, s",
-        "one by one, s",
-        "× faster",
-        "rows/s trained",
-        "rows/s from shards",
-        "rows/s by torch.load",
-    ):
-        table.add_column(name, justify="right")
-    for w in ways:
-        if "note" in w:
-            table.add_row(f"{w['batch']:,}", w["note"], *[""] * 6)
-            continue
-        speeds = [f"{w[name]:,.0f}" for name in ("rows_trained", "rows_from_shards", "rows_from_torch_load")]
-        table.add_row(
-            f"{w['batch']:,}",
-            f"{w['rows_a_step']:,.0f}",
-            f"{w['together']:.2f}",
-            f"{w['apart']:.2f}",
-            f"{w['ratio']:.2f}",
-            *speeds,
-        )
-    return table
-
-
-def _table_of_heads(heads: list[dict[str, Any]], batch: int) -> Table:
-    table = Table(title=f"Steps of {batch:,} keys a head as heads grow")
-    for name in ("model", "heads", "keys a step", "steps/s", "head-steps/s", "peak memory, GiB", "shards on disk, GiB"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for h in heads:
-        if "note" in h:
-            table.add_row(h["model"], str(h["heads"]), h["note"], "", "", "", "")
-            continue
-        speed = h["steps_per_second"]
-        sizes = [f"{h[name] / 2**30:.2f}" for name in ("peak_memory", "shard_bytes")]
-        table.add_row(
-            h["model"],
-            str(h["heads"]),
-            f"{h['rows_a_step']:,.0f}",
-            f"{speed:.2f}",
-            f"{speed * h['heads']:,.0f}",
-            *sizes,
-        )
-    return table
-
-
-def _picture(ways: list[dict[str, Any]], heads: list[dict[str, Any]]) -> Figure:
-    """Seconds of both ways at each batch; memory and work done as heads grow."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    left, middle, right = (figure.add_subplot(1, 3, place) for place in (1, 2, 3))
-    measured = [w for w in ways if "note" not in w]
-    for shift, colour, name, label in ((-0.2, 0, "together", "together"), (0.2, 1, "apart", "one by one")):
-        seconds = [w[name] for w in measured]
-        left.bar([place + shift for place in range(len(measured))], seconds, 0.38, color=COLOURS[colour], label=label)
-    left.set_xticks(range(len(measured)), [f"{w['batch']:,}" for w in measured])
-    left.set_xlabel("batch, keys a head")
-    left.set_ylabel("48 gates trained, s")
-    left.legend(fontsize=8)
-    rows = sorted((h for h in heads if "note" not in h), key=lambda h: h["heads"])
-    for axes, label, values in (
-        (middle, "steps of a head a second", [h["steps_per_second"] * h["heads"] for h in rows]),
-        (right, "peak memory, GiB", [h["peak_memory"] / 2**30 for h in rows]),
-    ):
-        axes.plot([h["heads"] for h in rows], values, color=COLOURS[0], marker="o")
-        axes.set_xscale("log", base=2)
-        names = [f"{h['heads']}, {h['model']}" for h in rows]
-        axes.set_xticks([h["heads"] for h in rows], names, rotation=25, ha="right", fontsize=8)
-        axes.set_xlabel("gates")
-        axes.set_ylabel(label)
-        axes.set_ylim(0, 1.15 * max(values, default=1))
-        axes.margins(x=0.1)
-        axes.grid(alpha=0.3)
-    return figure

@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import Tensor
 
 from eval.common.console import make_console
-from eval.common.figures import COLOURS
+from eval.common.contender_styles import contender_styles
+from eval.common.figures import PANEL, legend_beside, new_figure, styled
 from eval.common.isolated import run_isolated
 from eval.common.options import Model
 from eval.common.results import machine, provenance, save_picture, write_result, write_tables
@@ -95,7 +96,7 @@ def speed(
     folder = Path(out)
     growth = {way: _growth(figures, way) for way in ways}
     result = write_result(folder, "speed", arguments, {"units": units, "harvest": figures, "growth": growth})
-    picture = save_picture(_picture(figures), folder / "harvest_speed.png")
+    picture = save_picture(harvest_picture(figures), folder / "harvest_speed.png")
     tables = [_table(figures), _growth_table(growth)]
     for table in tables:
         console.print(table)
@@ -277,27 +278,28 @@ def _growth_table(growth: dict[str, dict[str, float]]) -> Table:
     return table
 
 
-def _picture(figures: list[dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    panels = {"tokens_per_second": ("tokens/s", 1), "peak_memory": ("peak process memory, GiB", 2**30)}
-    for place, (key, (label, unit)) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(1, 2, place)
-        for number, way in enumerate(dict.fromkeys(row["way"] for row in figures)):
+@styled
+def harvest_picture(figures: list[dict[str, Any]]) -> Figure:
+    """Draw tokens a second and peak memory of each way over the tokens of a window.
+
+    Args:
+        figures: of each measurement `way`, `tokens`, and where it was possible `tokens_per_second` and `peak_memory`
+            (bytes).
+    """
+    figure = new_figure((PANEL[0] * 2 + 2.2, PANEL[1]))
+    all_axes = figure.subplots(1, 2)
+    lengths = sorted({row["tokens"] for row in figures})
+    styles = contender_styles(row["way"] for row in figures)
+    panels = {"tokens_per_second": ("tokens a second", 1), "peak_memory": ("peak process memory, GiB", 2**30)}
+    for axes, (key, (label, unit)) in zip(all_axes, panels.items(), strict=True):
+        for way, style in styles.items():
             rows = [row for row in figures if row["way"] == way and key in row]
-            marker = "osD"[number % 3]
-            axes.plot(
-                [r["tokens"] for r in rows],
-                [r[key] / unit for r in rows],
-                color=COLOURS[number],
-                marker=marker,
-                label=way,
-            )
-        lengths = sorted({row["tokens"] for row in figures})
+            axes.plot([row["tokens"] for row in rows], [row[key] / unit for row in rows], **style.plot())
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens a window")
         axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    legend_beside(figure, all_axes[0])
     return figure

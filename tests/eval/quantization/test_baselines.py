@@ -95,10 +95,10 @@ def test_the_probe_attends_exactly_and_measures_the_error_of_the_output(family: 
     assert torch.allclose(found, want, atol=1e-4)
     errors = probe.errors()
     assert 0 < errors["half"]["error_output"] < 2e-3 < errors["int4"]["error_output"] < 0.5
-    key, value, importance = probe.held[0]
+    key, value, importance = probe.layers_read[0]
     mine, _ = Uniform(4).decode(Uniform(4).encode(key, value, None), torch.float32)
     first = float((mine - key).norm() / key.norm())
-    assert probe.found["int4"]["error_key"][0] == pytest.approx(first, rel=1e-5)
+    assert probe.errors_by_layer["int4"]["error_key"][0] == pytest.approx(first, rel=1e-5)
     # a block's bits are chosen when it is full: by then its queries, and earlier ones, have looked at it
     assert importance["half"] is None and importance["bits"][..., :8].sum() == pytest.approx(
         8 * model.config.num_attention_heads, rel=1e-4
