@@ -68,7 +68,9 @@ def inline_code(page: Path) -> list[str]:
 @cache
 def commands(page: Path) -> tuple[Command, ...]:
     """Every command of the page's bash blocks, and of its inline code where nothing is left out by `…`."""
-    inline = [code for code in inline_code(page) if code.startswith(RUNNERS) and "…" not in code and "PHASE" not in code]
+    inline = [
+        code for code in inline_code(page) if code.startswith(RUNNERS) and "…" not in code and "PHASE" not in code
+    ]
     script = "\n".join([RECORDER, *blocks(page, "bash"), *inline])
     shell = ["/bin/bash", "--norc", "--noprofile", "-c", script]
     done = subprocess.run(shell, env={"PATH": "/nonexistent"}, cwd="/", capture_output=True, text=True)

@@ -59,8 +59,8 @@ def test_every_name_of_the_library_that_a_page_mentions_can_be_imported(page: Pa
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=name)
 def test_every_page_stands_in_the_sites_table_of_contents(page: Path) -> None:
-    listed = " ".join(blocks(ROOT / "docs/index.md", "")) + (ROOT / "docs/index.md").read_text()
-    assert page.stem == "index" or re.search(rf"^{re.escape(page.stem)}$", listed, re.MULTILINE)
+    listed = (ROOT / "docs/index.md").read_text()
+    assert page.stem == "index" or re.search(rf"^(.*<)?{re.escape(page.stem)}>?$", listed, re.MULTILINE)
 
 
 def test_the_readme_fits_on_150_lines() -> None:
