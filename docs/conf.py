@@ -2,6 +2,9 @@
 
 import tomllib
 from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
 
 import smartkv
 
@@ -61,4 +64,15 @@ def write_package_pages() -> None:
         (API / f"{package}.md").write_text("\n".join(parts))
 
 
-write_package_pages()
+def mark_code(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Mark the indented lines of a module's docstring as code."""
+    if what == "module":
+        for number in range(len(lines) - 1, 1, -1):
+            if lines[number].startswith("    ") and not lines[number - 1] and not lines[number - 2].startswith("    "):
+                lines[number:number] = ["::", ""]
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx when a build begins."""
+    write_package_pages()
+    app.connect("autodoc-process-docstring", mark_code)

@@ -12,7 +12,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
-# A command that is not found is printed, so a block can be run with nothing installed: loops and variables are bash's own.
+# Nothing is installed for this shell: a command that is not found is printed. Loops and variables work as in any bash.
 RECORDER = r"""
 set -f
 record() { printf '%s\x1f' "$@"; printf '\x1e'; }
