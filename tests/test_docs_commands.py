@@ -26,7 +26,7 @@ KVPRESS = "configs/eval/presses.yaml"  # in an environment of its own
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny backbone, gates with a policy and prices, shards and texts; everything that a command may be pointed at."""
+    """A tiny backbone, gates with a policy and prices, shards and texts, for every command."""
     folder = tmp_path_factory.mktemp("docs")
     backbone = save_tiny_backbone(folder / "backbone", max_positions=4096)
     tokenizer = json.loads((backbone / "tokenizer_config.json").read_text())
@@ -67,7 +67,7 @@ def small(command: str, work: dict[str, Path], out: Path) -> dict[str, Any]:
             "score_from": 32,
             "windows": [4, 8],
             "start": 8,
-        },  # fmt: skip
+        },
         "baselines": {"model": work["backbone"], "tokens": 128, "num_prompts": 1, "sources": mine, "out": out},
         "calibrate": {**model, "sources": mine, "window": 64, "windows": 1, "follow_up": 16},
         "compare": {
@@ -83,7 +83,7 @@ def small(command: str, work: dict[str, Path], out: Path) -> dict[str, Any]:
             "haystack": mine,
             "calibration": mine,
             "calibration_windows": 1,
-        },  # fmt: skip
+        },
         "gates": {"gates": work["lifespan_gates"], "shards": work["shards"], "out": out},
         "generate": {
             **model,
@@ -94,7 +94,7 @@ def small(command: str, work: dict[str, Path], out: Path) -> dict[str, Any]:
             "prompt": "Once",
             "prompt_file": None,
             "footprint": 0.5,
-        },  # fmt: skip
+        },
         "layers": {"shards": work["shards"], "gates": work["lifespan_gates"], "out": out, "windows": [8, 16]},
         "longbench": {k: v for k, v in tasks.items() if k != "haystack"},
         "needle": {**tasks, "lengths": [512], "depths": 1, "samples": 1, "new_tokens": 2},
@@ -107,7 +107,7 @@ def small(command: str, work: dict[str, Path], out: Path) -> dict[str, Any]:
             "score_from": 64,
             "calibration_windows": 1,
             "footprints": [0.5],
-        },  # fmt: skip
+        },
         "reasoning": {k: v for k, v in tasks.items() if k != "haystack"},
         "ruler": {**tasks, "lengths": [1024], "samples": 1, "families": ["niah_single_1"]},
     }

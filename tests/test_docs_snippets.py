@@ -1,6 +1,6 @@
 """Every Python snippet of README and docs runs, in the order of its page, on a tiny random model.
 
-The model has the shape of SmolLM2-135M's cache (30 layers × 3 KV heads × 64), so the gates that come with the package serve it.
+The model has the shape of SmolLM2-135M's cache (30 layers × 3 KV heads × 64), so the shipped gates serve it.
 """
 
 import re
