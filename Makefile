@@ -1,5 +1,6 @@
 # make demo: from a clean clone to trained gates and pictures.   make test: lint, types, every test.
 # make test-matrix: what depends on transformers, with each of its versions below.   make test-kvpress: what needs kvpress.
+# make docs: the site, in build/docs.   make test-docs: every command and snippet of README and docs, at a tiny size.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -10,7 +11,7 @@ PRESSES      := tests/smartkv/test_press.py tests/eval/contenders/test_kvpress.p
 export TOKENIZERS_PARALLELISM := false
 
 MATRIX := $(TRANSFORMERS:%=test-transformers-%)
-.PHONY: demo install pretrained lint test test-slow test-gpu test-matrix test-kvpress bench bench-gpu $(MATRIX) clean-demo
+.PHONY: demo install pretrained lint test test-slow test-gpu test-matrix test-kvpress test-docs docs bench bench-gpu $(MATRIX) clean-demo
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -89,6 +90,19 @@ $(MATRIX): test-transformers-%: .venv-transformers-%/.installed
 # kvpress 0.5.5 takes no transformers from 5.3 on, so it has an environment of its own
 test-kvpress: .venv-kvpress/.installed
 	$(<D)/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider $(PRESSES)
+
+# the site; what a page names and is not there ends the build
+docs: .venv-docs/.installed
+	$(<D)/bin/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+
+# every command and every snippet of README and docs, at a tiny size
+test-docs: install
+	$(PY) -m pytest -m 'slow or not slow' tests/test_docs.py tests/test_docs_commands.py tests/test_docs_snippets.py
+
+.venv-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 # an environment with the transformers $(1); tokenizers and huggingface-hub follow transformers, which names the versions
 # that it takes
