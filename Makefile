@@ -24,8 +24,26 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 # Each step leaves a file, so a second `make demo` reuses what is there and a killed one goes on.
-demo: $(RUN)/scores/gates.json $(RUN)/perplexity/perplexity.json
+# First the product: the gates that come with SmartKV. Then the road from text to gates. Last both side by side.
+SHIPPED_LABEL := SmartKV gates (shipped)
+demo: $(RUN)/shipped/shown $(RUN)/scores/gates.json $(RUN)/perplexity/perplexity.json $(RUN)/trained/compare.json
 	@$(PY) -m eval report --run $(RUN) --out $(RUN) --reuse true
+	@$(PY) -m eval side_by_side --out $(RUN) \
+	    --results '{"$(SHIPPED_LABEL)": "$(RUN)/shipped", "SmartKV gates (trained just now)": "$(RUN)/trained"}'
+
+$(RUN)/shipped/compare.json: configs/demo/shipped.yaml | $(VENV)/.installed
+	$(PY) -m eval compare --config configs/demo/shipped.yaml --out $(@D)
+
+$(RUN)/lives/generate.json: configs/demo/lives.yaml | $(VENV)/.installed
+	$(PY) -m eval generate --config configs/demo/lives.yaml --out $(@D)
+
+$(RUN)/shipped/shown: $(RUN)/shipped/compare.json $(RUN)/lives/generate.json
+	@$(PY) -m eval side_by_side --out $(@D) --results '{"$(SHIPPED_LABEL)": "$(RUN)/shipped"}'
+	@echo "The page of lives: $(RUN)/lives/lifespans.html. Next: the road from text to gates of your own."
+	@touch $@
+
+$(RUN)/trained/compare.json: configs/demo/shipped.yaml $(RUN)/gates/done | $(VENV)/.installed
+	$(PY) -m eval compare --config configs/demo/shipped.yaml --gates $(RUN)/gates/export --contenders '[all-gated]' --out $(@D)
 
 $(RUN)/calibrate/calibrate.json: configs/demo/calibrate.yaml | $(VENV)/.installed
 	$(PY) -m eval calibrate --config configs/demo/calibrate.yaml --out $(@D)

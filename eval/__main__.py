@@ -12,6 +12,7 @@ from eval.eviction.auto import auto
 from eval.eviction.compare import compare
 from eval.eviction.gains import gains
 from eval.eviction.perplexity import perplexity
+from eval.eviction.side_by_side import side_by_side
 from eval.figures_of_docs import figures
 from eval.gates.layers import layers
 from eval.gates.objectives import objectives
@@ -47,6 +48,7 @@ COMMANDS = {
     "reasoning": reasoning,
     "report": report,
     "ruler": ruler,
+    "side_by_side": side_by_side,
     "speed": speed,
     "training": training,
 }

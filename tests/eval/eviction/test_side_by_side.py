@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from eval.__main__ import main
-from eval.eviction.side_by_side import read_lines, side_by_side_table
+from eval.eviction.side_by_side import collect, read_lines, side_by_side_table
 from smartkv.errors import SmartKVError
 from tests.lightning_fixtures import write_texts
 from tests.models import save_random_gates
@@ -51,7 +51,7 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_each_row_has_the_figures_of_its_comparison(folders: dict[str, Path]) -> None:
-    table = side_by_side_table(folders)
+    table = side_by_side_table(*collect(folders))
     cells = list(zip(*(column.cells for column in table.columns), strict=True))
     assert [row[0] for row in cells] == ["full cache", "shipped", "trained", "StreamingLLM window"]
     window = rows_of(folders["shipped"])["window"]
@@ -77,10 +77,27 @@ def test_comparisons_of_other_texts_have_no_table(
     texts = write_texts(tmp_path / "texts")
     other = compare(tmp_path / "other", tiny_backbone, random_gates, texts, windows=1)
     with pytest.raises(SmartKVError, match="measured on other texts"):
-        side_by_side_table(folders | {"other": other})
+        collect(folders | {"other": other})
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "compare.json").write_text('{"rows": [{"kind": "ours"}], "arguments": {}}')
     with pytest.raises(SmartKVError, match="not what `eval compare` writes"):
         read_lines(tmp_path, "gates", reference=True)
+
+
+def test_the_command_writes_the_lines_that_it_shows(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = json.dumps({label: str(folder) for label, folder in folders.items()})
+    main(["side_by_side", "--out", str(tmp_path), "--results", results])
+    lines = json.loads((tmp_path / "side_by_side.json").read_text())["lines"]
+    assert [line["label"] for line in lines] == ["full cache", "shipped", "trained", "StreamingLLM window"]
+    shown = capsys.readouterr().out
+    assert all(f"{line['delta_nll']:+.3f}" in shown for line in lines)
+
+
+def test_nothing_to_compare_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["side_by_side", "--out", str(tmp_path), "--results", "{}"])
+    assert "expected at least one folder" in capsys.readouterr().err
