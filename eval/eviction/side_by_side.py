@@ -68,8 +68,8 @@ def side_by_side(out: str, results: dict[str, str]) -> None:
 
     Args:
         out: folder for side_by_side.json.
-        results: label of the gates -> folder of `eval compare`. All must have read the same texts and asked for the same
-            facts. The sliding window is that of the first.
+        results: label of the gates -> folder of `eval compare`. All must have read the same texts and asked for the
+            same facts. The sliding window is that of the first.
     """
     lines, arguments = collect({label: Path(folder) for label, folder in results.items()})
     console = make_console()
