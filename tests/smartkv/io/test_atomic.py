@@ -36,9 +36,9 @@ def test_the_data_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch:
 
 
 def test_a_written_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "ours", b"x")
+    write_atomically(tmp_path / "atomic", b"x")
     (tmp_path / "plain").write_bytes(b"x")
-    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert stat.S_IMODE((tmp_path / "atomic").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
 def test_a_file_in_place_of_the_folder_is_an_error_that_names_the_target(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ def test_a_users_own_class_keeps_its_module_which_alone_can_find_it() -> None:
 
 def test_paths_of_version_0_1_become_bare_wherever_they_stand() -> None:
     schedule = {"class_path": "smartkv.sparsity.schedule.Linear", "init_args": {"start": 1}}
-    found = bare_class_paths({"runs": [{"schedule": schedule}], "n": 2})
-    assert found == {"runs": [{"schedule": {"class_path": "Linear", "init_args": {"start": 1}}}], "n": 2}
+    shortened = bare_class_paths({"runs": [{"schedule": schedule}], "n": 2})
+    assert shortened == {"runs": [{"schedule": {"class_path": "Linear", "init_args": {"start": 1}}}], "n": 2}
 
 
 def test_other_paths_and_other_content_stay() -> None:

@@ -80,8 +80,8 @@ def in_tiles(attention: Tensor, spec: LabelSpec, sizes: list[int]) -> LayerLabel
     return labels
 
 
-def same(ours: Tensor, naive: list) -> None:
-    torch.testing.assert_close(ours.double(), torch.tensor(naive).double(), atol=1e-6, rtol=0, equal_nan=True)
+def same(labels: Tensor, naive: list) -> None:
+    torch.testing.assert_close(labels.double(), torch.tensor(naive).double(), atol=1e-6, rtol=0, equal_nan=True)
 
 
 windows = st.integers(1, 24)

@@ -78,12 +78,12 @@ def test_the_weight_hash_tells_other_weights_apart(family: str) -> None:
 
 
 def test_check_names_both_architectures_and_what_was_checked() -> None:
-    ours, theirs = Fingerprint("llama", 30, 3, 64, "a"), Fingerprint("qwen2", 24, 2, 96, "a")
+    model, shards = Fingerprint("llama", 30, 3, 64, "a"), Fingerprint("qwen2", 24, 2, 96, "a")
     with pytest.raises(SmartKVError) as error:
-        ours.check(theirs, "the shards in runs/x")
-    for part in (ours.describe(), theirs.describe(), "the shards in runs/x"):
+        model.check(shards, "the shards in runs/x")
+    for part in (model.describe(), shards.describe(), "the shards in runs/x"):
         assert part in str(error.value)
-    assert all(part in ours.describe() for part in ("llama", "30", "3 KV heads", "64"))
+    assert all(part in model.describe() for part in ("llama", "30", "3 KV heads", "64"))
 
 
 @pytest.mark.parametrize("field", ["model_type", "layers", "kv_heads", "head_dim"])

@@ -180,9 +180,9 @@ def test_probabilities_are_as_exact_as_the_scores_dtype(dtype: torch.dtype, off:
     scores = torch.einsum("kgqd,knd->kgqn", query.double().unflatten(0, (2, 2)), key.double()) * scaling
     future = torch.ones(40, 40, dtype=torch.bool).triu(1)
     expected = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-    for start, found in attention_tiles(query, key, scaling):
-        stop = start + found.shape[2]
-        torch.testing.assert_close(found.double(), expected[:, :, start:stop, :stop], atol=off, rtol=0)
+    for start, tile in attention_tiles(query, key, scaling):
+        stop = start + tile.shape[2]
+        torch.testing.assert_close(tile.double(), expected[:, :, start:stop, :stop], atol=off, rtol=0)
     assert stop == 40
 
 

@@ -41,7 +41,7 @@ def ids(documents: list[Document]) -> set[str]:
     return {document.id for document in documents}
 
 
-def assert_disjoint(found: dict[str, list[Document]]) -> None:
-    assert not ids(found["train"]) & ids(found["validation"])
-    assert not ids(found["train"]) & ids(found["test"])
-    assert not ids(found["validation"]) & ids(found["test"])
+def assert_disjoint(documents_by_split: dict[str, list[Document]]) -> None:
+    assert not ids(documents_by_split["train"]) & ids(documents_by_split["validation"])
+    assert not ids(documents_by_split["train"]) & ids(documents_by_split["test"])
+    assert not ids(documents_by_split["validation"]) & ids(documents_by_split["test"])

@@ -13,8 +13,8 @@ from tests.smartkv.texts.fixtures import RECORDS, assert_disjoint, by_split, eve
 
 
 def test_books_keep_the_splits_of_their_folders(local_data: Path) -> None:
-    found = by_split(resolve_source(SourceConfig("pg19"), quiet))
-    assert {split: ids(documents) for split, documents in found.items()} == {
+    documents_by_split = by_split(resolve_source(SourceConfig("pg19"), quiet))
+    assert {split: ids(documents) for split, documents in documents_by_split.items()} == {
         split: {f"{split}-book-{number}" for number in range(3)} for split in SPLITS
     }
 
@@ -49,16 +49,18 @@ def test_math_problems_are_split_by_their_id_not_by_their_place(local_data: Path
 
 
 def test_gsm8k_train_file_is_divided_into_train_and_validation_without_overlap(local_data: Path) -> None:
-    found = by_split(resolve_source(SourceConfig("gsm8k"), quiet))
-    assert found["train"] and found["validation"]
-    assert_disjoint(found)
+    documents_by_split = by_split(resolve_source(SourceConfig("gsm8k"), quiet))
+    assert documents_by_split["train"] and documents_by_split["validation"]
+    assert_disjoint(documents_by_split)
 
 
 def test_gsm8k_test_problems_are_only_in_split_test(local_data: Path) -> None:
-    found = by_split(resolve_source(SourceConfig("gsm8k"), quiet))
-    assert len(found["test"]) == 20
-    assert all("evaluated" in document.text for document in found["test"])
-    assert not any("evaluated" in document.text for document in found["train"] + found["validation"])
+    documents_by_split = by_split(resolve_source(SourceConfig("gsm8k"), quiet))
+    assert len(documents_by_split["test"]) == 20
+    assert all("evaluated" in document.text for document in documents_by_split["test"])
+    assert not any(
+        "evaluated" in document.text for document in documents_by_split["train"] + documents_by_split["validation"]
+    )
 
 
 def test_a_problem_is_rendered_with_its_solution(local_data: Path) -> None:

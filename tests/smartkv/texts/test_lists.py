@@ -46,23 +46,23 @@ def test_what_is_asked_for_at_the_end_of_a_list_was_stated(split: str) -> None:
 
 def test_all_names_of_a_chain_s_value_are_said_and_were_linked() -> None:
     for seed in range(40):
-        told, *asked = draw_chains("train", 600, np.random.default_rng(seed)).split("\n\n")
+        statements, *asked = draw_chains("train", 600, np.random.default_rng(seed)).split("\n\n")
         for question in asked:
             value, names = re.fullmatch(r"Which names stand for (\d+)\? (.+)\.", question).groups()
             first, *others = names.split(", ")
-            assert re.search(rf"{first} (be|stands for) {value}", told)
+            assert re.search(rf"{first} (be|stands for) {value}", statements)
             for name, other in zip(others, [first, *others], strict=False):
-                assert re.search(rf"{name} (be|stands for the same as) {other}", told)
+                assert re.search(rf"{name} (be|stands for the same as) {other}", statements)
 
 
 def test_the_words_that_are_named_are_among_those_that_come_often() -> None:
-    found = []
+    among_frequent = []
     for seed in range(40):
-        text, said = draw_frequent_words("train", 900, np.random.default_rng(seed)).split("\n\n")
+        text, naming = draw_frequent_words("train", 900, np.random.default_rng(seed)).split("\n\n")
         words = text.split()
         often = sorted(set(words), key=words.count, reverse=True)[:6]
-        found += [word in often for word in re.findall(r"\w+", said.split(" are ")[1].replace(" and", ","))]
-    assert len(found) == 120 and np.mean(found) > 0.9
+        among_frequent += [word in often for word in re.findall(r"\w+", naming.split(" are ")[1].replace(" and", ","))]
+    assert len(among_frequent) == 120 and np.mean(among_frequent) > 0.9
 
 
 def test_no_form_is_one_of_ruler_s() -> None:
@@ -72,9 +72,9 @@ def test_no_form_is_one_of_ruler_s() -> None:
 
 
 def test_windows_are_cut_from_them() -> None:
-    said: list[str] = []
+    lines: list[str] = []
     plan = plan_windows(
-        [SourceConfig("lists")], {"train": 3, "validation": 2}, tiny_tokenizer(), 128, 1, 0, said.append
+        [SourceConfig("lists")], {"train": 3, "validation": 2}, tiny_tokenizer(), 128, 1, 0, lines.append
     )
     assert [len(list(plan.of_split(split))) for split in ("train", "validation")] == [3, 2]
     assert [source["origin"] for source in plan.sources] == ["drawn"]

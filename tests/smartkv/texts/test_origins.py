@@ -18,9 +18,9 @@ from tests.smartkv.texts.fixtures import assert_disjoint, by_split, everything, 
 
 
 def test_builtin_splits_are_disjoint_and_none_is_empty() -> None:
-    found = by_split(resolve_source(SourceConfig("builtin"), quiet))
-    assert all(found.values())
-    assert_disjoint(found)
+    documents_by_split = by_split(resolve_source(SourceConfig("builtin"), quiet))
+    assert all(documents_by_split.values())
+    assert_disjoint(documents_by_split)
 
 
 def test_builtin_has_about_460_000_characters() -> None:
@@ -46,9 +46,9 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def test_an_own_folder_without_splits_is_divided_without_overlap(mixed: Path) -> None:
-    found = by_split(own(mixed))
-    assert all(found.values())
-    assert_disjoint(found)
+    documents_by_split = by_split(own(mixed))
+    assert all(documents_by_split.values())
+    assert_disjoint(documents_by_split)
 
 
 def test_an_own_folder_without_splits_loses_no_document(mixed: Path) -> None:
@@ -58,16 +58,16 @@ def test_an_own_folder_without_splits_loses_no_document(mixed: Path) -> None:
 
 
 def test_an_own_folder_is_read_by_text_file_and_by_line(mixed: Path) -> None:
-    found = {document.id: document.text for document in everything(own(mixed))}
-    assert (found["text3"], found["lines/3"]) == ("file 3", "record 3")
+    texts = {document.id: document.text for document in everything(own(mixed))}
+    assert (texts["text3"], texts["lines/3"]) == ("file 3", "record 3")
 
 
 def test_an_own_folder_with_splits_keeps_them(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train" / "a.jsonl", [{"text": "one"}, {"text": "two"}])
     (tmp_path / "validation").mkdir()
     (tmp_path / "validation" / "b.txt").write_text("three")
-    found = by_split(own(tmp_path))
-    assert {split: [d.text for d in documents] for split, documents in found.items()} == {
+    documents_by_split = by_split(own(tmp_path))
+    assert {split: [d.text for d in documents] for split, documents in documents_by_split.items()} == {
         "train": ["one", "two"],
         "validation": ["three"],
         "test": [],
@@ -76,9 +76,9 @@ def test_an_own_folder_with_splits_keeps_them(tmp_path: Path) -> None:
 
 def test_an_own_file_of_records_is_divided_and_covered(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "all.jsonl", [{"text": f"record {i}"} for i in range(40)])
-    found = by_split(own(path))
-    assert_disjoint(found)
-    assert sum(len(documents) for documents in found.values()) == 40
+    documents_by_split = by_split(own(path))
+    assert_disjoint(documents_by_split)
+    assert sum(len(documents) for documents in documents_by_split.values()) == 40
 
 
 def test_ids_of_an_own_folder_are_unique_although_files_in_subfolders_share_a_name(tmp_path: Path) -> None:
@@ -137,11 +137,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, str]]:
 
 def test_two_of_our_splits_that_share_one_of_the_hub_divide_it_by_id(hub: list[tuple[str, str | None, str]]) -> None:
     documents = hub_documents(KNOWN["gsm8k"])
-    found = {split: list(documents(split)) for split in SPLITS}
+    documents_by_split = {split: list(documents(split)) for split in SPLITS}
     assert hub == [("openai/gsm8k", "main", split) for split in ("train", "train", "test")]
-    assert_disjoint(found)
-    assert len(found["train"]) > len(found["validation"]) > 0 and len(found["test"]) == 60
-    assert found["test"][3].text == "Question: test 3?\nAnswer: 3"
+    assert_disjoint(documents_by_split)
+    assert (
+        len(documents_by_split["train"]) > len(documents_by_split["validation"]) > 0
+        and len(documents_by_split["test"]) == 60
+    )
+    assert documents_by_split["test"][3].text == "Question: test 3?\nAnswer: 3"
 
 
 def test_a_record_of_the_hub_that_lacks_a_field_is_named_with_its_number(

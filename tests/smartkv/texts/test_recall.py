@@ -43,7 +43,7 @@ def test_questions_come_at_many_distances() -> None:
     for ids in windows("train", 40):
         text = TOKENIZER.decode(ids.tolist())
         for number in set(re.findall(r"\d{4,6}", text)):
-            places = [found.start() for found in re.finditer(number, text)]
+            places = [match.start() for match in re.finditer(number, text)]
             distances += [after - places[0] for after in places[1:]]
     assert min(distances) < 300 and max(distances) > 1000
 
@@ -107,6 +107,6 @@ def test_its_text_may_be_a_folder_of_ones_own(tmp_path: Path) -> None:
 
 def test_it_falls_back_like_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SMARTKV_DATA", raising=False)
-    said: list[str] = []
-    source = resolve_source(SourceConfig("recall", origins=["local", "builtin"]), said.append)
-    assert source.name == "recall" and source.recall and source.origin == "builtin" and "CANNOT BE HAD" in said[0]
+    lines: list[str] = []
+    source = resolve_source(SourceConfig("recall", origins=["local", "builtin"]), lines.append)
+    assert source.name == "recall" and source.recall and source.origin == "builtin" and "CANNOT BE HAD" in lines[0]

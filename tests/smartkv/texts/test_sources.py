@@ -14,9 +14,9 @@ from tests.smartkv.texts.fixtures import quiet
 
 
 def test_the_origin_that_is_used_is_said(local_data: Path) -> None:
-    said: list[str] = []
-    assert resolve_source(SourceConfig("gsm8k"), said.append).origin == "local"
-    assert said == ["source 'gsm8k': local"]
+    lines: list[str] = []
+    assert resolve_source(SourceConfig("gsm8k"), lines.append).origin == "local"
+    assert lines == ["source 'gsm8k': local"]
 
 
 def test_the_first_origin_that_can_be_had_is_used(local_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,10 +38,10 @@ def test_a_data_folder_without_the_source_is_named(
 
 
 def test_builtin_prose_in_place_of_a_source_is_said_loudly(no_data: None) -> None:
-    said: list[str] = []
-    resolve_source(SourceConfig("pg19", origins=["local", "hub", "builtin"]), said.append)
-    assert len(said) == 1
-    assert "'pg19' CANNOT BE HAD" in said[0] and "HF_HUB_OFFLINE" in said[0]
+    lines: list[str] = []
+    resolve_source(SourceConfig("pg19", origins=["local", "hub", "builtin"]), lines.append)
+    assert len(lines) == 1
+    assert "'pg19' CANNOT BE HAD" in lines[0] and "HF_HUB_OFFLINE" in lines[0]
 
 
 def test_builtin_prose_in_place_of_a_source_is_named_builtin_with_the_source_s_share(no_data: None) -> None:

@@ -125,9 +125,9 @@ def test_two_folders_under_one_name_are_not_silently_made_one(tmp_path: Path) ->
 
 
 def test_a_source_with_too_few_windows_is_said(tmp_path: Path) -> None:
-    said: list[str] = []
-    plan_of([own(write_texts(tmp_path))], {"train": 1000}, say=said.append)
-    assert any("'mine' has only 27 of 1000 train windows" in line for line in said)
+    lines: list[str] = []
+    plan_of([own(write_texts(tmp_path))], {"train": 1000}, say=lines.append)
+    assert any("'mine' has only 27 of 1000 train windows" in line for line in lines)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
