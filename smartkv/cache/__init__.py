@@ -1,4 +1,4 @@
-"""Caches: every `transformers.Cache` of SmartKV and the attention they need. Decides nothing that a policy decides."""
+"""Caches: all `transformers.Cache` classes and their attention; how long a key lives is decided in `policies`."""
 
 from smartkv.cache.adaptive_cache import AdaptiveCache
 from smartkv.cache.lifespan_cache import LifespanCache

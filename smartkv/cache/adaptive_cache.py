@@ -1,6 +1,7 @@
-"""AdaptiveCache: every key is kept, and those that matter in more bits.
+"""AdaptiveCache: a KV cache that keeps every key, important ones in more bits.
 
-What matters is told by attention so far (which takes its weights), or by gates (which takes the keys alone).
+The importance of a key comes from the attention it got so far, which takes attention weights; or from gates, which read
+the key alone.
 """
 
 import math
@@ -22,14 +23,16 @@ from smartkv.gates.objectives import Log4Lifespan, OrdinalAges
 from smartkv.models.layer_ranges import format_layers
 from smartkv.quantization.codecs import SCHEMES, Adaptive
 
-ELEMENTS = 2**22  # of probabilities held at once
+SCORE_ELEMENTS = 2**22  # of attention scores that are computed at once
 
 
 def importance_by(gates: GateBank, layer: int, keys: Tensor) -> Tensor:
-    """Of tokens, as gates see it: what they predict, no longer as a logarithm.
+    """Return the importance of tokens by gates: the exponential of their prediction, which is a logarithm.
 
     Args:
-        keys: before the rotary embedding, `[batch, kv_heads, tokens, head_dim]`.
+        gates: the model's gates.
+        layer: index of the layer.
+        keys: pre-RoPE, `[batch, kv_heads, tokens, head_dim]`.
 
     Returns:
         float32 `[batch, kv_heads, tokens]`, above 0.
@@ -40,17 +43,19 @@ def importance_by(gates: GateBank, layer: int, keys: Tensor) -> Tensor:
 
 
 class AdaptiveCache(QuantizedCache, AttachedCache):
-    """A cache for `model(...)` and `model.generate(...)`.
+    """A KV cache for `model(...)` and `model.generate(...)` that gives important tokens more bits.
 
     Args:
         model: a causal LM of a supported family.
-        gates: what they predict is a token's importance; None: the attention that it has got when it is encoded.
-        codec: its budget, blocks and levels.
-        residual: latest tokens that stay exact; None: a block.
-        chunk: tokens of a prompt that go through the model together.
+        gates: a GateBank of this model on its device; or a name of `pretrained_gates()`, a folder or a hub id, from
+            which gates are loaded onto the model's device. Their prediction is a token's importance. None: a token's
+            importance is the attention that it has got when it is encoded.
+        codec: encodes the tokens; it has the budget, the group size and the levels.
+        residual: number of latest tokens that stay exact; None: one group.
+        chunk: number of prompt tokens that go through the model together.
 
     Raises:
-        SmartKVError: gates of another model, or lacking for a layer.
+        SmartKVError: an argument of a wrong type, gates of another model, or a layer without gates.
     """
 
     def __init__(
@@ -71,18 +76,21 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
             raise SmartKVError(
                 f"every layer of an AdaptiveCache needs gates, these have none for layers {format_layers(missing)}"
             )
-        self.real: Tensor | None = None  # bool `[batch, tokens]`, False for padding; None: there is none
+        self.real: Tensor | None = None  # bool `[batch, tokens]`, False for padding; None: no padding so far
         self.storage = [QuantizedLayer(codec, codec.block if residual is None else residual) for _ in range(layers)]
         AttachedCache.__init__(self, model, list(self.storage), chunk)
 
     def attend(self, layer: int, step: EvictionStep) -> Tensor:
-        """Attention of one layer over all keys, as they are stored; `[batch, query_heads, tokens, head_dim]`.
+        """Store the tokens of a forward pass in one layer, and compute their attention without gradients.
 
-        No gradient flows through it.
+        Queries read all keys as they are stored: old ones decoded, the latest exactly.
+
+        Returns:
+            `[batch, query_heads, tokens, head_dim]`.
         """
         storage = self.storage[layer]
         before, tokens = storage.get_seq_length(), step.key.shape[2]
-        self._note(layer, step, before)
+        self._note_padding(layer, step, before)
         new = self._importance(layer, step.pre_rope)
         importance = new if storage.importance is None else torch.cat([storage.importance, new], dim=2)
         storage.importance = importance
@@ -92,7 +100,7 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
         grouped = step.query.unflatten(1, (kv_heads, -1))  # [batch, kv_heads, group, tokens, head_dim]
         output = torch.empty_like(grouped)
         index = torch.arange(total, device=key.device)
-        size = max(1, ELEMENTS // (step.query.shape[0] * step.query.shape[1] * total))
+        size = max(1, SCORE_ELEMENTS // (step.query.shape[0] * step.query.shape[1] * total))
         for start in range(0, tokens, size):
             here = slice(start, min(start + size, tokens))
             at = index[before:][here, None]
@@ -100,24 +108,30 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
             if step.sliding_window is not None:
                 seen &= index > at - step.sliding_window
             seen = seen[None, None, None]
-            if self.real is not None:  # a query of padding sees itself, or its softmax would be NaN
+            if self.real is not None:  # a query of padding sees itself: a softmax over nothing would be NaN
                 seen = seen & (self.real[:, None, None, None] | (index == at))
             scores = (grouped[..., here, :] @ key[:, :, None].transpose(-1, -2)).float() * step.scaling
             weights = scores.masked_fill_(~seen, -math.inf).softmax(dim=-1)
             output[..., here, :] = weights.to(value.dtype) @ value[:, :, None]
             if self.gates is None and storage.importance is not None:
-                if self.real is not None:  # what padding looks at does not matter
+                if self.real is not None:  # attention from padding does not count
                     weights = weights * self.real[:, None, None, before:][..., here, None]
                 storage.importance += weights[..., total - exact :].sum(dim=(2, 3))
         return output.flatten(1, 2)
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes of all tensors, as allocated."""
+        """Bytes of all allocated tensors."""
         return super().storage_bytes + (0 if self.real is None else storage_bytes([self.real]))
 
-    def _note(self, layer: int, step: EvictionStep, before: int) -> None:
-        """Remember which tokens are padding, once a pass."""
+    def _note_padding(self, layer: int, step: EvictionStep, before: int) -> None:
+        """Record which tokens are padding, in the first layer of a pass.
+
+        Args:
+            layer: index of the layer.
+            step: the layer's inputs.
+            before: number of tokens before this pass.
+        """
         if layer or (self.real is None and step.real is None):
             return
         rows, tokens = step.key.shape[0], step.key.shape[2]
@@ -126,7 +140,7 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
         self.real = torch.cat([old, new], dim=1)
 
     def _importance(self, layer: int, keys: Tensor) -> Tensor:
-        """Of new tokens, float32 `[batch, kv_heads, tokens]`."""
+        """Return the importance of new tokens at their birth, float32 `[batch, kv_heads, tokens]`."""
         if self.gates is None:
             return torch.zeros(keys.shape[:3], device=keys.device)
         return importance_by(self.gates, layer, keys)
@@ -134,22 +148,22 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
     # -- rows of the batch --------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget everything, as if new."""
+        """Forget all keys, as if the cache were new."""
         super().reset()
         self.real = None
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Beam search goes on with other rows."""
+        """Keep the rows that beam search goes on with, int64 `[rows]`."""
         super().reorder_cache(beam_idx)
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows: indices, or bool `[batch]`."""
+        """Keep these rows of the batch: indices int64 `[rows]`, or a mask bool `[batch]`."""
         super().batch_select_indices(indices)
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row of the batch `repeats` times."""
         super().batch_repeat_interleave(repeats)
         if self.real is not None:
             self.real = self.real.repeat_interleave(repeats, dim=0)
@@ -159,7 +173,7 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
             self.real = self.real[rows.to(self.real.device)]
 
     def crop(self, max_length: int) -> None:
-        """Forget the latest tokens. Raises as `QuantizedLayer.crop`."""
+        """Drop the latest tokens; arguments and errors as `QuantizedLayer.crop`."""
         super().crop(max_length)
         if self.real is not None:
             self.real = self.real[:, : self.get_seq_length()]

@@ -1,4 +1,4 @@
-"""A cache that does its model's attention itself."""
+"""AttachedCache: the base of caches that compute the attention of their model themselves."""
 
 import weakref
 from abc import ABC, abstractmethod
@@ -15,12 +15,12 @@ from smartkv.models.architecture import Architecture
 
 
 class AttachedCache(Cache, ABC):
-    """The model follows it for as long as it lives, or until `detach`, and is as it was afterwards.
+    """A cache whose model attends through it, for as long as the cache lives or until `detach`.
 
     Args:
         model: a causal LM of a supported family.
-        layers: of the cache, one a layer of the model.
-        chunk: tokens of a prompt that go through the model together.
+        layers: the cache's layers, one per layer of the model.
+        chunk: number of prompt tokens that go through the model together.
 
     Raises:
         SmartKVError: a chunk that is no number of tokens, or a family that is not supported.
@@ -36,13 +36,13 @@ class AttachedCache(Cache, ABC):
     # -- attach and detach --------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Let the model take this cache; done by the constructor."""
+        """Patch the model, so that it takes this cache. The constructor does it."""
         self._undo = patch_model(self.model, AttachedCache)
         self._finalizer = weakref.finalize(self, self._undo)
         self.attached = True
 
     def detach(self) -> None:
-        """Leave the model as it was; what is stored stays. Called again, it does nothing."""
+        """Restore the model, unless other caches are attached to it. Stored keys stay. A second call does nothing."""
         self.attached = False
         self._finalizer()
 
@@ -57,7 +57,7 @@ class AttachedCache(Cache, ABC):
         self.detach()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """The same keys once more, for the same model and gates: to go on from one prompt in several ways."""
+        """Copy the keys but neither model nor gates, to continue one prompt in several ways."""
         for shared in (self.model, getattr(self, "gates", None)):
             memo[id(shared)] = shared
         own = ("attached", "_undo", "_finalizer")
@@ -72,27 +72,40 @@ class AttachedCache(Cache, ABC):
 
     @abstractmethod
     def attend(self, layer: int, step: EvictionStep) -> Tensor:
-        """Attention of one layer over the tokens of a forward pass; `[batch, query_heads, tokens, head_dim]`."""
+        """Store the tokens of a forward pass in one layer, and compute their attention.
+
+        Args:
+            layer: index of the layer.
+            step: the layer's inputs.
+
+        Returns:
+            `[batch, query_heads, tokens, head_dim]`.
+        """
 
     def check_call(self, decoder: nn.Module, tokens: int) -> None:
-        """Called before a forward pass of `decoder` over so many tokens.
+        """Check a forward pass before it begins.
+
+        Args:
+            decoder: the model's decoder, whose forward was called.
+            tokens: number of tokens in the call.
 
         Raises:
-            SmartKVError: the cache is not attached, the model is not its own or has no positions for them, or the
-                pass before was broken off.
+            SmartKVError: the cache is detached or belongs to another model, the model has too few positions, or an
+                earlier forward pass was interrupted.
         """
         if not self.attached:
             raise SmartKVError("the cache was detached from its model: call cache.attach(), or use it in `with cache:`")
         if decoder is not self.model.base_model:
             raise self._other_model()
         if any(self.get_seq_length(layer) != self.get_seq_length() for layer in range(len(self.layers))):
-            raise SmartKVError("a forward pass was broken off and only some layers hold its tokens: call cache.reset()")
+            raise SmartKVError("a forward pass was interrupted, only some layers hold its tokens: call cache.reset()")
         self.check_length(self.get_seq_length() + tokens)
 
     def check_length(self, tokens: int) -> None:
-        """
+        """Check that the model has positions for `tokens` tokens, those in the cache included.
+
         Raises:
-            SmartKVError: the model has no positions for so many tokens.
+            SmartKVError: it has fewer.
         """
         if tokens > self.architecture.max_positions:
             raise SmartKVError(
@@ -103,10 +116,10 @@ class AttachedCache(Cache, ABC):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Called by the model just before attention, which hands the keys to `attend`.
+        """Return the tensors as they are. The model calls this just before its attention function calls `attend`.
 
         Raises:
-            SmartKVError: the cache is not attached to this model, whose attention would see nothing of it.
+            SmartKVError: the cache is not attached to this model, whose attention would ignore it.
         """
         if not is_evicting(self.model, self):
             self.check_call(self.model.base_model, 0)
@@ -115,6 +128,6 @@ class AttachedCache(Cache, ABC):
 
     def _other_model(self) -> SmartKVError:
         return SmartKVError(
-            "the cache was made for another model than it was given to: "
-            f"make one of its own, {type(self).__name__}(model, …)"
+            "the cache was made for another model than the one it was given to: "
+            f"make a cache for this model, {type(self).__name__}(model, …)"
         )

@@ -1,4 +1,7 @@
-"""Attention of a chunk of queries over the keys that a layer holds and the chunk's own; what survives it."""
+"""Attention of a chunk of queries over the stored keys and its own, and the keys that survive the chunk.
+
+A *pair* is one row of the batch and one KV head. Pairs of like lengths attend together, padded to the longest of them.
+"""
 
 from dataclasses import dataclass
 
@@ -12,25 +15,25 @@ from smartkv.policies.capacity import Cap
 from smartkv.policies.lifetimes import HOLE
 from smartkv.quantization.per_token import PackedRows
 
-MASK_ELEMENTS = 2**21  # of a mask at once: for 256 queries it would be as large as keys and values of 64 dimensions
-LIKE = 1.25  # pairs whose lengths differ by less stand side by side, padded to the longest
+MASK_ELEMENTS = 2**21  # of one mask: for 256 queries a whole mask would be as large as keys and values of 64 dimensions
+LENGTH_RATIO = 1.25  # pairs whose lengths differ by at most this factor are padded to the longest and attend together
 
 
 @dataclass
 class ChunkResult:
-    """What a chunk leaves.
+    """The outcome of a chunk.
 
     Attributes:
-        output: `[batch, query_heads, tokens, head_dim]`; zeros for padding.
+        output: `[batch, query_heads, tokens, head_dim]`, zeros for padding.
         store: the keys that the next query sees.
-        visible: int64 `[pairs]`, keys that the counted queries saw.
-        bytes_at_work: the largest sum of keys that were held beside the old store.
+        visible: int64 `[pairs]`, the sum over counted queries of the keys that each saw.
+        peak_bytes: the most bytes of keys and values that were allocated beside the old store.
     """
 
     output: Tensor
     store: Ragged
     visible: Tensor
-    bytes_at_work: int
+    peak_bytes: int
 
 
 def chunk_attention(
@@ -45,18 +48,22 @@ def chunk_attention(
     packed: PackedRows | None,
     padded: bool,
 ) -> ChunkResult:
-    """Query `i` of a pair sees key `j` iff `j ≤ i < end of j`.
+    """Compute attention of a chunk, and drop the keys that no later query sees.
+
+    Query `i` of a pair sees key `j` iff `j ≤ i < ends_j`, where `ends_j` is the key's expiry, or earlier if a cap drops
+    the key.
 
     Args:
         query: `[batch, query_heads, tokens, head_dim]`.
-        store: what is held.
-        new: the chunk's keys, `[pairs, tokens]`; position `HOLE` where the token is padding.
-        cap: of the layer; None: none.
-        start, end: int64 `[pairs]`, position of the first real token, and of the next one after the chunk.
-        scaling: of the scores.
-        first_query: position of the first query that is counted.
-        packed: how keys and values are packed, and queries turned; None: they are not.
-        padded: some tokens may be padding.
+        store: the stored keys.
+        new: the chunk's keys, `[pairs, tokens]`; their position is `HOLE` where the token is padding.
+        cap: the layer's cap; None: no cap.
+        start, end: int64 `[pairs]`, position of the first real token of the chunk and of the one after its last.
+        scaling: factor on the attention scores.
+        first_query: position of the first counted query.
+        packed: packs keys and values in few bits; `query`, `store` and `new` are already encoded by it. None: they are
+            not packed.
+        padded: whether any token may be padding.
     """
     batch, query_heads, tokens, head_dim = query.shape
     pairs, device = len(start), query.device
@@ -64,11 +71,11 @@ def chunk_attention(
     output = torch.empty_like(grouped)
     visible, counts = torch.zeros_like(start), torch.zeros_like(start)
     drops = None if cap is None else _dropped(store, new, cap, start, tokens)
-    held = store.sizes
-    kept: dict[int, Fields] = {}  # of each pair
-    most = kept_bytes = 0
-    for group in group_by_length(held, tokens):
-        longest = max(held[pair] for pair in group)
+    stored = store.sizes
+    survivors: dict[int, Fields] = {}  # by pair
+    peak = survivor_bytes = 0
+    for group in group_by_length(stored, tokens):
+        longest = max(stored[pair] for pair in group)
         fields = _padded(store, new, group, longest)
         rows = torch.tensor(group, device=device)
         ends = fields.expiry
@@ -79,76 +86,87 @@ def chunk_attention(
             output = _masked_attention(grouped, fields, ends, new.position, scaling, packed, padded)
         else:
             queries, at = grouped.index_select(0, rows), new.position[rows]
-            found = _masked_attention(queries, fields, ends, at, scaling, packed, padded)
-            output.index_copy_(0, rows, found)
+            group_output = _masked_attention(queries, fields, ends, at, scaling, packed, padded)
+            output.index_copy_(0, rows, group_output)
         alive = ends > end[rows, None]
-        saw = count_queries(fields.position, ends, start[rows, None], end[rows, None], first_query)
-        visible[rows], counts[rows] = saw.sum(dim=1), alive.sum(dim=1)
+        seen = count_queries(fields.position, ends, start[rows, None], end[rows, None], first_query)
+        visible[rows], counts[rows] = seen.sum(dim=1), alive.sum(dim=1)
         flat, index = fields.map(lambda tensor: tensor.flatten(0, 1)), alive.flatten().nonzero().flatten()
-        all_alive = len(index) == alive.numel()  # then they lie as they shall: no copy
+        all_alive = len(index) == alive.numel()  # then no copy is needed
         lasting = flat if all_alive else flat.at(index)
-        kept |= zip(group, lasting.split(counts[rows].tolist()), strict=True)
-        read = 0 if packed is None else 2 * fields.position.numel() * head_dim * query.element_size()
-        most = max(most, kept_bytes + fields.nbytes + max(read, 0 if all_alive else lasting.nbytes))
-        kept_bytes += lasting.nbytes
-    survivors = kept[0] if pairs == 1 else Fields.cat([kept[pair] for pair in range(pairs)])
-    most = max(most, kept_bytes + survivors.nbytes)
-    output = output.reshape(batch, query_heads, tokens, head_dim)  # attention on GPUs may leave it in another order
-    left = Ragged(survivors, counts)
-    left.sizes = [len(kept[pair].position) for pair in range(pairs)]
-    return ChunkResult(output, left, visible, most)
+        survivors |= zip(group, lasting.split(counts[rows].tolist()), strict=True)
+        decoded = 0 if packed is None else 2 * fields.position.numel() * head_dim * query.element_size()
+        peak = max(peak, survivor_bytes + fields.nbytes + max(decoded, 0 if all_alive else lasting.nbytes))
+        survivor_bytes += lasting.nbytes
+    merged = survivors[0] if pairs == 1 else Fields.cat([survivors[pair] for pair in range(pairs)])
+    peak = max(peak, survivor_bytes + merged.nbytes)
+    output = output.reshape(batch, query_heads, tokens, head_dim)  # GPU kernels may leave another memory order
+    remaining = Ragged(merged, counts)
+    remaining.sizes = [len(survivors[pair].position) for pair in range(pairs)]
+    return ChunkResult(output, remaining, visible, peak)
 
 
 def _masked_attention(
     query: Tensor, fields: Fields, ends: Tensor, at: Tensor, scaling: float, packed: PackedRows | None, padded: bool
 ) -> Tensor:
-    """Attention under the rule, for so many queries at once that the mask stays small beside the keys.
+    """Compute masked attention, a tile of queries at a time, so that the mask stays small beside the keys.
 
     Args:
         query: `[pairs, group, tokens, head_dim]`.
-        fields: `[pairs, keys]`, the last `tokens` of them the queries' own.
-        ends: int `[pairs, keys]`, first position whose query does not see the key; 0 where there is none.
+        fields: `[pairs, keys]`; the last `tokens` keys are those of the queries' own tokens.
+        ends: int `[pairs, keys]`, first position whose query does not see the key; 0 where there is no key.
         at: int `[pairs, tokens]`, positions of the queries, `HOLE` for padding.
-        packed, padded: see `chunk_attention`.
+        scaling, packed, padded: as in `chunk_attention`.
 
     Returns:
-        Like `query`; zeros for padding.
+        Shaped like `query`, zeros for padding.
     """
     (pairs, group, tokens, head_dim), keys = query.shape, fields.position.shape[1]
-    stored = fields[:2] if packed is None else packed.read(*fields[:2], query.dtype)
+    stored = fields[:2] if packed is None else packed.decode(*fields[:2], query.dtype)
     key, value = (tensor[:, None].expand(pairs, group, keys, head_dim) for tensor in stored)
-    parts = []
+    outputs = []
     step = max(16, MASK_ELEMENTS // (pairs * keys))
     for first in range(0, tokens, step):
         here = at[:, first : first + step, None]
-        # a query of padding, at HOLE, sees the holes, itself among them: a softmax over nothing would be NaN
+        # a query of padding has position HOLE and sees the holes, itself included: a softmax over nothing would be NaN
         mask = (fields.position[:, None] <= here) & (ends[:, None] > here)
         queries = query[:, :, first : first + step]
-        found = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask[:, None], scale=scaling)
-        parts.append(found.masked_fill((here == HOLE)[:, None], 0) if padded else found)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        output = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask[:, None], scale=scaling)
+        outputs.append(output.masked_fill((here == HOLE)[:, None], 0) if padded else output)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 def _padded(store: Ragged, new: Fields, pairs: list[int], longest: int) -> Fields:
-    """Keys of these pairs side by side, `[pairs, longest + tokens]`: what is held, holes up to `longest`, the chunk's.
+    """Return the keys of some pairs side by side: the stored ones, holes up to `longest`, then the chunk's.
 
-    One copy: heads that hold much are what the peak is made of.
+    It makes a single copy, because the heads with the most keys determine the peak of memory.
+
+    Returns:
+        `[pairs, longest + tokens]`.
     """
-    held = store.by_pair()
+    stored = store.by_pair()
     hole = new.map(lambda tensor: tensor.new_zeros(longest, *tensor.shape[2:]))
     hole.position.fill_(HOLE)
     parts = []
     for pair in pairs:
-        missing = longest - len(held[pair].position)
-        parts += [held[pair], *([hole.row(0, missing)] if missing else []), new.row(pair)]
+        missing = longest - len(stored[pair].position)
+        parts += [stored[pair], *([hole.row(0, missing)] if missing else []), new.row(pair)]
     return Fields.cat(parts).map(lambda tensor: tensor.unflatten(0, (len(pairs), -1)))
 
 
 def group_by_length(counts: list[int], tokens: int) -> list[list[int]]:
-    """Pairs whose lengths (counts + tokens) are alike, in groups in order, each pair once; the shortest group first."""
+    """Group the pairs by their lengths, `counts + tokens`, so that they differ by at most `LENGTH_RATIO` in a group.
+
+    Args:
+        counts: stored keys of each pair.
+        tokens: of the chunk.
+
+    Returns:
+        Each pair in exactly one group, in order within it; the group with the shortest pairs first.
+    """
     groups: list[list[int]] = []
     for pair in sorted(range(len(counts)), key=counts.__getitem__):
-        if groups and counts[pair] + tokens <= LIKE * (counts[groups[-1][0]] + tokens):
+        if groups and counts[pair] + tokens <= LENGTH_RATIO * (counts[groups[-1][0]] + tokens):
             groups[-1].append(pair)
         else:
             groups.append([pair])
@@ -156,12 +174,12 @@ def group_by_length(counts: list[int], tokens: int) -> list[list[int]]:
 
 
 def _dropped(store: Ragged, new: Fields, cap: Cap, start: Tensor, tokens: int) -> Tensor:
-    """First position whose query does not see each key under the cap, int64 `[pairs, longest + tokens]`."""
+    """Return the first position whose query does not see each key under the cap, int64 `[pairs, longest + tokens]`."""
     position, expiry, score = new.position, new.expiry, new.score
     if len(store.fields.position):
         index, filled = store.side_by_side()
-        held = store.fields
-        position = torch.cat([held.position[index].masked_fill(~filled, HOLE), position], dim=1)
-        expiry = torch.cat([held.expiry[index], expiry], dim=1)
-        score = None if score is None or held.score is None else torch.cat([held.score[index], score], dim=1)
+        stored = store.fields
+        position = torch.cat([stored.position[index].masked_fill(~filled, HOLE), position], dim=1)
+        expiry = torch.cat([stored.expiry[index], expiry], dim=1)
+        score = None if score is None or stored.score is None else torch.cat([stored.score[index], score], dim=1)
     return cap.ends(position, expiry, score, start, tokens + 1)

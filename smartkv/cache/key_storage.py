@@ -1,9 +1,10 @@
-"""Storage of one layer's keys, with two write paths.
+"""Storage of one layer's keys and values, with two write paths.
 
-* `chunk` (prefill): many tokens at once, of which `QUERIES` attend together. Keys that no later query sees are freed
-  after each of these, and only live keys are left.
-* `step` (decode): one token a row. Keys lie in pages with spare slots. When those are used up, `free_dead` frees dead
-  keys and packs the rest anew. Until then a dead key is hidden, so no logit depends on when it is freed.
+* `chunk` (prefill): many tokens at once, `QUERIES` of which attend together. After each of these tiles the keys that no
+  later query sees are freed, so only live keys are stored.
+* `step` (decode): one token per row of the batch. Keys lie in pages with spare slots. When the spare slots are used up,
+  `free_dead` frees the dead keys and packs the live ones anew. Until then a dead key is hidden, so no logit depends on
+  when it is freed.
 """
 
 import torch
@@ -17,27 +18,32 @@ from smartkv.policies.capacity import Cap
 from smartkv.policies.lifetimes import FOREVER, HOLE
 from smartkv.quantization.per_token import Bits, PackedRows
 
-QUERIES = 256  # of a chunk that attend together: fewer skip more dead keys, and move the living ones more often
+QUERIES = 256  # of a chunk that attend together; fewer free dead keys earlier, but copy the live ones more often
 
 
 class KeyStorage:
-    """Keys and values of one layer, freed and packed on demand.
+    """Keys and values of one layer, whose dead keys are freed on demand.
+
+    A *pair* is one row of the batch and one KV head, in the order (row, head). Single tokens that came since keys were
+    last packed are *pending*: they are stored and visible, but their expiry is not decided yet.
 
     Args:
-        shortest_life: tokens that every key is seen for at least.
-        cap: of this layer; None: none.
+        min_lifetime: number of tokens for which every key is visible.
+        cap: the layer's cap; None: no cap.
         first_query: position of the first query that `count` counts.
-        bits: see `PackedRows`; None: keys and values stay in the model's dtype.
+        bits: of packed keys and values (see `PackedRows`); None: they stay in the model's dtype.
 
     Attributes:
-        store: the keys, between two calls.
-        unjudged: pre-RoPE keys `[batch, kv_heads, 1, head_dim]` of the single tokens that came since keys were packed.
-        pending: how many tokens that are.
-        seen: int64 `[batch]`, real tokens when keys were packed; `columns`: tokens so far, padding included.
-        count: keys that the queries before `seen` saw.
-        sliding_window: keys that a full cache would hold at most.
-        resting: bytes when keys were last moved.
-        at_work: bytes of this layer at the fullest moment of the last call; 0 where that moved no keys.
+        store: the keys: `Ragged` after a chunk, `Pages` between steps.
+        pending: number of pending tokens.
+        pending_keys: pre-RoPE keys of each pending token, `[batch, kv_heads, 1, head_dim]`.
+        seen: int64 `[batch]`, real tokens of each row, pending ones excluded.
+        columns: tokens so far, padding and pending ones included.
+        count: keys that the queries of the `seen` tokens saw.
+        sliding_window: largest number of keys that a full cache would hold.
+        packed: packs keys and values; None: they are not packed.
+        resting_bytes: `storage_bytes` when keys were last moved.
+        call_peak_bytes: the most bytes of this layer during the last call; 0 if it moved no keys.
     """
 
     is_initialized = False
@@ -46,25 +52,25 @@ class KeyStorage:
     count: FootprintCount
 
     def __init__(
-        self, shortest_life: int = 1, cap: Cap | None = None, first_query: int = 0, bits: Bits | None = None
+        self, min_lifetime: int = 1, cap: Cap | None = None, first_query: int = 0, bits: Bits | None = None
     ) -> None:
         super().__init__()
-        self.shortest_life, self.cap, self.first_query = shortest_life, cap, first_query
+        self.min_lifetime, self.cap, self.first_query = min_lifetime, cap, first_query
         self.packed = None if bits is None else PackedRows(bits)
         self.reset()
 
     def reset(self) -> None:
-        """As new."""
+        """Forget everything."""
         self.is_initialized = False
         self.__dict__.pop("store", None)
         if self.packed is not None:
             self.packed.centre = None
-        self.unjudged: list[Tensor] = []
-        self.columns = self.pending = self.at_work = self.resting = 0
+        self.pending_keys: list[Tensor] = []
+        self.columns = self.pending = self.call_peak_bytes = self.resting_bytes = 0
         self.sliding_window = FOREVER
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Empty storage. Both `[batch, kv_heads, tokens, head_dim]`."""
+        """Create empty storage for keys and values like these, `[batch, kv_heads, tokens, head_dim]`."""
         batch, self.kv_heads, _, head_dim = key_states.shape
         position = torch.empty(0, dtype=torch.int32, device=key_states.device)
         score = torch.empty(0, device=key_states.device) if self.ranked else None
@@ -76,76 +82,81 @@ class KeyStorage:
         self.restore(store, counts.new_zeros(batch), key_states.dtype)
 
     def restore(self, store: Ragged, seen: Tensor, dtype: torch.dtype) -> None:
-        """Hold `store`, after `seen` real tokens of each row (int64 `[batch]`), for a model of that dtype."""
+        """Take over stored keys.
+
+        Args:
+            store: the keys.
+            seen: int64 `[batch]`, real tokens of each row so far.
+            dtype: of the model.
+        """
         self.store, self.seen, self.dtype = store, seen, dtype
         self.kv_heads = len(store.counts) // len(seen)
         self.count = FootprintCount.zeros(len(seen), self.kv_heads, self.first_query, seen.device)
         self.is_initialized = True
-        self.resting = self.storage_bytes
+        self.resting_bytes = self.storage_bytes
 
     def set_sliding_window(self, window: int) -> None:
-        """The model's own attention sees at most so many keys."""
+        """Set the number of keys that the model's own attention sees at most."""
         self.sliding_window = window
-        self.shortest_life = min(self.shortest_life, window)
+        self.min_lifetime = min(self.min_lifetime, window)
 
     # -- what it holds ------------------------------------------------------------------------------------------------
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes of all tensors, as allocated: slots (dead or not), positions, expiries, tables, counts, new tokens."""
+        """Bytes of all allocated tensors: slots (live or dead), positions, expiries, tables, counts, pending keys."""
         if not self.is_initialized:
             return 0
-        rest = [
-            self.seen,
-            self.count.visible,
-            self.count.full,
-            *self.unjudged,
-            self.packed.centre if self.packed else None,
-        ]
+        centre = self.packed.centre if self.packed else None
+        rest = [self.seen, self.count.visible, self.count.full, *self.pending_keys, centre]
         return self.store.nbytes + storage_bytes(rest)
 
     @property
     def exact_bytes(self) -> int:
-        """Those of keys and values in the model's dtype, waiting ones included; packed ones are not."""
+        """Bytes of keys and values in the model's dtype, pending keys included, packed ones excluded."""
         if not self.is_initialized:
             return 0
         stored = [] if self.packed is not None else self.store.fields[:2]
-        return storage_bytes([*stored, *self.unjudged])
+        return storage_bytes([*stored, *self.pending_keys])
 
     @property
-    def bytes_since_moved(self) -> int:
-        """The same, from what was counted when keys were last moved and the size of a new token: asked often."""
-        return self.resting + (len(self.unjudged) * storage_bytes(self.unjudged[:1]) if self.unjudged else 0)
+    def cached_storage_bytes(self) -> int:
+        """`storage_bytes` without visiting all tensors: `resting_bytes` plus the pending keys."""
+        return self.resting_bytes + (
+            len(self.pending_keys) * storage_bytes(self.pending_keys[:1]) if self.pending_keys else 0
+        )
 
     @property
     def live(self) -> Tensor:
-        """Keys that are not expired, int64 `[batch, kv_heads]`."""
+        """Number of keys that the last query saw and that are not expired, int64 `[batch, kv_heads]`."""
         return self.store.live(self.pending).view(-1, self.kv_heads)
 
     @property
     def slots(self) -> Tensor:
-        """Slots that are stored, live or not, int64 `[batch, kv_heads]`."""
+        """Number of allocated slots, live or not, int64 `[batch, kv_heads]`."""
         return self.store.slots.view(-1, self.kv_heads)
 
     def counted(self) -> FootprintCount:
-        """`count` with the queries that came since keys were packed."""
+        """Return `count` with the queries of the pending tokens added."""
         return self._counted(self._ends(self.pending), self.store.pair()) if self.pending else self.count
 
     def _counted(self, ends: Tensor, pair: Tensor) -> FootprintCount:
-        """The same, from when each slot's key ends and the pair of each slot."""
+        """Return the same as `counted`, given each slot's end (see `_ends`) and pair."""
         after = self.seen + self.pending
         start, end = self._of_pairs(self.seen), self._of_pairs(after)
-        saw = count_queries(self.store.fields.position, ends, start[pair], end[pair], self.first_query)
-        visible = torch.zeros_like(start).index_add_(0, pair, saw)
+        seen = count_queries(self.store.fields.position, ends, start[pair], end[pair], self.first_query)
+        visible = torch.zeros_like(start).index_add_(0, pair, seen)
         return self.count.plus(visible, self.seen, after, self.sliding_window)
 
     def _of_pairs(self, rows: Tensor) -> Tensor:
-        """`[batch]` -> `[pairs]`."""
+        """Repeat a value per row for each KV head: `[batch]` -> `[pairs]`."""
         return rows.repeat_interleave(self.kv_heads)
 
     def _ends(self, queries: int) -> Tensor:
-        """First position whose query does not see the key in each slot, drops by a cap included that come up to so
-        many queries after `seen`; int `[slots]`."""
+        """Return the first position whose query does not see the key in each slot, int `[slots]`.
+
+        It is the key's expiry, or earlier if a cap drops the key within the next `queries` queries.
+        """
         fields = self.store.fields
         if self.cap is None or not len(fields.position):
             return fields.expiry
@@ -157,11 +168,11 @@ class KeyStorage:
         flat[index[filled]] = ends[filled]
         return flat
 
-    # -- one token a row ----------------------------------------------------------------------------------------------
+    # -- decode: one token per row ------------------------------------------------------------------------------------
 
     @property
     def settled(self) -> bool:
-        """Whether it holds live keys alone, as a chunk leaves it."""
+        """Whether the layer holds live keys only and none is pending, as after a chunk."""
         return isinstance(self.store, Ragged)
 
     @property
@@ -170,98 +181,103 @@ class KeyStorage:
         return self.cap is not None and self.cap.heads > 1
 
     @property
-    def ready(self) -> bool:
-        """Whether `step` can be called; `settle(…, pack=True)` makes it so."""
+    def can_step(self) -> bool:
+        """Whether a spare slot is left for `step`; `free_dead(…, pack=True)` makes new ones."""
         return isinstance(self.store, Pages) and self.pending < self.store.spare
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Add one token a row; its attention.
+        """Store one more token per row, and compute its attention.
 
         Args:
-            query: `[batch, query_heads, 1, head_dim]`; key, value: `[batch, kv_heads, 1, head_dim]`.
+            query: `[batch, query_heads, 1, head_dim]`.
+            key, value: `[batch, kv_heads, 1, head_dim]`.
+            scaling: factor on the attention scores.
 
         Returns:
-            Like `query`.
+            Shaped like `query`.
         """
         pairs, head_dim = len(self.store.counts), key.shape[-1]
         grouped, key, value = query.reshape(pairs, -1, head_dim), key.reshape(pairs, -1), value.reshape(pairs, -1)
         if self.packed is not None:
-            grouped, key, value = self.packed.enter(grouped, key[:, None], value[:, None])
+            grouped, key, value = self.packed.encode(grouped, key[:, None], value[:, None])
             key, value = key[:, 0], value[:, 0]
         self.store.write(self.pending, key, value)  # type: ignore[union-attr]
         output = self.store.attend(grouped, scaling)  # type: ignore[union-attr]
         if self.packed is not None:
-            output = self.packed.turn_back(output)
+            output = self.packed.rotate_back(output)
         self.pending += 1
         self.columns += 1
         return output.reshape(query.shape)
 
     def free_dead(self, expiry: Tensor | None, score: Tensor | None, pack: bool) -> None:
-        """Free what died since keys were packed.
+        """Free the dead keys.
 
         Args:
-            expiry: int64 `[batch, kv_heads, pending]` of the tokens that came since; None where none came.
-            score: float32, shaped alike; None: not needed.
-            pack: as in `settle`.
+            expiry: int64 `[batch, kv_heads, pending]`, of the pending tokens; None: there are none.
+            score: float32 of the same shape; None: the layer stores none.
+            pack: whether to pack the live keys into pages with spare slots for `step`; else they are left ragged.
         """
         old, old_bytes = self.store, self.storage_bytes
         if expiry is not None:
             old.judge(expiry.flatten(0, 1), None if score is None else score.flatten(0, 1))  # type: ignore[union-attr]
-        ends, pair = self._ends(self.pending + min(MAX_SPARE, self.shortest_life)), old.pair()
+        ends, pair = self._ends(self.pending + min(MAX_SPARE, self.min_lifetime)), old.pair()
         self.count = self._counted(ends, pair)
-        self.seen, self.pending, self.unjudged = self.seen + self.pending, 0, []
+        self.seen, self.pending, self.pending_keys = self.seen + self.pending, 0, []
         now, position = self._of_pairs(self.seen), old.fields.position
         alive = (position != HOLE) & (position < now[pair]) & (ends > now[pair])
         live = alive.nonzero().flatten()
         counts = torch.bincount(pair[live], minlength=len(now))
         if pack:
-            spare = spare_tokens(len(live) / len(counts), self.shortest_life)
+            spare = spare_tokens(len(live) / len(counts), self.min_lifetime)
             ages = (ends - now[pair])[live]
             self.store = Pages(old.fields, live, counts, ages, now, spare, self.dtype, self.packed)
         else:
             self.store = Ragged(old.fields.at(live), counts)
-        self.resting = self.storage_bytes
-        self.at_work = old_bytes + self.resting
-        if pack and self.packed is not None:  # what each step reads is unpacked for it
+        self.resting_bytes = self.storage_bytes
+        self.call_peak_bytes = old_bytes + self.resting_bytes
+        if pack and self.packed is not None:  # each step decodes all keys and values
             width = self.packed.head_dim(self.store.fields.key.shape[-1]) * self.dtype.itemsize
-            self.at_work = max(self.at_work, self.resting + 2 * int(self.store.slots.sum()) * width)
+            self.call_peak_bytes = max(
+                self.call_peak_bytes, self.resting_bytes + 2 * int(self.store.slots.sum()) * width
+            )
 
-    # -- many tokens --------------------------------------------------------------------------------------------------
+    # -- prefill: many tokens -----------------------------------------------------------------------------------------
 
     def chunk(self, query: Tensor, new: Fields, real: Tensor | None, scaling: float) -> Tensor:
-        """Add the tokens of a chunk to a settled layer; their attention.
+        """Store the tokens of a chunk in a settled layer, and compute their attention.
 
         Args:
             query: `[batch, query_heads, tokens, head_dim]`.
-            new: the chunk's keys, `[pairs, tokens]`; position `HOLE` where the token is padding.
+            new: the chunk's keys, `[pairs, tokens]`; their position is `HOLE` where the token is padding.
             real: bool `[batch, tokens]`, False for padding; None: no padding.
-            scaling: of the scores.
+            scaling: factor on the attention scores.
 
         Returns:
-            Like `query`; zeros for padding.
+            Shaped like `query`, zeros for padding.
         """
         if not isinstance(self.store, Ragged):
-            raise RuntimeError("settle the layer before a chunk")
+            raise RuntimeError("call free_dead(…, pack=False) before a chunk")
         if self.packed is not None:
             padding = new.position == HOLE if real is not None else None
-            query, key, value = self.packed.enter(query, new.key, new.value, padding)
+            query, key, value = self.packed.encode(query, new.key, new.value, padding)
             new = new._replace(key=key, value=value)
-        outputs, most = [], 0
+        outputs, peak = [], 0
         for first in range(0, query.shape[2], QUERIES):
             here = slice(first, first + QUERIES)
-            part, there = new.map(lambda tensor: tensor[:, here]), None if real is None else real[:, here]  # noqa: B023
-            outputs.append(self._take_in(query[:, :, here], part, there, scaling))
-            most = max(most, self.at_work)
-        self.at_work = most + sum(tensor.nbytes for tensor in new if tensor is not None)  # some are views of more
+            tile = new.map(lambda tensor: tensor[:, here])  # noqa: B023
+            outputs.append(self._attend_tile(query[:, :, here], tile, None if real is None else real[:, here], scaling))
+            peak = max(peak, self.call_peak_bytes)
+        # nbytes of the tensors and not of their storages, which may be larger
+        self.call_peak_bytes = peak + sum(tensor.nbytes for tensor in new if tensor is not None)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-        return output if self.packed is None else self.packed.turn_back(output)
+        return output if self.packed is None else self.packed.rotate_back(output)
 
-    def _take_in(self, query: Tensor, new: Fields, real: Tensor | None, scaling: float) -> Tensor:
-        """`chunk` of so many tokens that they attend together."""
+    def _attend_tile(self, query: Tensor, new: Fields, real: Tensor | None, scaling: float) -> Tensor:
+        """Store and attend to as many tokens of a chunk as attend together; arguments as in `chunk`."""
         tokens = query.shape[2]
         after = self.seen + (tokens if real is None else real.sum(dim=1))
         start, end = self._of_pairs(self.seen), self._of_pairs(after)
-        done = chunk_attention(
+        result = chunk_attention(
             query,
             self.store,  # type: ignore[arg-type]
             new,
@@ -273,26 +289,26 @@ class KeyStorage:
             self.packed,
             padded=real is not None,
         )
-        self.at_work = self.storage_bytes + done.bytes_at_work
-        self.count = self.count.plus(done.visible, self.seen, after, self.sliding_window)
-        self.store, self.seen = done.store, after
+        self.call_peak_bytes = self.storage_bytes + result.peak_bytes
+        self.count = self.count.plus(result.visible, self.seen, after, self.sliding_window)
+        self.store, self.seen = result.store, after
         self.columns += tokens
-        self.resting = self.storage_bytes
-        return done.output
+        self.resting_bytes = self.storage_bytes
+        return result.output
 
-    # -- rows ---------------------------------------------------------------------------------------------------------
+    # -- rows of the batch --------------------------------------------------------------------------------------------
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch, int64 `[rows]`; the layer is settled."""
+        """Keep these rows of the batch, int64 `[rows]`, which may repeat. The layer must be settled."""
         if not self.is_initialized:
             return
         if not isinstance(self.store, Ragged):
-            raise RuntimeError("settle the layer before its rows are chosen")
+            raise RuntimeError("call free_dead(…, pack=False) before rows are selected")
         old_bytes = self.storage_bytes
         pairs = rows[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=rows.device)
         self.store = self.store.select(pairs.flatten())
         if self.packed is not None:
             self.packed.select(pairs.flatten())
         self.seen, self.count = self.seen.index_select(0, rows), self.count.select(rows)
-        self.resting = self.storage_bytes
-        self.at_work = old_bytes + self.resting
+        self.resting_bytes = self.storage_bytes
+        self.call_peak_bytes = old_bytes + self.resting_bytes

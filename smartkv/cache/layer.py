@@ -1,6 +1,11 @@
-"""Per-layer state of a LifespanCache: when its keys are judged, freed and packed.
+"""LifespanLayer: the state of one layer of a LifespanCache, and when its keys are judged and freed.
 
-A layer knows when its keys must be judged, and asks the cache that it belongs to.
+The life of a key has four steps. It is stored when its token comes. It is *judged* once: its expiry is decided. It is
+hidden from the queries at and after its expiry. It is freed when its layer next packs its keys.
+
+The tokens of a chunk are judged at once. Single tokens stay *pending* until the spare slots are used up, and are then
+judged together. No logit depends on that, because every key is visible for `min_lifetime` tokens and no more tokens
+than that are pending.
 """
 
 from collections.abc import Callable
@@ -17,24 +22,33 @@ from smartkv.errors import SmartKVError
 from smartkv.policies.lifetimes import FOREVER, HOLE
 
 Judge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""Decides about new keys, from the keys before the rotary embedding `[batch, kv_heads, tokens, head_dim]` and the
-positions int64 `[batch, tokens]`: the first position whose query does not see each key, int64 `[batch, kv_heads,
-tokens]`, and where a cap is shared by heads the key's score, float32 of the same shape."""
+"""Function that decides how long new keys stay.
+
+Args: pre-RoPE keys `[batch, kv_heads, tokens, head_dim]`, and positions int64 `[batch, tokens]`.
+Returns: the first position whose query does not see each key, int64 `[batch, kv_heads, tokens]`; and each key's score,
+float32 of the same shape, if the layer is `ranked`, else None.
+"""
 
 
 class LifespanLayer(KeyStorage, CacheLayerMixin):
-    """One layer of a LifespanCache. Single tokens wait unjudged until room is made for more; the tokens of a chunk are
-    judged at once."""
+    """One layer of a LifespanCache. It owns its keys and their state; the cache gives it a `Judge`."""
 
     is_sliding = False
 
     # -- a forward pass -----------------------------------------------------------------------------------------------
 
     def attend(self, step: EvictionStep, judge: Judge) -> Tensor:
-        """Take in the tokens of a forward pass; their attention, `[batch, query_heads, tokens, head_dim]`.
+        """Store the tokens of a forward pass, and compute their attention.
+
+        Args:
+            step: the layer's inputs.
+            judge: decides about the keys whose turn it is.
+
+        Returns:
+            `[batch, query_heads, tokens, head_dim]`, zeros for padding.
 
         Raises:
-            SmartKVError: another number of rows, or another dtype, than what the layer holds.
+            SmartKVError: another number of rows, or another dtype, than the layer holds.
         """
         if not self.is_initialized:
             self.lazy_initialization(step.key, step.value)
@@ -44,55 +58,56 @@ class LifespanLayer(KeyStorage, CacheLayerMixin):
                 f"the cache holds {len(self.seen)} rows in {self.dtype}, "
                 f"the model was given {len(step.key)} rows and computes in {step.key.dtype}"
             )
-        self.at_work, tokens = 0, step.key.shape[2]
+        self.call_peak_bytes, tokens = 0, step.key.shape[2]
         if tokens == 1 and step.real is None:
-            if not self.ready:
+            if not self.can_step:
                 self.settle(judge, pack=True)
-            self.unjudged.append(step.pre_rope)
+            self.pending_keys.append(step.pre_rope)
             return self.step(step.query, step.key, step.value, step.scaling)
         self.settle(judge)
-        settling = self.at_work
+        settling_peak_bytes = self.call_peak_bytes
         real = step.real if step.real is not None else step.key.new_ones(len(step.key), tokens, dtype=torch.bool)
         position = self.seen[:, None] + real.cumsum(dim=1) - 1
         expiry, score = judge(step.pre_rope, position)
         position = position.masked_fill(~real, HOLE)[:, None].expand(expiry.shape)
         new = Fields(step.key, step.value, position.int(), expiry.int(), score).map(lambda tensor: tensor.flatten(0, 1))
         output = self.chunk(step.query, new, step.real, step.scaling)
-        self.at_work = max(self.at_work, settling)
+        self.call_peak_bytes = max(self.call_peak_bytes, settling_peak_bytes)
         return output
 
     def settle(self, judge: Judge, pack: bool = False) -> None:
-        """Judge the single tokens that came since keys were packed, and free what died.
+        """Judge the pending tokens, and free the dead keys.
 
         Args:
-            judge: decides about these tokens.
-            pack: make room for single tokens; else keep the live keys and nothing beside them.
+            judge: decides about the pending tokens.
+            pack: whether to pack the live keys into pages with spare slots for single tokens; else only the live keys
+                are stored, without any spare slot.
         """
         if not self.is_initialized or (self.settled and not pack):
             return
         expiry = score = None
         if self.pending:
-            keys = torch.cat(self.unjudged, dim=2)
+            keys = torch.cat(self.pending_keys, dim=2)
             expiry, score = judge(keys, self.seen[:, None] + torch.arange(self.pending, device=keys.device))
         self.free_dead(expiry, score, pack)
 
-    # -- what transformers asks ---------------------------------------------------------------------------------------
+    # -- the interface of transformers' cache layers ------------------------------------------------------------------
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Nothing is stored here: the attention function does."""
+        """Return the tensors as they are; `attend` stores them a moment later."""
         return key_states, value_states
 
     def get_seq_length(self, *_: Any) -> int:
-        """Logical length: tokens so far, freed ones and padding included."""
+        """Return the number of tokens so far, freed ones and padding included."""
         return self.columns
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """(keys, offset) of a mask; none is built."""
-        tokens = query_length if isinstance(query_length, int) else len(query_length)  # 5.2 hands the positions
+        """Return (keys, offset) for a causal mask; the model builds none while it works on this cache."""
+        tokens = query_length if isinstance(query_length, int) else len(query_length)  # transformers 5.2: positions
         return self.columns + tokens, 0
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Return −1: there is no limit."""
         return -1
 
-    get_max_cache_shape = get_max_length  # its name in 5.2
+    get_max_cache_shape = get_max_length  # its name in transformers 5.2

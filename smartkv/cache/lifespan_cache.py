@@ -1,9 +1,10 @@
-"""LifespanCache: a KV cache from which keys are freed when their time to live is up.
+"""LifespanCache: a KV cache that frees each key when its time to live is up.
 
-    model.generate(**inputs, past_key_values=LifespanCache(model, gates, policy))
+    cache = LifespanCache(model, "smollm2-135m-instruct", footprint=0.25)
+    model.generate(**inputs, past_key_values=cache)
 
-Gates decide the TTL of new keys, queries attend to what is visible to them, and what no later query can see is freed:
-after every 256 tokens of a prompt, and every few tokens while decoding.
+Gates decide the time to live (TTL) of new keys. Queries attend to the keys that are visible to them. Keys that no later
+query can see are freed: after every 256 tokens of a prompt, and every few tokens while decoding.
 """
 
 import functools
@@ -30,7 +31,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _outside_autograd(function: F) -> F:
-    """No gradients, and plain tensors also in `torch.inference_mode`: what is stored there may be changed outside."""
+    """Run a function without gradients, on tensors that may be changed later outside `torch.inference_mode` too."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -41,10 +42,10 @@ def _outside_autograd(function: F) -> F:
 
 
 class LifespanCache(CacheUsage, AttachedCache):
-    """A cache for `model(...)` and `model.generate(...)`.
+    """A KV cache with eviction for `model(...)` and `model.generate(...)`.
 
-    The model is changed while it works on the cache and not between. It keeps a forward of ours for as long as such a
-    cache lives; `with cache:` takes that away at the block's end, `detach()` at once.
+    The cache replaces the forward of the model's decoder for as long as it lives. `detach()` restores the model at
+    once, and `with cache:` at the end of the block. A call without such a cache computes what it always did.
 
     Args:
         model: a loaded causal LM of a supported family.
@@ -52,11 +53,11 @@ class LifespanCache(CacheUsage, AttachedCache):
             which gates are loaded onto the model's device; None for a policy that needs none.
         policy: what each layer keeps, with nothing left open: a HybridPolicy, the name of a policy, or a YAML file (see
             `read_policy`); None: `footprint` decides.
-        chunk: tokens of a prompt that go through the model together, each layer freeing what is dead after every 256 of
-            them; no logit depends on it beyond rounding.
+        chunk: number of prompt tokens that go through the model together. Each layer frees its dead keys after every
+            256 of them. No logit depends on it beyond rounding.
         first_query: position of the first query that the attribute `footprint` counts.
-        bits: of each number of keys and values, 2 to 8, or of keys and of values, (6, 4), packed (see
-            `smartkv.quantization.per_token`); None: the model's dtype.
+        bits: packs keys and values in 2 to 8 bits a number; two figures such as (6, 4) are for keys and for values (see
+            `smartkv.quantization.per_token`). None: they stay in the model's dtype.
         footprint: share of the full cache's keys to keep, above 0 and at most 1, by the prices that the gates remember
             (see `policy_of`); None: the policy decides.
 
@@ -90,15 +91,16 @@ class LifespanCache(CacheUsage, AttachedCache):
     # -- the rule -----------------------------------------------------------------------------------------------------
 
     def times_to_live(self, layer: int, keys: Tensor, position: Tensor) -> Tensor | int:
-        """TTL of new keys, in tokens: what a subclass overrides to decide otherwise.
+        """Return the TTL of new keys, in tokens. A subclass with another rule overrides this method.
 
         Args:
             layer: index of the layer.
-            keys: before the rotary embedding, `[batch, kv_heads, tokens, head_dim]`.
-            position: int64 `[batch, tokens]`, each token's place among the real tokens of its row.
+            keys: pre-RoPE, `[batch, kv_heads, tokens, head_dim]`.
+            position: int64 `[batch, tokens]`, each token's index among the real tokens of its row.
 
         Returns:
-            int64 `[batch, kv_heads, tokens]`, 0 … `FOREVER`; or one figure for all. The layer's window comes on top.
+            int64 `[batch, kv_heads, tokens]` from 0 to `FOREVER`, or one int for all keys. The layer's window is not
+            included.
         """
         rule = self.rules[layer]
         if rule.rule != "gated" or self.gates is None:
@@ -106,15 +108,29 @@ class LifespanCache(CacheUsage, AttachedCache):
         return self.policy.times_to_live(rule, self._scores_once(layer, keys), self.gates.ages)
 
     def scores(self, layer: int, keys: Tensor) -> Tensor | None:
-        """What the layer's gates say (see `GateBank.score`), float32 `[batch, kv_heads, tokens]`, or `[…, ages]`; None
-        where it has none."""
+        """Return the scores that the layer's gates give new keys (see `GateBank.score`).
+
+        Args:
+            layer: index of the layer.
+            keys: pre-RoPE, `[batch, kv_heads, tokens, head_dim]`.
+
+        Returns:
+            float32 `[batch, kv_heads, tokens]`, or `[…, ages]`; None if the layer has no gates.
+        """
         if self.gates is None or layer not in self.gates.layers:
             return None
         return self.gates.score(layer, keys)
 
     def expiry(self, layer: int, keys: Tensor, position: Tensor, sliding_window: int | None) -> Tensor:
-        """First position whose query does not see each new key, int64 `[batch, kv_heads, tokens]`. Arguments as above;
-        `sliding_window`: the model's own, which hides sinks too."""
+        """Return the first position whose query does not see each new key.
+
+        Args:
+            layer, keys, position: as in `times_to_live`.
+            sliding_window: of the model itself, which hides sinks too; None: it has none.
+
+        Returns:
+            int64 `[batch, kv_heads, tokens]`.
+        """
         ttl, born = self.times_to_live(layer, keys, position), position[:, None]
         lifetime = self.policy.lifetime(self.rules[layer], ttl, born)
         if sliding_window is not None:
@@ -124,20 +140,23 @@ class LifespanCache(CacheUsage, AttachedCache):
     # -- a forward pass -----------------------------------------------------------------------------------------------
 
     def attend(self, layer: int, step: EvictionStep) -> Tensor:
-        """Attention of one layer over the tokens of a forward pass; `[batch, query_heads, tokens, head_dim]`.
+        """Store the tokens of a forward pass in one layer, and compute their attention without gradients.
 
-        No gradient flows through it.
+        Returns:
+            `[batch, query_heads, tokens, head_dim]`, zeros for padding.
 
         Raises:
-            SmartKVError: another number of rows, or another dtype, than what the cache holds.
+            SmartKVError: another number of rows, or another dtype, than the cache holds.
         """
         storage = self.storage[layer]
         output = storage.attend(step, self._judge_of(layer))
-        if storage.at_work:
+        if storage.call_peak_bytes:
             self.note_peak(storage)
         return output
 
     def _judge_of(self, layer: int) -> Judge:
+        """Return the function that decides about the layer's new keys."""
+
         def judge(keys: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
             storage = self.storage[layer]
             limit = None if storage.sliding_window == FOREVER else storage.sliding_window
@@ -150,52 +169,52 @@ class LifespanCache(CacheUsage, AttachedCache):
         return judge
 
     def _rank(self, layer: int, keys: Tensor, shape: torch.Size) -> Tensor:
-        """What decides among the heads of a layer that share a cap, float32 of that shape."""
+        """Return the scores that break ties among the heads of a layer that share a cap, float32 of that shape."""
         score = self._scores_once(layer, keys)
         if score is None:
             return torch.zeros(shape, device=keys.device)
         return score if self.gates is None else self.gates.single_score(score)
 
     def _scores_once(self, layer: int, keys: Tensor) -> Tensor | None:
-        """`scores`, computed once for the keys that a layer judges: for their TTL, and for their rank under a cap."""
+        """Return `scores`, computed once for both the TTL of the keys and their rank under a cap."""
         if self._scored is None or self._scored[0] is not keys:
             self._scored = (keys, self.scores(layer, keys))
         return self._scored[1]
 
     @_outside_autograd
     def settle(self) -> None:
-        """Free now what is dead, in all layers; decoding does it every few tokens by itself."""
+        """Free the dead keys of all layers now. While decoding this happens every few tokens by itself."""
         for layer, storage in enumerate(self.storage):
-            storage.at_work = 0
+            storage.call_peak_bytes = 0
             storage.settle(self._judge_of(layer))
-            if storage.at_work:
+            if storage.call_peak_bytes:
                 self.note_peak(storage)
 
     def reset(self) -> None:
-        """Forget everything, as if new."""
+        """Forget all keys, as if the cache were new."""
         super().reset()
-        self.fullest = 0
+        self.moving_peak_bytes = 0
 
     # -- rows of the batch --------------------------------------------------------------------------------------------
 
     @_outside_autograd
     def select_rows(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch, int64 `[rows]`; any may come twice."""
+        """Keep these rows of the batch, int64 `[rows]`, which may repeat."""
         self.settle()
         for storage in self.storage:
             storage.select(rows.to(self.model.device))
             self.note_peak(storage)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search goes on with other rows."""
+        """Keep the rows that beam search goes on with, int64 `[rows]`."""
         self.select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows: indices, or bool `[batch]`."""
+        """Keep these rows of the batch: indices int64 `[rows]`, or a mask bool `[batch]`."""
         self.select_rows(torch.arange(self._rows, device=indices.device)[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row of the batch `repeats` times."""
         self.select_rows(torch.arange(self._rows).repeat_interleave(repeats))
 
     @property
@@ -203,9 +222,10 @@ class LifespanCache(CacheUsage, AttachedCache):
         return len(self.storage[0].seen) if self.storage[0].is_initialized else 0
 
     def crop(self, *_: Any) -> None:
-        """
+        """Refuse to drop the latest tokens.
+
         Raises:
-            SmartKVError: always; what was freed cannot come back.
+            SmartKVError: always, because keys that were freed cannot come back.
         """
         raise SmartKVError(
             "a LifespanCache cannot be cropped (assisted generation and prompt lookup ask for it): "

@@ -1,8 +1,8 @@
-"""How a model is brought to work on a cache that evicts.
+"""Patches a decoder so that it attends through an evicting cache.
 
-`patch_model` puts a forward of ours on the decoder. Called with such a cache it attends by way of the cache, for that
-pass alone, and feeds the tokens in pieces, so that no layer ever holds the keys of a whole prompt; called with anything
-else it does what it did before.
+`patch_model` replaces the forward of a model's decoder. Called with an evicting cache, the new forward switches the
+model to SmartKV's attention function for that pass, and feeds it the tokens in chunks, so that no layer ever holds the
+keys of a whole prompt. Called with anything else, it calls the original forward.
 """
 
 import functools
@@ -22,19 +22,20 @@ from smartkv.models.key_hooks import register_key_hooks
 
 EVICTING = "smartkv_evicting"
 TOKEN_INPUTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "token_type_ids")
-CACHE_NAMES = ("past_key_values", "cache")  # a model's argument: what it was called before transformers 5.24, and since
+CACHE_NAMES = ("past_key_values", "cache")  # of a decoder's argument: before transformers 5.24, and since
 _SESSION = "_smartkv_session"
 
 
 class EvictionStep(NamedTuple):
-    """What one layer's attention gets in a forward pass.
+    """Inputs of one layer's attention in a forward pass.
 
     Attributes:
         query: `[batch, query_heads, tokens, head_dim]`, after the rotary embedding.
-        key, value: `[batch, kv_heads, tokens, head_dim]`, of the new tokens.
+        key: `[batch, kv_heads, tokens, head_dim]`, after the rotary embedding.
+        value: `[batch, kv_heads, tokens, head_dim]`.
         pre_rope: the keys before the rotary embedding, shaped like `key`.
         real: bool `[batch, tokens]`, False for padding; None: no padding.
-        scaling: factor on the scores.
+        scaling: factor on the attention scores.
         sliding_window: of the model itself, in tokens; None: it has none.
     """
 
@@ -48,57 +49,58 @@ class EvictionStep(NamedTuple):
 
 
 class EvictingCache(Protocol):
-    """What a model works on."""
+    """Interface of the caches that a patched model takes."""
 
     chunk: int
 
     def attend(self, layer: int, step: EvictionStep) -> Tensor:
-        """Attention of one layer, `[batch, query_heads, tokens, head_dim]`."""
+        """Store the tokens of a pass in one layer; return attention, `[batch, query_heads, tokens, head_dim]`."""
 
     def check_call(self, decoder: nn.Module, tokens: int) -> None:
-        """Refuse a forward pass of `decoder` over so many tokens, by an exception."""
+        """Raise if a forward pass of `decoder` over `tokens` tokens is not possible."""
 
     def check_length(self, tokens: int) -> None:
-        """Refuse to grow to so many tokens, by an exception."""
+        """Raise if the model has no positions for `tokens` tokens in all."""
 
 
 class Session:
-    """A model's work on evicting caches, one for all that it follows, and the forward of its decoder meanwhile.
+    """The replacement of a decoder's forward, and the state of its passes on evicting caches.
 
-    It holds the model's parts by name and no closure does, so a copy of the model gets a session of its own.
+    A model has one session for all caches that are attached to it. The session refers to the model's modules by
+    attributes and not in closures, so a deep copy of the model gets a session with the copy's modules.
 
     Attributes:
-        plain: the decoder's forward as it was.
-        followers: caches that follow the model.
-        cache: the one that the model works on just now; None: it is in no pass on such a cache.
-        real: bool `[batch, tokens]` of the pass, False for padding; None: no padding.
-        keys: of each attention module, from where they are read until attention takes them, a moment later.
+        original_forward: the decoder's own forward.
+        attached_caches: number of caches that are attached to the model.
+        cache: the evicting cache of the current forward pass; None: there is no such pass.
+        real: bool `[batch, tokens]` of the current pass, False for padding; None: no padding.
+        keys: pre-RoPE keys by attention module, from the hook that reads them until attention takes them.
     """
 
     def __init__(self, model: PreTrainedModel, evicting: type[Cache]) -> None:
         self.decoder, self.modules, self.evicting = model.base_model, attention_modules(model), evicting
-        holders = (model, self.decoder, *self.modules)  # each config that says how the model attends, once
-        self.configs: list[Any] = list({id(m.config): m.config for m in holders if hasattr(m, "config")}.values())
-        self.plain: Callable[..., Any] = self.decoder.forward
-        functools.update_wrapper(self, self.plain)  # some read a forward's signature
-        self.followers = 0
+        modules = (model, self.decoder, *self.modules)  # whose configs name the attention function, each config once
+        self.configs: list[Any] = list({id(m.config): m.config for m in modules if hasattr(m, "config")}.values())
+        self.original_forward: Callable[..., Any] = self.decoder.forward
+        functools.update_wrapper(self, self.original_forward)  # some callers read a forward's signature
+        self.attached_caches = 0
         self.cache: EvictingCache | None = None
         self.real: Tensor | None = None
         self.keys: dict[nn.Module, Tensor] = {}
         self.handles = register_key_hooks(model, self.on_keys)
 
     def on_keys(self, module: nn.Module, keys: Tensor) -> None:
-        """Remember a layer's pre-RoPE keys."""
+        """Keep a layer's pre-RoPE keys for its attention, during a pass on an evicting cache."""
         if self.cache is not None:
             self.keys[module] = keys
 
     @contextmanager
-    def work_on(self, cache: EvictingCache) -> Iterator[None]:
-        """Inside, the model attends by way of `cache`."""
+    def using(self, cache: EvictingCache) -> Iterator[None]:
+        """Let the model attend through `cache` inside the context."""
         before = [config._attn_implementation for config in self.configs]
         self.cache = cache
         try:
-            for config in self.configs:  # what set_attn_implementation does, without its checks for every token
+            for config in self.configs:  # as set_attn_implementation does, without its checks at every token
                 config._attn_implementation = EVICTING
             yield
         finally:
@@ -108,32 +110,34 @@ class Session:
             self.keys.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The decoder's forward, which takes evicting caches too."""
+        """Run the decoder, through its evicting cache if it was given one."""
         cache = _evicting_cache(kwargs, self.evicting)
         if cache is None:
             if any(isinstance(value, self.evicting) for value in args):
-                raise SmartKVError("hand the cache over by name: model(ids, past_key_values=cache)")
-            return self.plain(*args, **kwargs)
+                raise SmartKVError("give the cache by name: model(ids, past_key_values=cache)")
+            return self.original_forward(*args, **kwargs)
         if len(args) > 1:
-            raise SmartKVError(f"with a {type(cache).__name__} only input_ids may be given without its name")
+            raise SmartKVError(
+                f"with a {type(cache).__name__} only input_ids may be given by position: give other arguments by name"
+            )
         if args:  # the first argument of every family's decoder
             kwargs["input_ids"] = args[0]
         tokens, real = _tokens_and_padding(kwargs)
         cache.check_call(self.decoder, tokens)
-        kwargs["attention_mask"] = None  # the cache knows what it says
-        # no gradients, and plain tensors also in `torch.inference_mode`: what is stored may be changed outside of it
-        with torch.inference_mode(False), torch.no_grad(), self.work_on(cache):
-            return _in_chunks(self.plain, kwargs, self, cache.chunk, tokens, real)
+        kwargs["attention_mask"] = None  # `real` holds its content
+        # the cache may be changed later outside `torch.inference_mode`, so its tensors are not created in it
+        with torch.inference_mode(False), torch.no_grad(), self.using(cache):
+            return _in_chunks(self.original_forward, kwargs, self, cache.chunk, tokens, real)
 
 
 def _evicting_cache(kwargs: dict[str, Any], evicting: type[Cache]) -> Any:
-    """The cache among a call's arguments if it is an `EvictingCache`; else None."""
-    given = (kwargs.get(name) for name in CACHE_NAMES)
-    return next((cache for cache in given if isinstance(cache, evicting)), None)
+    """Return the cache among a call's arguments if it is of the class `evicting`; else None."""
+    caches = (kwargs.get(name) for name in CACHE_NAMES)
+    return next((cache for cache in caches if isinstance(cache, evicting)), None)
 
 
 def is_evicting(model: PreTrainedModel, cache: EvictingCache) -> bool:
-    """Whether `model` is in a forward pass on `cache`."""
+    """Return whether `model` is in a forward pass on `cache`."""
     session: Session | None = model.base_model.__dict__.get(_SESSION)
     return session is not None and session.cache is cache
 
@@ -144,13 +148,25 @@ def evicting_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,  # in this place: kvpress, once imported, gives it by position
+    dropout: float = 0.0,  # the sixth parameter, because kvpress, once imported, gives it by position
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: `query` `[batch, query_heads, tokens, head_dim]` ->
-    (output `[batch, tokens, query_heads, head_dim]`, None)."""
+    """Attend through the evicting cache of the current pass; an attention function as transformers calls it.
+
+    Args:
+        module: the layer's attention module.
+        query: `[batch, query_heads, tokens, head_dim]`.
+        key, value: `[batch, kv_heads, tokens, head_dim]`.
+        attention_mask: not used.
+        dropout: not used.
+        scaling: factor on the attention scores; None: the module's default.
+        sliding_window: of the model itself, in tokens; None: it has none.
+
+    Returns:
+        Output `[batch, tokens, query_heads, head_dim]`, and None for the attention weights.
+    """
     session: Session = module.__dict__[_SESSION]
     scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
     step = EvictionStep(query, key, value, session.keys.pop(module), session.real, scaling, sliding_window)
@@ -162,10 +178,15 @@ register_attention(EVICTING, evicting_attention)
 
 
 def patch_model(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], None]:
-    """From now on `model` takes caches of class `evicting` (each an `EvictingCache`) as `past_key_values`.
+    """Let `model` take caches of the class `evicting` as `past_key_values`.
+
+    Args:
+        model: a causal LM of a supported family.
+        evicting: a class whose instances are `EvictingCache`s.
 
     Returns:
-        What undoes it; the model is as it was when every follower has done so. Calling it twice does no harm.
+        Function that undoes this call. The model is restored when all calls are undone. A second call of the function
+        does nothing.
     """
     decoder = model.base_model
     session: Session | None = decoder.__dict__.get(_SESSION)
@@ -177,7 +198,7 @@ def patch_model(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], N
         prepare = getattr(model, "_prepare_cache_for_generation", None)
         if prepare is not None:
             model.__dict__["_prepare_cache_for_generation"] = functools.partial(_prepare, prepare, evicting)
-    session.followers += 1
+    session.attached_caches += 1
     undone = False
 
     def undo() -> None:
@@ -185,8 +206,8 @@ def patch_model(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], N
         if undone:
             return
         undone = True
-        session.followers -= 1
-        if not session.followers:
+        session.attached_caches -= 1
+        if not session.attached_caches:
             for handle in session.handles:
                 handle.remove()
             for module in (decoder, *session.modules):
@@ -198,19 +219,19 @@ def patch_model(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], N
 
 
 def _tokens_and_padding(kwargs: dict[str, Any]) -> tuple[int, Tensor | None]:
-    """How many tokens a call has, and which of them are real: bool `[batch, tokens]`; None: all."""
-    given = next((kwargs[name] for name in ("inputs_embeds", "input_ids") if kwargs.get(name) is not None), None)
-    if given is None:
+    """Return the number of tokens in a call, and which are real, bool `[batch, tokens]`; None: no padding."""
+    inputs = next((kwargs[name] for name in ("inputs_embeds", "input_ids") if kwargs.get(name) is not None), None)
+    if inputs is None:
         raise SmartKVError("the model was given neither input_ids nor inputs_embeds")
-    if given.dim() < 2:
-        raise SmartKVError(f"the model takes input_ids [batch, tokens], got {tuple(given.shape)}")
-    (rows, tokens), mask = given.shape[:2], kwargs.get("attention_mask")
+    if inputs.dim() < 2:
+        raise SmartKVError(f"the model takes input_ids [batch, tokens], got {tuple(inputs.shape)}")
+    (rows, tokens), mask = inputs.shape[:2], kwargs.get("attention_mask")
     if mask is None:
         return tokens, None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != rows or mask.shape[1] < tokens:
-        what = f"{mask.dim()}-D {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        shape = f"{mask.dim()}-D {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise SmartKVError(
-            f"the cache takes an attention mask [batch, tokens] that marks padding, got {what} "
+            f"the cache takes an attention mask [batch, tokens] that marks padding, got {shape} "
             f"for {rows} × {tokens} tokens"
         )
     real = mask[:, -tokens:].bool()
@@ -218,12 +239,12 @@ def _tokens_and_padding(kwargs: dict[str, Any]) -> tuple[int, Tensor | None]:
 
 
 def _in_chunks(
-    plain: Callable[..., Any], kwargs: dict[str, Any], session: Session, chunk: int, tokens: int, real: Tensor | None
+    forward: Callable[..., Any], kwargs: dict[str, Any], session: Session, chunk: int, tokens: int, real: Tensor | None
 ) -> Any:
-    """One forward pass, `chunk` tokens at a time; outputs are put together again."""
+    """Run a forward pass `chunk` tokens at a time, and join the outputs."""
     session.real = real
     if tokens <= chunk:
-        return plain(**kwargs)
+        return forward(**kwargs)
     outputs = []
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)
@@ -233,24 +254,24 @@ def _in_chunks(
             if isinstance(value, Tensor):
                 here[name] = value[start:stop] if value.dim() == 1 else value[:, start:stop]
         session.real = None if real is None or bool(real[:, start:stop].all()) else real[:, start:stop]
-        outputs.append(plain(**here))
-    return _joined(outputs)
+        outputs.append(forward(**here))
+    return _join(outputs)
 
 
-def _joined(outputs: list[Any]) -> Any:
-    """The last output with the hidden states of all: `[batch, tokens, hidden]`."""
+def _join(outputs: list[Any]) -> Any:
+    """Return the last output with the hidden states of all outputs, `[batch, tokens, hidden]`."""
     if isinstance(outputs[0], tuple):
         return (torch.cat([output[0] for output in outputs], dim=1), *outputs[-1][1:])
-    whole = outputs[-1]
-    whole["last_hidden_state"] = torch.cat([output["last_hidden_state"] for output in outputs], dim=1)
-    if whole.get("hidden_states") is not None:
+    joined = outputs[-1]
+    joined["last_hidden_state"] = torch.cat([output["last_hidden_state"] for output in outputs], dim=1)
+    if joined.get("hidden_states") is not None:
         layers = zip(*(output["hidden_states"] for output in outputs), strict=True)
-        whole["hidden_states"] = tuple(torch.cat(parts, dim=1) for parts in layers)
-    return whole
+        joined["hidden_states"] = tuple(torch.cat(parts, dim=1) for parts in layers)
+    return joined
 
 
 def _prepare(
-    plain: Callable[..., Any],
+    original: Callable[..., Any],
     evicting: type[Cache],
     generation_config: Any,
     model_kwargs: dict[str, Any],
@@ -258,11 +279,14 @@ def _prepare(
     batch_size: int,
     max_cache_length: int,
 ) -> Any:
-    """`generate` asks for its cache here, before any token: the place to say that it will not do.
-    `max_cache_length` counts a prompt that is given as embeddings too, but not the last token, which is never fed."""
+    """Check the cache that `generate` was given, before it computes any token.
+
+    It replaces `_prepare_cache_for_generation` of the model. `max_cache_length` includes a prompt that is given as
+    embeddings, but not the last token, which is never fed to the model.
+    """
     cache = _evicting_cache(model_kwargs, evicting)
     if cache is not None:
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:  # what was guessed wrongly is cropped
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:  # it crops rejected tokens
             cache.crop(0)
         cache.check_length(max_cache_length + 1)
-    return plain(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    return original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)

@@ -1,10 +1,9 @@
-"""Where keys lie: ragged between forward passes, in blocks while decoding.
+"""Paged storage: keys in small pages with spare slots, for decoding.
 
-A *pair* is one row of the batch and one KV head. Pairs hold unlike numbers of keys, and no pair pays for another's:
-
-* `Ragged`: all pairs' keys one after another, nothing between them. What a chunk leaves.
-* `Pages`: the same keys cut into blocks of few slots, each of one pair, with spare slots for the tokens to come.
-  Attention of one query a head is two batched products over all blocks, whatever the pairs' lengths.
+A *pair* is one row of the batch and one KV head. Pairs hold different numbers of keys, and none is padded to the
+longest. `smartkv.cache.ragged.Ragged` holds the keys of all pairs one after another, as a chunk leaves them. `Pages`
+holds the same keys in pages of few slots, each of one pair, with spare slots for the next tokens. Attention of one
+query per head is then two batched products over all pages, whatever the lengths of the pairs.
 """
 
 import torch
@@ -15,28 +14,31 @@ from smartkv.cache.ragged import Fields, ranks, storage_bytes
 from smartkv.policies.lifetimes import FOREVER, HOLE
 from smartkv.quantization.per_token import PackedRows
 
-FEW, SHORT = 4, 768  # so few pairs of so few keys are faster attended to one by one: what counts is the calls
-MAX_SPARE = 64  # tokens that are taken in before keys are packed anew
+# at most so many pairs, with on average fewer keys than this, attend faster one by one
+FEW_PAIRS, FEW_KEYS = 4, 768
+MAX_SPARE = 64  # largest number of tokens between two repackings
 
 
 class Pages:
-    """Keys in blocks of `size` slots while tokens come one by one.
+    """Keys in pages of `size` slots while tokens come one by one.
 
     Args:
-        fields: `[slots]`, from which the keys are taken.
-        live: int64 `[keys]`, the slots of `fields` that hold them, pair by pair.
-        counts: int64 `[pairs]`, how many each pair has.
-        ages: int64 `[keys]`, which of the queries to come is the first that does not see each key; 0 is the next one.
+        fields: the stored tensors `[slots]` from which the keys are copied.
+        live: int64 `[keys]`, the slots of `fields` that hold live keys, pair by pair.
+        counts: int64 `[pairs]`, live keys of each pair.
+        ages: int64 `[keys]`, index of the first of the coming queries that does not see each key; 0 is the next query.
         now: int64 `[pairs]`, position of the next query.
-        spare: tokens that may come before the keys are packed anew.
+        spare: number of tokens that can be written before keys must be packed anew.
         dtype: of the model.
-        rows: how keys and values are packed; None: they are not.
+        packed: packs keys and values in few bits; None: they are not packed.
 
     Attributes:
-        fields: `[blocks · size]`. A block belongs to one pair, a pair's blocks follow each other.
-        bias: `[blocks, 1, size]`, the model's dtype: 0 for keys that the last query saw, −inf for all other slots.
-        owner: int64 `[blocks]`, the pair of each block.
-        table: int64 `[pairs, most blocks of a pair]`; shorter pairs point to an empty block at the end.
+        fields: `[pages · size]`. A page belongs to one pair, and the pages of a pair are consecutive.
+        bias: `[pages, 1, size]` in the model's dtype: 0 for keys that the last query saw, −inf for all other slots.
+        owner: int64 `[pages]`, the pair of each page.
+        table: int64 `[pairs, most pages of a pair]`, the pages of each pair. Pairs with fewer pages point to an empty
+            page at the end, which exists only if some do.
+        new_slots: int64 `[spare, pairs]`, the slots of the coming tokens.
     """
 
     def __init__(
@@ -48,21 +50,21 @@ class Pages:
         now: Tensor,
         spare: int,
         dtype: torch.dtype,
-        rows: PackedRows | None = None,
+        packed: PackedRows | None = None,
     ) -> None:
         pairs, device = len(counts), counts.device
-        self.counts, self.spare, self.rows = counts, spare, rows
+        self.counts, self.spare, self.packed = counts, spare, packed
         self.size = page_size(len(live) / pairs)
-        blocks = (counts + spare + self.size - 1) // self.size
-        first = blocks.cumsum(0) - blocks
-        total, most = int(blocks.sum()), int(blocks.max())
+        pages = (counts + spare + self.size - 1) // self.size
+        first = pages.cumsum(0) - pages
+        total, most = int(pages.sum()), int(pages.max())
         self.uneven = total != pairs * most
         place = torch.arange(most, device=device)
-        self.table = torch.where(place < blocks[:, None], first[:, None] + place, total)
-        self.owner = torch.arange(pairs, device=device).repeat_interleave(blocks, output_size=total)
+        self.table = torch.where(place < pages[:, None], first[:, None] + place, total)
+        self.owner = torch.arange(pairs, device=device).repeat_interleave(pages, output_size=total)
         if self.uneven:
             self.owner = torch.cat([self.owner, self.owner.new_zeros(1)])
-        # each slot takes its key from `fields`; slots without one take any key, and are hidden by position and bias
+        # each slot copies a key of `fields`; slots without a key copy any, which position and bias then hide
         pair, rank = ranks(counts, len(live))
         slots = first[pair] * self.size + rank
         source = live[:1].expand(len(self.owner) * self.size).clone() if len(live) else None
@@ -78,79 +80,82 @@ class Pages:
         self.bias = torch.zeros(len(filled), dtype=dtype, device=device)
         self.bias.masked_fill_(~filled, float("-inf"))
         self.bias = self.bias.view(-1, 1, self.size)
-        # where the tokens to come go: [spare, pairs]; they are seen until they are judged
+        # the coming tokens are visible until they are judged
         steps = torch.arange(spare, device=device)[:, None]
-        self.coming = first * self.size + counts + steps
-        self.fields.position[self.coming] = (now + steps).int()
-        self.fields.expiry[self.coming] = FOREVER
-        self._plan(slots, pair, ages)
-        self._each = self._one_by_one(blocks) if pairs <= FEW and len(live) < SHORT * pairs and rows is None else []
+        self.new_slots = first * self.size + counts + steps
+        self.fields.position[self.new_slots] = (now + steps).int()
+        self.fields.expiry[self.new_slots] = FOREVER
+        self._schedule_bias(slots, pair, ages)
+        one_by_one = pairs <= FEW_PAIRS and len(live) < FEW_KEYS * pairs and packed is None
+        self._pair_views = self._views_by_pair(pages) if one_by_one else []
 
-    def _one_by_one(self, blocks: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of each pair its keys, values and bias, `[1, 1, slots, head_dim]` and `[1, 1, 1, slots]`."""
-        sizes = [*(blocks * self.size).tolist(), self.size if self.uneven else 0]  # the last: the empty block
+    def _views_by_pair(self, pages: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return views of each pair's keys and values `[1, 1, slots, head_dim]`, and of its bias `[1, 1, 1, slots]`."""
+        sizes = [*(pages * self.size).tolist(), self.size if self.uneven else 0]  # the last is the empty page
         keys, values = (tensor.split(sizes) for tensor in self.fields[:2])
-        parts = zip(keys, values, self.bias.view(-1).split(sizes), strict=True)
-        return [(k[None, None], v[None, None], bias[None, None, None]) for k, v, bias in parts][:-1]
+        views = zip(keys, values, self.bias.view(-1).split(sizes), strict=True)
+        return [(k[None, None], v[None, None], bias[None, None, None]) for k, v, bias in views][:-1]
 
-    def _plan(self, slots: Tensor, pair: Tensor, ages: Tensor) -> None:
-        """What changes in `bias` at each step: the new token's slot is seen from then on, an expired one is not."""
+    def _schedule_bias(self, slots: Tensor, pair: Tensor, ages: Tensor) -> None:
+        """Prepare the changes of `bias` at each step: the new token becomes visible, and expired keys are hidden."""
         dying = ((ages > 0) & (ages < self.spare)).nonzero().flatten()
-        self.deaths = torch.bincount(ages[dying] * len(self.counts) + pair[dying], minlength=self.coming.numel())
-        self.deaths = self.deaths.view(self.coming.shape)
+        self.deaths = torch.bincount(ages[dying] * len(self.counts) + pair[dying], minlength=self.new_slots.numel())
+        self.deaths = self.deaths.view(self.new_slots.shape)
         steps = torch.arange(self.spare, device=slots.device).repeat_interleave(len(self.counts))
         step, order = torch.cat([steps, ages[dying]]).sort(stable=True)
-        index = torch.cat([self.coming.flatten(), slots[dying]])[order]
+        index = torch.cat([self.new_slots.flatten(), slots[dying]])[order]
         value = torch.zeros(len(index), dtype=self.bias.dtype, device=slots.device)
-        value[order >= self.coming.numel()] = float("-inf")
+        value[order >= self.new_slots.numel()] = float("-inf")
         sizes = torch.bincount(step, minlength=self.spare).tolist()
-        self._changes = list(zip(index.split(sizes), value.split(sizes), strict=True))
+        self._bias_changes = list(zip(index.split(sizes), value.split(sizes), strict=True))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, as allocated."""
-        planned = self._changes[0]  # of each step a view of one storage
-        rest = [self.bias, self.owner, self.table, self.counts, self.coming, self.deaths, *planned]
+        changes = self._bias_changes[0]  # those of all steps are views of the same two storages
+        rest = [self.bias, self.owner, self.table, self.counts, self.new_slots, self.deaths, *changes]
         return self.fields.nbytes + storage_bytes(rest)
 
     @property
     def slots(self) -> Tensor:
-        """Slots of each pair, live or not; int64 `[pairs]`. The empty block that all share is counted for the first."""
+        """Slots of each pair, live or not, int64 `[pairs]`; the shared empty page counts for the first pair."""
         return torch.bincount(self.owner, minlength=len(self.counts)) * self.size
 
     def live(self, steps: int) -> Tensor:
-        """Keys that the last of `steps` queries saw, int64 `[pairs]`."""
+        """Return the number of keys that the last of `steps` queries saw, int64 `[pairs]`."""
         return self.counts + steps - self.deaths[:steps].sum(dim=0)
 
     def write(self, step: int, key: Tensor, value: Tensor) -> None:
-        """Add the keys of the token at `step` (0 … spare − 1), and hide what its query does not see.
+        """Store the key and value of one more token per pair, and hide the keys that its query does not see.
 
         Args:
-            key, value: `[pairs, head_dim]`, or packed.
+            step: index of the token since keys were packed, 0 … spare − 1.
+            key, value: `[pairs, head_dim]`, or packed `[pairs, row bytes]`.
         """
-        slots = self.coming[step]
+        slots = self.new_slots[step]
         self.fields.key.index_copy_(0, slots, key)
         self.fields.value.index_copy_(0, slots, value)
-        self.bias.view(-1).index_copy_(0, *self._changes[step])
+        self.bias.view(-1).index_copy_(0, *self._bias_changes[step])
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
-        """Attention of one query a head over the keys that it sees.
+        """Compute attention of one query per head over the keys that it sees.
 
-        The softmax runs over a pair's blocks: they share its largest score, and are summed at the end.
+        All pages of a pair subtract the pair's largest score before the exponential, so that their sums can be added.
 
         Args:
-            query: `[pairs, group, head_dim]`.
+            query: `[pairs, group, head_dim]`, for the query heads of a pair's group.
+            scaling: factor on the attention scores.
 
         Returns:
-            The same shape and dtype.
+            Shaped like `query`, in its dtype.
         """
         keys, values = (tensor.view(-1, self.size, tensor.shape[-1]) for tensor in self.fields[:2])
-        if self.rows is not None:
-            keys, values = self.rows.read(keys, values, query.dtype)
-        if self._each:
-            parts = zip(query.unsqueeze(1).split(1), self._each, strict=True)
-            each = [F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling) for q, (k, v, bias) in parts]
-            return torch.cat(each).squeeze(1)
+        if self.packed is not None:
+            keys, values = self.packed.decode(keys, values, query.dtype)
+        if self._pair_views:
+            pairs = zip(query.unsqueeze(1).split(1), self._pair_views, strict=True)
+            outputs = [F.scaled_dot_product_attention(q, k, v, attn_mask=b, scale=scaling) for q, (k, v, b) in pairs]
+            return torch.cat(outputs).squeeze(1)
         scores = torch.baddbmm(self.bias, query.index_select(0, self.owner), keys.transpose(1, 2), alpha=scaling)
         largest = self._by_pair(scores.amax(dim=-1)).amax(dim=1)  # [pairs, group]
         weights = scores.sub_(largest.index_select(0, self.owner)[..., None]).exp_()
@@ -159,38 +164,53 @@ class Pages:
         return mixed.div_(total[..., None]).to(query.dtype)
 
     def _by_pair(self, tensor: Tensor) -> Tensor:
-        """`[blocks, …]` -> `[pairs, most blocks of a pair, …]`."""
+        """Gather the pages of each pair: `[pages, …]` -> `[pairs, most pages of a pair, …]`."""
         if self.uneven:
             tensor = tensor.index_select(0, self.table.view(-1))
         return tensor.view(*self.table.shape, *tensor.shape[1:])
 
     def judge(self, expiry: Tensor, score: Tensor | None) -> None:
-        """What is known by now of the tokens that came first, both `[pairs, tokens]`."""
-        slots = self.coming[: expiry.shape[1]].T
+        """Store the decision about the first tokens that came since keys were packed.
+
+        Args:
+            expiry: int64 `[pairs, tokens]`.
+            score: float32 `[pairs, tokens]`, or None: no score is stored.
+        """
+        slots = self.new_slots[: expiry.shape[1]].T
         self.fields.expiry[slots] = expiry.int()
         if self.fields.score is not None and score is not None:
             self.fields.score[slots] = score
 
     def pair(self) -> Tensor:
-        """The pair of each slot, int64 `[blocks · size]`."""
+        """Return the pair of each slot, int64 `[pages · size]`."""
         return self.owner.repeat_interleave(self.size)
 
     def side_by_side(self) -> tuple[Tensor, Tensor]:
-        """Where the slots of the pairs lie, one pair a line: int64 `[pairs, most]`, and bool of what is one there."""
+        """Return the indices of each pair's slots as a padded table.
+
+        Returns:
+            Indices into `fields`, int64 `[pairs, most slots of a pair]`; and a bool mask of the same shape, False for
+            padding.
+        """
         index = (self.table[..., None] * self.size + torch.arange(self.size, device=self.table.device)).flatten(1)
         return index, self.owner[index // self.size] == torch.arange(len(self.counts), device=index.device)[:, None]
 
 
 def page_size(keys: float) -> int:
-    """Slots of a block for pairs of `keys` keys: half a block a pair is lost, and small blocks are slow."""
+    """Return the slots of a page for pairs of `keys` keys on average.
+
+    A pair wastes half a page on average, which speaks for small pages; many small pages are slow.
+    """
     return next((size for size in (16, 32, 64) if keys < 48 * size), 128)
 
 
-def spare_tokens(keys: float, shortest_life: int) -> int:
-    """Tokens to take in before keys are packed anew: packing copies them all, and waiting keeps dead ones.
+def spare_tokens(keys: float, min_lifetime: int) -> int:
+    """Return how many tokens to write before keys are packed anew.
+
+    Each packing copies all keys, which speaks for many tokens; until then dead keys stay in memory.
 
     Args:
         keys: of a pair, on average.
-        shortest_life: tokens that every new key is seen for at least; before that nothing new can die.
+        min_lifetime: number of tokens for which every new key is visible. Before that no new key can die.
     """
-    return max(1, min(max(16, int(keys) // 16), MAX_SPARE, shortest_life))
+    return max(1, min(max(16, int(keys) // 16), MAX_SPARE, min_lifetime))

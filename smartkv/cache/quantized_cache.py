@@ -1,9 +1,9 @@
-"""Caches that keep every key, in few bits: baselines for those that evict, and what both have in common.
+"""QuantizedCache: a KV cache that keeps every key, in few bits. It is a baseline for caches that evict.
 
     model.generate(**inputs, past_key_values=QuantizedCache(model, "int4"))
 
-The latest tokens may stay exact (`residual`); what is older is encoded once, block by block, and then only read.
-(transformers' own `QuantizedCache` decodes all it holds and encodes it anew, every time its residual is full.)
+The latest tokens may stay exact (`residual`). Older ones are encoded once, a group of tokens at a time, and after that
+only read. (transformers' own `QuantizedCache` decodes and re-encodes all its tokens whenever its residual is full.)
 """
 
 from typing import Any
@@ -20,21 +20,24 @@ from smartkv.quantization.codecs import SCHEMES, Codec, Parts
 
 
 class QuantizedLayer(CacheLayerMixin):
-    """One layer.
+    """One layer of a cache that quantises: encoded tokens, followed by exact ones.
 
-    Which keys are exact does not hang on how many tokens come at once, if those that come together are a block at most
-    and blocks divide `residual`: with a residual, keys are encoded when the next tokens come, so that a query sees
-    exactly at least `residual` tokens before its own. With none every key is read as it is stored, the query's own too.
+    With a residual, keys are encoded when the next tokens come, so a query reads at least `residual` tokens before its
+    own exactly. Without one, every key is read as it is encoded, the query's own included. How many tokens come at once
+    does not change which keys are exact, as long as these are at most one group and the group size divides `residual`.
 
     Args:
-        codec: how blocks are stored.
-        residual: latest tokens that stay exact.
+        codec: encodes groups of `codec.block` tokens.
+        residual: number of latest tokens that stay exact.
 
     Attributes:
-        parts: of the codec, of all encoded tokens.
+        parts: the codec's tensors of all encoded tokens, by name.
         keys, values: exact, `[batch, kv_heads, tokens, head_dim]`.
-        importance: float32 `[batch, kv_heads, tokens]` of the exact tokens; None: not asked for.
-        encoded: tokens that are in `parts`.
+        importance: float32 `[batch, kv_heads, tokens]` of the exact tokens; None: the codec ignores it.
+        encoded: number of encoded tokens.
+
+    Raises:
+        SmartKVError: a residual that is no number of tokens, or none although the codec encodes groups.
     """
 
     is_sliding = False
@@ -46,25 +49,35 @@ class QuantizedLayer(CacheLayerMixin):
     def __init__(self, codec: Codec, residual: int = 0) -> None:
         super().__init__()
         if type(residual) is not int or residual < 0:
-            raise SmartKVError(f"residual must be a number of tokens, got {residual!r}")
+            raise SmartKVError(f"residual must be a number of tokens, 0 or more, got {residual!r}")
         if residual == 0 and codec.block > 1:
-            raise SmartKVError(f"blocks of {codec.block} tokens need a residual of at least 1: they fill up in it")
+            raise SmartKVError(
+                f"this codec encodes groups of {codec.block} tokens, which are collected in the residual: "
+                "residual must be at least 1, got 0"
+            )
         self.codec, self.residual = codec, residual
         self.reset()
 
     def reset(self) -> None:
-        """As new."""
+        """Forget everything."""
         self.is_initialized, self.encoded, self.parts, self.importance = False, 0, {}, None
         self.keys = self.values = torch.empty(0)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Empty storage. Both `[batch, kv_heads, tokens, head_dim]`."""
+        """Create empty storage for keys and values like these, `[batch, kv_heads, tokens, head_dim]`."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Add tokens; all keys and values as a later query sees them, in the model's dtype."""
+        """Store new tokens; return all keys and values as their queries read them.
+
+        Args:
+            key_states, value_states: `[batch, kv_heads, tokens, head_dim]`, of the new tokens.
+
+        Returns:
+            Keys and values `[batch, kv_heads, all tokens, head_dim]` in the model's dtype.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.residual:
@@ -76,7 +89,7 @@ class QuantizedLayer(CacheLayerMixin):
         return self.read()
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """All keys and values, `[batch, kv_heads, tokens, head_dim]`."""
+        """Return all keys and values, `[batch, kv_heads, tokens, head_dim]`."""
         if not self.encoded:
             return self.keys, self.values
         key, value = self.codec.decode(self.parts, self.dtype)
@@ -85,7 +98,7 @@ class QuantizedLayer(CacheLayerMixin):
         return torch.cat([key, self.keys], dim=2), torch.cat([value, self.values], dim=2)
 
     def _encode(self, residual: int) -> None:
-        """Store whole blocks of what is older than so many tokens."""
+        """Encode whole groups of the tokens before the latest `residual` ones."""
         tokens = (self.keys.shape[2] - residual) // self.codec.block * self.codec.block
         if tokens <= 0:
             return
@@ -99,25 +112,25 @@ class QuantizedLayer(CacheLayerMixin):
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes of all tensors, as allocated."""
+        """Bytes of all allocated tensors."""
         exact = [self.keys, self.values, self.importance] if self.is_initialized else []
         return storage_bytes([*self.parts.values(), *exact])
 
     @property
     def exact_bytes(self) -> int:
-        """Those of keys and values in the model's dtype."""
+        """Bytes of the keys and values that are stored in the model's dtype."""
         return storage_bytes([self.keys, self.values]) if self.is_initialized else 0
 
     @property
     def read_bytes(self) -> int:
-        """Of the copy of all keys and values that `read` makes."""
+        """Bytes of the decoded copy of all keys and values that `read` makes; 0 while nothing is encoded."""
         if not self.encoded:
             return 0
         rows, kv_heads, _, head_dim = self.keys.shape
         return 2 * rows * kv_heads * self.get_seq_length() * head_dim * self.dtype.itemsize
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch, int64 `[rows]`."""
+        """Keep these rows of the batch, int64 `[rows]`, which may repeat."""
         if not self.is_initialized:
             return
         self.parts = {name: tensor.index_select(0, rows) for name, tensor in self.parts.items()}
@@ -125,57 +138,61 @@ class QuantizedLayer(CacheLayerMixin):
         self.importance = None if self.importance is None else self.importance.index_select(0, rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search goes on with other rows."""
+        """Keep the rows that beam search goes on with, int64 `[rows]`."""
         self.select(beam_idx.to(self.device))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows: indices, or bool `[batch]`."""
+        """Keep these rows of the batch: indices int64 `[rows]`, or a mask bool `[batch]`."""
         self.select(torch.arange(len(self.keys), device=self.device)[indices.to(self.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row of the batch `repeats` times."""
         self.select(torch.arange(len(self.keys), device=self.device).repeat_interleave(repeats))
 
     def crop(self, max_length: int) -> None:
-        """Forget the latest tokens.
+        """Drop the latest tokens.
+
+        Args:
+            max_length: number of tokens to keep; if negative, minus the number of tokens to drop.
 
         Raises:
-            SmartKVError: encoded ones would have to go.
+            SmartKVError: encoded tokens would have to be dropped.
         """
         keep = max_length if max_length >= 0 else self.get_seq_length() + max_length
         if keep >= self.get_seq_length():
             return
         if keep < self.encoded:
-            raise SmartKVError(f"{self.encoded} tokens are encoded and cannot be cropped, asked for {keep}")
+            raise SmartKVError(f"{self.encoded} tokens are encoded and cannot be dropped, asked to keep {keep} tokens")
         self.keys, self.values = self.keys[:, :, : keep - self.encoded], self.values[:, :, : keep - self.encoded]
         self.importance = None if self.importance is None else self.importance[:, :, : keep - self.encoded]
 
     def get_seq_length(self, *_: Any) -> int:
-        """Tokens so far."""
+        """Return the number of tokens so far."""
         return self.encoded + (self.keys.shape[2] if self.is_initialized else 0)
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """(keys, offset) of a mask."""
-        tokens = query_length if isinstance(query_length, int) else len(query_length)  # 5.2 hands the positions
+        """Return (keys, offset) for a causal mask."""
+        tokens = query_length if isinstance(query_length, int) else len(query_length)  # transformers 5.2: positions
         return self.get_seq_length() + tokens, 0
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Return −1: there is no limit."""
         return -1
 
-    get_max_cache_shape = get_max_length  # its name in 5.2
+    get_max_cache_shape = get_max_length  # its name in transformers 5.2
 
 
 class QuantizedCache(Cache):
-    """A cache for `model(...)` and `model.generate(...)` that keeps every key, quantised.
+    """A KV cache for `model(...)` and `model.generate(...)` that keeps every key, quantised.
 
     Args:
         model: a causal LM of a supported family.
-        codec: a scheme (fp16, int8, int4, kivi, kivi2, kivi4), or a codec.
-        residual: latest tokens that stay exact; None: the scheme's own (a codec's own block).
+        codec: name of a scheme (fp16, int8, int4, kivi, kivi2, kivi4), or a codec.
+        residual: number of latest tokens that stay exact. None: that of the scheme, or for a codec one group (0 if it
+            encodes single tokens).
 
     Raises:
-        SmartKVError: no such scheme, or a residual that does not go with it.
+        SmartKVError: an unknown scheme, or a residual that does not go with the codec.
     """
 
     def __init__(self, model: PreTrainedModel, codec: str | Codec, residual: int | None = None) -> None:
@@ -193,25 +210,25 @@ class QuantizedCache(Cache):
 
     @property
     def exact_bytes(self) -> int:
-        """Those of keys and values that are held in the model's dtype."""
+        """Bytes of the keys and values that are stored in the model's dtype."""
         return sum(layer.exact_bytes for layer in self.storage)
 
     @property
     def read_bytes(self) -> int:
-        """Of the decoded copy that a layer attends to, one at a time."""
+        """Bytes of the decoded copy that attention reads; only one layer's copy exists at a time."""
         return max(layer.read_bytes for layer in self.storage)
 
     @property
     def ratio_payload(self) -> float:
-        """Bits of the codes over those of float16."""
+        """Bits of the codes alone divided by those of float16."""
         return self.codec.payload(self.architecture.head_dim)
 
     @property
     def ratio_stored(self) -> float:
-        """Bytes held over those of the same tokens in float16.
+        """Bytes of all layers divided by those of the same tokens in float16.
 
         Raises:
-            SmartKVError: it has seen no token.
+            SmartKVError: the cache has not seen a token yet.
         """
         if not self.get_seq_length():
             raise SmartKVError("the cache has not seen a token yet")
@@ -221,10 +238,13 @@ class QuantizedCache(Cache):
 
 
 def scheme(codec: str | Codec) -> tuple[Codec, int]:
-    """A codec and its residual, by name or as given.
+    """Return a codec and its usual residual, in tokens.
+
+    Args:
+        codec: name of a scheme, or a codec.
 
     Raises:
-        SmartKVError: no such scheme.
+        SmartKVError: neither.
     """
     if not isinstance(codec, str):
         if not isinstance(codec, Codec):

@@ -1,10 +1,17 @@
-"""A cache in a file: what a long prompt left, to go on from another time.
+"""A LifespanCache in a file, to continue a long prompt another time.
 
-One safetensors file. Of each layer `L` it holds `L.key` and `L.value` `[keys, head_dim]`, `L.position` and `L.expiry`
-int32 `[keys]`, `L.score` float32 `[keys]` (where a cap for a whole layer asks for it), `L.counts` int64 `[pairs]`,
-`L.seen` int64 `[batch]`, `L.visible` int64 `[batch, kv_heads]` and `L.held` int64 `[batch]`, as in
-`smartkv.cache.paged` and `smartkv.cache.layer`; where keys are packed, they are uint8 `[keys, row bytes]`, and
-`L.centre` is float32 `[pairs, head_dim]`. The header names the model, the policy and the gates.
+The file is one safetensors file. For each layer `L` it holds
+
+* `L.key` and `L.value` `[keys, head_dim]`, or uint8 `[keys, row bytes]` where keys are packed in few bits;
+* `L.position` and `L.expiry` int32 `[keys]`;
+* `L.score` float32 `[keys]`, if the layer's heads share a cap;
+* `L.counts` int64 `[pairs]`, keys of each pair (see `smartkv.cache.ragged`);
+* `L.seen` int64 `[batch]`, real tokens of each row;
+* `L.visible` int64 `[batch, kv_heads]` and `L.held` int64 `[batch]`, the fields `visible` and `full` of a
+  `FootprintCount`;
+* `L.centre` float32 `[pairs, head_dim]`, where keys are packed in few bits.
+
+The header names the model, the policy and the gates.
 """
 
 import hashlib
@@ -33,10 +40,17 @@ FORMAT_VERSION = 2
 
 
 def save_cache(cache: LifespanCache, path: str | Path) -> None:
-    """Write what a cache holds. It is settled first, so that it and what is loaded go on alike, bit for bit.
+    """Write a cache to a file.
+
+    The cache is settled first: its dead keys are freed. From then on it and the loaded cache give the same logits, bit
+    for bit.
+
+    Args:
+        cache: a cache that has seen at least one token.
+        path: of the file.
 
     Raises:
-        SmartKVError: it has seen no token, or the file cannot be written.
+        SmartKVError: the cache has seen no token yet, or the file cannot be written.
     """
     if not all(layer.is_initialized for layer in cache.storage):
         raise SmartKVError("the cache has not seen a token yet: there is nothing to save")
@@ -67,10 +81,15 @@ def save_cache(cache: LifespanCache, path: str | Path) -> None:
 
 
 def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str | Path | None = None) -> LifespanCache:
-    """A cache as it was saved, for the same model and gates, on the model's device.
+    """Load a cache that `save_cache` wrote, onto the model's device.
+
+    Args:
+        path: of the file.
+        model: the same model as when the cache was saved, in the same dtype.
+        gates: the same gates, given as for `LifespanCache`.
 
     Raises:
-        SmartKVError: not there, damaged, or of another model, dtype or gates.
+        SmartKVError: the file is missing, damaged, or of another model, dtype or gates.
     """
     path = Path(path)
     check_model(model)
@@ -87,20 +106,20 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str |
         policy = HybridPolicy.from_dict(header["policy"])
         gates = resolve_gates(model, gates)
         if policy.gated and header["gates"] != _digest(gates):
-            raise SmartKVError(f"{path} was saved with other gates: load those it was made with")
+            raise SmartKVError(f"{path} was saved with other gates: give the gates that it was made with")
         if f"torch.{header['dtype']}" != str(model.dtype):
             raise SmartKVError(f"{path} holds keys for {header['dtype']}, the model computes in {model.dtype}")
         cache = LifespanCache(model, gates, policy, header["chunk"], header["count_from"], header["bits"])
         for number, layer in enumerate(cache.storage):
-            mine = {name.partition(".")[2]: t.to(model.device) for name, t in tensors.items() if _layer(name) == number}
-            fields = Fields(mine["key"], mine["value"], mine["position"], mine["expiry"], mine.get("score"))
-            _check(path, number, fields, mine["counts"], mine["seen"])
-            layer.restore(Ragged(fields, mine["counts"]), mine["seen"], model.dtype)
+            own = {name.partition(".")[2]: t.to(model.device) for name, t in tensors.items() if _layer(name) == number}
+            fields = Fields(own["key"], own["value"], own["position"], own["expiry"], own.get("score"))
+            _check(path, number, fields, own["counts"], own["seen"])
+            layer.restore(Ragged(fields, own["counts"]), own["seen"], model.dtype)
             if layer.packed is not None:
-                layer.packed.centre = mine["centre"]
-                if mine["centre"].shape != (len(mine["counts"]), cache.architecture.head_dim):
+                layer.packed.centre = own["centre"]
+                if own["centre"].shape != (len(own["counts"]), cache.architecture.head_dim):
                     raise SmartKVError(f"{path} does not hold a whole cache: the centre of layer {number} does not fit")
-            layer.count = FootprintCount(mine["visible"], mine["held"], cache.first_query)
+            layer.count = FootprintCount(own["visible"], own["held"], cache.first_query)
             layer.set_sliding_window(header["sliding_window"][number])
             layer.columns = header["columns"]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -109,9 +128,10 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str |
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the header and the tensors of a file."""
     try:
         data = path.read_bytes()
-        tensors = load(data)  # checks that the file is whole
+        tensors = load(data)  # raises if the file is truncated
         length = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
         return json.loads(metadata["smartkv_cache"]), tensors
@@ -120,27 +140,28 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except SafetensorError as error:
         raise SmartKVError(f"{path} is damaged, or no safetensors file ({error})") from error
     except (KeyError, ValueError) as error:
-        raise SmartKVError(f"{path} is a safetensors file, but not a cache that SmartKV saved") from error
+        raise SmartKVError(f"{path} is a safetensors file, but not a cache that save_cache wrote") from error
 
 
 def _layer(name: str) -> int:
+    """Return the layer in a tensor's name."""
     return int(name.partition(".")[0])
 
 
 def _check(path: Path, layer: int, fields: Fields, counts: Tensor, seen: Tensor) -> None:
-    """Refuse tensors that do not fit together: they would be read beyond their ends later."""
+    """Raise if tensors do not fit together, because they would later be read beyond their ends."""
     keys = int(counts.sum())
     fits = bool((counts >= 0).all()) and len(seen) > 0 and len(counts) % len(seen) == 0
     fits &= all(tensor is None or tensor.shape[0] == keys for tensor in fields)
     fits &= fields.key.dim() == fields.value.dim() == 2
-    if fields.key.dtype != torch.uint8:  # packed ones may have fewer bits in values
+    if fields.key.dtype != torch.uint8:  # packed keys and values may have different numbers of bits
         fits &= fields.key.shape == fields.value.shape
     if not fits:
         raise SmartKVError(f"{path} does not hold a whole cache: the tensors of layer {layer} do not fit together")
 
 
 def _digest(gates: GateBank | None) -> str | None:
-    """Hash of the gates' weights."""
+    """Return a hash of the gates' weights; None without gates."""
     if gates is None:
         return None
     digest = hashlib.sha256()

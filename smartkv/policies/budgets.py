@@ -1,8 +1,8 @@
-"""A policy's free figure, solved for a target footprint on calibration text.
+"""Open figures of a policy, solved for a target footprint on calibration text.
 
-How many keys are visible to which queries follows from predictions alone, so the LM is run once for each calibration
-window, with a full cache, and the figure is found by bisection over the predictions. (Under eviction later layers' keys
-differ a little from the full cache's; what a cache really held is measured where it is used.)
+The gates' predictions alone say which keys are visible to which queries. So the language model runs once over each
+calibration window with a full cache, and the figure is found by bisection over the predictions. Under eviction the keys
+of later layers differ a little from those of the full cache; what a cache really kept is measured where it is used.
 """
 
 import math
@@ -20,19 +20,20 @@ from smartkv.models.architecture import Architecture
 from smartkv.models.key_hooks import read_keys
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
-STEPS = 32  # of bisection: more than float32 predictions can tell apart
+STEPS = 32  # of bisection, more than float32 predictions can distinguish
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What gates say of the keys of some windows.
+    """The gates' predictions for the keys of some windows of text.
 
     Attributes:
-        predictions: float32 `[windows, kv_heads, tokens]` of each gated layer; `[…, ages]` where gates judge for ages.
-        layers: of the model.
-        tokens: a window.
-        first_query, last: the queries that count, `first_query ≤ i < last`.
-        ages: tokens, for which the gates judge.
+        predictions: of each gated layer, float32 `[windows, kv_heads, tokens]`, or `[…, ages]` from gates that judge
+            for ages.
+        layers: number of layers of the model.
+        tokens: length of a window.
+        first_query, last: the footprint counts the queries `first_query ≤ i < last`.
+        ages: in tokens, for which the gates judge; empty for gates that judge once and for all.
     """
 
     predictions: dict[int, Tensor]
@@ -47,30 +48,43 @@ class Calibration:
     def measure(
         cls, model: PreTrainedModel, gates: GateBank | None, windows: Iterable[Tensor], first_query: int = 0
     ) -> "Calibration":
-        """Run `model` over `windows` (ids `[tokens]`, all of one length) with a full cache.
+        """Run a model over windows of text with a full cache, and read its keys with the gates.
 
         Args:
-            first_query: the first query that counts; the last is the last but one, which predicts the last token.
+            model: a loaded causal LM of a supported family.
+            gates: the model's gates; None for policies that need none.
+            windows: token ids int64 `[tokens]`, all of one length.
+            first_query: position of the first counted query. The last counted query is the one that predicts the last
+                token.
 
         Raises:
-            SmartKVError: no window, or none of its queries counts.
+            SmartKVError: no window, or no query that counts.
         """
         windows = list(windows)
         if not windows or not 0 <= first_query < len(windows[0]) - 1:
-            raise SmartKVError(f"calibration needs windows of more than {first_query + 1} tokens")
+            raise SmartKVError(
+                f"calibration needs windows of more than {first_query + 1} tokens, "
+                f"got {f'windows of {len(windows[0])}' if windows else 'none'}"
+            )
         if gates is not None:
             return cls.of(gates, [read_keys(model, ids) for ids in windows], first_query)
         return cls.without_gates(Architecture.of(model.config).layers, len(windows[0]), first_query)
 
     @classmethod
     def without_gates(cls, layers: int, tokens: int, first_query: int = 0) -> "Calibration":
-        """For policies that ask no gates: what they keep is the same in every window of `tokens`."""
+        """Return a calibration for policies without gates, which keep the same in every window of `tokens`."""
         return cls({}, layers, tokens, first_query, tokens - 1)
 
     @classmethod
     @torch.inference_mode()
     def of(cls, gates: GateBank, keys: list[list[Tensor]], first_query: int = 0) -> "Calibration":
-        """The same from keys that were read before: of each window, of each layer `[1, kv_heads, tokens, head_dim]`."""
+        """Return a calibration from pre-RoPE keys that were read before.
+
+        Args:
+            gates: the model's gates.
+            keys: of each window, of each layer `[1, kv_heads, tokens, head_dim]`.
+            first_query: as in `measure`.
+        """
         predictions = {
             layer: torch.cat([gates.score(layer, window[layer]).cpu() for window in keys]) for layer in gates.layers
         }
@@ -78,7 +92,11 @@ class Calibration:
         return cls(predictions, gates.fingerprint.layers, tokens, first_query, tokens - 1, gates.ages)
 
     def footprint(self, policy: HybridPolicy) -> float:
-        """Σ visible keys ÷ Σ keys of a full cache, over layers, heads, windows and the counted queries."""
+        """Return the share of the full cache's keys that the counted queries see, over layers, heads and windows.
+
+        Raises:
+            SmartKVError: the policy gates a layer that has no predictions, or leaves its price open.
+        """
         shares = [self._layer(policy, rule, layer) for layer, rule in enumerate(policy.by_layer(self.layers))]
         return sum(shares) / len(shares)
 
@@ -93,18 +111,27 @@ class Calibration:
         return float(visible.double().reshape(-1, self.tokens).mean(dim=0).sum() / full.sum())
 
     def _queries(self, born: Tensor, end: Tensor) -> Tensor:
-        """Counted queries in `[born, end)`."""
+        """Return the number of counted queries in `[born, end)`."""
         return (end - born.clamp(min=self.first_query)).clamp(min=0)
 
 
 def solve(policy: HybridPolicy, footprint: float, calibration: Calibration) -> HybridPolicy:
-    """The policy with what it leaves open (windows, price or multiple) such that it keeps `footprint` of a full cache.
+    """Give a policy's open figures (windows, price or multiple) the values that keep a target footprint.
 
-    Where both windows and gates are open, the windows get `policy.window_share` of the footprint, the gates the rest.
+    Where both windows and the gates' figure are open, the windows get `policy.window_share` of the footprint and the
+    gates the rest.
+
+    Args:
+        policy: a policy with something open.
+        footprint: share of the full cache's keys to keep, above 0 and at most 1.
+        calibration: predictions on the text for which the footprint shall hold.
+
+    Returns:
+        The policy with nothing open.
 
     Raises:
-        FootprintOutOfReach: no value of what is open gives that footprint.
-        SmartKVError: nothing is open, or the footprint is no share.
+        FootprintOutOfReach: no value of the open figure gives this footprint.
+        SmartKVError: nothing is open, the policy has a cap, or the footprint is no share.
     """
     if not 0 < footprint <= 1:
         raise SmartKVError(f"a footprint is a share of the full cache above 0 and at most 1, got {footprint}")
@@ -115,7 +142,7 @@ def solve(policy: HybridPolicy, footprint: float, calibration: Calibration) -> H
     if policy.open == "window":
         if not policy.gated:
             return _bisect(policy, footprint, calibration, 1, calibration.tokens)
-        # what windows keep while nothing else stays
+        # the windows are solved as if the gates kept nothing
         alone = replace(policy, rules=tuple(replace(r, price=None) for r in policy.rules), price=math.inf, multiple=1.0)
         share = _bisect(alone, policy.window_share * footprint, calibration, 1, calibration.tokens)
         windows = [rule.window for rule in share.rules]
@@ -131,7 +158,10 @@ def solve(policy: HybridPolicy, footprint: float, calibration: Calibration) -> H
 
 
 def _bisect(policy: HybridPolicy, footprint: float, calibration: Calibration, low: float, high: float) -> HybridPolicy:
-    """Give what is open the value between `low` (smallest footprint) and `high` that comes up to `footprint`."""
+    """Find the value of the open figure that keeps as much as possible and at most `footprint`.
+
+    Footprints grow from `low` to `high`, which need not be the smaller and the larger number.
+    """
     smallest, largest = (calibration.footprint(policy.closed(value)) for value in (low, high))
     if not smallest <= footprint <= largest:
         raise FootprintOutOfReach(
@@ -149,20 +179,20 @@ def _bisect(policy: HybridPolicy, footprint: float, calibration: Calibration, lo
     return policy.closed(low)
 
 
-FOOTPRINTS = tuple(2 ** (-half / 2) for half in range(1, 10))  # for which gates remember a price: 0.71 … 0.044
+FOOTPRINTS = tuple(2 ** (-half / 2) for half in range(1, 10))  # 0.71 … 0.044, for which gates remember a price
 
 
 def price_curve(policy: HybridPolicy, calibration: Calibration) -> list[list[float]]:
-    """Footprint and price, for the figures of `FOOTPRINTS` that the policy can keep; what gates remember."""
-    found = []
+    """Return [footprint, price] for each of `FOOTPRINTS` that the policy can keep: the prices that gates remember."""
+    curve = []
     for footprint in FOOTPRINTS:
         try:
             solved = solve(policy, footprint, calibration)
-        except FootprintOutOfReach:  # windows alone keep more
+        except FootprintOutOfReach:  # the windows alone keep more
             continue
         if solved.price is not None:
-            found.append([footprint, solved.price])
-    return found
+            curve.append([footprint, solved.price])
+    return curve
 
 
 def how_to_solve(footprint: float | None = None) -> str:
@@ -176,17 +206,18 @@ def how_to_solve(footprint: float | None = None) -> str:
 
 
 def policy_of(gates: GateBank, footprint: float) -> HybridPolicy:
-    """The policy that goes with some gates, at a footprint, by the prices that they remember from their training text.
+    """Return the policy that gates remember from their training, with the price of a footprint.
 
-    What a cache keeps depends on the text, and on how long it is: prices are for the windows the gates were trained on.
-    To have them for text of your own, `solve` a policy with a `Calibration`.
+    The prices were solved on windows of the training text. On other text, or on longer text, the same price keeps
+    another share. To solve prices on your own text, build a `Calibration` and call `solve`.
 
     Args:
-        footprint: share of the full cache to be kept.
+        gates: gates that were exported with a policy and its prices.
+        footprint: share of the full cache's keys to keep, within the footprints that the gates have prices for.
 
     Raises:
-        FootprintOutOfReach: the gates remember no price for such a footprint.
-        SmartKVError: the gates remember no policy or prices.
+        FootprintOutOfReach: the gates remember no price for this footprint.
+        SmartKVError: the gates remember no policy or no prices.
     """
     curve = sorted(gates.details.get("prices", []))
     if "policy" not in gates.details or not curve:

@@ -1,13 +1,13 @@
-"""HybridPolicy: which rule each layer follows, and how long a key stays by it.
+"""HybridPolicy: the rule of each layer, and how long a key stays under it.
 
-Key `j` of a layer is visible to query `i` iff `0 ≤ i − j < max(TTL_j, window)`, or `j` is a sink. The TTL follows from
-the layer's rule, once, at the key's birth:
+Query `i` sees key `j` of a layer iff `0 ≤ i − j < max(TTL_j, window)`, or if `j` is a sink. The time to live (TTL)
+follows from the layer's rule and is decided once, at the key's birth:
 
-* `window`: 0 tokens. Only the last `window` keys and the sinks are seen.
-* `gated`: `multiple · 4^y` tokens where the gate's prediction `y` exceeds the price, else 0. With the multiple at
-  infinity (the default) a key that is worth its price when it leaves the window stays for good. Gates that judge keys
-  for several ages say what a key is worth from each age on: it stays until the first at which that is not its price.
-* `full`: for good.
+* `window`: a TTL of 0 tokens. Queries see only the last `window` keys and the sinks.
+* `gated`: a TTL of `multiple · 4^y` tokens if the gate's prediction `y` exceeds the price, else 0. With an infinite
+  multiple (the default) a key whose prediction exceeds the price stays for good. Gates that judge keys for several ages
+  predict a worth for each age: the key stays until the first age at which its worth does not exceed the price.
+* `full`: an infinite TTL.
 """
 
 import math
@@ -27,18 +27,22 @@ from smartkv.policies.lifetimes import FOREVER
 
 Rule = Literal["window", "gated", "full"]
 WINDOW_SHARE = 0.6
-LOG4_TARGET = "log4 lifespan"  # of gates whose prediction can be read as a TTL
+LOG4_TARGET = "log4 lifespan"  # target of gates whose prediction can be read as a TTL
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """What a range of layers keeps.
+    """The rule of a range of layers.
 
     Attributes:
-        layers: ranges such as "0-2" or "0-2,20-29"; "all".
-        rule: window, gated or full.
-        window: tokens that stay in any case, at least 1 (a token sees itself); None: to be solved for (or rule full).
-        price: of this range alone: the prediction above which a key stays; None: the policy's.
+        layers: ranges such as "0-2" or "0-2,20-29", or "all".
+        rule: `window`, `gated` or `full`.
+        window: number of latest tokens that always stay, at least 1, since a token sees itself. None: left open, to be
+            solved for; or the rule is `full`.
+        price: prediction above which a key of these layers stays. None: the policy's price.
+
+    Raises:
+        SmartKVError: an unknown rule, or a window or price that does not go with it.
     """
 
     layers: str
@@ -63,22 +67,22 @@ class LayerRule:
 class HybridPolicy:
     """Rules for all layers of a model.
 
-    What is None is solved for a target footprint (`smartkv.policies.budgets.solve`): the price or the multiple, and
-    windows.
+    Windows, price and multiple may be None. They are then *open*: `smartkv.policies.budgets.solve` finds the values
+    that keep a target footprint. Of price and multiple, one at most may be open.
 
     Attributes:
-        rules: each layer in exactly one of them.
-        sinks: tokens at the start of a sequence that are always kept.
-        price: prediction above which a key of a gated layer stays, in the unit of the gates' target; `-inf`: each key
-            has its own TTL (then the multiple decides).
-        multiple: `c` of `TTL = c · 4^y`; inf: for good.
-        window_share: of a target footprint, what open windows take where gates have the rest.
-        max_tokens: keys that are kept at most, whatever the rules say (see `smartkv.policies.capacity`); None: no cap.
-        max_tokens_per: what the cap is for: each KV head, or each layer, whose heads then share it.
-        name: what results call it.
+        rules: each layer of the model belongs to exactly one rule.
+        sinks: number of first tokens of a sequence that always stay.
+        price: prediction above which a key of a gated layer stays, in the unit of the gates' target. With `-inf` the
+            multiple decides, and each key has its own TTL.
+        multiple: `c` of `TTL = c · 4^y`. With `inf` a key above the price stays for good.
+        window_share: share of the target footprint that open windows get where gates get the rest.
+        max_tokens: cap on the number of keys, whatever the rules say (see `smartkv.policies.capacity`); None: no cap.
+        max_tokens_per: whether the cap is for each KV head (`head`), or for each layer, whose heads share it (`layer`).
+        name: the policy's name in results and messages.
 
     Raises:
-        SmartKVError: figures that mean nothing.
+        SmartKVError: a figure out of range or of a wrong type.
     """
 
     rules: tuple[LayerRule, ...]
@@ -106,7 +110,7 @@ class HybridPolicy:
         if self.max_tokens_per not in ("head", "layer"):
             raise SmartKVError(f"max_tokens_per must be head or layer, got {self.max_tokens_per!r}")
         if self.gated and self.price is None and self.multiple is None:
-            raise SmartKVError("a policy can be solved for its price or for its multiple: give one of them a value")
+            raise SmartKVError("price and multiple are both open, but only one can be solved for: give one a value")
 
     @property
     def gated(self) -> bool:
@@ -115,7 +119,7 @@ class HybridPolicy:
 
     @property
     def open(self) -> str | None:
-        """What is to be solved for next: window, price, multiple, or nothing."""
+        """The open figure that is solved for next: "window", "price" or "multiple"; None: nothing is open."""
         if any(r.window is None and r.rule != "full" for r in self.rules):
             return "window"
         if self.gated and self.price is None and any(r.rule == "gated" and r.price is None for r in self.rules):
@@ -123,7 +127,7 @@ class HybridPolicy:
         return "multiple" if self.gated and self.multiple is None else None
 
     def closed(self, value: float) -> "HybridPolicy":
-        """The same policy with what is `open` given."""
+        """Return the same policy with `value` for the figure that is `open`."""
         if self.open == "price":
             return replace(self, price=value)
         if self.open == "multiple":
@@ -132,7 +136,7 @@ class HybridPolicy:
         return replace(self, rules=tuple(rules))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads, and YAML and JSON can hold."""
+        """Return a mapping that YAML and JSON can hold and `from_dict` reads."""
         rules = [{k: v for k, v in asdict(rule).items() if v is not None} for rule in self.rules]
         return {
             "name": self.name,
@@ -147,15 +151,16 @@ class HybridPolicy:
 
     @classmethod
     def from_dict(cls, content: Any) -> "HybridPolicy":
-        """
+        """Return the policy that a mapping from YAML or JSON describes.
+
         Raises:
-            SmartKVError: an unknown key, or a figure of the wrong kind.
+            SmartKVError: an unknown key, or a figure of a wrong type.
         """
         if not isinstance(content, dict) or not isinstance(content.get("rules"), list):
             raise SmartKVError("a policy is a mapping with a list of rules, each with layers and rule")
         try:
-            rules = tuple(LayerRule(**_known(LayerRule, rule, "a rule")) for rule in content["rules"])
-            figures = {k: v for k, v in _known(cls, content, "a policy").items() if k != "rules"}
+            rules = tuple(LayerRule(**_check_keys(LayerRule, rule, "a rule")) for rule in content["rules"])
+            figures = {k: v for k, v in _check_keys(cls, content, "a policy").items() if k != "rules"}
             for name in ("price", "multiple", "window_share"):
                 if figures.get(name) is not None:
                     figures[name] = float(figures[name])
@@ -163,29 +168,33 @@ class HybridPolicy:
         except (TypeError, ValueError) as error:
             raise SmartKVError(f"the policy cannot be read: {error}") from error
 
-    # -- for a model ----------------------------------------------------------------------------------------------
+    # -- applied to a model -------------------------------------------------------------------------------------------
 
     def by_layer(self, layers: int) -> list[LayerRule]:
-        """The rule of each of a model's layers.
+        """Return the rule of each layer of a model with `layers` layers.
 
         Raises:
-            SmartKVError: ranges that the model does not have, overlap, or leave a layer out.
+            SmartKVError: ranges that the model does not have, that overlap, or that leave a layer out.
         """
-        found: dict[int, LayerRule] = {}
+        rule_of: dict[int, LayerRule] = {}
         for rule in self.rules:
             here = parse_layers(rule.layers, layers)
-            if twice := sorted(set(here) & set(found)):
+            if twice := sorted(set(here) & set(rule_of)):
                 raise SmartKVError(f"policy '{self.name}' has two rules for layers {format_layers(twice)}")
-            found |= dict.fromkeys(here, rule)
-        if missing := sorted(set(range(layers)) - set(found)):
+            rule_of |= dict.fromkeys(here, rule)
+        if missing := sorted(set(range(layers)) - set(rule_of)):
             raise SmartKVError(f"policy '{self.name}' has no rule for layers {format_layers(missing)}")
-        return [found[layer] for layer in range(layers)]
+        return [rule_of[layer] for layer in range(layers)]
 
     def check(self, model: Architecture | Fingerprint, gates: GateBank | None) -> list[LayerRule]:
-        """The rule of each layer, when model, gates and policy fit together.
+        """Return the rule of each layer, after checking that model, gates and policy fit together.
+
+        Args:
+            model: architecture or fingerprint of the model.
+            gates: the model's gates; None: there are none.
 
         Raises:
-            SmartKVError: what does not fit.
+            SmartKVError: a layer without a rule or without its gates, or gates that read or predict something else.
         """
         rules = self.by_layer(model.layers)
         gated = [layer for layer, rule in enumerate(rules) if rule.rule == "gated"]
@@ -209,17 +218,17 @@ class HybridPolicy:
         return rules
 
     def caps(self, model: Architecture) -> list[Cap | None]:
-        """The cap of each layer; None: none.
+        """Return the cap of each layer; None: the layer has none.
 
         Raises:
-            SmartKVError: it leaves no room for sinks and window.
+            SmartKVError: the cap leaves no room for sinks and window.
         """
         if self.max_tokens is None:
             return [None] * model.layers
         heads = model.kv_heads if self.max_tokens_per == "layer" else 1
-        found: list[Cap | None] = []
+        caps: list[Cap | None] = []
         for rule in self.by_layer(model.layers):
-            # where keys do not expire the oldest go first: the cap is a window, which may as well be pinned
+            # where keys do not expire, the oldest are dropped first: the cap acts as a window, so it is pinned as one
             window = rule.window or max(1, self.max_tokens // heads - self.sinks)
             room = self.max_tokens - heads * (self.sinks + window)
             if room < 0:
@@ -228,20 +237,23 @@ class HybridPolicy:
                     f"and the window of {window} tokens of layers {rule.layers}: give at least "
                     f"{heads * (self.sinks + window)}, or a smaller window"
                 )
-            found.append(Cap(room, heads, window, self.sinks))
-        return found
+            caps.append(Cap(room, heads, window, self.sinks))
+        return caps
 
     def times_to_live(self, rule: LayerRule, prediction: Tensor | None, ages: Sequence[int] = ()) -> Tensor | int:
-        """TTL in tokens by a layer's rule, from 0 to `FOREVER`; the window comes on top of it.
+        """Return the TTL of each key by a layer's rule, in tokens from 0 to `FOREVER`, the window not considered.
 
         Args:
-            rule: of the layer.
-            prediction: of the layer's gates, one a key, any shape; not read unless the rule is gated.
-            ages: tokens, ascending, of gates that judge a key for several: `prediction` is then `[…, ages]`, and falls
-                with age.
+            rule: the layer's rule.
+            prediction: the gates' prediction for each key, of any shape; read only if the rule is `gated`.
+            ages: in tokens, rising, for gates that judge a key for several ages. `prediction` is then `[…, ages]` and
+                does not rise with age.
 
         Returns:
-            int64, a figure a key; one figure for all keys where the layer is not gated.
+            int64, one TTL per key; or one int for all keys if the rule is not `gated`.
+
+        Raises:
+            SmartKVError: the price is open.
         """
         if rule.rule != "gated" or prediction is None:
             return FOREVER if rule.rule == "full" else 0
@@ -259,12 +271,12 @@ class HybridPolicy:
         return torch.where(prediction > price, ttl, 0)
 
     def lifetime(self, rule: LayerRule, ttl: Tensor | int, position: Tensor) -> Tensor:
-        """How long keys stay visible, in tokens: `max(TTL, window)`, and a sink for good.
+        """Return how many tokens each key stays visible: `max(TTL, window)`, and `FOREVER` for sinks.
 
         Args:
-            rule: of the layer.
-            ttl: int64, of each key, or one figure for all.
-            position: int64, each key's place among the real tokens of its row; broadcasts with `ttl`.
+            rule: the layer's rule.
+            ttl: int64, of each key, or one int for all keys.
+            position: int64, each key's index among the real tokens of its row; broadcasts with `ttl`.
 
         Returns:
             int64, at most `FOREVER`.
@@ -273,7 +285,8 @@ class HybridPolicy:
         return torch.where(position < self.sinks, FOREVER, longest)
 
 
-def _known(cls: type, content: Any, what: str) -> dict[str, Any]:
+def _check_keys(cls: type, content: Any, what: str) -> dict[str, Any]:
+    """Return `content` if it is a mapping whose keys are all fields of the dataclass `cls`."""
     if not isinstance(content, dict):
         raise SmartKVError(f"{what} is a mapping, got {content!r}")
     names = {field.name for field in fields(cls)}

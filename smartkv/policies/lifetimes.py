@@ -1,6 +1,5 @@
-"""Values that positions and expiries take besides numbers of tokens."""
+"""Special values of positions and expiries."""
 
 HOLE = -1  # position of a slot without a key
 
-
-FOREVER = 2**31 - 1  # a TTL, and an expiry, that no text outlives
+FOREVER = 2**31 - 1  # a TTL or an expiry, in tokens, that no text outlives

@@ -1,4 +1,4 @@
-"""Policies by name or from a YAML file."""
+"""Named policies, and policies in YAML files."""
 
 import math
 from dataclasses import replace
@@ -15,11 +15,12 @@ LIFESPAN_WINDOW = EARLY_WINDOW = 32  # tokens
 
 
 def read_policy(name_or_file: str | Path, layers: int) -> HybridPolicy:
-    """A named policy (`default`, `all-gated`, `lifespan`, `window`, `full`), or one from a YAML file.
+    """Return a policy by its name, or read one from a YAML file.
 
     Args:
-        name_or_file: a name, or the path of a file as in configs/policies.
-        layers: number of layers of the model; the named default scales with it.
+        name_or_file: `default`, `all-gated`, `lifespan`, `window` or `full` (see `named_policy`); or the path of a file
+            like those in configs/policies.
+        layers: number of layers of the model, with which the policy `default` scales.
 
     Raises:
         SmartKVError: neither a name nor a file that holds a policy.
@@ -39,12 +40,20 @@ def read_policy(name_or_file: str | Path, layers: int) -> HybridPolicy:
 
 
 def named_policy(name: str, layers: int) -> HybridPolicy:
-    """A policy by its name, for a model of that depth; what a target footprint decides is left open.
+    """Return a policy by its name, with the figures that a target footprint decides left open.
 
-    * `default`: short windows in the first layers and recent keys in the last, gates where memory lives, in between;
-    * `all-gated`: gates everywhere;
-    * `lifespan`: every key has the TTL `c · 4^y`;
-    * `window`: sinks and the most recent keys; `full`: everything. Both need no gates.
+    * `default`: short windows in the first layers, gates in the middle, recent keys in the last layers.
+    * `all-gated`: gates in all layers.
+    * `lifespan`: gates in all layers, and each key has its own TTL of `c · 4^y` tokens.
+    * `window`: sinks and the most recent keys. It needs no gates.
+    * `full`: all keys. It needs no gates.
+
+    Args:
+        name: one of the above.
+        layers: number of layers of the model.
+
+    Raises:
+        SmartKVError: an unknown name.
     """
     if name == "lifespan":
         rules = [LayerRule("all", "gated", LIFESPAN_WINDOW)]
@@ -67,6 +76,6 @@ def named_policy(name: str, layers: int) -> HybridPolicy:
 
 
 def _depth_ranges(layers: int) -> tuple[int, int]:
-    """First gated layer, and first late one: 3 and 20 in models of 24 to 28 layers, in proportion in others."""
+    """Return the first gated layer and the first late one: 3 and 20 for 24 to 28 layers, else in proportion."""
     reference = min(max(layers, 24), 28)
     return round(3 * layers / reference), round(20 * layers / reference)

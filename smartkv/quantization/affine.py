@@ -1,9 +1,9 @@
-"""Numbers in few bits: affine codes, packed into bytes.
+"""Affine quantisation: floats as codes of 2 to 8 bits, packed into bytes.
 
-A group of values that share a scale and a zero is stored as `code = round((value − zero) / scale)`, with zero the
-group's least value and scale its range over 2^bits − 1 (asymmetric min-max quantisation, as in KIVI, Liu et al. 2024,
-arXiv 2402.02750). Scale and zero are float16; codes are computed from them as stored, so they cost no accuracy beyond
-their own step. What was quantised once is never quantised again: reading it changes nothing.
+Neighbouring values that share a scale and a zero are a *group*. A value is stored as
+`code = round((value − zero) / scale)`, where zero is the group's minimum and scale is its range divided by 2^bits − 1
+(asymmetric min-max quantisation, as in KIVI, Liu et al. 2024, arXiv 2402.02750). Scale and zero are float16, and codes
+are computed from these rounded figures, so the rounding adds no error beyond a code's own step.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch import Tensor
 from smartkv.errors import SmartKVError
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
-SCALE_BYTES = 4  # of a group: scale and zero, float16 each
-LARGEST = 65504.0  # of float16
+SCALE_BYTES = 4  # scale and zero of one group, float16 each
+LARGEST = 65504.0  # largest finite float16
 
 
 class Codes(NamedTuple):
@@ -24,7 +24,7 @@ class Codes(NamedTuple):
 
     Attributes:
         packed: uint8 `[…, bytes]`, the codes of the last dimension.
-        scale, zero: float16, broadcast against the codes.
+        scale, zero: float16 `[…, groups]`.
     """
 
     packed: Tensor
@@ -33,9 +33,10 @@ class Codes(NamedTuple):
 
 
 def check_bits(bits: int) -> int:
-    """
+    """Return `bits` if codes of that many bits are supported.
+
     Raises:
-        SmartKVError: not one of `BITS`.
+        SmartKVError: `bits` is not one of `BITS`.
     """
     if bits not in BITS:
         raise SmartKVError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}")
@@ -43,19 +44,27 @@ def check_bits(bits: int) -> int:
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes of `count` codes.
+    """Return the number of bytes that `count` codes of `bits` bits take.
 
     Raises:
-        SmartKVError: they do not fill whole bytes (3 bits: eight codes, three bytes; 6 bits: four codes, three bytes).
+        SmartKVError: the codes do not fill whole bytes. Codes of 3 bits fill them eight at a time (three bytes), codes
+            of 6 bits four at a time (three bytes).
     """
     whole = 8 // math.gcd(8, check_bits(bits))
     if count % whole:
-        raise SmartKVError(f"codes of {bits} bits are packed {whole} at a time, got {count}")
+        raise SmartKVError(f"codes of {bits} bits are packed {whole} at a time, got {count} codes")
     return count * bits // 8
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """`codes` uint8 `[…, n]`, each below 2^bits -> uint8 `[…, n · bits / 8]`, the first code in the lowest bits.
+    """Pack codes into bytes, the first code in the lowest bits.
+
+    Args:
+        codes: uint8 `[…, n]`, each below 2^bits.
+        bits: of a code.
+
+    Returns:
+        uint8 `[…, n · bits / 8]`.
 
     Raises:
         SmartKVError: as `packed_bytes`.
@@ -63,18 +72,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     packed_bytes(codes.shape[-1], bits)
     if bits == 8:
         return codes
-    together = 8 // math.gcd(8, bits)  # codes that fill `stored` bytes
+    together = 8 // math.gcd(8, bits)  # the fewest codes that fill whole bytes, `stored` of them
     stored = together * bits // 8
     whole = torch.int32 if stored < 4 else torch.int64
     word = torch.zeros(*codes.shape[:-1], codes.shape[-1] // together, dtype=whole, device=codes.device)
     for place in range(together):
         word |= codes[..., place::together].to(whole) << (place * bits)
-    parts = [(word >> (8 * byte)).to(torch.uint8) for byte in range(stored)]  # the lowest 8 bits of each
+    parts = [(word >> (8 * byte)).to(torch.uint8) for byte in range(stored)]  # the conversion keeps the lowest 8 bits
     return torch.stack(parts, dim=-1).flatten(-2)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """What was packed, uint8 `[…, n]`, from uint8 `[…, n · bits / 8]`."""
+    """Undo `pack`: uint8 `[…, n · bits / 8]` -> codes uint8 `[…, n]`."""
     if check_bits(bits) == 8:
         return packed
     together = 8 // math.gcd(8, bits)
@@ -91,13 +100,15 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def affine(values: Tensor, bits: int, dim: int = -1) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of values that share scale and zero along `dim`.
+    """Compute the codes of values that share a scale and a zero along `dim`.
 
     Args:
-        values: floats; beyond ±65,504 they are taken for that, the reach of float16.
+        values: floats of any shape; values beyond ±65,504, the range of float16, are clamped.
+        bits: of a code.
+        dim: the dimension of a group.
 
     Returns:
-        codes uint8 like `values`; scale and zero, float16, of size 1 along `dim`.
+        Codes, uint8 shaped like `values`; scale and zero, float16 of size 1 along `dim`.
     """
     values = values.float().clamp(-LARGEST, LARGEST)
     least, most = values.amin(dim=dim, keepdim=True), values.amax(dim=dim, keepdim=True)
@@ -109,12 +120,15 @@ def affine(values: Tensor, bits: int, dim: int = -1) -> tuple[Tensor, Tensor, Te
 
 
 def restored(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
-    """What codes stand for, in `dtype`; computed in float32."""
+    """Return the values that codes stand for, in `dtype`, computed in float32."""
     return (codes.float() * scale.float() + zero.float()).to(dtype)
 
 
 def quantize(values: Tensor, bits: int, group: int) -> Codes:
-    """Codes of `[…, n]`, each `group` neighbours with a scale and a zero of their own (`[…, n / group]`).
+    """Quantise `[…, n]` in groups of `group` neighbours along the last dimension.
+
+    Returns:
+        Packed codes, with scale and zero `[…, n / group]`.
 
     Raises:
         SmartKVError: `group` does not divide n, or as `packed_bytes`.
@@ -126,14 +140,17 @@ def quantize(values: Tensor, bits: int, group: int) -> Codes:
 
 
 def dequantize(codes: Codes, bits: int, dtype: torch.dtype) -> Tensor:
-    """The values of `quantize`, `[…, n]`."""
+    """Return the values that `quantize` stored, `[…, n]` in `dtype`."""
     groups = unpack(codes.packed, bits).unflatten(-1, (codes.scale.shape[-1], -1))
     return restored(groups, codes.scale[..., None], codes.zero[..., None], dtype).flatten(-2)
 
 
 def hadamard(size: int, device: torch.device | None = None) -> Tensor:
-    """An orthogonal matrix float32 `[size, size]` that spreads outliers over all channels: Sylvester's construction for
-    the largest power of two that divides `size`, in blocks (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456)."""
+    """Return an orthogonal matrix that spreads an outlier over all channels, float32 `[size, size]`.
+
+    It is block-diagonal. Each block is Sylvester's Hadamard matrix of the largest power of two that divides `size`
+    (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456).
+    """
     block = size & -size
     matrix = torch.ones(1, 1, device=device)
     while len(matrix) < block:

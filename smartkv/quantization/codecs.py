@@ -1,8 +1,8 @@
-"""How a quantised cache stores keys and values: what goes into bytes, and what comes out.
+"""Codecs: how a quantised cache stores keys and values in few bits.
 
-Keys are those after the rotary embedding. A codec takes whole blocks of tokens, `[batch, kv_heads, tokens, head_dim]`,
-and gives named tensors whose third dimension runs along tokens or blocks, so that what comes later is appended, and
-whose first is the batch, so that its rows can be chosen.
+A codec encodes keys (after the rotary embedding) and values `[batch, kv_heads, tokens, head_dim]` in groups of `block`
+tokens. It returns named tensors. Their first dimension is the batch, so that rows can be selected; their third runs
+over tokens or groups, so that later tokens can be appended.
 """
 
 from dataclasses import dataclass
@@ -29,55 +29,63 @@ from smartkv.quantization.affine import (
     unpack,
 )
 
-HALF_BITS = 16  # of float16, which ratios are given of
-Parts = dict[str, Tensor]
+HALF_BITS = 16  # bits of a float16, the reference of all ratios
+Parts = dict[str, Tensor]  # the encoded tensors, by name
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """Attributes: `block`: tokens that are stored together."""
+    """Interface of a codec."""
 
     @property
-    def block(self) -> int: ...
+    def block(self) -> int:
+        """Number of tokens in a group, which is encoded as a whole."""
 
     def payload(self, head_dim: int) -> float:
-        """Bits of the codes alone over those of float16: the ratio that papers name."""
+        """Return the bits of the codes alone divided by those of float16, the ratio that papers report."""
 
     def encode(self, key: Tensor, value: Tensor, importance: Tensor | None) -> Parts:
-        """Whole blocks.
+        """Encode whole groups of tokens.
 
         Args:
-            key, value: `[batch, kv_heads, tokens, head_dim]`, a multiple of `block` tokens.
-            importance: float32 `[batch, kv_heads, tokens]`, for codecs that ask for it.
+            key, value: `[batch, kv_heads, tokens, head_dim]`, where `tokens` is a multiple of `block`.
+            importance: float32 `[batch, kv_heads, tokens]` for codecs that give important tokens more bits; others
+                ignore it. None: all tokens are equally important.
+
+        Returns:
+            The encoded tensors by name.
         """
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values, `[batch, kv_heads, tokens, head_dim]`."""
+        """Return keys and values in `dtype`, each `[batch, kv_heads, tokens, head_dim]`."""
 
 
 @dataclass(frozen=True)
 class Half:
-    """float16 (values beyond ±65,504 are cut there)."""
+    """Keys and values in float16; values beyond ±65,504 are clamped."""
 
     block: int = 1
 
     def payload(self, head_dim: int) -> float:
+        """Return the bits of the codes divided by those of float16."""
         return 1.0
 
     def encode(self, key: Tensor, value: Tensor, importance: Tensor | None) -> Parts:
+        """Encode keys and values (see `Codec.encode`)."""
         return {"key": key.clamp(-LARGEST, LARGEST).half(), "value": value.clamp(-LARGEST, LARGEST).half()}
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Decode keys and values (see `Codec.decode`)."""
         return parts["key"].to(dtype), parts["value"].to(dtype)
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Keys and values token by token, each `group` channels with a scale of their own.
+    """Keys and values quantised token by token, each group of channels with its own scale.
 
     Args:
-        bits: 2, 3, 4 or 8.
-        group: channels; fewer where they do not divide the head's.
+        bits: of a code, 2 to 8.
+        group: channels that share a scale; their greatest common divisor with head_dim where it does not divide that.
     """
 
     bits: int = 8
@@ -85,26 +93,31 @@ class Uniform:
     block: int = 1
 
     def payload(self, head_dim: int) -> float:
+        """Return the bits of the codes divided by those of float16."""
         return self.bits / HALF_BITS
 
     def encode(self, key: Tensor, value: Tensor, importance: Tensor | None) -> Parts:
+        """Encode keys and values (see `Codec.encode`)."""
         parts: Parts = {}
         for name, tensor in (("key", key), ("value", value)):
             parts |= _named(name, quantize(tensor, self.bits, gcd(self.group, tensor.shape[-1])))
         return parts
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Decode keys and values (see `Codec.decode`)."""
         return tuple(dequantize(_codes(name, parts), self.bits, dtype) for name in ("key", "value"))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Kivi:
-    """Keys by channel, `group` tokens together; values by token, `group` channels together (Liu et al. 2024, arXiv
-    2402.02750). Channels of keys have outliers that stay the same from token to token; those of values have none.
+    """KIVI: keys quantised per channel, values per token (Liu et al. 2024, arXiv 2402.02750).
+
+    The outliers of keys stay in the same channels from token to token, so the tokens of a group share a scale in each
+    channel. Values have no such channels, so a group of channels of one token shares a scale.
 
     Args:
-        key_bits, value_bits: 2, 3, 4 or 8.
-        group: tokens, and channels.
+        key_bits, value_bits: of a code, 2 to 8.
+        group: tokens that share a scale in keys, and channels that share one in values.
     """
 
     key_bits: int = 2
@@ -113,17 +126,21 @@ class Kivi:
 
     @property
     def block(self) -> int:
+        """Tokens in a group."""
         return self.group
 
     def payload(self, head_dim: int) -> float:
+        """Return the bits of the codes divided by those of float16."""
         return (self.key_bits + self.value_bits) / 2 / HALF_BITS
 
     def encode(self, key: Tensor, value: Tensor, importance: Tensor | None) -> Parts:
-        by_channel = key.unflatten(2, (-1, self.group)).transpose(-1, -2)  # [batch, kv_heads, blocks, head_dim, group]
+        """Encode keys and values (see `Codec.encode`)."""
+        by_channel = key.unflatten(2, (-1, self.group)).transpose(-1, -2)  # [batch, kv_heads, groups, head_dim, group]
         values = quantize(value, self.value_bits, gcd(self.group, value.shape[-1]))
         return _named("key", quantize(by_channel, self.key_bits, self.group)) | _named("value", values)
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Decode keys and values (see `Codec.decode`)."""
         by_channel = dequantize(_codes("key", parts), self.key_bits, dtype)
         return by_channel.transpose(-1, -2).flatten(2, 3), dequantize(_codes("value", parts), self.value_bits, dtype)
 
@@ -138,18 +155,22 @@ def _codes(name: str, parts: Parts) -> Codes:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Bits by importance: of each block and head, tokens that matter more get more of a fixed budget of bytes.
+    """Bits by importance: within a group of tokens, important tokens get more bits of a fixed number of bytes.
 
-    A code of b bits has a squared error of about (range / (2^b − 1))² / 12. All tokens start with the fewest bits; the
-    upgrade (2 → 3 → 4 → 8) that takes most error, weighted by importance, off for each byte comes first, until the
-    budget is spent. Each token's gain falls from upgrade to upgrade, so this greedy order is the best there is up to
-    the last upgrade. Keys and values get the same bits. Channels are turned by a Hadamard matrix, which spreads
-    outliers; keys have their block's mean taken off first, which is stored.
+    A code of b bits has a squared error of about (range / (2^b − 1))² / 12. All tokens of a group and head start with
+    the fewest bits. The upgrade (2 → 3 → 4 → 8) that removes the most error per byte, weighted by importance, is made
+    first, and so on until the budget is spent. A token gains less from each further upgrade, so this greedy order is
+    optimal up to the last upgrade. A token's key and value get the same number of bits. The group's mean key is
+    subtracted and stored, then all channels are rotated by a Hadamard matrix, which spreads outliers.
 
     Args:
-        budget: bytes over those of float16, all included: scales, zeros, means, and which token has how many bits.
-        block: tokens that share a budget.
-        levels: bits to choose from.
+        budget: stored bytes divided by those of float16, everything included: codes, scales, zeros, means, and the
+            number of bits of each token.
+        block: tokens in a group, which share a budget.
+        levels: numbers of bits to choose from, in rising order.
+
+    Raises:
+        SmartKVError: levels that do not rise, or a budget or group size out of range.
     """
 
     budget: float = 0.5
@@ -158,36 +179,41 @@ class Adaptive:
 
     def __post_init__(self) -> None:
         if not self.levels or list(self.levels) != sorted(set(map(check_bits, self.levels))):
-            raise SmartKVError(f"levels must be bits in rising order, got {self.levels}")
+            raise SmartKVError(f"levels must be numbers of bits in rising order, got {self.levels}")
         if not 0 < self.budget <= 1 or self.block < 1:
             raise SmartKVError(
-                f"budget must be above 0 and at most 1, block 1 or more, got {self.budget}, {self.block}"
+                f"budget must be above 0 and at most 1, and block at least 1, got {self.budget} and {self.block}"
             )
 
     def payload(self, head_dim: int) -> float:
+        """Return the bits of the codes divided by those of float16."""
         return self.room(head_dim) / (2 * head_dim * self.block * HALF_BITS / 8)
 
     def room(self, head_dim: int) -> int:
-        """Bytes for a block's codes.
+        """Return the bytes for the codes of a group and head, at most what the highest level takes.
 
         Raises:
-            SmartKVError: the budget is too small for the fewest bits, or larger than the most take.
+            SmartKVError: the budget is too small for the lowest level.
         """
-        fixed = self.block * (2 * SCALE_BYTES + 1) + 2 * head_dim  # scales and zeros, bits of each token, mean key
+        fixed = self.block * (2 * SCALE_BYTES + 1) + 2 * head_dim  # scales and zeros, level of each token, mean key
         room = int(self.budget * 2 * head_dim * self.block * HALF_BITS / 8) - fixed
         least, most = (2 * self.block * packed_bytes(head_dim, self.levels[n]) for n in (0, -1))
         if room < least:
             raise SmartKVError(
-                f"a budget of {self.budget:g} is too little for {head_dim} channels in {self.levels[0]} bits: "
+                f"a budget of {self.budget:g} is too small for {head_dim} channels in {self.levels[0]} bits: "
                 f"give at least {(least + fixed) / (4 * head_dim * self.block):.3f}"
             )
         return min(room, most)
 
     def choose(self, error: Tensor, head_dim: int) -> Tensor:
-        """Index into `levels` of each token, int64 like `error`.
+        """Choose the number of bits of each token.
 
         Args:
-            error: float32 `[…, block]`, importance × squared range.
+            error: float32 `[…, block]`, importance × squared range of each token.
+            head_dim: channels.
+
+        Returns:
+            Index into `levels`, int64 shaped like `error`.
         """
         sizes = [2 * packed_bytes(head_dim, bits) for bits in self.levels]
         chosen = torch.zeros(error.shape, dtype=torch.int64, device=error.device)
@@ -196,20 +222,23 @@ class Adaptive:
         costs = torch.tensor([b - a for a, b in pairwise(sizes)], device=error.device)
         squares = [(2**bits - 1) ** -2.0 for bits in self.levels]
         gains = torch.tensor([a - b for a, b in pairwise(squares)], device=error.device)
-        gain = (error[..., None] * (gains / costs)).flatten(-2)  # token by token, upgrade by upgrade
+        gain = (error[..., None] * (gains / costs)).flatten(-2)  # in the order (token, upgrade)
         order = gain.argsort(dim=-1, descending=True, stable=True)
         spent = costs.repeat(error.shape[-1])[order].cumsum(dim=-1)
         taken = spent <= self.room(head_dim) - self.block * sizes[0]
-        # an upgrade counts only after the one before it, also where gains are equal or zero
-        got = torch.zeros_like(taken).scatter_(-1, order, taken).unflatten(-1, (-1, len(costs)))
-        return chosen + got.long().cumprod(dim=-1).sum(dim=-1)
+        # a token's upgrade counts only if its earlier ones do, also where gains are equal or zero
+        upgraded = torch.zeros_like(taken).scatter_(-1, order, taken).unflatten(-1, (-1, len(costs)))
+        return chosen + upgraded.long().cumprod(dim=-1).sum(dim=-1)
 
     def encode(self, key: Tensor, value: Tensor, importance: Tensor | None) -> Parts:
+        """Encode keys and values (see `Codec.encode`)."""
         head_dim = key.shape[-1]
-        turn = hadamard(head_dim, key.device)
-        blocks = [tensor.float().unflatten(2, (-1, self.block)) for tensor in (key, value)]
-        mean = blocks[0].mean(dim=3, keepdim=True).clamp(-LARGEST, LARGEST).half()
-        both = torch.stack([(blocks[0] - mean.float()) @ turn, blocks[1] @ turn], dim=4)  # [b, h, blocks, block, 2, d]
+        rotation = hadamard(head_dim, key.device)
+        groups = [tensor.float().unflatten(2, (-1, self.block)) for tensor in (key, value)]
+        mean = groups[0].mean(dim=3, keepdim=True).clamp(-LARGEST, LARGEST).half()
+        both = torch.stack(
+            [(groups[0] - mean.float()) @ rotation, groups[1] @ rotation], dim=4
+        )  # [b, h, groups, block, 2, d]
         spread = (both.amax(dim=-1) - both.amin(dim=-1)).square().sum(dim=-1)
         weight = 1.0 if importance is None else importance.float().unflatten(2, (-1, self.block)).clamp(min=1e-9)
         level = self.choose(spread * weight, head_dim)
@@ -225,13 +254,14 @@ class Adaptive:
         return {"payload": payload, "level": level.to(torch.uint8), "scales": scales, "mean": mean}
 
     def _starts(self, level: Tensor, head_dim: int) -> Tensor:
-        """Where each token's codes start in the bytes of all blocks, int64 `[batch, kv_heads, blocks, block]`."""
+        """Return where each token's codes start in the flat payload, int64 `[batch, kv_heads, groups, block]`."""
         sizes = torch.tensor([2 * packed_bytes(head_dim, bits) for bits in self.levels], device=level.device)
         size = sizes[level.long()]
         first = torch.arange(level[..., 0].numel(), device=level.device).view(level.shape[:-1]) * self.room(head_dim)
         return first[..., None] + size.cumsum(dim=-1) - size
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Decode keys and values (see `Codec.decode`)."""
         level, mean = parts["level"].long(), parts["mean"]
         head_dim = mean.shape[-1]
         start = self._starts(level, head_dim)
@@ -248,7 +278,7 @@ class Adaptive:
 
 
 Scheme = Literal["fp16", "int8", "int4", "kivi", "kivi2", "kivi4", "adaptive"]
-# codec, and the latest tokens that stay in the model's own dtype (KIVI's paper keeps 128)
+# each scheme's codec, and how many of the latest tokens stay in the model's dtype (KIVI's paper keeps 128)
 SCHEMES: dict[str, tuple[Codec, int]] = {
     "fp16": (Half(), 0),
     "int8": (Uniform(8), 0),

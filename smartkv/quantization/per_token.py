@@ -1,10 +1,10 @@
-"""Keys and values of a cache that evicts, in few bits: each a row of bytes of its own, so that any of them can go.
+"""Keys and values of an evicting cache in few bits: one row of bytes per token, so that any token can be freed.
 
-KIVI takes keys by channel, many tokens together: their outliers stay in the same channels. Rows of single tokens reach
-nearly the same error if what all keys of a head have in common is taken off first, and what is left is turned by a
-Hadamard matrix, which spreads outliers over all channels (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456). Neither has
-to be undone: a constant on all keys of a head changes no softmax, and queries are turned alike; the output is turned
-back once.
+KIVI quantises keys per channel, many tokens together, because the outliers of keys stay in the same channels. Rows of
+single tokens come close to its error in two steps. First the mean key of a head, its *centre*, is subtracted. Then the
+channels are rotated by a Hadamard matrix, which spreads outliers over all of them (QuaRot, Ashkboos et al. 2024, arXiv
+2404.00456). Neither step has to be undone for keys: a constant added to all keys of a head changes no softmax, and
+queries are rotated alike. The output of attention over rotated values is rotated back once.
 """
 
 from collections.abc import Sequence
@@ -15,23 +15,24 @@ from torch import Tensor
 from smartkv.errors import SmartKVError
 from smartkv.quantization.affine import SCALE_BYTES, Codes, check_bits, dequantize, hadamard, packed_bytes, quantize
 
-SINKS = 4  # tokens at the start whose keys are unlike all others
-ENOUGH = 32  # tokens from which a head's mean key is taken
+SINKS = 4  # first tokens, whose keys are unlike all others and are left out of the centre
+MIN_CENTRE_TOKENS = 32  # fewer tokens than this give no good centre
 Bits = int | Sequence[int]
 
 
 class PackedRows:
-    """How one layer packs.
+    """Packs the keys and values of one layer.
 
     Args:
-        bits: of a code, 2 to 8; or those of keys and those of values. Keys want more: what is wrong with a key is wrong
-            with the weight of its value, and is multiplied by the query first.
+        bits: of a code, 2 to 8, or two figures for keys and values. Keys need more: an error in a key is multiplied by
+            the query and changes the weight of the whole value.
 
     Attributes:
-        centre: float32 `[pairs, head_dim]`, taken off each key of a pair; None: nothing was packed yet.
+        centre: float32 `[pairs, head_dim]`, subtracted from each key of a pair (a row of the batch and a KV head); None
+            before the first keys are packed.
 
     Raises:
-        SmartKVError: other bits.
+        SmartKVError: bits that are not supported.
     """
 
     def __init__(self, bits: Bits) -> None:
@@ -39,7 +40,7 @@ class PackedRows:
         self.centre: Tensor | None = None
 
     def row_bytes(self, head_dim: int) -> tuple[int, int]:
-        """Bytes of one key and of one value: codes, scale and zero.
+        """Return the bytes of one key and of one value: codes, scale and zero.
 
         Raises:
             SmartKVError: `head_dim` codes do not fill whole bytes.
@@ -48,62 +49,67 @@ class PackedRows:
         return key, value
 
     def head_dim(self, key_bytes: int) -> int:
-        """Channels of a head whose keys take so many bytes."""
+        """Return the channels of a head whose packed key takes `key_bytes`."""
         return (key_bytes - SCALE_BYTES) * 8 // self.key_bits
 
-    def begin(self, key: Tensor, real: Tensor | None) -> None:
-        """Take the centre from the first keys, `[pairs, tokens, head_dim]`; `real` bool `[pairs, tokens]` or None.
+    def fit_centre(self, key: Tensor, real: Tensor | None) -> None:
+        """Set the centre to the mean of a pair's first keys, sinks left out; to zero where these are too few.
 
-        Few tokens give no good mean: then nothing is taken off.
+        Args:
+            key: `[pairs, tokens, head_dim]`.
+            real: bool `[pairs, tokens]`, False for padding; None: no padding.
         """
         counted = key.new_ones(key.shape[:2], dtype=torch.bool) if real is None else real
         counted = counted & (counted.cumsum(dim=1) > SINKS)
         weight = counted[..., None].float()
-        enough = weight.sum(dim=1) >= ENOUGH
+        enough = weight.sum(dim=1) >= MIN_CENTRE_TOKENS
         mean = (key.float() * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
         self.centre = mean * enough
 
-    def enter(
+    def encode(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries turned, keys and values packed.
+        """Rotate queries, and pack keys and values; the first call also sets the centre.
 
         Args:
             query: `[…, head_dim]`.
             key, value: `[pairs, tokens, head_dim]`.
-            padding: bool `[pairs, tokens]`; None: there is none.
+            padding: bool `[pairs, tokens]`, True for padding; None: no padding.
+
+        Returns:
+            Rotated queries; packed keys and packed values, uint8 `[pairs, tokens, row bytes]`.
         """
         if self.centre is None:
-            self.begin(key, None if padding is None else ~padding)
-        return self.turn(query), self.pack_keys(key), self.pack_values(value)
+            self.fit_centre(key, None if padding is None else ~padding)
+        return self.rotate(query), self.pack_keys(key), self.pack_values(value)
 
     def pack_keys(self, key: Tensor) -> Tensor:
-        """`[pairs, …, head_dim]` -> uint8 `[pairs, …, row_bytes]`, turned and centred."""
+        """Centre, rotate and pack keys: `[pairs, …, head_dim]` -> uint8 `[pairs, …, row bytes]`."""
         if self.centre is None:
-            raise RuntimeError("begin with the first keys")
+            raise RuntimeError("call fit_centre with the first keys before pack_keys")
         centre = self.centre.view(len(key), *[1] * (key.dim() - 2), -1)
-        return _packed(key.float() - centre, self.key_bits)
+        return _pack_rows(key.float() - centre, self.key_bits)
 
     def pack_values(self, value: Tensor) -> Tensor:
-        """`[…, head_dim]` -> uint8 `[…, row_bytes]`, turned."""
-        return _packed(value.float(), self.value_bits)
+        """Rotate and pack values: `[…, head_dim]` -> uint8 `[…, row bytes]`."""
+        return _pack_rows(value.float(), self.value_bits)
 
-    def read(self, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys (turned and centred) and values (turned) as they were packed: `[…, row bytes]` -> `[…, head_dim]`."""
-        return _read(key, self.key_bits, dtype), _read(value, self.value_bits, dtype)
+    def decode(self, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Unpack keys (still rotated and centred) and values (still rotated): `[…, row bytes]` -> `[…, head_dim]`."""
+        return _unpack_rows(key, self.key_bits, dtype), _unpack_rows(value, self.value_bits, dtype)
 
     @staticmethod
-    def turn(query: Tensor) -> Tensor:
-        """Queries for such keys, `[…, head_dim]`, the same dtype."""
+    def rotate(query: Tensor) -> Tensor:
+        """Rotate queries as packed keys are, `[…, head_dim]` in the same dtype."""
         return (query.float() @ hadamard(query.shape[-1], query.device)).to(query.dtype)
 
     @staticmethod
-    def turn_back(output: Tensor) -> Tensor:
-        """What attention over such values gives, as it would be without."""
+    def rotate_back(output: Tensor) -> Tensor:
+        """Undo the rotation of values in the output of attention, `[…, head_dim]` in the same dtype."""
         return (output.float() @ hadamard(output.shape[-1], output.device).T).to(output.dtype)
 
     def select(self, pairs: Tensor) -> None:
-        """Go on with these pairs, int64 `[pairs]`."""
+        """Keep the centres of these pairs, int64 `[selected]`."""
         self.centre = None if self.centre is None else self.centre.index_select(0, pairs)
 
 
@@ -121,12 +127,12 @@ def key_and_value(bits: Bits) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def _packed(tensor: Tensor, bits: int) -> Tensor:
+def _pack_rows(tensor: Tensor, bits: int) -> Tensor:
     codes = quantize(tensor @ hadamard(tensor.shape[-1], tensor.device), bits, tensor.shape[-1])
     scales = torch.cat([codes.scale, codes.zero], dim=-1).view(torch.uint8)
     return torch.cat([codes.packed, scales], dim=-1)
 
 
-def _read(rows: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def _unpack_rows(rows: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     scale, zero = rows[..., -SCALE_BYTES:].contiguous().view(torch.float16).split(1, dim=-1)
     return dequantize(Codes(rows[..., :-SCALE_BYTES], scale, zero), bits, dtype)

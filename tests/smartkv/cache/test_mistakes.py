@@ -210,7 +210,7 @@ def test_a_decoder_wants_the_cache_by_its_name(family: str) -> None:
 
 def test_other_arguments_of_a_decoder_want_their_names_too() -> None:
     model, mask = MODELS["llama"], torch.ones(1, 4)
-    with refused(model, "only input_ids may be given without its name"):
+    with refused(model, "only input_ids may be given by position"):
         model.base_model(token_ids(4)[None], mask, past_key_values=LifespanCache(model, None, recent(4)))
 
 

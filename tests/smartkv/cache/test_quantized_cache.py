@@ -1,6 +1,5 @@
 """Caches that keep every key in few bits."""
 
-import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,13 +14,11 @@ from smartkv.cache.adaptive_cache import AdaptiveCache
 from smartkv.cache.quantized_cache import QuantizedCache
 from smartkv.cache.ragged import storage_bytes
 from smartkv.errors import SmartKVError
-from smartkv.models.observation import observe_attention
-from smartkv.quantization.codecs import Adaptive, Codec, Half, Kivi, Uniform
+from smartkv.quantization.codecs import Codec, Half, Kivi, Uniform
 from tests.models import FAMILIES, llama, token_ids
-from tests.smartkv.cache.fixtures import random_gates, state
+from tests.smartkv.cache.fixtures import random_gates
+from tests.smartkv.cache.quantized_fixtures import ADAPTIVE, MODELS, TOKENS, fed
 
-TOKENS = 40
-MODELS = {name: make(**({"head_dim": 16} if name == "qwen3" else {})) for name, make in FAMILIES.items()}
 CODECS: dict[str, tuple[Codec, int]] = {
     "half": (Half(), 0),
     "int8": (Uniform(8), 0),
@@ -29,7 +26,6 @@ CODECS: dict[str, tuple[Codec, int]] = {
     "kivi": (Kivi(2, 4, group=4), 8),
     "kivi4": (Kivi(4, 4, group=8), 16),
 }
-ADAPTIVE = Adaptive(0.6, block=8)
 
 
 class Naive(DynamicLayer):
@@ -59,13 +55,6 @@ def naive(model: PreTrainedModel, codec: Codec, residual: int) -> Cache:
         layer.codec, layer.residual = codec, residual
         cache.layers.append(layer)
     return cache
-
-
-@torch.inference_mode()
-def fed(model: PreTrainedModel, ids: Tensor, cache: Cache, sizes: int = 1) -> Tensor:
-    """Logits `[batch, tokens, vocabulary]`, so many tokens at a time."""
-    parts = [model(part, past_key_values=cache).logits for part in ids.split(sizes, dim=1)]
-    return torch.cat(parts, dim=1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -165,69 +154,6 @@ def test_a_row_with_padding_has_the_logits_of_the_row_alone(name: str) -> None:
     assert torch.allclose(found[0, 5:], alone[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("source", ["attention", "gates"])
-def test_adaptive_with_nothing_encoded_yet_is_a_full_cache_and_leaves_the_model_as_it_was(
-    family: str, source: str
-) -> None:
-    model, ids = MODELS[family], token_ids(2 * TOKENS).view(2, -1)
-    before = state(model)
-    gates = random_gates(model) if source == "gates" else None
-    with torch.inference_mode():
-        want = model(ids).logits
-    cache = AdaptiveCache(model, gates, ADAPTIVE, residual=64)
-    assert torch.allclose(fed(model, ids, cache, 7), want, atol=1e-4)
-    cache.reset()
-    assert torch.allclose(fed(model, ids, cache, TOKENS), want, atol=1e-4)
-    del cache
-    gc.collect()
-    assert state(model) == before
-
-
-def test_importance_by_attention_is_what_a_key_was_given_so_far() -> None:
-    model, ids = MODELS["qwen2"], token_ids(TOKENS)[None]
-    cache = AdaptiveCache(model, None, ADAPTIVE, residual=64)
-    fed(model, ids, cache, 3)
-    total: dict[int, Tensor] = {}
-
-    class Observer:
-        def on_keys(self, *_: Any) -> None: ...
-
-        def on_rotated_keys(self, *_: Any) -> None: ...
-
-        def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
-            padded = torch.nn.functional.pad(probabilities.sum(dim=(1, 2)), (0, TOKENS - probabilities.shape[-1]))
-            total[layer] = total.get(layer, 0) + padded
-
-    with torch.inference_mode(), observe_attention(model, Observer()):
-        model(ids, use_cache=False)
-    for layer, storage in enumerate(cache.storage):
-        assert torch.allclose(storage.importance[0], total[layer], atol=1e-4)
-
-
-def test_importance_by_gates_is_their_prediction() -> None:
-    model, ids = MODELS["llama"], token_ids(TOKENS)[None]
-    gates, seen = random_gates(model), {}
-    gates.details["target"] = "log4 lifespan"
-    score = gates.score
-    gates.score = lambda layer, keys: seen.setdefault(layer, score(layer, keys))  # type: ignore[method-assign]
-    cache = AdaptiveCache(model, gates, ADAPTIVE, residual=64)
-    fed(model, ids, cache, TOKENS)
-    for layer, storage in enumerate(cache.storage):
-        assert torch.allclose(storage.importance, 4.0 ** seen[layer])
-
-
-@pytest.mark.parametrize("source", ["attention", "gates"])
-def test_adaptive_stays_within_its_budget(source: str) -> None:
-    model = llama(head_dim=64, num_hidden_layers=1, max_position_embeddings=600)
-    cache = AdaptiveCache(model, random_gates(model) if source == "gates" else None, Adaptive(0.4), residual=64)
-    fed(model, token_ids(576)[None], cache, 64)
-    encoded = cache.storage[0].encoded
-    stored = storage_bytes(cache.storage[0].parts.values())
-    assert encoded == 448 and stored <= 0.4 * encoded * 2 * 2 * 64 * 2
-    assert stored > 0.38 * encoded * 2 * 2 * 64 * 2
-
-
 def test_the_latest_exact_tokens_can_be_cropped_and_no_others() -> None:
     model, ids = MODELS["llama"], token_ids(TOKENS)[None]
     for make in (lambda: QuantizedCache(model, Kivi(4, 4, group=4), 8), lambda: AdaptiveCache(model, None, ADAPTIVE)):
@@ -241,15 +167,10 @@ def test_the_latest_exact_tokens_can_be_cropped_and_no_others() -> None:
 
 def test_mistakes_are_told() -> None:
     model = MODELS["llama"]
-    lacking = random_gates(model)
-    lacking.layers = lacking.layers[:1]
     for call in (
         lambda: QuantizedCache(model, "int5"),
         lambda: QuantizedCache(model, "int8", residual=-1),
         lambda: QuantizedCache(model, Kivi(), residual=0),
-        lambda: AdaptiveCache(model, random_gates(MODELS["gpt2"])),
-        lambda: AdaptiveCache(model, random_gates(model).to("meta")),
-        lambda: AdaptiveCache(model, lacking),
         lambda: QuantizedCache(model, "int8").ratio_stored,
     ):
         with pytest.raises(SmartKVError):

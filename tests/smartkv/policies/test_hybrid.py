@@ -1,18 +1,15 @@
-"""HybridPolicy: what it refuses, the TTLs it gives and its files."""
+"""HybridPolicy: what it refuses, and the TTLs it gives."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.models.architecture import Fingerprint
 from smartkv.policies.hybrid import FOREVER, HybridPolicy, LayerRule
-from smartkv.policies.named import NAMED, named_policy, read_policy
 
 SHAPE = Fingerprint("llama", 4, 2, 8, "feedfacecafebeef")
 
@@ -83,55 +80,6 @@ def test_other_rules_need_no_prediction() -> None:
         assert HybridPolicy((rule,)).times_to_live(rule, None) == expected
 
 
-@pytest.mark.parametrize("name", NAMED)
-def test_a_named_policy_covers_each_layer_of_any_depth_once(name: str) -> None:
-    assert all(len(named_policy(name, layers).by_layer(layers)) == layers for layers in range(1, 81))
-
-
-@pytest.mark.parametrize("layers", range(24, 29))
-def test_the_default_is_short_windows_then_gates_then_recent_keys_from_layer_20(layers: int) -> None:
-    rules = named_policy("default", layers).by_layer(layers)
-    assert [rule.rule for rule in rules] == ["window"] * 3 + ["gated"] * 17 + ["window"] * (layers - 20)
-    assert [rule.window for rule in rules[:3]] == [32] * 3
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_a_policy_is_the_same_after_a_dict_and_after_yaml(name: str, tmp_path: Path) -> None:
-    policy = named_policy(name, 24)
-    path = tmp_path / "some.yaml"
-    path.write_text(yaml.safe_dump(policy.to_dict()))
-    assert HybridPolicy.from_dict(policy.to_dict()) == read_policy(str(path), 24) == policy
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[1", "is no YAML"),
-        ("just words", "a mapping with a list of rules"),
-        ("rules: 3", "a mapping with a list of rules"),
-        ("rules: [window]", "a rule is a mapping, got 'window'"),
-        ("rules: [{layers: all, rule: full, colour: 1}]", "a rule has no colour: expected layers, price, rule, window"),
-        ("{rules: [], shade: 1}", "a policy has no shade"),
-        ("rules: []", "at least one rule"),
-        ("{rules: [{layers: all, rule: gated}], price: cheap}", "cannot be read"),
-        ("{rules: [{layers: all, rule: gated}], sinks: some}", "sinks must be a number"),
-        ("{rules: [{layers: all, rule: gated}], window_share: 1.0}", "window_share must lie between 0 and 1"),
-        ("rules: [{rule: full}]", "cannot be read"),
-    ],
-)
-def test_a_file_that_holds_no_policy_says_what_is_wrong(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "some.yaml"
-    path.write_text(text)
-    with pytest.raises(SmartKVError, match=message):
-        read_policy(path, 4)
-
-
-@pytest.mark.parametrize(("layers", "gated"), [(12, range(2, 10)), (30, range(3, 21)), (56, range(6, 40))])
-def test_the_default_scales_with_depth(layers: int, gated: range) -> None:
-    rules = named_policy("default", layers).by_layer(layers)
-    assert [layer for layer, rule in enumerate(rules) if rule.rule == "gated"] == list(gated)
-
-
 def test_check_refuses_gates_that_cannot_serve_the_policy() -> None:
     price = HybridPolicy((LayerRule("all", "gated", 8),), price=1.0)
     with pytest.raises(SmartKVError, match="read keys_post_rope"):
@@ -148,8 +96,3 @@ def test_a_key_lives_for_its_ttl_or_the_window_and_a_sink_for_good(ttl: int, rul
     lifetime = HybridPolicy((rule,), sinks=2).lifetime(rule, ttl, torch.arange(4))
     longest = max(ttl, rule.window or FOREVER)
     assert lifetime.tolist() == [FOREVER, FOREVER, longest, longest]
-
-
-def test_neither_a_name_nor_a_file_is_refused() -> None:
-    with pytest.raises(SmartKVError, match="neither one of"):
-        read_policy("no-such-policy", 4)

@@ -34,13 +34,13 @@ def test_rows_come_out_as_they_went_in_but_for_a_code_s_step() -> None:
     rows, random = PackedRows(8), torch.Generator().manual_seed(0)
     key = torch.randn(2, 50, 64, generator=random) + 5 * torch.randn(2, 1, 64, generator=random)
     query = torch.randn(2, 3, 64, generator=random)
-    turned, packed, _ = rows.enter(query, key, key)
+    turned, packed, _ = rows.encode(query, key, key)
     assert packed.dtype == torch.uint8 and packed.shape == (2, 50, 64 + 4)
     want = (query @ key.mT).softmax(dim=-1)
-    read, values = rows.read(packed, rows.pack_values(key), torch.float32)
+    read, values = rows.decode(packed, rows.pack_values(key), torch.float32)
     found = (turned @ read.mT).softmax(dim=-1)  # the centre changes no softmax
     assert torch.allclose(found, want, atol=0.05)
-    assert (rows.turn_back(values) - key).norm() < 0.01 * key.norm()
+    assert (rows.rotate_back(values) - key).norm() < 0.01 * key.norm()
 
 
 def test_centred_and_turned_rows_err_little_more_than_kivi_and_half_of_what_plain_ones_do() -> None:
@@ -52,8 +52,8 @@ def test_centred_and_turned_rows_err_little_more_than_kivi_and_half_of_what_plai
         return float((found - key).norm() / key.norm())
 
     rows = PackedRows(4)
-    _, packed, values = rows.enter(key, key, key)
-    own = error(rows.turn_back(rows.read(packed, values, torch.float32)[0]) + rows.centre[:, None])
+    _, packed, values = rows.encode(key, key, key)
+    own = error(rows.rotate_back(rows.decode(packed, values, torch.float32)[0]) + rows.centre[:, None])
     kivi = Kivi(4, 4)
     by_channel = error(kivi.decode(kivi.encode(key[None], key[None], None), torch.float32)[0][0])
     without = error(dequantize(quantize(key, 4, 64), 4, torch.float32))
@@ -78,7 +78,7 @@ def test_logits_are_those_of_the_masked_model_whose_keys_and_values_went_through
     def through_codes(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         rows, pairs = cache.storage[module.layer_idx].packed, key.shape[0] * key.shape[1]
         packed = rows.pack_keys(key.flatten(0, 1)), rows.pack_values(value.flatten(0, 1))
-        keys, values = (rows.turn_back(tensor) for tensor in rows.read(*packed, key.dtype))
+        keys, values = (rows.rotate_back(tensor) for tensor in rows.decode(*packed, key.dtype))
         keys, values = keys + rows.centre[:, None], values.view_as(value)
         assert len(keys) == pairs
         kwargs.setdefault("scaling", default_scaling(module, query.shape[-1]))

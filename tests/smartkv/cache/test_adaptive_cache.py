@@ -1,0 +1,92 @@
+"""AdaptiveCache: importance by attention or by gates, the budget, and what it refuses."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from smartkv.cache.adaptive_cache import AdaptiveCache
+from smartkv.cache.ragged import storage_bytes
+from smartkv.errors import SmartKVError
+from smartkv.models.observation import observe_attention
+from smartkv.quantization.codecs import Adaptive
+from tests.models import FAMILIES, llama, token_ids
+from tests.smartkv.cache.fixtures import random_gates, state
+from tests.smartkv.cache.quantized_fixtures import ADAPTIVE, MODELS, TOKENS, fed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("source", ["attention", "gates"])
+def test_adaptive_with_nothing_encoded_yet_is_a_full_cache_and_leaves_the_model_as_it_was(
+    family: str, source: str
+) -> None:
+    model, ids = MODELS[family], token_ids(2 * TOKENS).view(2, -1)
+    before = state(model)
+    gates = random_gates(model) if source == "gates" else None
+    with torch.inference_mode():
+        want = model(ids).logits
+    cache = AdaptiveCache(model, gates, ADAPTIVE, residual=64)
+    assert torch.allclose(fed(model, ids, cache, 7), want, atol=1e-4)
+    cache.reset()
+    assert torch.allclose(fed(model, ids, cache, TOKENS), want, atol=1e-4)
+    del cache
+    gc.collect()
+    assert state(model) == before
+
+
+def test_importance_by_attention_is_what_a_key_was_given_so_far() -> None:
+    model, ids = MODELS["qwen2"], token_ids(TOKENS)[None]
+    cache = AdaptiveCache(model, None, ADAPTIVE, residual=64)
+    fed(model, ids, cache, 3)
+    total: dict[int, Tensor] = {}
+
+    class Observer:
+        def on_keys(self, *_: Any) -> None: ...
+
+        def on_rotated_keys(self, *_: Any) -> None: ...
+
+        def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
+            padded = torch.nn.functional.pad(probabilities.sum(dim=(1, 2)), (0, TOKENS - probabilities.shape[-1]))
+            total[layer] = total.get(layer, 0) + padded
+
+    with torch.inference_mode(), observe_attention(model, Observer()):
+        model(ids, use_cache=False)
+    for layer, storage in enumerate(cache.storage):
+        assert torch.allclose(storage.importance[0], total[layer], atol=1e-4)
+
+
+def test_importance_by_gates_is_their_prediction() -> None:
+    model, ids = MODELS["llama"], token_ids(TOKENS)[None]
+    gates, seen = random_gates(model), {}
+    gates.details["target"] = "log4 lifespan"
+    score = gates.score
+    gates.score = lambda layer, keys: seen.setdefault(layer, score(layer, keys))  # type: ignore[method-assign]
+    cache = AdaptiveCache(model, gates, ADAPTIVE, residual=64)
+    fed(model, ids, cache, TOKENS)
+    for layer, storage in enumerate(cache.storage):
+        assert torch.allclose(storage.importance, 4.0 ** seen[layer])
+
+
+@pytest.mark.parametrize("source", ["attention", "gates"])
+def test_adaptive_stays_within_its_budget(source: str) -> None:
+    model = llama(head_dim=64, num_hidden_layers=1, max_position_embeddings=600)
+    cache = AdaptiveCache(model, random_gates(model) if source == "gates" else None, Adaptive(0.4), residual=64)
+    fed(model, token_ids(576)[None], cache, 64)
+    encoded = cache.storage[0].encoded
+    stored = storage_bytes(cache.storage[0].parts.values())
+    assert encoded == 448 and stored <= 0.4 * encoded * 2 * 2 * 64 * 2
+    assert stored > 0.38 * encoded * 2 * 2 * 64 * 2
+
+
+def test_gates_of_another_model_or_device_or_lacking_a_layer_are_refused() -> None:
+    model, lacking = MODELS["llama"], random_gates(MODELS["llama"])
+    lacking.layers = lacking.layers[:1]
+    for gates, message in (
+        (random_gates(MODELS["gpt2"]), r"gpt2.*llama"),
+        (random_gates(model).to("meta"), "are on meta"),
+        (lacking, "none for layers 1"),
+    ):
+        with pytest.raises(SmartKVError, match=message):
+            AdaptiveCache(model, gates)

@@ -1,0 +1,119 @@
+"""A layer's storage without a model: its two write paths, its figures, and its rows."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from smartkv.cache.key_storage import KeyStorage
+from smartkv.cache.ragged import Fields
+from smartkv.policies.lifetimes import FOREVER
+from tests.smartkv.cache.stores import HEAD_DIM, plain_attention
+
+BATCH, HEADS, PROMPT, TOKENS, SCALING = 2, 2, 10, 40, 0.3
+GENERATOR = torch.Generator().manual_seed(3)
+KEY, VALUE, QUERY = (torch.randn(BATCH, HEADS, TOKENS, HEAD_DIM, generator=GENERATOR) for _ in range(3))
+WINDOW = 4
+# about half of the keys live for the window, the others longer
+EXPIRY = torch.arange(TOKENS) + WINDOW + torch.randint(0, 30, (BATCH, HEADS, TOKENS), generator=GENERATOR) % 20
+
+
+def prompted(bits: int | None = None) -> KeyStorage:
+    """Storage that has taken in the prompt as a chunk."""
+    storage = KeyStorage(WINDOW, bits=bits)
+    storage.lazy_initialization(KEY, VALUE)
+    here = slice(0, PROMPT)
+    position = torch.arange(PROMPT).int().expand(BATCH * HEADS, PROMPT)
+    new = Fields(
+        KEY[:, :, here].flatten(0, 1), VALUE[:, :, here].flatten(0, 1), position, EXPIRY[:, :, here].flatten(0, 1).int()
+    )
+    storage.chunk(QUERY[:, :, here], new, None, SCALING)
+    return storage
+
+
+def stepped(storage: KeyStorage, token: int) -> Tensor:
+    """One more token; room is made where there is none."""
+    if not storage.can_step:
+        first = storage.columns - storage.pending
+        expiry = EXPIRY[:, :, first : storage.columns] if storage.pending else None
+        storage.free_dead(expiry, None, pack=True)
+    here = slice(token, token + 1)
+    storage.pending_keys.append(KEY[:, :, here].clone())
+    return storage.step(QUERY[:, :, here], KEY[:, :, here], VALUE[:, :, here], SCALING)
+
+
+def test_single_tokens_after_a_chunk_attend_to_the_keys_that_have_not_expired() -> None:
+    storage = prompted()
+    for token in range(PROMPT, TOKENS):
+        output = stepped(storage, token)
+        for row in range(BATCH):
+            for head in range(HEADS):
+                seen = [j for j in range(token + 1) if int(EXPIRY[row, head, j]) > token]
+                keys = [(KEY[row, head, j], VALUE[row, head, j]) for j in seen]
+                want = plain_attention(QUERY[row, head, token], keys, SCALING)
+                torch.testing.assert_close(output[row, head, 0], want, atol=1e-5, rtol=0)
+                assert int(storage.live[row, head]) == len(seen)
+
+
+def test_freeing_leaves_the_keys_that_the_next_query_sees_and_no_slot_beside_them() -> None:
+    storage = prompted()
+    for token in range(PROMPT, 25):
+        stepped(storage, token)
+    assert not storage.settled
+    first = storage.columns - storage.pending
+    storage.free_dead(EXPIRY[:, :, first:25], None, pack=False)
+    assert storage.settled and storage.pending == 0 and storage.seen.tolist() == [25, 25]
+    alive = (EXPIRY[:, :, :25] > 25).sum(dim=2)
+    assert torch.equal(storage.live, alive) and torch.equal(storage.slots, alive)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_cached_bytes_are_those_of_all_tensors_at_any_time(bits: int | None) -> None:
+    storage = prompted(bits)
+    before = storage.storage_bytes
+    assert storage.cached_storage_bytes == before > 0
+    for token in range(PROMPT, 30):
+        stepped(storage, token)
+        assert storage.cached_storage_bytes == storage.storage_bytes
+        if storage.pending == 1:  # keys were just moved
+            assert storage.call_peak_bytes >= storage.resting_bytes + before
+        before = storage.storage_bytes
+    pending = len(storage.pending_keys) * BATCH * HEADS * HEAD_DIM * 4
+    stored = 0 if bits else 2 * storage.store.fields.key.nbytes
+    assert storage.exact_bytes == stored + pending
+
+
+def test_the_count_includes_the_pending_tokens() -> None:
+    storage = prompted()
+    for token in range(PROMPT, 20):
+        stepped(storage, token)
+    seen = [
+        [sum(int(EXPIRY[r, h, j]) > i for i in range(20) for j in range(i + 1)) for h in range(HEADS)]
+        for r in range(BATCH)
+    ]
+    assert storage.counted().visible.tolist() == seen
+    assert storage.counted().full.tolist() == [20 * 21 // 2] * BATCH
+
+
+def test_selected_rows_go_on_as_they_would_have() -> None:
+    storage, twice = prompted(), prompted()
+    twice.select(torch.tensor([1, 1]))
+    storage.select(torch.tensor([1]))
+    assert twice.seen.tolist() == [PROMPT] * 2
+    assert torch.equal(twice.live, storage.live.repeat(2, 1))
+    assert torch.equal(twice.count.visible, storage.count.visible.repeat(2, 1))
+
+
+def test_pages_cannot_take_a_chunk_or_select_rows() -> None:
+    storage = prompted()
+    storage.free_dead(None, None, pack=True)
+    assert storage.can_step and not storage.settled
+    for call in (lambda: storage.chunk(QUERY, None, None, SCALING), lambda: storage.select(torch.tensor([0]))):  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="call free_dead"):
+            call()
+
+
+def test_reset_storage_is_as_new() -> None:
+    storage = prompted(4)
+    storage.reset()
+    assert not storage.is_initialized and storage.storage_bytes == storage.exact_bytes == storage.columns == 0
+    assert storage.sliding_window == FOREVER and storage.packed is not None and storage.packed.centre is None

@@ -1,0 +1,74 @@
+"""Named policies, and policies in YAML files."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from smartkv.errors import SmartKVError
+from smartkv.policies.hybrid import HybridPolicy
+from smartkv.policies.named import NAMED, named_policy, read_policy
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_policy_covers_each_layer_of_any_depth_once(name: str) -> None:
+    assert all(len(named_policy(name, layers).by_layer(layers)) == layers for layers in range(1, 81))
+
+
+@pytest.mark.parametrize("layers", range(24, 29))
+def test_the_default_is_short_windows_then_gates_then_recent_keys_from_layer_20(layers: int) -> None:
+    rules = named_policy("default", layers).by_layer(layers)
+    assert [rule.rule for rule in rules] == ["window"] * 3 + ["gated"] * 17 + ["window"] * (layers - 20)
+    assert [rule.window for rule in rules[:3]] == [32] * 3
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_policy_is_the_same_after_a_dict_and_after_yaml(name: str, tmp_path: Path) -> None:
+    policy = named_policy(name, 24)
+    path = tmp_path / "some.yaml"
+    path.write_text(yaml.safe_dump(policy.to_dict()))
+    assert HybridPolicy.from_dict(policy.to_dict()) == read_policy(str(path), 24) == policy
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1", "is no YAML"),
+        ("just words", "a mapping with a list of rules"),
+        ("rules: 3", "a mapping with a list of rules"),
+        ("rules: [window]", "a rule is a mapping, got 'window'"),
+        ("rules: [{layers: all, rule: full, colour: 1}]", "a rule has no colour: expected layers, price, rule, window"),
+        ("{rules: [], shade: 1}", "a policy has no shade"),
+        ("rules: []", "at least one rule"),
+        ("{rules: [{layers: all, rule: gated}], price: cheap}", "cannot be read"),
+        ("{rules: [{layers: all, rule: gated}], sinks: some}", "sinks must be a number"),
+        ("{rules: [{layers: all, rule: gated}], window_share: 1.0}", "window_share must lie between 0 and 1"),
+        ("rules: [{rule: full}]", "cannot be read"),
+    ],
+)
+def test_a_file_that_holds_no_policy_says_what_is_wrong(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "some.yaml"
+    path.write_text(text)
+    with pytest.raises(SmartKVError, match=message):
+        read_policy(path, 4)
+
+
+@pytest.mark.parametrize(("layers", "gated"), [(12, range(2, 10)), (30, range(3, 21)), (56, range(6, 40))])
+def test_the_default_scales_with_depth(layers: int, gated: range) -> None:
+    rules = named_policy("default", layers).by_layer(layers)
+    assert [layer for layer, rule in enumerate(rules) if rule.rule == "gated"] == list(gated)
+
+
+def test_neither_a_name_nor_a_file_is_refused() -> None:
+    with pytest.raises(SmartKVError, match="neither one of"):
+        read_policy("no-such-policy", 4)
+
+
+def test_a_file_without_a_name_is_called_after_itself(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("rules: [{layers: all, rule: full}]")
+    assert read_policy(tmp_path / "mine.yaml", 4).name == "mine"
+
+
+def test_a_name_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(SmartKVError, match="'forget' is unknown: expected one of default, all-gated"):
+        named_policy("forget", 4)
