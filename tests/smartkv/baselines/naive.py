@@ -40,23 +40,23 @@ def recency(heads: list[Head]) -> list[Scores]:
 
 
 def keydiff(heads: list[Head]) -> list[Scores]:
-    found = []
+    scores = []
     for head in heads:
         anchor = sum(key / norm(key) for _, key, _ in head.left) / len(head.left)
-        found.append([-float(key @ anchor) / (norm(key) * norm(anchor)) for _, key, _ in head.left])
-    return found
+        scores.append([-float(key @ anchor) / (norm(key) * norm(anchor)) for _, key, _ in head.left])
+    return scores
 
 
 def snapkv(heads: list[Head], queries: int = 4, kernel: int = 5) -> list[Scores]:
-    found = []
+    scores = []
     for head in heads:
         read, group = len(head.queries), len(head.queries[0])
         looking = range(max(0, read - queries), read)
         seen = [head.weights(head.queries[i][g], i) for i in looking for g in range(group)]
         mean = [sum(weights[n] for weights in seen) / len(seen) for n in range(len(head.left))]
         reach = kernel // 2
-        found.append([sum(mean[max(0, n - reach) : n + reach + 1]) / kernel for n in range(len(mean))])
-    return found
+        scores.append([sum(mean[max(0, n - reach) : n + reach + 1]) / kernel for n in range(len(mean))])
+    return scores
 
 
 def tova(heads: list[Head]) -> list[Scores]:
@@ -72,7 +72,7 @@ def h2o(heads: list[Head]) -> list[Scores]:
 
 def expected_attention(heads: list[Head]) -> list[Scores]:
     """Of a model without a rotary embedding."""
-    found = []
+    scores = []
     for head in heads:
         group, read, expected = len(head.queries[0]), len(head.queries), [0.0] * len(head.left)
         for g in range(group):
@@ -84,8 +84,8 @@ def expected_attention(heads: list[Head]) -> list[Scores]:
                 spread = float(key @ covariance @ key) * head.scaling**2 / 2
                 raw.append(math.exp(float(key @ mean) * head.scaling + spread))
             expected = [sum_ + weight / sum(raw) / group for sum_, weight in zip(expected, raw, strict=True)]
-        found.append([weight * norm(value) for weight, (*_, value) in zip(expected, head.left, strict=True)])
-    return found
+        scores.append([weight * norm(value) for weight, (*_, value) in zip(expected, head.left, strict=True)])
+    return scores
 
 
 def simulate(

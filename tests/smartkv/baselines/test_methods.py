@@ -133,7 +133,7 @@ def test_random_choices_are_a_fair_sample_of_what_was_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: SnapKV(queries=0), "queries must be 1 to 64"),
         (lambda: SnapKV(kernel=4), "the kernel odd"),
@@ -141,6 +141,6 @@ def test_random_choices_are_a_fair_sample_of_what_was_read() -> None:
         (lambda: ExpectedAttention(epsilon=-1.0), "epsilon at least 0"),
     ],
 )
-def test_mistakes_are_told(make: object, said: str) -> None:
-    with pytest.raises(SmartKVError, match=said):
+def test_mistakes_are_told(make: object, message: str) -> None:
+    with pytest.raises(SmartKVError, match=message):
         make()  # type: ignore[operator]

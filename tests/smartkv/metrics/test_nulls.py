@@ -163,8 +163,8 @@ def test_a_null_gives_all_that_it_holds_to_a_sum_over_processes(name: str) -> No
     for number, nulls in enumerate([(one, both), (other, both), (other, both)]):
         for null in nulls:
             null.update(*window_of(number))
-    for mine, its in zip(one.tensors(), other.tensors(), strict=True):
-        mine += its
+    for total, other_total in zip(one.tensors(), other.tensors(), strict=True):
+        total += other_total
     asked = window_of(9)[1:]
     torch.testing.assert_close(one.predict(*asked), both.predict(*asked))
 

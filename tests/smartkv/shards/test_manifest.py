@@ -152,8 +152,8 @@ def test_labelled_are_exactly_the_keys_followed_up_that_are_no_sinks(
             if entry.split == "train" and position >= sinks and horizon >= follow_up:
                 expected.append((entry.file, token // window, token))
     blocks = manifest.labelled("train", size, follow_up)
-    found = [(block.file, block.window, token) for block in blocks for token in range(block.start, block.stop)]
-    assert found == expected
+    rows = [(block.file, block.window, token) for block in blocks for token in range(block.start, block.stop)]
+    assert rows == expected
     assert all(1 <= block.stop - block.start <= size for block in blocks)
 
 

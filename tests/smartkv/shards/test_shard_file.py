@@ -56,8 +56,8 @@ def test_what_a_window_gives_fits_the_shards_contract() -> None:
     labels = label_window(llama(), token_ids(16), LabelSpec((0.05, 0.1), (1,), 4), post_rope=True)
     contract = shard_tensors(windows=1, thresholds=2, ages=1, post_rope=True, head_dim=8)
     for name in ("keys", "keys_post_rope", "lifespan", "horizon", "future_attention"):
-        ours = getattr(labels, name)
-        assert (ours.dtype, ours.shape) == (contract[name].dtype, contract[name].shape), name
+        tensor = getattr(labels, name)
+        assert (tensor.dtype, tensor.shape) == (contract[name].dtype, contract[name].shape), name
     assert torch.equal(labels.horizon, contract["horizon"])
 
 
