@@ -1,4 +1,4 @@
-"""Windows chosen layer by layer: what is measured, and what is made of it."""
+"""Policy search: the measured effects of rules in single layers, and the policy made from them."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Gates in NVIDIA's kvpress. What needs kvpress runs by `make test-kvpress`."""
+"""Gates in NVIDIA's kvpress. Tests that need kvpress run by `make test-kvpress`."""
 
 import subprocess
 import sys
@@ -183,7 +183,7 @@ def test_mistakes_are_told(wrong: dict[str, Any], message: str) -> None:
 @needs_kvpress
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_cache_works_where_kvpress_has_been_imported(family: str) -> None:
-    """It wraps every attention function that is registered when it is imported."""
+    """On import kvpress wraps every registered attention function."""
     script = f"""
 import torch
 from smartkv import HybridPolicy, LayerRule, LifespanCache

@@ -10,7 +10,7 @@ Scores = list[float]
 
 
 class Head:
-    """One KV head: what is left of its keys, `[position, key, value]` each, and what its queries were."""
+    """One KV head: the position, key and value of each key that is left, and all queries so far."""
 
     def __init__(self, scaling: float) -> None:
         self.left: list[tuple[int, Tensor, Tensor]] = []
@@ -19,7 +19,7 @@ class Head:
         self.scaling = scaling
 
     def weights(self, query: Tensor, place: int, own: int | None = None) -> list[float]:
-        """Attention of one query over what is left."""
+        """Attention of one query over the keys that are left."""
         raw = []
         for position, key, _ in self.left:
             visible = position <= place and (own is None or position > place - own)
@@ -71,7 +71,7 @@ def h2o(heads: list[Head]) -> list[Scores]:
 
 
 def expected_attention(heads: list[Head]) -> list[Scores]:
-    """Of a model without a rotary embedding."""
+    """Expected attention in a model without a rotary embedding."""
     scores = []
     for head in heads:
         group, read, expected = len(head.queries[0]), len(head.queries), [0.0] * len(head.left)
@@ -99,8 +99,10 @@ def simulate(
     sinks: int,
     score: Callable[[list[Head]], list[Scores]],
 ) -> tuple[Tensor, Tensor]:
-    """`q` `[query_heads, tokens, head_dim]`, `k`, `v` `[kv_heads, …]` -> output like `q`, and how many keys each query
-    saw `[kv_heads, tokens]`."""
+    """Attend with `q` `[query_heads, tokens, head_dim]` and `k`, `v` `[kv_heads, tokens, head_dim]` under eviction.
+
+    Returns an output like `q`, and the number of keys that each query saw, `[kv_heads, tokens]`.
+    """
     group, heads = len(q) // len(k), [Head(scaling) for _ in k]
     output, seen = torch.zeros_like(q), torch.zeros(k.shape[:2], dtype=torch.int64)
     for start, stop, budget in tiles:

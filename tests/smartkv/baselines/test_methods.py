@@ -1,4 +1,4 @@
-"""Methods against plain loops, and what each of them takes."""
+"""Eviction methods against plain loops, and what each of them needs."""
 
 from functools import partial
 
@@ -87,7 +87,7 @@ def test_attention_under_a_method_is_that_of_plain_loops(
 
 
 class Watched(Method):
-    """A method, and what it left."""
+    """A method that records the positions that are left at each eviction."""
 
     def __init__(self, method: Method) -> None:
         self.method, self.needs = method, method.needs

@@ -1,4 +1,4 @@
-"""OracleLabels against plain loops over the attention that the model itself gives."""
+"""Oracle labels against plain loops over the model's own attention weights."""
 
 import pytest
 import torch

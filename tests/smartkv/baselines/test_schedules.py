@@ -1,4 +1,4 @@
-"""When keys go, and how many stay."""
+"""Schedules of eviction, and the budgets that fit a footprint."""
 
 import pytest
 from hypothesis import assume, given
@@ -9,7 +9,7 @@ from smartkv.errors import SmartKVError
 
 
 def share(budget: int, chunk: int, tokens: int, first: int) -> float:
-    """In plain loops: each query sees what was kept before its chunk, and its chunk up to itself."""
+    """Footprint in plain loops: a query sees the keys kept before its chunk, and its chunk up to itself."""
     seen = full = 0
     for query in range(first, tokens - 1):
         start = query // chunk * chunk

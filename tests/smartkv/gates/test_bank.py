@@ -1,4 +1,4 @@
-"""GateBank: its arithmetic and its files."""
+"""The arithmetic and the files of a GateBank."""
 
 import json
 import logging
@@ -229,7 +229,7 @@ def test_weights_that_are_not_those_of_the_config_are_refused(change: str, tmp_p
 
 
 def test_new_weights_beside_an_old_config_are_refused(tmp_path: Path) -> None:
-    """What an export leaves that was killed between its two files: prices and a policy of other weights."""
+    """An export killed between its two files leaves prices and a policy that belong to other weights."""
     old, new = saved(make_bank(seed=0), tmp_path / "old"), saved(make_bank(seed=1), tmp_path / "new")
     (new / "model.safetensors").replace(old / "model.safetensors")
     with pytest.raises(SmartKVError, match=r"model\.safetensors was not written together with its config\.json"):

@@ -1,4 +1,4 @@
-"""What gates can be trained to predict: targets, and what each loss is least at."""
+"""Objectives of gates: their targets, and the outputs at which each loss is smallest."""
 
 import math
 
@@ -19,7 +19,7 @@ LABELS = Labels(
 
 
 def least(objective: Objective, target: Tensor) -> Tensor:
-    """The outputs that a gate which sees no key comes to, `[outputs]`."""
+    """Fit the outputs of a gate that ignores its key, `[outputs]`."""
     bias = torch.zeros(1, 1, objective.outputs, requires_grad=True)
     optimizer = torch.optim.LBFGS([bias], max_iter=200, line_search_fn="strong_wolfe")
 
