@@ -49,8 +49,8 @@ def concordance(score: Tensor, lifespan: Tensor) -> Tensor:
         float64 `[gates]`; NaN where all lifespans are equal.
     """
     shares = []
-    for scores, lives in zip(score.split(AT_ONCE), lifespan.split(AT_ONCE), strict=True):
-        longer = lives[:, :, None] > lives[:, None, :]
+    for scores, lifespans in zip(score.split(AT_ONCE), lifespan.split(AT_ONCE), strict=True):
+        longer = lifespans[:, :, None] > lifespans[:, None, :]
         ahead = (scores[:, :, None] > scores[:, None, :]) & longer
         tied = (scores[:, :, None] == scores[:, None, :]) & longer
         right = ahead.sum(dim=(1, 2)).double() + 0.5 * tied.sum(dim=(1, 2))

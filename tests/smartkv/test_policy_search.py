@@ -1,4 +1,4 @@
-"""Windows chosen layer by layer: what is measured, and what is made of it."""
+"""Policy search: the measured effects of rules in single layers, and the policy made from them."""
 
 import itertools
 import math
@@ -42,11 +42,11 @@ def test_each_option_is_measured_in_each_layer_while_the_others_stay(family: str
         lost, kept = 0.0, 0.0
         for ids in texts():
             with torch.no_grad(), LifespanCache(model, gates, policy, first_query=FIRST) as cache:
-                ours = model(ids[None], past_key_values=cache).logits[0, FIRST:].log_softmax(-1)
+                evicted = model(ids[None], past_key_values=cache).logits[0, FIRST:].log_softmax(-1)
                 kept += float(cache.footprint_by_head[layer].mean()) / 2
             with torch.no_grad():
-                theirs = model(ids[None], use_cache=False).logits[0, FIRST:].log_softmax(-1)
-            lost += float(F.kl_div(ours, theirs, reduction="batchmean", log_target=True)) / 2
+                full = model(ids[None], use_cache=False).logits[0, FIRST:].log_softmax(-1)
+            lost += float(F.kl_div(evicted, full, reduction="batchmean", log_target=True)) / 2
         assert float(trade.divergence[layer, number]) == pytest.approx(lost, abs=1e-6)
         assert float(trade.footprint[layer, number]) == pytest.approx(kept, abs=1e-9)
 
@@ -54,18 +54,18 @@ def test_each_option_is_measured_in_each_layer_while_the_others_stay(family: str
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
 def test_the_rate_is_what_a_lower_price_saves_for_what_it_keeps(family: str) -> None:
     model = MODELS[family]
-    gates, found = random_gates(model), []
+    gates, measured = random_gates(model), []
     for policy in NEARBY:
         lost = kept = 0.0
         for ids in texts():
             with torch.no_grad(), LifespanCache(model, gates, policy, first_query=FIRST) as cache:
-                ours = model(ids[None], past_key_values=cache).logits[0, FIRST:].log_softmax(-1)
+                evicted = model(ids[None], past_key_values=cache).logits[0, FIRST:].log_softmax(-1)
                 kept += cache.footprint / 2
             with torch.no_grad():
-                theirs = model(ids[None], use_cache=False).logits[0, FIRST:].log_softmax(-1)
-            lost += float(F.kl_div(ours, theirs, reduction="batchmean", log_target=True)) / 2
-        found.append((lost, kept))
-    (dear, little), (cheap, much) = found
+                full = model(ids[None], use_cache=False).logits[0, FIRST:].log_softmax(-1)
+            lost += float(F.kl_div(evicted, full, reduction="batchmean", log_target=True)) / 2
+        measured.append((lost, kept))
+    (dear, little), (cheap, much) = measured
     assert much > little
     trade = measure_trade(model, gates, POLICY, NEARBY, OPTIONS, texts(), FIRST)
     assert trade.rate == pytest.approx(max(0.0, (dear - cheap) / (much - little)), rel=1e-3, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Gates in NVIDIA's kvpress. What needs kvpress runs by `make test-kvpress`."""
+"""Gates in NVIDIA's kvpress. Tests that need kvpress run by `make test-kvpress`."""
 
 import subprocess
 import sys
@@ -28,17 +28,17 @@ def gates_of(model: PreTrainedModel, ages: tuple[int, ...] = ()) -> GateBank:
 
 
 def scores_in_kvpress(model: PreTrainedModel, press: Any, ids: Tensor) -> list[Tensor]:
-    """What the press said of every layer in a prefill, `[kv_heads, tokens]` each."""
-    found, score = [], press.score
+    """The scores that the press gave in every layer of a prefill, `[kv_heads, tokens]` each."""
+    scores, score = [], press.score
 
     def watched(module: nn.Module, *rest: Any) -> Tensor:
-        found.append(score(module, *rest)[0])
-        return found[-1][None]
+        scores.append(score(module, *rest)[0])
+        return scores[-1][None]
 
     press.score = watched
     with torch.inference_mode(), press(model):
         model(input_ids=ids[None], past_key_values=DynamicCache(), use_cache=True)
-    return found
+    return scores
 
 
 @needs_kvpress
@@ -79,11 +79,11 @@ def test_the_keys_of_the_highest_score_are_left() -> None:
 
 def hidden_keys(model: PreTrainedModel) -> list[set[tuple[int, int]]]:
     """(head, position) of the keys that kvpress hides in every layer; the batch has one row."""
-    found = []
+    hidden = []
     for module in attention_modules(model):
         _, heads, positions = module.masked_key_indices
-        found.append(set(zip(heads.tolist(), positions.tolist(), strict=True)))
-    return found
+        hidden.append(set(zip(heads.tolist(), positions.tolist(), strict=True)))
+    return hidden
 
 
 @needs_kvpress
@@ -98,8 +98,8 @@ def test_in_an_ada_kv_press_the_heads_of_a_layer_share_its_keys(family: str) -> 
     bank = gates_of(model)
     with torch.inference_mode(), AdaKVPress(LifespanPress(0.5, bank, sinks=2, window=4), 0.5)(model):
         model(input_ids=ids[None], past_key_values=DynamicCache(), use_cache=True)
-    found = hidden_keys(model)  # before another forward pass, which forgets them
-    for (layer, keys), hidden in zip(enumerate(read_keys(model, ids)), found, strict=True):
+    hidden_by_layer = hidden_keys(model)  # before another forward pass, which forgets them
+    for (layer, keys), hidden in zip(enumerate(read_keys(model, ids)), hidden_by_layer, strict=True):
         score = bank.score(layer, keys)[0].detach()
         score[:, :2] = score[:, -4:] = torch.inf
         order = [sorted(range(tokens), key=lambda t, row=row: -row[t]) for row in score.tolist()]
@@ -171,19 +171,19 @@ def test_gates_of_another_model_are_refused() -> None:
 
 @needs_kvpress
 @pytest.mark.parametrize(
-    ("wrong", "said"), [({}, "needs gates"), ({"gates": "x", "sinks": -1}, "sinks and window must be at least 0")]
+    ("wrong", "message"), [({}, "needs gates"), ({"gates": "x", "sinks": -1}, "sinks and window must be at least 0")]
 )
-def test_mistakes_are_told(wrong: dict[str, Any], said: str) -> None:
+def test_mistakes_are_told(wrong: dict[str, Any], message: str) -> None:
     from smartkv.press import LifespanPress
 
-    with pytest.raises(SmartKVError, match=said):
+    with pytest.raises(SmartKVError, match=message):
         LifespanPress(0.5, **wrong)
 
 
 @needs_kvpress
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_cache_works_where_kvpress_has_been_imported(family: str) -> None:
-    """It wraps every attention function that is registered when it is imported."""
+    """On import kvpress wraps every registered attention function."""
     script = f"""
 import torch
 from smartkv import HybridPolicy, LayerRule, LifespanCache

@@ -10,7 +10,7 @@ Scores = list[float]
 
 
 class Head:
-    """One KV head: what is left of its keys, `[position, key, value]` each, and what its queries were."""
+    """One KV head: the position, key and value of each key that is left, and all queries so far."""
 
     def __init__(self, scaling: float) -> None:
         self.left: list[tuple[int, Tensor, Tensor]] = []
@@ -19,7 +19,7 @@ class Head:
         self.scaling = scaling
 
     def weights(self, query: Tensor, place: int, own: int | None = None) -> list[float]:
-        """Attention of one query over what is left."""
+        """Attention of one query over the keys that are left."""
         raw = []
         for position, key, _ in self.left:
             visible = position <= place and (own is None or position > place - own)
@@ -40,23 +40,23 @@ def recency(heads: list[Head]) -> list[Scores]:
 
 
 def keydiff(heads: list[Head]) -> list[Scores]:
-    found = []
+    scores = []
     for head in heads:
         anchor = sum(key / norm(key) for _, key, _ in head.left) / len(head.left)
-        found.append([-float(key @ anchor) / (norm(key) * norm(anchor)) for _, key, _ in head.left])
-    return found
+        scores.append([-float(key @ anchor) / (norm(key) * norm(anchor)) for _, key, _ in head.left])
+    return scores
 
 
 def snapkv(heads: list[Head], queries: int = 4, kernel: int = 5) -> list[Scores]:
-    found = []
+    scores = []
     for head in heads:
         read, group = len(head.queries), len(head.queries[0])
         looking = range(max(0, read - queries), read)
         seen = [head.weights(head.queries[i][g], i) for i in looking for g in range(group)]
         mean = [sum(weights[n] for weights in seen) / len(seen) for n in range(len(head.left))]
         reach = kernel // 2
-        found.append([sum(mean[max(0, n - reach) : n + reach + 1]) / kernel for n in range(len(mean))])
-    return found
+        scores.append([sum(mean[max(0, n - reach) : n + reach + 1]) / kernel for n in range(len(mean))])
+    return scores
 
 
 def tova(heads: list[Head]) -> list[Scores]:
@@ -71,8 +71,8 @@ def h2o(heads: list[Head]) -> list[Scores]:
 
 
 def expected_attention(heads: list[Head]) -> list[Scores]:
-    """Of a model without a rotary embedding."""
-    found = []
+    """Expected attention in a model without a rotary embedding."""
+    scores = []
     for head in heads:
         group, read, expected = len(head.queries[0]), len(head.queries), [0.0] * len(head.left)
         for g in range(group):
@@ -84,8 +84,8 @@ def expected_attention(heads: list[Head]) -> list[Scores]:
                 spread = float(key @ covariance @ key) * head.scaling**2 / 2
                 raw.append(math.exp(float(key @ mean) * head.scaling + spread))
             expected = [sum_ + weight / sum(raw) / group for sum_, weight in zip(expected, raw, strict=True)]
-        found.append([weight * norm(value) for weight, (*_, value) in zip(expected, head.left, strict=True)])
-    return found
+        scores.append([weight * norm(value) for weight, (*_, value) in zip(expected, head.left, strict=True)])
+    return scores
 
 
 def simulate(
@@ -99,8 +99,10 @@ def simulate(
     sinks: int,
     score: Callable[[list[Head]], list[Scores]],
 ) -> tuple[Tensor, Tensor]:
-    """`q` `[query_heads, tokens, head_dim]`, `k`, `v` `[kv_heads, …]` -> output like `q`, and how many keys each query
-    saw `[kv_heads, tokens]`."""
+    """Attend with `q` `[query_heads, tokens, head_dim]` and `k`, `v` `[kv_heads, tokens, head_dim]` under eviction.
+
+    Returns an output like `q`, and the number of keys that each query saw, `[kv_heads, tokens]`.
+    """
     group, heads = len(q) // len(k), [Head(scaling) for _ in k]
     output, seen = torch.zeros_like(q), torch.zeros(k.shape[:2], dtype=torch.int64)
     for start, stop, budget in tiles:

@@ -1,4 +1,4 @@
-"""Methods against plain loops, and what each of them takes."""
+"""Eviction methods against plain loops, and what each of them needs."""
 
 from functools import partial
 
@@ -87,7 +87,7 @@ def test_attention_under_a_method_is_that_of_plain_loops(
 
 
 class Watched(Method):
-    """A method, and what it left."""
+    """A method that records the positions that are left at each eviction."""
 
     def __init__(self, method: Method) -> None:
         self.method, self.needs = method, method.needs
@@ -133,7 +133,7 @@ def test_random_choices_are_a_fair_sample_of_what_was_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: SnapKV(queries=0), "queries must be 1 to 64"),
         (lambda: SnapKV(kernel=4), "the kernel odd"),
@@ -141,6 +141,6 @@ def test_random_choices_are_a_fair_sample_of_what_was_read() -> None:
         (lambda: ExpectedAttention(epsilon=-1.0), "epsilon at least 0"),
     ],
 )
-def test_mistakes_are_told(make: object, said: str) -> None:
-    with pytest.raises(SmartKVError, match=said):
+def test_mistakes_are_told(make: object, message: str) -> None:
+    with pytest.raises(SmartKVError, match=message):
         make()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""OracleLabels against plain loops over the attention that the model itself gives."""
+"""Oracle labels against plain loops over the model's own attention weights."""
 
 import pytest
 import torch
@@ -17,17 +17,17 @@ def test_lifespan_and_attention_are_those_of_plain_loops(family: str) -> None:
     with torch.no_grad():
         layers = model(ids[None], output_attentions=True, use_cache=False).attentions
     model.set_attn_implementation(implementation)
-    found = oracle_labels(model, ids, age, threshold)
+    oracle = oracle_labels(model, ids, age, threshold)
     for layer, probabilities in enumerate(layers):
-        grouped = probabilities[0].unflatten(0, (found.lifespan.shape[1], -1)).amax(dim=1)
+        grouped = probabilities[0].unflatten(0, (oracle.lifespan.shape[1], -1)).amax(dim=1)
         for head, strongest in enumerate(grouped):
             for key in range(15):
                 hits = [query for query in range(key, 15) if strongest[query, key] > threshold]
                 later = [float(strongest[query, key]) for query in range(key + age, 15)]
-                assert int(found.lifespan[layer, head, key]) == (hits[-1] - key + 1 if hits else 1)
+                assert int(oracle.lifespan[layer, head, key]) == (hits[-1] - key + 1 if hits else 1)
                 mean = sum(later) / len(later) if later else 0.0
-                assert float(found.attention[layer, head, key]) == pytest.approx(mean, abs=1e-5)
-    assert found.lifespan.float().std() > 0
+                assert float(oracle.attention[layer, head, key]) == pytest.approx(mean, abs=1e-5)
+    assert oracle.lifespan.float().std() > 0
 
 
 def test_figures_that_mean_nothing_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""When keys go, and how many stay."""
+"""Schedules of eviction, and the budgets that fit a footprint."""
 
 import pytest
 from hypothesis import assume, given
@@ -9,7 +9,7 @@ from smartkv.errors import SmartKVError
 
 
 def share(budget: int, chunk: int, tokens: int, first: int) -> float:
-    """In plain loops: each query sees what was kept before its chunk, and its chunk up to itself."""
+    """Footprint in plain loops: a query sees the keys kept before its chunk, and its chunk up to itself."""
     seen = full = 0
     for query in range(first, tokens - 1):
         start = query // chunk * chunk
@@ -52,7 +52,7 @@ def test_once_reads_every_token_once_and_drops_only_when_the_prefill_is_over(
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: Streaming(5, 4, 2), "a budget of 5 keys has no room for 2 sinks and a window of 4"),
         (lambda: Streaming(9, 0, 2), "window must be at least 1"),
@@ -65,6 +65,6 @@ def test_once_reads_every_token_once_and_drops_only_when_the_prefill_is_over(
         (lambda: Streaming.for_footprint(0.5, 100, 10, recent=0), "recent must lie in"),
     ],
 )
-def test_mistakes_are_told(make: object, said: str) -> None:
-    with pytest.raises(SmartKVError, match=said):
+def test_mistakes_are_told(make: object, message: str) -> None:
+    with pytest.raises(SmartKVError, match=message):
         make()  # type: ignore[operator]

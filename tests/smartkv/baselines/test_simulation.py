@@ -1,4 +1,4 @@
-"""Models under a method: beside their own attention, and beside the cache that evicts."""
+"""Models under an eviction method, beside their own attention and beside the evicting cache."""
 
 import pytest
 import torch

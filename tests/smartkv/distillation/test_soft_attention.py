@@ -1,4 +1,4 @@
-"""Attention under a soft eviction: against plain loops, at its two ends, and through a model."""
+"""Attention under soft eviction against plain loops, against the hard rule, and through a model."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests.smartkv.cache.masked_reference import masked_logits, visibility
 def naive(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scaling: float, ages: list[int], sinks: int, own: int
 ) -> Tensor:
-    """One query at a time."""
+    """Soft attention in plain loops, one query at a time."""
     group, rows = q.shape[1] // k.shape[1], []
     for row in range(q.shape[0]):
         heads = []
@@ -90,7 +90,7 @@ def test_keeping_all_or_nothing_is_the_hard_rule(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_tells_a_gate_of_the_first_layer_what_its_key_is_worth(family: str) -> None:
-    """Against a difference quotient through the whole model."""
+    """Compare the gradient with a difference quotient through the whole model."""
     model, ids = MODELS[family], token_ids(16, 2)[None]
     log_keep = torch.full((2, 2, 1, Fingerprint.of(model).kv_heads, 16), -0.5, requires_grad=True)
     direction = torch.zeros_like(log_keep)

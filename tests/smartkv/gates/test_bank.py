@@ -1,4 +1,4 @@
-"""GateBank: its arithmetic and its files."""
+"""The arithmetic and the files of a GateBank."""
 
 import json
 import logging
@@ -81,14 +81,14 @@ def test_predicting_a_layer_answers_as_the_whole_bank_does(layers: list[int] | N
     bank = make_bank(layers, outputs=2)
     keys = torch.randn(3, 2, 5, 8, generator=torch.Generator().manual_seed(2)).to(dtype)  # 3 rows of a batch
     for layer in bank.layers:
-        ours = bank.predict(layer, keys)
-        assert ours.dtype == torch.float32
-        assert ours.shape == (3, 2, 5, 2)
+        predicted = bank.predict(layer, keys)
+        assert predicted.dtype == torch.float32
+        assert predicted.shape == (3, 2, 5, 2)
         place = bank.heads.index((layer, 0))
         for row in range(3):
             wide = torch.zeros(len(bank), 5, 8)
             wide[place : place + 2] = keys[row].float()
-            torch.testing.assert_close(ours[row], bank(wide)[place : place + 2], atol=1e-6, rtol=0)
+            torch.testing.assert_close(predicted[row], bank(wide)[place : place + 2], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("layer", [0, 2, 4, -1])
@@ -178,11 +178,11 @@ def test_gates_load_for_the_model_they_were_made_for(
 
 
 def test_gates_for_another_architecture_are_refused_naming_both(tmp_path: Path) -> None:
-    theirs = Fingerprint.of(llama(num_hidden_layers=1))
+    other = Fingerprint.of(llama(num_hidden_layers=1))
     model = qwen2()
     with pytest.raises(SmartKVError) as error:
-        GateBank.from_pretrained(saved(make_bank(fingerprint=theirs), tmp_path), model=model)
-    for part in (theirs.describe(), Fingerprint.of(model).describe(), str(tmp_path)):
+        GateBank.from_pretrained(saved(make_bank(fingerprint=other), tmp_path), model=model)
+    for part in (other.describe(), Fingerprint.of(model).describe(), str(tmp_path)):
         assert part in str(error.value)
 
 
@@ -229,7 +229,7 @@ def test_weights_that_are_not_those_of_the_config_are_refused(change: str, tmp_p
 
 
 def test_new_weights_beside_an_old_config_are_refused(tmp_path: Path) -> None:
-    """What an export leaves that was killed between its two files: prices and a policy of other weights."""
+    """An export killed between its two files leaves prices and a policy that belong to other weights."""
     old, new = saved(make_bank(seed=0), tmp_path / "old"), saved(make_bank(seed=1), tmp_path / "new")
     (new / "model.safetensors").replace(old / "model.safetensors")
     with pytest.raises(SmartKVError, match=r"model\.safetensors was not written together with its config\.json"):

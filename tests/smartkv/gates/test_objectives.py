@@ -1,4 +1,4 @@
-"""What gates can be trained to predict: targets, and what each loss is least at."""
+"""Objectives of gates: their targets, and the outputs at which each loss is smallest."""
 
 import math
 
@@ -19,7 +19,7 @@ LABELS = Labels(
 
 
 def least(objective: Objective, target: Tensor) -> Tensor:
-    """The outputs that a gate which sees no key comes to, `[outputs]`."""
+    """Fit the outputs of a gate that ignores its key, `[outputs]`."""
     bias = torch.zeros(1, 1, objective.outputs, requires_grad=True)
     optimizer = torch.optim.LBFGS([bias], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -92,7 +92,7 @@ def test_future_attention_that_was_not_harvested_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: Log4Lifespan("mae"), "loss must be huber or mse"),
         (lambda: Log4Lifespan(huber_delta=0), "huber_delta must be above 0"),
@@ -103,6 +103,6 @@ def test_future_attention_that_was_not_harvested_is_asked_for() -> None:
         (lambda: Ranking(0), "pairs must be at least 1"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(make: object, said: str) -> None:
-    with pytest.raises(SmartKVError, match=said):
+def test_settings_that_mean_nothing_are_refused(make: object, message: str) -> None:
+    with pytest.raises(SmartKVError, match=message):
         make()  # type: ignore[operator]

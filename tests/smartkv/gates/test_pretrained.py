@@ -65,6 +65,6 @@ def test_the_wheel_carries_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (source / "smartkv").symlink_to(ROOT / "smartkv")
     monkeypatch.chdir(source)
     wheel = build_meta.build_wheel(str(tmp_path))
-    held = set(zipfile.ZipFile(tmp_path / wheel).namelist())
+    packed = set(zipfile.ZipFile(tmp_path / wheel).namelist())
     wanted = {f"smartkv/pretrained/{name}/{file.name}" for name in NAMES for file in (PRETRAINED / name).iterdir()}
-    assert wanted and wanted <= held
+    assert wanted and wanted <= packed

@@ -55,10 +55,10 @@ def test_moments_are_summed_over_processes_by_their_tensors() -> None:
     whole.update(keys, target[..., None])
     first.update(keys[:, :10], target[:, :10, None])
     second.update(keys[:, 10:], target[:, 10:, None])
-    for ours, other in zip(first.tensors(), second.tensors(), strict=True):
-        ours += other  # in place, as a reduction does
-    for ours, expected in zip(first.result(), whole.result(), strict=True):
-        torch.testing.assert_close(ours, expected)
+    for total, other in zip(first.tensors(), second.tensors(), strict=True):
+        total += other  # in place, as a reduction does
+    for got, expected in zip(first.result(), whole.result(), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_moments_widen_the_keys_of_one_gate_at_a_time() -> None:

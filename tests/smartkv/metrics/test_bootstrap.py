@@ -1,4 +1,4 @@
-"""Bootstrap intervals: how windows and groups are drawn, and what the interval is of."""
+"""Bootstrap draws of windows and groups, and the intervals from them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Nulls against plain tables and pools of labels, and what they hold and copy."""
+"""Nulls against plain tables and pools of labels, and their memory."""
 
 import pickle
 from collections import defaultdict
@@ -18,14 +18,11 @@ from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Manifest
 from tests.allocations import largest_allocation
 from tests.models import write_tiny_shards
+from tests.smartkv.metrics.fixtures import random
 
 GATES, ROWS, LONGEST = 6, 40, 64
 quick = settings(deadline=None, max_examples=25, derandomize=True)
 seeds = st.integers(0, 10**6)
-
-
-def random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -35,7 +32,7 @@ def shards(tmp_path: Path) -> Manifest:
 
 
 def window_of(seed: int, tokens: int = 9) -> tuple[Tensor, Tensor, Tensor]:
-    """Target `[GATES, ROWS]`, position and token of a made window; short lives are frequent, as they are in truth."""
+    """Target `[GATES, ROWS]`, position and token of a random window in which short lifespans are frequent."""
     generator = torch.Generator().manual_seed(seed)
     lifespan = torch.rand(GATES, ROWS, generator=generator).pow(4).mul(LONGEST).int() + 1
     token = torch.randint(tokens, (ROWS,), generator=generator).int()
@@ -163,8 +160,8 @@ def test_a_null_gives_all_that_it_holds_to_a_sum_over_processes(name: str) -> No
     for number, nulls in enumerate([(one, both), (other, both), (other, both)]):
         for null in nulls:
             null.update(*window_of(number))
-    for mine, its in zip(one.tensors(), other.tensors(), strict=True):
-        mine += its
+    for total, other_total in zip(one.tensors(), other.tensors(), strict=True):
+        total += other_total
     asked = window_of(9)[1:]
     torch.testing.assert_close(one.predict(*asked), both.predict(*asked))
 

@@ -1,4 +1,4 @@
-"""NLL of windows against the model's own loss."""
+"""Losses of windows against the model's own loss, and figures of evicted windows."""
 
 import pytest
 import torch

@@ -8,13 +8,10 @@ from torch import Tensor
 from torchmetrics import R2Score
 
 from smartkv.metrics.r2 import RegressionSums
+from tests.smartkv.metrics.fixtures import random
 
 quick = settings(deadline=None, max_examples=25, derandomize=True)
 seeds = st.integers(0, 10**6)
-
-
-def random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def sums_of(predictions: list[Tensor], targets: list[Tensor]) -> RegressionSums:

@@ -17,7 +17,7 @@ def drawn(seed: int, gates: int, rows: int, levels: int) -> Tensor:
 
 
 def naive_share(score: list[float], future: list[float], share: float) -> float:
-    """Mean over every order in which ties may stand."""
+    """Mean over all orders of tied keys."""
     keys, shares = range(len(score)), []
     room = len(score) * share
     for order in itertools.permutations(keys):

@@ -1,4 +1,4 @@
-"""Labelled rows: keys and targets out of shards, layers and threshold chosen."""
+"""Labelled keys and their targets, read from shards for some layers and one threshold."""
 
 from pathlib import Path
 

@@ -15,28 +15,12 @@ from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import LabelSpec
 from smartkv.models.architecture import Fingerprint
 from smartkv.shards.manifest import Manifest, ShardEntry, heads_of, recorded_shards, shard_entry
-from smartkv.shards.shard_file import write_shard
-from tests.models import shard_tensors, write_tiny_shards
 
-METADATA = {"b": 1, "a": [2, "é"], "c": {"y": 0, "x": None}}
 quick = settings(deadline=None, max_examples=30, derandomize=True)
 
 
-@pytest.fixture
-def shards(tmp_path: Path) -> Manifest:
-    """Two train shards (2 windows and 1) and one of validation (3), with everything a shard may hold."""
-    return write_tiny_shards(tmp_path / "shards", ages=(1, 4), post_rope=True)
-
-
-@pytest.fixture
-def shard(tmp_path: Path) -> Path:
-    """One shard."""
-    write_shard(tmp_path / "shard.safetensors", shard_tensors(), METADATA)
-    return tmp_path / "shard.safetensors"
-
-
 def change_manifest(folder: Path, **changes: Any) -> None:
-    """Write the manifest again with other values; ... takes a key out."""
+    """Write the manifest again with other values. The value `...` removes a key."""
     path = folder / "manifest.json"
     data = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
@@ -152,8 +136,8 @@ def test_labelled_are_exactly_the_keys_followed_up_that_are_no_sinks(
             if entry.split == "train" and position >= sinks and horizon >= follow_up:
                 expected.append((entry.file, token // window, token))
     blocks = manifest.labelled("train", size, follow_up)
-    found = [(block.file, block.window, token) for block in blocks for token in range(block.start, block.stop)]
-    assert found == expected
+    rows = [(block.file, block.window, token) for block in blocks for token in range(block.start, block.stop)]
+    assert rows == expected
     assert all(1 <= block.stop - block.start <= size for block in blocks)
 
 

@@ -12,12 +12,6 @@ from smartkv.shards.per_head_export import export_heads
 from tests.models import write_tiny_shards
 
 
-@pytest.fixture
-def shards(tmp_path: Path) -> Manifest:
-    """Two train shards (2 windows and 1) and one of validation (3), with everything a shard may hold."""
-    return write_tiny_shards(tmp_path / "shards", ages=(1, 4), post_rope=True)
-
-
 @pytest.mark.parametrize("threshold", [0.05, 0.1])
 def test_export_writes_the_labelled_rows_of_each_head(threshold: float, shards: Manifest, tmp_path: Path) -> None:
     assert export_heads(shards, tmp_path / "heads", threshold) == 8

@@ -10,22 +10,6 @@ from safetensors.torch import load_file
 from smartkv.errors import SmartKVError
 from smartkv.shards.manifest import Manifest, RowBlock
 from smartkv.shards.reader import ShardReader
-from smartkv.shards.shard_file import write_shard
-from tests.models import shard_tensors, write_tiny_shards
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> Manifest:
-    """Two train shards (2 windows and 1) and one of validation (3), with everything a shard may hold."""
-    return write_tiny_shards(tmp_path / "shards", ages=(1, 4), post_rope=True)
-
-
-@pytest.fixture
-def shard(tmp_path: Path) -> Path:
-    """One shard."""
-    write_shard(tmp_path / "shard.safetensors", shard_tensors(), {})
-    return tmp_path / "shard.safetensors"
-
 
 LABELS = ("lifespan", "future_attention")
 

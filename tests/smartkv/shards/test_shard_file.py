@@ -1,4 +1,4 @@
-"""One shard file: its bytes, its header, and damage."""
+"""The bytes and the header of a shard file, and damaged files."""
 
 import json
 from pathlib import Path
@@ -12,16 +12,7 @@ from smartkv.errors import SmartKVError
 from smartkv.labels.lifespans import LabelSpec, label_window
 from smartkv.shards.shard_file import DamagedFile, digests, open_tensors, read_header, write_shard
 from tests.models import llama, shard_tensors, token_ids
-
-METADATA = {"b": 1, "a": [2, "é"], "c": {"y": 0, "x": None}}
-
-
-@pytest.fixture
-def shard(tmp_path: Path) -> Path:
-    """One shard."""
-    write_shard(tmp_path / "shard.safetensors", shard_tensors(), METADATA)
-    return tmp_path / "shard.safetensors"
-
+from tests.smartkv.shards.fixtures import METADATA
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
@@ -56,8 +47,8 @@ def test_what_a_window_gives_fits_the_shards_contract() -> None:
     labels = label_window(llama(), token_ids(16), LabelSpec((0.05, 0.1), (1,), 4), post_rope=True)
     contract = shard_tensors(windows=1, thresholds=2, ages=1, post_rope=True, head_dim=8)
     for name in ("keys", "keys_post_rope", "lifespan", "horizon", "future_attention"):
-        ours = getattr(labels, name)
-        assert (ours.dtype, ours.shape) == (contract[name].dtype, contract[name].shape), name
+        tensor = getattr(labels, name)
+        assert (tensor.dtype, tensor.shape) == (contract[name].dtype, contract[name].shape), name
     assert torch.equal(labels.horizon, contract["horizon"])
 
 
