@@ -105,16 +105,17 @@ def _grouped(args: list[str], command: str) -> list[str]:
         if not flag.startswith("--"):
             expanded.append(flag + mark + value)
             continue
+        values = [value] if mark else []
         if not mark and rest and not rest[0].startswith("--"):
-            mark, value = "=", rest.pop(0)
+            values = [rest.pop(0)]
         name = flag[2:].rstrip("+")
-        if name in SHORT_GROUPS and mark and not _is_mapping(value):
+        if name in SHORT_GROUPS and values and not _is_mapping(values[0]):
             flag = flag.replace(name, SHORT_GROUPS[name], 1)
         elif name in places:
             flag = flag.replace(name, places[name], 1)
-        elif name == "config" and mark:
-            value = _grouped_config(value, command)
-        expanded += [flag + mark + value]
+        elif name == "config":
+            values = [_grouped_config(value, command) for value in values]
+        expanded += [flag + mark + values[0]] if mark else [flag, *values]
     return expanded
 
 

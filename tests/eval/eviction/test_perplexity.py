@@ -79,7 +79,7 @@ def test_a_full_policy_loses_nothing_and_costs_no_less_than_the_full_cache(measu
 def test_the_full_cache_s_figure_is_the_plain_one(measured: Path, tiny_backbone: Path, texts: Path) -> None:
     content = json.loads((measured / "perplexity.json").read_text())
     lm = load_backbone(str(tiny_backbone), "float32")
-    source = command.SourceConfig("mine", path=str(texts))
+    source = SourceConfig("mine", path=str(texts))
     plan = command.plan_windows([source], {"train": 2, "test": 3}, lm.tokenizer, WINDOW, seed=0)
     want = [window_nll(lm.model, tokens, FIRST) for tokens in plan.of_split("test")]
     assert content["nll_full"] == pytest.approx(sum(want) / 3, abs=1e-6)
