@@ -15,6 +15,7 @@ from eval.eviction.frontier import Point, equal_loss_ratio
 from smartkv import GateBank, load_backbone
 from smartkv.metrics.perplexity import EvictedWindow, window_nll
 from smartkv.policies.named import read_policy
+from smartkv.texts.sources import SourceConfig
 from tests.lightning_fixtures import ROOT, write_texts
 
 WINDOW, FIRST = 64, 20

@@ -15,7 +15,7 @@ from eval.contenders.base import FullCache
 from eval.contenders.registry import make_contenders
 from eval.eviction.recall import trial
 from eval.tasks import suite as tasks
-from eval.tasks.answers import Sample, answered, cut_in_the_middle, kept_of, prompt_ids
+from eval.tasks.answers import Sample, answered, cut_in_the_middle, kept_share, prompt_ids
 from eval.tasks.longbench import TASKS, read_records
 from eval.tasks.metrics import METRICS
 from eval.tasks.needle import _sample as needle_sample
@@ -182,14 +182,14 @@ def test_reading_and_decoding_agree_under_eviction(lm: Any, long_gates: Path) ->
             assert fed["footprint"] == pytest.approx(read.footprint, abs=1e-6)
 
 
-def test_what_is_kept_of_marked_tokens_is_what_the_window_holds(lm: Any) -> None:
+def test_what_is_kept_share_marked_tokens_is_what_the_window_holds(lm: Any) -> None:
     policy = HybridPolicy((LayerRule("all", "window", 10),), sinks=4)
     with torch.inference_mode(), LifespanCache(lm.model, None, policy) as cache:
         lm.model(token_ids(100)[None], past_key_values=cache)
         cache.settle()
         # of 100 tokens the next query sees the first 4 and the last 9
         for start, stop, share in ((0, 4, 1.0), (2, 6, 0.5), (50, 60, 0.0), (86, 96, 0.5), (95, 100, 1.0)):
-            assert np.allclose(kept_of(cache, start, stop), share)
+            assert np.allclose(kept_share(cache, start, stop), share)
 
 
 def test_the_marked_tokens_of_a_needle_are_its_statement(lm: Any, long_texts: Path) -> None:
