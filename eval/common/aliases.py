@@ -122,10 +122,16 @@ def _grouped(args: list[str], command: str) -> list[str]:
 def _read_yaml(value: str) -> Node | None:
     """Read a file's name or YAML text; None: it is neither, and the parser says what is wrong."""
     try:
-        path = Path(value)
-        return yaml.compose(path.read_text(encoding="utf-8") if path.is_file() else value)
+        return yaml.compose(Path(value).read_text(encoding="utf-8") if _is_file(value) else value)
     except (OSError, ValueError, yaml.YAMLError):
         return None
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).is_file()
+    except (OSError, ValueError):  # YAML text that is too long for a file's name
+        return False
 
 
 def _is_mapping(value: str) -> bool:

@@ -40,7 +40,7 @@ FULL = row("full", "full", 1.0, [3.0, 2.0], [True, True, False, True])
 def test_recall_is_the_share_of_what_the_full_cache_recalls() -> None:
     found = recall_share(row("mine", "ours", 0.2, [3.1, 2.1], [True, False, True]), FULL)
     assert found["asked"] == 3 and found["right"] == pytest.approx(2 / 3)
-    with pytest.raises(SmartKVError, match="was not asked what the full cache recalls"):
+    with pytest.raises(SmartKVError, match="was asked other facts"):
         recall_share(row("mine", "ours", 0.2, [3.1, 2.1], [True] * 4), FULL)
 
 
