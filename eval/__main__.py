@@ -1,6 +1,7 @@
 """Entry point of the measurements: `python -m eval <command> --help`."""
 
 import sys
+from typing import Any
 
 from jsonargparse import auto_cli
 
@@ -29,7 +30,7 @@ from eval.tasks.ruler import ruler
 from smartkv.errors import one_line_errors
 from smartkv.io.hub import limit_hub_waiting
 
-COMMANDS = {
+COMMANDS: dict[str, Any] = {
     "anchors": anchors,
     "auto": auto,
     "baselines": baselines,

@@ -1,4 +1,4 @@
-"""A backbone with an adapter that eviction tuning left."""
+"""Puts a peft adapter, such as eviction tuning makes, into a backbone."""
 
 import warnings
 from pathlib import Path
@@ -11,13 +11,19 @@ from smartkv.models.backbone import Backbone
 
 
 def with_adapter(lm: Backbone, adapter: str | None) -> Backbone:
-    """`lm` with the adapter in it, in place; it is not merged: in bfloat16 its small changes would be rounded away.
+    """Put an adapter into a backbone, in place.
+
+    The adapter is not merged into the weights, because bfloat16 would round its small changes away.
 
     Args:
-        adapter: folder, or hub id, of a peft adapter; None: nothing is changed.
+        lm: the backbone.
+        adapter: folder or hub id of a peft adapter; None: the backbone stays as it is.
+
+    Returns:
+        `lm` itself.
 
     Raises:
-        SmartKVError: there is none, or it is of another model.
+        SmartKVError: the adapter cannot be read, or it belongs to another model.
     """
     if adapter is None:
         return lm

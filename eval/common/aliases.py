@@ -105,26 +105,33 @@ def _grouped(args: list[str], command: str) -> list[str]:
         if not flag.startswith("--"):
             expanded.append(flag + mark + value)
             continue
+        values = [value] if mark else []
         if not mark and rest and not rest[0].startswith("--"):
-            mark, value = "=", rest.pop(0)
+            values = [rest.pop(0)]
         name = flag[2:].rstrip("+")
-        if name in SHORT_GROUPS and mark and not _is_mapping(value):
+        if name in SHORT_GROUPS and values and not _is_mapping(values[0]):
             flag = flag.replace(name, SHORT_GROUPS[name], 1)
         elif name in places:
             flag = flag.replace(name, places[name], 1)
-        elif name == "config" and mark:
-            value = _grouped_config(value, command)
-        expanded += [flag + mark + value]
+        elif name == "config":
+            values = [_grouped_config(value, command) for value in values]
+        expanded += [flag + mark + values[0]] if mark else [flag, *values]
     return expanded
 
 
 def _read_yaml(value: str) -> Node | None:
     """Read a file's name or YAML text; None: it is neither, and the parser says what is wrong."""
     try:
-        path = Path(value)
-        return yaml.compose(path.read_text(encoding="utf-8") if path.is_file() else value)
+        return yaml.compose(Path(value).read_text(encoding="utf-8") if _is_file(value) else value)
     except (OSError, ValueError, yaml.YAMLError):
         return None
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).is_file()
+    except (OSError, ValueError):  # YAML text that is too long for a file's name
+        return False
 
 
 def _is_mapping(value: str) -> bool:

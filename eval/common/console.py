@@ -1,4 +1,4 @@
-"""The console of all commands."""
+"""The console that commands print to."""
 
 import sys
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from rich.console import Console
 
 
 def make_console() -> Console:
-    """A console that is wide enough for our tables where the output is no terminal."""
+    """Make a console; where the output is no terminal it is 120 characters wide, so that tables fit."""
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def say_once(console: Console) -> Callable[[str], None]:
-    """A function that prints a line unless it has printed it before: where a text comes from is said once a run."""
+    """Make a function that prints a line unless it has printed it before, such as the origin of a text."""
     printed: set[str] = set()
 
     def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""A measurement in a fresh process, so that peak memory is its own."""
+"""Runs a measurement in a fresh process, so that its peak memory is its own."""
 
 import multiprocessing
 import os
@@ -16,14 +16,17 @@ from smartkv.errors import SmartKVError, error_line
 
 
 def run_isolated(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What `measure(*arguments)` returns in a new process, with `peak_memory` in bytes; {"note": …} where it had not
-    enough memory.
+    """Run `measure(*arguments)` in a new process.
 
     Args:
-        measure: a function of a module, which the new process imports.
+        measure: a function at the top of a module, which the new process imports.
+        arguments: of `measure`.
+
+    Returns:
+        Its figures and `peak_memory`, bytes; or `{"note": …}` alone where memory was not enough.
 
     Raises:
-        SmartKVError: the measurement failed otherwise; what it met is on stderr, or said here.
+        SmartKVError: the measurement failed for another reason, which the message gives or stderr shows.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -31,27 +34,28 @@ def run_isolated(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dic
     process.start()
     sender.close()
     try:
-        found: dict[str, Any] = receiver.recv()
+        figures: dict[str, Any] = receiver.recv()
     except EOFError:
         process.join()
-        if process.exitcode != -signal.SIGKILL:  # which is what a machine without memory does to it
+        if process.exitcode != -signal.SIGKILL:  # the kernel sends SIGKILL when memory is short
             name = f"{measure.__module__}.{measure.__qualname__}"
             raise SmartKVError(f"{name} ended without a result (status {process.exitcode}): see above") from None
         return {"note": "killed: out of memory"}
     finally:
         process.join()
-    if "error" in found:
-        raise SmartKVError(found["error"])
-    return found
+    if "error" in figures:
+        raise SmartKVError(figures["error"])
+    return figures
 
 
 def _send(sender: Any, measure: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
+    """Measure, and send the figures to the parent."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         figures = measure(*arguments)
     except Exception as error:
-        if (said := error_line(error)) is not None:
-            figures = {"error": said}
+        if (message := error_line(error)) is not None:
+            figures = {"error": message}
         elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             figures = {"note": f"out of memory: {str(error).partition(chr(10))[0]}"}
         else:
@@ -60,14 +64,16 @@ def _send(sender: Any, measure: Callable[..., dict[str, Any]], arguments: tuple[
 
 
 def _end_with_parent() -> None:
-    """A command that is killed leaves no measurement behind that goes on for minutes."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    """End this process when its parent ends, so that a killed command leaves no measurement running."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _peak() -> int:
-    """Bytes of memory that this process has held at most."""
+    """Return the peak memory of this process in bytes."""
     status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024  # ru_maxrss would start with what the parent held
+    if status.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(match[1]) * 1024  # ru_maxrss would start with the parent's memory
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""What every command leaves behind."""
+"""Files that commands write: JSON results, Markdown tables, pictures."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from smartkv.io.atomic import write_atomically
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of the libraries that figures depend on."""
     return {
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
@@ -26,13 +27,17 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What a figure was measured on."""
+    """Describe the machine that figures are measured on.
+
+    Args:
+        device: cpu or cuda; a GPU is named too.
+    """
     names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    found = {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count()}
-    found |= {"capability": torch.backends.cpu.get_cpu_capability()}
+    description: dict[str, Any] = {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count()}
+    description |= {"capability": torch.backends.cpu.get_cpu_capability()}
     if torch.device(device).type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found | versions()
+        description["gpu"] = torch.cuda.get_device_name(device)
+    return description | versions()
 
 
 def _cpuinfo() -> list[str]:
@@ -41,7 +46,17 @@ def _cpuinfo() -> list[str]:
 
 
 def write_result(out: Path, command: str, arguments: dict[str, Any], figures: dict[str, Any]) -> Path:
-    """`<out>/<command>.json`: arguments, versions and figures."""
+    """Write `<out>/<command>.json`: arguments, versions and figures.
+
+    Args:
+        out: folder.
+        command: its name.
+        arguments: of the run.
+        figures: further keys of the file.
+
+    Returns:
+        The file's path.
+    """
     path = out / f"{command}.json"
     content = {"command": command, "arguments": arguments, "versions": versions(), **figures}
     write_atomically(path, json.dumps(content, indent=1, default=str).encode())
@@ -49,9 +64,10 @@ def write_result(out: Path, command: str, arguments: dict[str, Any], figures: di
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """
+    """Read a result that a command wrote.
+
     Raises:
-        SmartKVError: missing or not JSON.
+        SmartKVError: the file is missing or not JSON.
     """
     try:
         return json.loads(path.read_text())
@@ -60,27 +76,39 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def save_picture(figure: Figure, path: Path) -> Path:
+    """Save a figure as PNG, 130 dots per inch; its folder is made if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 
 
 def write_tables(path: Path, tables: Sequence[Table], introduction: str = "") -> Path:
-    """What the console shows, as Markdown, for documents: a heading and a table each, after an introduction."""
+    """Write tables as Markdown, each with a heading.
+
+    Args:
+        path: of the file.
+        tables: of plain text cells.
+        introduction: text before the tables.
+    """
     parts = [f"{introduction}\n"] if introduction else []
     write_atomically(path, "\n".join([*parts, *(markdown(table) for table in tables)]).encode())
     return path
 
 
 def provenance(command: str, arguments: dict[str, Any]) -> str:
-    """A line for a page of tables: the command, its arguments, the machine among them."""
-    said = ", ".join(f"{name} {value}" for name, value in arguments.items() if name != "machine")
-    where = ", ".join(f"{name} {value}" for name, value in arguments["machine"].items())
-    return f"`python -m eval {command}`: {said}. Machine: {where}."
+    """Return a line of Markdown that tells the command, its arguments and the machine.
+
+    Args:
+        command: its name.
+        arguments: of the run, `machine` among them.
+    """
+    settings = ", ".join(f"{name} {value}" for name, value in arguments.items() if name != "machine")
+    machine_parts = ", ".join(f"{name} {value}" for name, value in arguments["machine"].items())
+    return f"`python -m eval {command}`: {settings}. Machine: {machine_parts}."
 
 
 def markdown(table: Table) -> str:
-    """A table of plain text cells."""
+    """Return a table of plain text cells as Markdown, its title as a heading."""
     columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
     head, *rows = zip(*columns, strict=True)
     marks = ["---:" if column.justify == "right" else "---" for column in table.columns]

@@ -1,4 +1,4 @@
-"""Figures that take long: one file for all of a command's, so that a run that was killed goes on where it stopped."""
+"""Measured figures on disk, so that a run that was killed goes on where it stopped."""
 
 import hashlib
 import json
@@ -14,24 +14,29 @@ from smartkv.gates.bank import GateBank
 from smartkv.io.atomic import write_atomically
 from smartkv.io.locks import lock_folder
 
-SAMPLED = 256  # figures of a weight that its model's digest is made of
+SAMPLED = 256  # elements of each weight that count for the digest of a model
 
 
 class Measurements:
-    """Measured figures; one that is there is not measured again.
+    """Measured figures of one command in one file. A figure in the file is not measured again.
 
     Args:
-        path: of the file, JSON.
-        settings: of the run, for JSON: figures of other settings are kept beside, and not read.
+        path: of the JSON file. Its folder is locked, because a second run would overwrite the figures of the first.
+        settings: of the run, fit for JSON. Figures of other settings stay in the file and are not read.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        lock_folder(path.parent)  # another run's figures would be lost
+        lock_folder(path.parent)
         self.path, self.settings = path, settings
         self.done: dict[str, Any] = read_result(path) if path.exists() else {}
 
     def measured(self, key: Any, measure: Callable[[], Any]) -> Any:
-        """The figures of `key` (anything for JSON), from the file, or from `measure`, which returns some for JSON."""
+        """Return the figures of a key: from the file, or measured now and added to the file.
+
+        Args:
+            key: identifies the measurement within the settings; fit for JSON.
+            measure: returns the figures, fit for JSON.
+        """
         name = hashlib.sha256(json.dumps([self.settings, key], sort_keys=True).encode()).hexdigest()[:24]
         if name not in self.done:
             self.done[name] = measure()
@@ -40,20 +45,24 @@ class Measurements:
 
 
 def digest(tensor: Tensor) -> str:
-    """Of a tensor's content, for a cell's key."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()[:16]
+    """Return a digest of a tensor's content, 16 hexadecimal digits."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def digest_of_model(model: nn.Module) -> str:
-    """Of some figures of every weight: another training changes them, and a large model is not read whole."""
-    found = hashlib.sha256()
+    """Return a digest of a model's weights, 16 hexadecimal digits.
+
+    About `SAMPLED` evenly spread elements of each weight count. Any training changes them, and a large model is not
+    read whole.
+    """
+    total = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         flat = weight.detach().flatten()
-        some = flat[:: max(1, len(flat) // SAMPLED)].float().cpu()
-        found.update(f"{name} {tuple(weight.shape)} {digest(some)}".encode())
-    return found.hexdigest()[:16]
+        sample = flat[:: max(1, len(flat) // SAMPLED)].float().cpu()
+        total.update(f"{name} {tuple(weight.shape)} {digest(sample)}".encode())
+    return total.hexdigest()[:16]
 
 
 def digests(gates: GateBank | None) -> dict[str, str]:
-    """Of all weights of some gates."""
+    """Return the digest of each weight of the gates; nothing without gates."""
     return {} if gates is None else {name: digest(weight) for name, weight in sorted(gates.state_dict().items())}

@@ -1,6 +1,6 @@
-"""NVIDIA's presses as contenders, as their own code has them, and gates in one: for protocol `once`.
+"""Presses of NVIDIA's kvpress as contenders for protocol `once`: its own methods, and a press that asks the gates.
 
-kvpress takes no transformers from 5.3 on, so it lives in an environment of its own: extra `kvpress`.
+kvpress does not work with transformers 5.3 and later. Install the extra `kvpress` into an environment of its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from smartkv.policies.lifetimes import FOREVER
 
 PREFIX = "press:"
-# what each takes at inference: our own look at the code of kvpress 0.5.5
+# the input of each at inference, read from the code of kvpress 0.5.5
 NEEDS = {
     "knorm": "keys",
     "keydiff": "keys",
@@ -38,12 +38,26 @@ NEEDS = {
     "ada_lifespan": "keys",
     "dms_lifespan": "keys",
 }
-SINKS, WINDOW = 4, 16  # tokens that our press always keeps
+SINKS, WINDOW = 4, 16  # tokens that LifespanPress always keeps
 
 
 class PressContender:
-    """A press, by name: kvpress's own; `lifespan` is ours. `ada_…`: in kvpress's AdaKVPress, with budgets by head.
-    `dms_…`: in its DMSPress, with one price for all heads of all layers."""
+    """A press by its name.
+
+    `lifespan` is `smartkv.press.LifespanPress`; the others are kvpress's own. `ada_…` wraps a press into kvpress's
+    AdaKVPress, which gives each head a budget of its own. `dms_…` wraps it into kvpress's DMSPress, which has one
+    threshold for all heads of all layers.
+
+    Args:
+        lm: the model.
+        gates: for `lifespan`; None: there are none.
+        name: `press:` and one of `NEEDS`.
+        windows: calibration texts, ids `[tokens]` each, on which a threshold is solved.
+        prefill: tokens after which keys are evicted.
+
+    Raises:
+        SmartKVError: an unknown name, gates that are missing, or kvpress is not installed.
+    """
 
     def __init__(
         self, lm: Backbone, gates: GateBank | None, name: str, windows: Sequence[Tensor], prefill: int
@@ -65,8 +79,9 @@ class PressContender:
 
     @torch.no_grad()
     def solved(self, footprint: float) -> Any:
+        """Find the compression ratio, or the threshold of DMSPress; see `Contender.solved`."""
         if self.press == "ada_expected_attention":
-            return {"compression_ratio": 1 - footprint, "epsilon": 0.01}  # as kvpress's own benchmark has it
+            return {"compression_ratio": 1 - footprint, "epsilon": 0.01}  # the value of kvpress's own benchmark
         if self.press != "dms_lifespan":
             return {"compression_ratio": 1 - footprint}
         tables = [GateScores(self.lm, self._gates)(tokens) for tokens in self.windows]
@@ -75,7 +90,7 @@ class PressContender:
 
     @property
     def _gates(self) -> GateBank:
-        if self.gates is None:  # told in __init__
+        if self.gates is None:  # refused in __init__
             raise SmartKVError(f"contender '{self.name}' needs gates")
         return self.gates
 
@@ -99,11 +114,16 @@ class PressContender:
             "observed_attention": k.ObservedAttentionPress,
             "expected_attention": k.ExpectedAttentionPress,
         }
-        found = classes[self.press.removeprefix("ada_")](**setting)
-        return k.AdaKVPress(found) if self.press.startswith("ada_") else found
+        press = classes[self.press.removeprefix("ada_")](**setting)
+        return k.AdaKVPress(press) if self.press.startswith("ada_") else press
 
     @torch.inference_mode()
     def read(self, setting: Any, tokens: Tensor, first_token: int, first_query: int, prefill: int | None) -> Reading:
+        """Read a text whose prefill is compressed; see `Contender.read`.
+
+        Raises:
+            SmartKVError: `prefill` is None.
+        """
         if prefill is None:
             raise SmartKVError(f"contender '{self.name}' compresses once: it is for --protocol once")
         model, ids = self.lm.model, tokens.long()[None].to(self.lm.model.device)
@@ -111,19 +131,19 @@ class PressContender:
         cache, modules = DynamicCache(), attention_modules(model)
         try:
             if self.press == "observed_attention":
-                model.set_attn_implementation("eager")  # it is given the weights
+                model.set_attn_implementation("eager")  # this press reads the attention weights
             for module in modules:
-                module.masked_key_indices = None
+                module.masked_key_indices = None  # type: ignore[assignment]
             with torch.random.fork_rng(), self._make(setting)(model):
-                # RandomPress with a seed of its own draws the same for every layer: we seed the generator it shares
+                # RandomPress with its own seed would draw the same keys in every layer. We seed the shared generator.
                 torch.manual_seed(int(tokens.sum()))
                 prefilled = model.base_model(input_ids=ids[:, :prefill], past_key_values=cache, use_cache=True)
             hidden = [module.masked_key_indices for module in modules]
             if any(keys is not None for keys in hidden):
-                ttl = self._times(hidden, len(tokens), prefill)
-                found = read_with_lifetimes(self.lm, ttl, tokens, first_token, first_query)
-                return found._replace(peak_bytes=None)  # kvpress frees nothing here
-            # positions, and no cache_position: kvpress's own way, by which the mask counts what is left
+                ttl = self._lifetimes(hidden, len(tokens), prefill)
+                reading = read_with_lifetimes(self.lm, ttl, tokens, first_token, first_query)
+                return reading._replace(peak_bytes=None)  # kvpress itself frees nothing here
+            # kvpress too gives positions and no cache_position, so that the mask counts the keys that are left
             position = torch.arange(prefill, len(tokens) - 1, device=ids.device)[None]
             rest = model.base_model(
                 input_ids=ids[:, prefill:-1], past_key_values=cache, position_ids=position, use_cache=True
@@ -131,19 +151,27 @@ class PressContender:
         finally:
             model.set_attn_implementation(implementation)
             for module in modules:
-                module.masked_key_indices = None
+                module.masked_key_indices = None  # type: ignore[assignment]
         states = torch.cat([prefilled.last_hidden_state[0], rest.last_hidden_state[0]])
         losses = losses_after(model, states[query_before(first_token) :], ids[0, first_token:])
         later = len(tokens) - 1 - prefill
-        kept = sum(layer.keys.shape[2] - later for layer in cache.layers) / len(modules)
+        keys = [layer.keys for layer in cache.layers]  # type: ignore[union-attr]
+        kept = sum(k.shape[2] - later for k in keys if k is not None) / len(modules)
         return Reading(*losses, _footprint(kept, prefill, first_query, len(tokens) - 1), None)
 
-    def _times(self, hidden: Sequence[Any], tokens: int, prefill: int) -> Tensor:
-        """TTLs `[layers, kv_heads, tokens]` by which what kvpress hides in each layer, as (rows, heads, positions) or
-        None, goes after the prefill.
+    def _lifetimes(self, hidden: Sequence[Any], tokens: int, prefill: int) -> Tensor:
+        """Return TTLs by which the keys that kvpress hides are evicted at the end of the prefill.
 
-        kvpress puts in the place of a hidden key one that no query of the call is to look at. Where these are many,
-        some do (with a score of −1, on a tiny model): so we only ask it which keys it hides.
+        kvpress replaces a hidden key by one that no query should look at. With many hidden keys some queries do look at
+        them (with a score of −1, on a tiny model). So we only take from kvpress which keys it hides.
+
+        Args:
+            hidden: by layer, indices (rows, heads, positions) of hidden keys, or None.
+            tokens: tokens of the text.
+            prefill: tokens of the prefill.
+
+        Returns:
+            int64 `[layers, kv_heads, tokens]`.
         """
         arch = self.lm.architecture
         ttl = torch.full((arch.layers, arch.kv_heads, tokens), FOREVER)
@@ -155,7 +183,10 @@ class PressContender:
 
 
 def _footprint(kept: float, prefill: int, first_query: int, stop: int) -> float:
-    """Σ keys seen ÷ Σ keys of a full cache, over the queries `first_query ≤ i < stop`; the prefill sees all."""
+    """Return Σ keys seen ÷ Σ keys of a full cache over the queries `first_query ≤ i < stop`.
+
+    Queries of the prefill see all keys; later ones see the `kept` keys of the prefill and all that follow.
+    """
     query = torch.arange(first_query, stop, dtype=torch.float64)
     seen = torch.where(query < prefill, query + 1, kept + query - prefill + 1)
     return float(seen.sum() / (query + 1).sum())

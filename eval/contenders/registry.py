@@ -1,4 +1,4 @@
-"""The contenders by their names."""
+"""Contenders by name: makes the objects that a list of names asks for."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -31,9 +31,9 @@ NULLS = ("null:constant", "null:position", "null:token_table")
 ORACLES = ("oracle:lifespan", "oracle:attention")
 QUANTISED = "quant:"
 ADAPTIVE_BY_GATES = "quant:adaptive_gates"
-OWN = "gates"  # the policy that goes with the gates
-DEFAULT = (OWN, "window", *BASELINES, *NULLS, *ORACLES)
-WINDOW = 32  # tokens that stay in any case, of nulls and oracles
+OWN_POLICY = "gates"  # the policy that is stored with the gates
+DEFAULT = (OWN_POLICY, "window", *BASELINES, *NULLS, *ORACLES)
+WINDOW = 32  # number of latest tokens that nulls and oracles always keep
 
 
 def make_contenders(
@@ -45,21 +45,24 @@ def make_contenders(
     protocol: EvictionProtocol = "stream",
     prefill: int = 1024,
 ) -> list[Contender]:
-    """The full cache, and who is named.
+    """Make the contenders of some names, the full cache before them.
 
     Args:
         names: see `eval.eviction.compare.compare`.
-        windows: training texts, ids `[tokens]` each, all of one length: on them prices are solved, and nulls learn.
-        first_token: tokens are scored from this one on.
+        lm: the model.
+        gates: None: there are none.
+        windows: training texts, ids `[tokens]` each, all of one length. Prices are solved on them, and nulls learn from
+            them.
+        first_token: tokens from this one on are scored.
         protocol: stream or once.
-        prefill: tokens, for protocol once.
+        prefill: tokens of the prefill, for protocol once.
 
     Raises:
-        SmartKVError: a name that is none, or one that needs gates where there are none.
+        SmartKVError: an unknown name, a name that needs gates when there are none, or one of the other protocol.
     """
     tokens = len(windows[0])
     counted = prefill if protocol == "once" else query_before(first_token)
-    found: list[Contender] = [FullCache(lm)]
+    contenders: list[Contender] = [FullCache(lm)]
     calibrate = cache(
         lambda with_gates: Calibration.measure(
             lm.model, gates if with_gates else None, windows, query_before(first_token)
@@ -76,42 +79,44 @@ def make_contenders(
         if name.startswith(PREFIX):
             if protocol != "once":
                 raise SmartKVError(f"contender '{name}' compresses once, after the prefill: it is for --protocol once")
-            found.append(PressContender(lm, gates, name, windows, prefill))
+            contenders.append(PressContender(lm, gates, name, windows, prefill))
         elif name in BASELINES:
             for seed in SEEDS if name == "random" else SEEDS[:1]:
-                found.append(baseline(name, lm, tokens, first_token, protocol, seed))
+                contenders.append(baseline(name, lm, tokens, first_token, protocol, seed))
         elif name.startswith(QUANTISED):
-            found.append(_quantised(lm, gates, name))
+            contenders.append(_quantised(lm, gates, name))
         elif name in NULLS:
-            table = _learnt(lm, windows, name.removeprefix("null:"))
-            found.append(scored(name, "null", "nothing", table, lifespans=name == "null:constant"))
+            table = _learned_null(lm, windows, name.removeprefix("null:"))
+            contenders.append(scored(name, "null", "nothing", table, lifespans=name == "null:constant"))
         elif name in ORACLES:
-            found.append(scored(name, "oracle", "the text to come", _foresight(lm, name), name == "oracle:lifespan"))
+            contenders.append(
+                scored(name, "oracle", "the text to come", _true_labels(lm, name), name == "oracle:lifespan")
+            )
         elif name.startswith(("null:", "oracle:")):
-            raise SmartKVError(f"there is no '{name}': expected {', '.join((*NULLS, *ORACLES))}")
+            raise SmartKVError(f"there is no contender '{name}': expected {', '.join((*NULLS, *ORACLES))}")
         else:
-            name, bits = _packed(name)
-            policy = _own(gates) if name == OWN else read_policy(name, lm.architecture.layers)
+            name, bits = _without_bits(name)
+            policy = _own_policy(gates) if name == OWN_POLICY else read_policy(name, lm.architecture.layers)
             if bits and protocol == "once":
                 raise SmartKVError(f"contender '{name}' packs while it reads: it is for --protocol stream")
             policy.check(lm.architecture, gates)
             if protocol == "once" and policy.gated:
-                found.append(scored(name, "ours", "keys", _remembered(GateScores(lm, gates))))
+                contenders.append(scored(name, "ours", "keys", _gate_scores(lm, gates)))
             elif protocol == "once":
-                found.append(scored(name, "rule", "nothing", _recency(lm)))
+                contenders.append(scored(name, "rule", "nothing", _recency(lm)))
             else:
                 kind = "ours" if policy.gated else "rule"
-                found.append(PolicyContender(lm, gates, policy, partial(calibrate, policy.gated), kind, bits))
-    return found
+                contenders.append(PolicyContender(lm, gates, policy, partial(calibrate, policy.gated), kind, bits))
+    return contenders
 
 
-def _packed(name: str) -> tuple[str, tuple[int, int] | None]:
-    """A policy's name without `+4bit` or `+k6v4`, and the bits of keys and values."""
+def _without_bits(name: str) -> tuple[str, tuple[int, int] | None]:
+    """Split a name such as `gates+4bit` or `gates+k6v4` into the policy's name and the bits of keys and of values."""
     plain, _, ending = name.rpartition("+")
-    found = re.fullmatch(r"(\d)bit|k(\d)v(\d)", ending)
-    if not plain or found is None:
+    match = re.fullmatch(r"(\d)bit|k(\d)v(\d)", ending)
+    if not plain or match is None:
         return name, None
-    both, key, value = found.groups()
+    both, key, value = match.groups()
     return plain, (check_bits(int(both or key)), check_bits(int(both or value)))
 
 
@@ -127,37 +132,52 @@ def _quantised(lm: Backbone, gates: GateBank | None, name: str) -> QuantisedCont
     if mark and not latest.isdigit():
         raise SmartKVError(f"contender '{name}' has no number of tokens after '@', such as quant:kivi2@32")
     residual = int(latest) if mark else None
-    QuantizedCache(lm.model, codec, residual)  # a name that is none is told here
+    QuantizedCache(lm.model, codec, residual)  # refuses an unknown name now and not in the middle of a run
     return QuantisedContender(lm, name, lambda: QuantizedCache(lm.model, codec, residual))
 
 
-def _own(gates: GateBank | None) -> HybridPolicy:
+def _own_policy(gates: GateBank | None) -> HybridPolicy:
+    """Read the policy that is stored with the gates."""
     if gates is None:
-        raise SmartKVError(f"contender '{OWN}' is the policy that goes with gates: give --gates")
+        raise SmartKVError(
+            f"contender '{OWN_POLICY}' is the policy that is stored with the gates, and there are none: give --gates"
+        )
     if "policy" not in gates.details:
-        raise SmartKVError("no policy goes with these gates: name one, such as all-gated, in place of 'gates'")
-    return HybridPolicy.from_dict(gates.details["policy"] | {"name": OWN})
+        raise SmartKVError(
+            "these gates have no policy stored with them: name one, such as all-gated, in place of 'gates'"
+        )
+    return HybridPolicy.from_dict(gates.details["policy"] | {"name": OWN_POLICY})
+
+
+def _gate_scores(lm: Backbone, gates: GateBank | None) -> Scores:
+    """Scores of the gates; a policy that has passed its `check` asks none that are missing."""
+    if gates is None:
+        raise SmartKVError("a policy that asks gates needs some: give --gates")
+    return _remembered(GateScores(lm, gates))
 
 
 def _recency(lm: Backbone) -> Scores:
+    """Scores by which later keys stay."""
     arch = lm.architecture
     return lambda tokens: torch.arange(len(tokens)).float().expand(arch.layers, arch.kv_heads, -1).clone()
 
 
-def _foresight(lm: Backbone, name: str) -> Scores:
-    """True lifespans or future attention."""
+def _true_labels(lm: Backbone, name: str) -> Scores:
+    """Scores that an oracle takes from the text to come: true lifespans in log4, or future attention."""
 
     @_remembered
     def scores(tokens: Tensor) -> Tensor:
-        found = oracle_labels(lm.model, tokens, WINDOW)
-        return log4_lifespan(found.lifespan, len(tokens)) if name == "oracle:lifespan" else found.attention
+        labels = oracle_labels(lm.model, tokens, WINDOW)
+        return log4_lifespan(labels.lifespan, len(tokens)) if name == "oracle:lifespan" else labels.attention
 
     return scores
 
 
-def _learnt(lm: Backbone, windows: Sequence[Tensor], by: str) -> Scores:
-    """Mean log4 lifespan of the training keys by head, and by position or token; keys of the first half of the windows,
-    which were followed up for as long as half a window."""
+def _learned_null(lm: Backbone, windows: Sequence[Tensor], by: str) -> Scores:
+    """Scores of a null: the mean log4 lifespan of training keys by head, and by position or token.
+
+    Only keys of the first half of each window count, because all of them are followed up for half a window.
+    """
     arch = lm.architecture
     half = len(windows[0]) // 2
     bins = {"constant": 1, "position": len(windows[0]), "token_table": len(lm.tokenizer)}[by]
@@ -175,7 +195,7 @@ def _learnt(lm: Backbone, windows: Sequence[Tensor], by: str) -> Scores:
 
 
 def _remembered(scores: Callable[[Tensor], Tensor]) -> Scores:
-    """What takes a forward pass is kept, float32 `[layers, kv_heads, tokens]` a text, for the next footprint."""
+    """Remember the scores of each text, which take a forward pass, for the next footprint."""
     known: dict[bytes, Tensor] = {}
 
     def remembered(tokens: Tensor) -> Tensor:

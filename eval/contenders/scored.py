@@ -1,4 +1,4 @@
-"""Contenders that keep keys by a score each: nulls, oracles, and gates in the protocol `once`."""
+"""Contenders that give each key a score: nulls, oracles, and gates in protocol `once`."""
 
 import math
 from collections.abc import Sequence
@@ -21,30 +21,39 @@ from smartkv.policies.lifetimes import FOREVER
 
 
 class Scores(Protocol):
-    """A figure for each key of a text: larger stays longer."""
+    """A function that scores each key of a text; keys with a larger score stay longer."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """ids `[tokens]` -> float32 `[layers, kv_heads, tokens]`."""
+        """Score the keys of `tokens` (ids `[tokens]`); float32 `[layers, kv_heads, tokens]`."""
 
 
 class _TableCache(LifespanCache):
-    """TTLs from a table `[layers, kv_heads, tokens]`."""
+    """A cache whose keys live as long as a table says.
+
+    Attributes:
+        table: TTLs, int64 `[layers, kv_heads, tokens]`.
+    """
 
     table: Tensor
 
     def times_to_live(self, layer: int, keys: Tensor, position: Tensor) -> Tensor:
+        """Look the TTLs of new keys up; see `LifespanCache`."""
         return self.table[layer][None].to(keys.device).gather(2, position[:, None].expand(keys.shape[:3]))
 
 
 class ScoredContender:
-    """Keys stay by a figure each, known when they are born, above one price for all heads.
+    """A contender whose keys each have a score that is known at once, and stay above one price for all heads.
 
     Args:
-        name, kind, needs: as `Contender`.
-        scores: of a text's keys.
-        window, sinks: tokens that always stay.
+        lm: the model.
+        name: see `Contender`.
+        kind: see `Contender`.
+        needs: see `Contender`.
+        scores: scores the keys of a text.
         windows: calibration texts, ids `[tokens]` each.
-        first_query: queries of them that count.
+        first_query: queries of the calibration texts from this one on count.
+        window: number of latest tokens that always stay.
+        sinks: number of first tokens that always stay.
         lifespans: scores are log4 of lifespans, and each key stays for a multiple of its own.
         protocol: stream or once.
     """
@@ -65,30 +74,32 @@ class ScoredContender:
     ) -> None:
         self.lm, self.name, self.kind, self.needs, self.scores = lm, name, kind, needs, scores
         self.lifespans, self.protocol, self.first_query = lifespans, protocol, first_query
-        free: dict[str, Any] = {"price": -math.inf, "multiple": None} if lifespans else {}
-        self.policy = HybridPolicy((LayerRule("all", "gated", window),), sinks=sinks, name=name, **free)
+        open_figures: dict[str, Any] = {"price": -math.inf, "multiple": None} if lifespans else {}
+        self.policy = HybridPolicy((LayerRule("all", "gated", window),), sinks=sinks, name=name, **open_figures)
         with torch.inference_mode():
             self.tables = [scores(tokens) for tokens in windows]
 
     def solved(self, footprint: float) -> Any:
+        """Find the price, or the multiple of lifespans; see `Contender.solved`."""
         if self.protocol == "once":
             return price_for_share(self.tables, footprint, self.first_query, self.policy)
         tables = torch.stack(self.tables, dim=1)  # [layers, windows, kv_heads, tokens]
         calibration = Calibration(
             dict(enumerate(tables)), len(tables), tables.shape[-1], self.first_query, tables.shape[-1]
         )
-        found = solve(self.policy, footprint, calibration)
-        return found.multiple if self.lifespans else found.price
+        policy = solve(self.policy, footprint, calibration)
+        return policy.multiple if self.lifespans else policy.price
 
     @torch.inference_mode()
     def read(self, setting: Any, tokens: Tensor, first_token: int, first_query: int, prefill: int | None) -> Reading:
+        """Read a text whose keys live as their scores say; see `Contender.read`."""
         table = self.scores(tokens)
         if prefill is not None:
             ttl = lifetimes_once(table, setting, prefill, self.policy)
         else:
             open_figure = {"multiple": setting} if self.lifespans else {"price": setting}
             policy = replace(self.policy, **open_figure)
-            ttl = policy.times_to_live(policy.rules[0], table)
+            ttl = torch.as_tensor(policy.times_to_live(policy.rules[0], table))
         return read_with_lifetimes(
             self.lm, ttl, tokens, first_token, first_query, self.policy.rules[0].window or 1, self.policy.sinks
         )
@@ -97,24 +108,35 @@ class ScoredContender:
 def read_with_lifetimes(
     lm: Backbone, ttl: Tensor, tokens: Tensor, first_token: int, first_query: int, window: int = 1, sinks: int = 0
 ) -> Reading:
-    """A text whose keys live as long as a table says; arguments and result as `Contender.read`.
+    """Read a text whose keys live as long as a table says.
 
     Args:
-        ttl: int64 `[layers, kv_heads, tokens]`.
-        window, sinks: tokens that always stay.
+        lm: the model.
+        ttl: times to live in tokens, int64 `[layers, kv_heads, tokens]`.
+        tokens: ids `[tokens]`.
+        first_token: tokens from this one on are scored.
+        first_query: queries from this one on count for the footprint.
+        window: number of latest tokens that always stay.
+        sinks: number of first tokens that always stay.
     """
     plain = HybridPolicy((LayerRule("all", "window", window),), sinks=sinks)
     with _TableCache(lm.model, None, plain, first_query=first_query) as cache:
         cache.table = ttl
-        found = token_losses(lm.model, tokens, first_token, cache)
-        return Reading(*found, cache.footprint, cache.peak_bytes)
+        losses = token_losses(lm.model, tokens, first_token, cache)
+        return Reading(*losses, cache.footprint, cache.peak_bytes)
 
 
 def price_for_share(tables: Sequence[Tensor], share: float, prefill: int, policy: HybridPolicy) -> float:
-    """The price above which that share of a prefill's keys stays, sinks and window included.
+    """Find the price above which a share of a prefill's keys stays, sinks and window included.
+
+    Args:
+        tables: scores of the calibration texts, `[layers, kv_heads, tokens]` each.
+        share: of the prefill's keys.
+        prefill: tokens.
+        policy: gives the number of sinks and the window, which always stay.
 
     Raises:
-        FootprintOutOfReach: sinks and window alone are more.
+        FootprintOutOfReach: sinks and window alone are more than the share.
     """
     window, sinks = policy.rules[0].window or 0, policy.sinks
     room = share * prefill - window - sinks
@@ -129,19 +151,33 @@ def price_for_share(tables: Sequence[Tensor], share: float, prefill: int, policy
 
 
 def lifetimes_once(table: Tensor, price: float, prefill: int, policy: HybridPolicy) -> Tensor:
-    """TTLs, int64 like `table`, by which the keys of a prefill go at its end, unless they are worth the price."""
+    """Return TTLs by which the keys of a prefill are evicted at its end, unless their score reaches the price.
+
+    Args:
+        table: scores, `[layers, kv_heads, tokens]`.
+        price: least score of a key that stays.
+        prefill: tokens.
+        policy: gives the window, which always stays.
+
+    Returns:
+        int64, shaped like `table`.
+    """
     position = torch.arange(table.shape[-1])
     stays = (table >= price) | (position >= prefill - (policy.rules[0].window or 0))
     return torch.where(stays, FOREVER, prefill - position)
 
 
 class GateScores:
-    """Scores from gates, of a text read with a full cache; of several ages the last: to stay for good."""
+    """Scores that gates give to the keys of a text that is read with a full cache.
+
+    Gates with outputs for several ages give that of the last age.
+    """
 
     def __init__(self, lm: Backbone, gates: GateBank) -> None:
         self.lm, self.gates = lm, gates
 
     def __call__(self, tokens: Tensor) -> Tensor:
+        """Score the keys; see `Scores`."""
         keys = read_keys(self.lm.model, tokens)
         scores = [self.gates.score(layer, layer_keys)[0].cpu() for layer, layer_keys in enumerate(keys)]
         return torch.stack([self.gates.single_score(score) for score in scores])

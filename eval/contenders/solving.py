@@ -1,4 +1,4 @@
-"""A contender's setting for a footprint, kept among a command's figures: a price takes a calibration to solve."""
+"""Settings of contenders for a footprint, remembered between runs because solving a price takes a calibration."""
 
 from typing import Any
 
@@ -10,12 +10,17 @@ from eval.contenders.policies import PolicyContender
 def solved_setting(
     cells: Measurements, contender: Contender, footprint: float, weights: dict[str, str], learnt_on: Any
 ) -> Any:
-    """What `contender` is to be set to for a footprint, see `Contender.solved`.
+    """Return the setting of a contender for a footprint; see `Contender.solved`.
 
     Args:
-        cells: figures of the run; a policy's setting is one of them.
-        weights: digests of the gates, if there are some.
-        learnt_on: the texts of the calibration, for JSON.
+        cells: measured figures of the run; the setting of a policy is remembered among them.
+        contender: any contender.
+        footprint: share of the full cache.
+        weights: digests of the gates; empty without gates.
+        learnt_on: digests of the calibration texts, fit for JSON.
+
+    Raises:
+        FootprintOutOfReach: no setting keeps that share.
     """
     if not isinstance(contender, PolicyContender):
         return contender.solved(footprint)

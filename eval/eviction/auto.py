@@ -1,4 +1,4 @@
-"""`python -m eval auto`: a policy whose windows are chosen layer by layer, from data."""
+"""`python -m eval auto`: chooses the windows of a policy layer by layer, from data."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from smartkv.policy_search import Trade, auto_policy, measure_trade
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
 
-NEARBY = 0.15  # footprints this much below and above the target, between which the worth of the cache is measured
+NEARBY = 0.15  # the worth of cache is measured between footprints this share below and above the target
 
 
 def auto(
@@ -40,11 +40,11 @@ def auto(
 
     Args:
         out: folder for auto.yaml (the policy), auto.json and the picture.
-        gates: folder of exported gates, hub id, or a name of gates that come with SmartKV.
-        footprint: share of the full cache to be kept.
-        windows: sizes to choose from, in tokens.
-        start: the size that all layers have while another is tried in one.
-        local: a layer may also do without gates, and keep recent keys only.
+        gates: folder of exported gates, hub id, or the name of gates that come with SmartKV.
+        footprint: share of the full cache to keep.
+        windows: window sizes to choose from, in tokens.
+        start: window size of all other layers while a size is tried in one layer.
+        local: a layer may also do without gates and keep recent keys only.
         sources: the texts, train split.
         texts: number of windows.
         measure: which tokens are read, and from which on their queries count.
@@ -52,9 +52,9 @@ def auto(
     """
     console = make_console()
     if start not in windows or min(windows) < 1:
-        raise SmartKVError(f"windows must be at least 1 token each and hold start, got {windows} and {start}")
+        raise SmartKVError(f"windows must be at least 1 token each and contain start, got {windows} and {start}")
     if texts < 1 or not 1 <= measure.score_from < measure.window - 1:
-        raise SmartKVError("texts must be at least 1, and score_from lie between 1 and the window")
+        raise SmartKVError("texts must be at least 1, and score_from at least 1 and below the window by 2 or more")
     lm = model.load()
     check_window(lm.model, measure.window)
     bank = GateBank.from_pretrained(gates, lm.model).to(model.device)
@@ -86,7 +86,7 @@ def auto(
         measure.score_from,
         lambda layers: track(list(layers), "Layers", console=console),
     )
-    found = auto_policy(trade, policy, footprint, calibration)
+    chosen = auto_policy(trade, policy, footprint, calibration)
     folder = Path(out)
     settings = {"gates": gates, "backbone": model.backbone, "footprint": footprint, "texts": plan.sources}
     settings |= {"window": measure.window, "windows": sizes, "start": start}
@@ -101,18 +101,18 @@ def auto(
         "divergence": trade.divergence.tolist(),
         "footprint": trade.footprint.tolist(),
         "rate": trade.rate,
-        "policy": found.to_dict(),
+        "policy": chosen.to_dict(),
     }
     result = write_result(folder, "auto", settings, figures)
-    left_open = {**found.to_dict(), "price": None} if found.gated else found.to_dict()
+    left_open = {**chosen.to_dict(), "price": None} if chosen.gated else chosen.to_dict()
     write_atomically(folder / "auto.yaml", yaml.safe_dump(left_open, sort_keys=False).encode())
-    picture = save_picture(_picture(trade, found), folder / "auto.png")
-    console.print(_table(found, len(trade.footprint)))
+    picture = save_picture(_picture(trade), folder / "auto.png")
+    console.print(_table(chosen))
     for path in [folder / "auto.yaml", result, picture]:
         console.print(f"  {path}", highlight=False)
 
 
-def _table(policy: HybridPolicy, layers: int) -> Table:
+def _table(policy: HybridPolicy) -> Table:
     table = Table(title="rules that were chosen")
     for name in ("rule", "window", "layers"):
         table.add_column(name, justify="left" if name == "rule" else "right")
@@ -121,8 +121,8 @@ def _table(policy: HybridPolicy, layers: int) -> Table:
     return table
 
 
-def _picture(trade: Trade, policy: HybridPolicy) -> Figure:
-    """How much each option costs each layer, above its cheapest."""
+def _picture(trade: Trade) -> Figure:
+    """Draw how much more each option costs a layer than the layer's cheapest."""
     above = trade.divergence - trade.divergence.amin(dim=1, keepdim=True)
     return heads_heatmap(
         (above * 1000).numpy(),

@@ -1,4 +1,4 @@
-"""`python -m eval compare`: gates, rules, nulls and oracles on the same texts, at equal footprint."""
+"""`python -m eval compare`: measures gates, rules, nulls and oracles on the same texts at equal footprint."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,26 +39,27 @@ def compare(
     measure: Measure = Measure(),  # noqa: B008
     model: AdaptedModel = AdaptedModel(),  # noqa: B008
 ) -> None:
-    """Compare what decides which keys stay. A run that was killed goes on where it stopped.
+    """Compare ways to decide which keys stay. A run that was killed goes on where it stopped.
 
     Args:
         out: folder for compare.json and the pictures.
-        gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: only contenders
-            without.
-        contenders: `gates` (the policy that goes with them), named policies or YAML files, each also with +8bit or, of
-            keys and of values, +k6v4 behind it (what stays is packed); random, key_norm, keydiff, snapkv, tova, h2o,
-            expected_attention; null:constant, null:position, null:token_table; oracle:lifespan, oracle:attention;
-            quant:fp16, int8, int4, kivi, kivi2, kivi4, adaptive, adaptive_gates (every key stays, in few bits; kivi@32
-            with the latest 32 tokens exact, in place of the scheme's own 128); for protocol once
-            also NVIDIA's presses, and gates in them: press:knorm … press:lifespan (see configs/eval/presses.yaml). The
-            full cache is always measured.
-        footprints: shares of the full cache to be kept (protocol once: shares of the prefill's keys).
-        others: those of contenders that are neither gates nor the sliding window. Null: the same.
-        protocol: stream: keys go while the text is read; once: when the prefill is over, and later ones all stay.
-        prefill: tokens, for protocol once.
-        texts: the kinds of text whose negative log-likelihood is measured.
+        gates: folder of exported gates, hub id, or the name of gates that come with SmartKV. Null: only contenders
+            without gates.
+        contenders: `gates` (the policy stored with them), named policies or YAML files. With +8bit behind a name the
+            keys that stay are packed in 8 bits; with +k6v4 keys take 6 bits and values 4. Rules: random, key_norm,
+            keydiff, snapkv, tova, h2o, expected_attention. Nulls: null:constant, null:position, null:token_table.
+            Oracles: oracle:lifespan, oracle:attention. Quantised caches, in which every key stays: quant:fp16, int8,
+            int4, kivi, kivi2, kivi4, adaptive, adaptive_gates; in quant:kivi@32 the latest 32 tokens are exact in place
+            of the scheme's own 128. For protocol once also NVIDIA's presses, and gates in them: press:knorm …
+            press:lifespan (see configs/eval/presses.yaml). The full cache is always measured.
+        footprints: shares of the full cache to keep (protocol once: shares of the prefill's keys).
+        others: footprints of contenders that are neither gates nor the sliding window. Null: the same.
+        protocol: stream: keys are evicted while the text is read. once: they are evicted when the prefill is over, and
+            later keys all stay.
+        prefill: tokens of the prefill, for protocol once.
+        texts: kinds of text whose negative log-likelihood is measured.
         recall: facts that are stated once in a text and asked for at its end.
-        calibration: the texts, train split, on which prices are solved, and nulls learn.
+        calibration: texts, train split, on which prices are solved and from which nulls learn.
         measure: which tokens are read, and which of them are scored (protocol once: those from prefill on).
         model: the frozen language model, with an adapter if one is given.
     """
@@ -69,9 +70,11 @@ def compare(
         name = "score_from" if protocol == "stream" else "prefill"
         raise SmartKVError(f"{name} must be at least 1 and below the window of {window} tokens, got {first_token}")
     if not footprints or not all(0 < f <= 1 for f in [*footprints, *(others or [])]):
-        raise SmartKVError(f"footprints are shares of the full cache above 0 and at most 1, got {footprints}")
+        raise SmartKVError(
+            f"footprints are shares of the full cache above 0 and at most 1, got {footprints} and others {others}"
+        )
     if calibration.windows < 1 or recall.trials < 0 or (not texts and not recall.trials):
-        raise SmartKVError("calibration_windows must be at least 1, and there must be texts or recall trials")
+        raise SmartKVError("calibration.windows must be at least 1, and there must be texts or recall trials")
     if protocol == "once" and recall.trials and recall.tokens < prefill:
         raise SmartKVError(f"recall.tokens {recall.tokens} must be at least the prefill of {prefill}")
     lm = model.load()
@@ -86,14 +89,14 @@ def compare(
         return plan.of_split(split), plan.documents_of_split(split), plan.sources
 
     learn, _, learnt_from = windows_of(calibration.sources, "train", calibration.windows)
-    read = {text.name: windows_of(text.sources, text.split, text.windows) for text in texts}
+    windows_by_text = {text.name: windows_of(text.sources, text.split, text.windows) for text in texts}
     asked: list[Trial] = []
     if recall.trials:
         around, _, _ = windows_of(recall.haystack, recall.split, recall.trials)
         asked = trials(recall.split, recall.trials, recall.tokens, lm.tokenizer, list(around), seed)
     provenance = {
         "backbone": model.backbone,
-        "model": digest_of_model(lm.model),  # with its adapter
+        "model": digest_of_model(lm.model),  # the weights of its adapter included
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "device": lm.model.device.type,
         "protocol": protocol,
@@ -106,7 +109,7 @@ def compare(
         "weights": weights,
         "gates": gates,
         "window": window,
-        "texts": {text.name: _described(text, *read[text.name]) for text in texts},
+        "texts": {text.name: _described(text, *windows_by_text[text.name]) for text in texts},
         "recall": {"trials": len(asked), "tokens": recall.tokens, "split": recall.split},
         "calibration": {"windows": len(learn), "sources": learnt_from},
         "seed": seed,
@@ -117,12 +120,12 @@ def compare(
         progress.remove_task(prepared)
         cells = Measurements(Path(out) / "compare.cells", provenance)
         runner = Runner(cells, progress, first_token, prefill if protocol == "once" else None, weights, digest(learn))
-        rows = runner.run(chosen, footprints, footprints if others is None else others, read, asked)
-    report(console, Path(out), settings, rows, {name: owners for name, (_, owners, _) in read.items()})
+        rows = runner.run(chosen, footprints, footprints if others is None else others, windows_by_text, asked)
+    report(console, Path(out), settings, rows, {name: owners for name, (_, owners, _) in windows_by_text.items()})
 
 
-def _described(text: Any, windows: Tensor, owners: list[int], sources: Any) -> dict[str, Any]:
-    """Which windows were read: results of the same ones can be paired."""
+def _described(text: NamedTexts, windows: Tensor, owners: list[int], sources: Any) -> dict[str, Any]:
+    """Describe the windows of a text; results of the same windows can be paired."""
     return {
         "split": text.split,
         "windows": len(windows),
@@ -133,7 +136,16 @@ def _described(text: Any, windows: Tensor, owners: list[int], sources: Any) -> d
 
 
 class Runner:
-    """Reads every text under every contender at every footprint."""
+    """Reads every text under every contender at every footprint.
+
+    Args:
+        cells: measured figures of this and earlier runs.
+        progress: shows how far the run is.
+        first_token: tokens from this one on are scored.
+        prefill: tokens of the prefill, for protocol `once`; None: protocol `stream`.
+        weights: digests of the gates; empty without gates.
+        learnt_on: digest of the calibration texts.
+    """
 
     def __init__(
         self,
@@ -161,17 +173,28 @@ class Runner:
         texts: dict[str, tuple[Tensor, list[int], Any]],
         asked: Sequence[Trial],
     ) -> list[Row]:
-        """A row for each contender and footprint that is in its reach; `others`: see `compare`."""
+        """Measure all contenders.
+
+        Args:
+            contenders: the full cache first: facts that it does not recall are not asked of the others.
+            footprints: of gates and the sliding window.
+            others: footprints of the other contenders.
+            texts: by name, windows (ids `[windows, tokens]`), the document of each window, and the sources.
+            asked: trials of recall.
+
+        Returns:
+            A row for each contender and each footprint that it can reach.
+        """
         solved: list[tuple[Contender, float, Any]] = []
         task = self.progress.add_task("Prices", total=None)
         for contender in contenders:
-            foremost = contender.kind == "ours" or contender.name == REFERENCE
-            whole = contender.kind in ("full", "quantised")
-            for target in [1.0] if whole else sorted(set(footprints if foremost else others)):
+            main = contender.kind == "ours" or contender.name == REFERENCE
+            keeps_all = contender.kind in ("full", "quantised")
+            for target in [1.0] if keeps_all else sorted(set(footprints if main else others)):
                 try:
                     setting = solved_setting(self.cells, contender, target, self.weights, self.learnt_on)
                     solved.append((contender, target, setting))
-                except FootprintOutOfReach as error:  # one footprint out of reach is no reason to lose the others
+                except FootprintOutOfReach as error:  # the other footprints are still measured
                     self.progress.console.print(f"left out: {error}", highlight=False)
         self.progress.remove_task(task)
         texts_read = sum(len(windows) for windows, *_ in texts.values())
@@ -189,16 +212,16 @@ class Runner:
             for trial in asked:
                 row.recall.append(self._trial(contender, setting, trial))
                 self.progress.advance(task)
-            if contender.kind == "full":  # what it cannot recall, nobody else is asked
-                asked = [trial for trial, found in zip(asked, row.recall, strict=True) if found["right"]]
+            if contender.kind == "full":  # facts that it does not recall are not asked of the others
+                asked = [trial for trial, figures in zip(asked, row.recall, strict=True) if figures["right"]]
                 self.progress.update(task, total=work + (texts_read + len(asked)) * (len(solved) - 1))
             rows.append(row)
         return rows
 
     def _window(self, contender: Contender, setting: Any, tokens: Tensor) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
-            found = contender.read(setting, tokens, self.first_token, query_before(self.first_token), self.prefill)
-            return _figures(found)
+            first_query = query_before(self.first_token)
+            return _figures(contender.read(setting, tokens, self.first_token, first_query, self.prefill))
 
         return self.cells.measured([*self._settings(contender, setting), digest(tokens)], measure)
 
@@ -207,18 +230,18 @@ class Runner:
         prefill = None if self.prefill is None else len(trial.context)
 
         def measure() -> dict[str, Any]:
-            counted = query_before(self.first_token) if prefill is None else prefill  # before that, all is kept
-            found = contender.read(setting, tokens, len(tokens) - len(trial.answer), counted, prefill)
-            return _figures(found) | {"right": bool((found.rank == 0).all())}
+            first_query = query_before(self.first_token) if prefill is None else prefill  # a prefill sees all keys
+            reading = contender.read(setting, tokens, len(tokens) - len(trial.answer), first_query, prefill)
+            return _figures(reading) | {"right": bool((reading.rank == 0).all())}
 
         return self.cells.measured([*self._settings(contender, setting), digest(tokens), len(trial.answer)], measure)
 
     def _settings(self, contender: Contender, setting: Any) -> list[Any]:
-        """What a cell hangs on besides its text: only who has gates is measured anew for others."""
+        """Return what a figure depends on besides its text. Only contenders with gates depend on the gates' weights."""
         learned = contender.kind == "ours" or contender.name == ADAPTIVE_BY_GATES
         return [contender.name, setting, self.weights if learned else {}]
 
 
-def _figures(found: Reading) -> dict[str, Any]:
-    figures = {"footprint": found.footprint, "peak_bytes": found.peak_bytes, "stored": found.stored}
-    return {"nll": float(found.nll.double().mean())} | figures
+def _figures(reading: Reading) -> dict[str, Any]:
+    figures = {"footprint": reading.footprint, "peak_bytes": reading.peak_bytes, "stored": reading.stored}
+    return {"nll": float(reading.nll.double().mean())} | figures

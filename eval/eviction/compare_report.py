@@ -1,4 +1,4 @@
-"""What `eval compare` makes of its readings: rows, intervals, table and pictures."""
+"""The report of `eval compare`: rows, intervals, tables and pictures from its readings."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +24,14 @@ class Row:
     """One contender at one footprint.
 
     Attributes:
-        contender, kind, needs: see `eval.contenders.base.Contender`.
+        contender: name of the contender.
+        kind: see `eval.contenders.base.Contender`.
+        needs: see `eval.contenders.base.Contender`.
         target: footprint that was asked for.
-        setting: what it was solved to.
-        texts: of each kind of text, the figures of each window: nll, footprint, peak_bytes, stored.
-        recall: the same of each trial, and whether it was right; the full cache's are all trials, others' only those
-            that it gets right.
+        setting: setting that was solved for it.
+        texts: by kind of text, the figures of each window: nll, footprint, peak_bytes, stored.
+        recall: the same figures of each trial, and `right`. The full cache is asked all trials, others only those that
+            the full cache gets right.
     """
 
     contender: str
@@ -43,13 +45,16 @@ class Row:
 
 @dataclass
 class Curve:
-    """One row on one kind of text, beside the full cache.
+    """One row on one kind of text, compared with the full cache.
 
     Attributes:
-        footprint, delta_nll, interval: means over windows; 95 % by bootstrap over documents.
-        delta_nll_window: of each window.
-        peak_bytes: largest of the windows; None: a mask, nothing was freed.
-        stored: bytes held at the end over those of a full cache in float16, mean over windows; None: a mask.
+        row: the contender at its footprint.
+        footprint: mean over windows.
+        delta_nll: NLL minus the full cache's, nats a token, mean over windows.
+        interval: of `delta_nll`, 95 %, bootstrap over documents.
+        delta_nll_window: `delta_nll` of each window.
+        peak_bytes: largest of the windows; None: simulated by a mask, nothing was freed.
+        stored: bytes held at the end ÷ bytes of a full cache in float16, mean over windows; None: simulated by a mask.
     """
 
     row: Row
@@ -62,23 +67,37 @@ class Curve:
 
 
 def curve(row: Row, text: str, full: Row, owners: list[int]) -> Curve:
-    """`owners`: the document of each window."""
+    """Compare a row with the full cache on one kind of text.
+
+    Args:
+        row: any row.
+        text: name of the kind of text.
+        full: the full cache's row.
+        owners: number of the document of each window.
+    """
     nll, base = (torch.tensor([w["nll"] for w in r.texts[text]], dtype=torch.float64) for r in (row, full))
     delta = nll - base
     interval = bootstrap(len(delta), lambda weight: mean_over(weight, delta), groups=owners)
-    found = row.texts[text]
-    peaks = [w["peak_bytes"] for w in found if w["peak_bytes"] is not None]
-    footprint = sum(w["footprint"] for w in found) / len(found)
-    stored = [w["stored"] for w in found if w.get("stored") is not None]
+    windows = row.texts[text]
+    peaks = [w["peak_bytes"] for w in windows if w["peak_bytes"] is not None]
+    footprint = sum(w["footprint"] for w in windows) / len(windows)
+    stored = [w["stored"] for w in windows if w.get("stored") is not None]
     share = sum(stored) / len(stored) if stored else None
     return Curve(row, footprint, float(delta.mean()), interval, delta.tolist(), max(peaks, default=None), share)
 
 
 def recall_share(row: Row, full: Row) -> dict[str, Any]:
-    """Right answers among the trials that the full cache gets right, with a 95 % interval over trials."""
+    """Return the share of right answers among the trials that the full cache gets right.
+
+    Returns:
+        `asked` (number of trials), `right` (share), `interval` (95 %, bootstrap over trials), `footprint`, `nll`.
+
+    Raises:
+        SmartKVError: the row was asked other trials.
+    """
     asked = row.recall
-    if len(asked) != sum(theirs["right"] for theirs in full.recall):
-        raise SmartKVError(f"{row.contender} was not asked what the full cache recalls, and only that")
+    if len(asked) != sum(trial["right"] for trial in full.recall):
+        raise SmartKVError(f"{row.contender} was asked other facts than those that the full cache recalls")
     if not asked:
         return {"asked": 0, "right": None, "interval": None, "footprint": None}
     right = torch.tensor([float(trial["right"]) for trial in asked], dtype=torch.float64)
@@ -90,18 +109,18 @@ def recall_share(row: Row, full: Row) -> dict[str, Any]:
 
 
 def seeds_together(rows: list[Row]) -> list[Row]:
-    """Rows of one contender under several seeds (`random:0`, `random:1` …) as one: the mean of each window."""
+    """Merge the rows of one contender under several seeds (`random:0`, `random:1` …): the mean of each window."""
     together: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
         name, _, seed = row.contender.rpartition(":")
         together.setdefault((name if name and seed.isdigit() else row.contender, row.target), []).append(row)
-    found = []
+    merged = []
     for (name, target), same in together.items():
         first = same[0]
         texts = {text: [_mean(w) for w in zip(*(r.texts[text] for r in same), strict=True)] for text in first.texts}
         recall = [_mean(trial) for trial in zip(*(r.recall for r in same), strict=True)]
-        found.append(Row(name, first.kind, first.needs, target, first.setting, texts, recall))
-    return found
+        merged.append(Row(name, first.kind, first.needs, target, first.setting, texts, recall))
+    return merged
 
 
 def _mean(figures: tuple[dict[str, Any], ...]) -> dict[str, Any]:
@@ -114,11 +133,14 @@ def _mean(figures: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 def report(
     console: Console, out: Path, settings: dict[str, Any], rows: list[Row], owners: dict[str, list[int]]
 ) -> None:
-    """`compare.json`, a table for each kind of text (also in `compare.md`), and the pictures.
+    """Write `compare.json`, `compare.md` (a table for each kind of text) and the pictures, and print the tables.
 
     Args:
-        rows: the full cache's among them.
-        owners: of each kind of text, the document of each window.
+        console: prints the tables.
+        out: folder.
+        settings: arguments of the run.
+        rows: all rows, the full cache's among them.
+        owners: by kind of text, number of the document of each window.
     """
     rows = seeds_together(rows)
     full = next(row for row in rows if row.kind == "full")
@@ -154,7 +176,7 @@ def report(
         pictures.append(save_picture(picture, out / "recall.png"))
     for number, row in enumerate(rest):
         entry = _plain(row) | {"recall": shares.get(id(row))}
-        entry["texts"] = {text: _figures(found[number], found, owners[text]) for text, found in curves.items()}
+        entry["texts"] = {text: _figures(of_text[number], of_text, owners[text]) for text, of_text in curves.items()}
         figures["rows"].append(entry)
     result = write_result(out, "compare", settings, figures)
     for table in tables:
@@ -187,7 +209,7 @@ def _of(curves: list[Curve], contender: str) -> list[Curve]:
 
 def _figures(own: Curve, curves: list[Curve], owners: list[int]) -> dict[str, Any]:
     reference = _of(curves, REFERENCE)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "footprint": own.footprint,
         "delta_nll": own.delta_nll,
         "interval": list(own.interval),
@@ -196,18 +218,18 @@ def _figures(own: Curve, curves: list[Curve], owners: list[int]) -> dict[str, An
         "delta_nll_window": own.delta_nll_window,
     }
     if own.row.contender != REFERENCE and (ratio := equal_loss_ratio(own, reference, owners)):
-        found["ratio"], found["ratio_interval"] = ratio[0], list(ratio[1])
+        figures["ratio"], figures["ratio_interval"] = ratio[0], list(ratio[1])
     if own.row.contender != REFERENCE and own.row.kind != "oracle":
-        found["gap_recovered"] = {
+        figures["gap_recovered"] = {
             name.removeprefix(ORACLE): gap
             for name in dict.fromkeys(c.row.contender for c in curves if c.row.kind == "oracle")
             if (gap := _gap(own, reference, _of(curves, name))) is not None
         }
-    return found
+    return figures
 
 
 def _gap(own: Curve, reference: list[Curve], oracle: list[Curve]) -> float | None:
-    """Oracle gap recovered, at the own footprint; None where one of the curves does not reach it."""
+    """Return the share of the window-to-oracle gap recovered at the own footprint; None: a curve does not reach it."""
     window, best = loss_at(own.footprint, reference), loss_at(own.footprint, oracle)
     if window is None or best is None or window <= best:
         return None
@@ -215,11 +237,11 @@ def _gap(own: Curve, reference: list[Curve], oracle: list[Curve]) -> float | Non
 
 
 def _series(points: Any) -> dict[str, tuple[str, list[tuple[float, float, float, float]]]]:
-    """Name -> (kind, points)."""
-    found: dict[str, tuple[str, list[tuple[float, float, float, float]]]] = {}
+    """Collect points by the name of the contender: name -> (kind, points)."""
+    series: dict[str, tuple[str, list[tuple[float, float, float, float]]]] = {}
     for row, *figures in points:
-        found.setdefault(row.contender, (row.kind, []))[1].append(tuple(figures))
-    return found
+        series.setdefault(row.contender, (row.kind, []))[1].append(tuple(figures))
+    return series
 
 
 def _table(title: str, curves: list[Curve], shares: dict[int, dict[str, Any]], owners: list[int]) -> Table:
@@ -239,15 +261,15 @@ def _table(title: str, curves: list[Curve], shares: dict[int, dict[str, Any]], o
     for number, own in enumerate(curves):
         if number and own.row.contender != curves[number - 1].row.contender:
             table.add_section()
-        found, share = _figures(own, curves, owners), shares.get(id(own.row), {})
-        gaps = found.get("gap_recovered", {})
+        figures, share = _figures(own, curves, owners), shares.get(id(own.row), {})
+        gaps = figures.get("gap_recovered", {})
         table.add_row(
             own.row.contender,
             own.row.needs,
             f"{own.footprint:.3f}",
             f"{own.delta_nll:+.4f} ({own.interval[0]:+.4f} to {own.interval[1]:+.4f})",
-            f"{found['ratio']:.2f} ({found['ratio_interval'][0]:.2f} to {found['ratio_interval'][1]:.2f})"
-            if "ratio" in found
+            f"{figures['ratio']:.2f} ({figures['ratio_interval'][0]:.2f} to {figures['ratio_interval'][1]:.2f})"
+            if "ratio" in figures
             else "",
             ", ".join(f"{name} {gap:.0%}" for name, gap in gaps.items()),
             f"{share['right']:.0%} ({share['interval'][0]:.0%} to {share['interval'][1]:.0%})"

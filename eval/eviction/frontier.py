@@ -1,4 +1,4 @@
-"""A frontier: what each policy loses at each footprint, and what it needs beside the sliding window."""
+"""Frontiers: the loss of each policy by footprint, and its footprint relative to the sliding window's at equal loss."""
 
 import math
 from collections.abc import Sequence
@@ -25,13 +25,16 @@ class Point:
     """One policy at one footprint, over some windows.
 
     Attributes:
-        policy: its name; target: the footprint asked for (None: nothing was left open).
-        footprint: measured, over the queries whose next token is scored.
-        delta_nll: NLL minus the full cache's, nats a token; interval: 95 % by bootstrap over windows.
+        policy: name of the policy.
+        target: footprint that was asked for; None: the policy leaves nothing open.
+        footprint: measured footprint, over the queries whose next token is scored.
+        delta_nll: NLL minus the full cache's, nats a token.
+        interval: of `delta_nll`, 95 %, bootstrap over windows.
         perplexity: `exp` of the mean NLL.
-        peak_bytes, peak_bytes_full: largest of the windows; of a full cache.
+        peak_bytes: largest of the windows.
+        peak_bytes_full: bytes of a full cache.
         footprint_by_head: `[layers][kv_heads]`.
-        delta_nll_window: of each window.
+        delta_nll_window: `delta_nll` of each window.
         settings: the policy as it was used.
     """
 
@@ -56,7 +59,15 @@ class Point:
         windows: list[EvictedWindow],
         full_bytes: int,
     ) -> "Point":
-        """`full`: NLL of each window under the full cache."""
+        """Make a point from the windows that were read.
+
+        Args:
+            policy: as it was used.
+            target: footprint that was asked for; None: nothing was left open.
+            full: NLL of each window under the full cache, nats a token.
+            windows: figures of each window under the policy.
+            full_bytes: bytes of a full cache.
+        """
         nll = torch.tensor([window.nll for window in windows], dtype=torch.float64)
         delta = nll - torch.tensor(full, dtype=torch.float64)
         heads = torch.stack([window.footprint for window in windows]).mean(dim=0)
@@ -75,15 +86,15 @@ class Point:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields by name, fit for JSON."""
         return asdict(self)
 
 
 def read_points(folder: Path) -> list[Point]:
-    """What `eval perplexity` left in a folder; nothing where it was not run.
+    """Read the points that `eval perplexity` wrote into a folder; none where it was not run.
 
     Raises:
-        SmartKVError: the file is there but is not what `eval perplexity` writes.
+        SmartKVError: the file exists and is not one that `eval perplexity` writes.
     """
     path = folder / "perplexity.json"
     if not path.exists():
@@ -96,41 +107,54 @@ def read_points(folder: Path) -> list[Point]:
 
 
 def summary_line(points: list[Point]) -> str:
-    """What the gated policy saved, in a line a policy and footprint."""
+    """Return a line for each policy and footprint that tells what it saves beside the sliding window."""
     reference = [point for point in points if point.policy == REFERENCE]
     lines = []
     for point in points:
-        found = None if point.policy == REFERENCE else equal_loss_ratio(point, reference)
+        ratio = None if point.policy == REFERENCE else equal_loss_ratio(point, reference)
         head = (
             f"{point.policy} keeps {point.footprint:.0%} of the keys and loses {point.delta_nll:.3f} nats a token; "
             f"peak {point.peak_bytes / 2**20:.1f} MiB instead of {point.peak_bytes_full / 2**20:.1f}"
         )
         best = min(reference, key=lambda p: p.delta_nll, default=None)
-        if found:
-            lines.append(f"{head}; a sliding window needs {point.footprint / found[0]:.0%} to lose as little")
+        if ratio:
+            lines.append(f"{head}; a sliding window needs {point.footprint / ratio[0]:.0%} to lose as little")
         elif best is not None and point.policy != REFERENCE and best.delta_nll > point.delta_nll:
             lines.append(f"{head}; a sliding window of {best.footprint:.0%} still loses {best.delta_nll:.3f}")
     return "\n".join(lines) or "no policy lost as much, or as little, as the sliding window at any of its footprints"
 
 
 class OnFrontier(Protocol):
-    """A footprint, and what is lost there: the mean, and of each window."""
+    """A footprint and the loss at it."""
 
-    footprint: float
-    delta_nll: float
-    delta_nll_window: list[float]
+    @property
+    def footprint(self) -> float:
+        """Share of the full cache's keys."""
+
+    @property
+    def delta_nll(self) -> float:
+        """NLL minus the full cache's, nats a token, mean over windows."""
+
+    @property
+    def delta_nll_window(self) -> list[float]:
+        """The same of each window."""
 
 
 def equal_loss_ratio(
     point: OnFrontier, reference: Sequence[OnFrontier], groups: Sequence[int] | None = None
 ) -> tuple[float, tuple[float, float]] | None:
-    """The point's footprint ÷ the footprint at which the reference loses as much, with a 95 % interval over windows.
+    """Return a point's footprint ÷ the footprint at which a reference loses as much.
 
-    Between two of its points the reference is a straight line in log footprint and log ΔNLL. None where its points
-    do not reach that loss.
+    Between two of its points the reference is a straight line in log footprint and log ΔNLL.
 
     Args:
-        groups: of each window, as `bootstrap` takes them.
+        point: any point.
+        reference: points of the reference.
+        groups: group of each window, such as its document, as `bootstrap` takes them.
+
+    Returns:
+        The ratio and its interval (95 %, bootstrap over windows or groups); None: the reference's points do not reach
+        that loss.
     """
     curve = sorted(reference, key=lambda p: p.footprint)
     if len(curve) < 2:
@@ -150,7 +174,10 @@ def equal_loss_ratio(
 
 
 def loss_at(footprint: float, curve: Sequence[OnFrontier]) -> float | None:
-    """ΔNLL of a curve at a footprint, straight between its points in the logs of both; None beyond them."""
+    """Return the ΔNLL of a curve at a footprint, nats a token; None: the footprint is beyond its points.
+
+    Between two points the curve is a straight line in log footprint and log ΔNLL.
+    """
     points = sorted((p.footprint, max(p.delta_nll, 1e-9)) for p in curve)
     for (left, high), (right, low) in pairwise(points):
         if left <= footprint <= right:
@@ -160,21 +187,26 @@ def loss_at(footprint: float, curve: Sequence[OnFrontier]) -> float | None:
 
 
 def _footprint_at(curve_loss: Tensor, loss: Tensor, log_footprint: Tensor) -> Tensor:
-    """`curve_loss` `[points, draws]`, `loss` `[draws]`, `log_footprint` `[points]` ascending -> footprints `[draws]`;
-    NaN where the curve does not come to that loss."""
-    found = torch.full_like(loss, torch.nan)
+    """Return the footprints at which a curve has a loss, `[draws]`; NaN: the curve does not reach it.
+
+    Args:
+        curve_loss: `[points, draws]`.
+        loss: `[draws]`.
+        log_footprint: `[points]`, ascending.
+    """
+    footprints = torch.full_like(loss, torch.nan)
     log_curve, log_loss = curve_loss.clamp(min=1e-9).log(), loss.clamp(min=1e-9).log()
     for left in range(len(log_footprint) - 1):
         high, low = log_curve[left], log_curve[left + 1]
-        inside = (log_loss <= high) & (log_loss >= low) & found.isnan() & (high > low)
+        inside = (log_loss <= high) & (log_loss >= low) & footprints.isnan() & (high > low)
         share = (high - log_loss) / (high - low)
         here = (log_footprint[left] + share * (log_footprint[left + 1] - log_footprint[left])).exp()
-        found = torch.where(inside, here, found)
-    return found
+        footprints = torch.where(inside, here, footprints)
+    return footprints
 
 
 def frontier_table(points: list[Point], title: str) -> Table:
-    """Points by policy and footprint."""
+    """Make a table of points, a section for each policy."""
     table = Table(title=title)
     columns = ("policy", "footprint", "ΔNLL (95 %)", "perplexity", "peak KV", "of full", f"÷ {REFERENCE}'s (95 %)")
     for column in columns:

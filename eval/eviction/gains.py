@@ -1,4 +1,4 @@
-"""`python -m eval gains`: what training changed: `eval compare` of a model before and after, window by window."""
+"""`python -m eval gains`: compares results of `eval compare` before and after a training, window by window."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ from eval.eviction.gains_figure import GainBar, gains_picture
 from smartkv.errors import SmartKVError
 from smartkv.metrics.bootstrap import bootstrap
 
-# settings that two results have alike which are compared; what an older one does not say counts as unlike
+# settings that must be equal in two results; a setting that an older result lacks counts as different
 SAME = ("backbone", "dtype", "calibration", "seed", "window", "score_from", "protocol", "prefill")
 
 
@@ -25,13 +25,22 @@ class Gain:
     """One policy at one footprint, on one kind of text, before and after a training.
 
     Attributes:
-        footprint, footprint_before: measured; a price is solved on each model's own keys.
-        nll, nll_before: under eviction, nats a token. A cost also falls where a model reads worse with all its keys.
-        nll_change: nll − nll_before; nll_interval: 95 %, bootstrap over documents.
-        cost, cost_before: NLL under eviction less NLL with a full cache, of the same model, nats a token.
-        change: cost − cost_before; change_interval: 95 %, bootstrap over documents.
-        fall: share of the cost before that is gone; interval: 95 %, bootstrap over documents. None where the cost
-            before is not above 0 (95 %): there is nothing to fall.
+        run: folder of the trained model's result.
+        text: kind of text.
+        contender: name of the policy.
+        target: footprint that was asked for.
+        footprint: measured after training. A price is solved on each model's own keys.
+        footprint_before: measured before training.
+        nll: NLL under eviction after training, nats a token. A cost also falls where a model reads worse with all keys.
+        nll_before: the same before training.
+        nll_change: nll − nll_before.
+        nll_interval: of `nll_change`, 95 %, bootstrap over documents.
+        cost: NLL under eviction − NLL with a full cache, of the trained model, nats a token.
+        cost_before: the same of the model before training.
+        change: cost − cost_before.
+        change_interval: of `change`, 95 %, bootstrap over documents.
+        fall: 1 − cost ÷ cost_before; None: `cost_before` is not above 0 (95 %).
+        interval: of `fall`, 95 %, bootstrap over documents.
     """
 
     run: str
@@ -53,20 +62,20 @@ class Gain:
 
 
 def gains(out: str, base: str, trained: list[str], against: str | None = None) -> None:
-    """The cost of eviction before and after a training, and what the training did to the model with a full cache.
+    """Measure how a training changed the cost of eviction, and the model's NLL with a full cache.
 
     Args:
         out: folder for gains.json, gains.md and the picture.
-        base: folder with the `compare.json` of the model before.
-        trained: folders with those of trained models, on the same windows.
-        against: one of `trained`, such as plain LoRA on the same tokens: costs are compared with its instead of the
-            base's. Null: with the base's.
+        base: folder with the `compare.json` of the model before training.
+        trained: folders with the `compare.json` of trained models, measured on the same windows.
+        against: one of `trained`, such as plain LoRA on the same tokens. Costs are then compared with its cost in place
+            of the base's. Null: with the base's.
     """
     console = make_console()
     if against is not None and against not in trained:
-        raise SmartKVError(f"against '{against}' is none of the folders in trained")
+        raise SmartKVError(f"against must be one of the folders in trained, got '{against}'")
     before = read_result(Path(base) / "compare.json")
-    found, changes = [], []
+    all_gains, changes = [], []
     for folder in trained:
         after = read_result(Path(folder) / "compare.json")
         _check_same(before, after, base, folder)
@@ -74,13 +83,13 @@ def gains(out: str, base: str, trained: list[str], against: str | None = None) -
     reference = read_result(Path(against) / "compare.json") if against else before
     for folder in trained:
         if folder != against:
-            found += _gains(folder, reference, read_result(Path(folder) / "compare.json"))
-    tables = [_full_table(changes), _table(found, against or base)]
+            all_gains += _gains(folder, reference, read_result(Path(folder) / "compare.json"))
+    tables = [_full_table(changes), _table(all_gains, against or base)]
     arguments = {"base": base, "trained": trained, "against": against}
-    result = write_result(Path(out), "gains", arguments, {"units": UNITS, "full": changes, "gains": _plain(found)})
+    result = write_result(Path(out), "gains", arguments, {"units": UNITS, "full": changes, "gains": _plain(all_gains)})
     for table in tables:
         console.print(table)
-    bars = [GainBar(g.run, g.text, g.contender, g.target, g.cost_before, g.fall, g.interval) for g in found]
+    bars = [GainBar(g.run, g.text, g.contender, g.target, g.cost_before, g.fall, g.interval) for g in all_gains]
     picture = save_picture(gains_picture(bars), Path(out) / "gains.png")
     for path in (result, write_tables(Path(out) / "gains.md", tables), picture):
         console.print(f"  {path}", highlight=False)
@@ -96,6 +105,7 @@ UNITS = {
 
 
 def _check_same(before: dict[str, Any], after: dict[str, Any], base: str, folder: str) -> None:
+    """Refuse results that were not measured with the same settings on the same windows."""
     for where, result in ((base, before), (folder, after)):
         if "texts" not in result.get("full", {}):
             raise SmartKVError(f"{where} has no compare.json with the full cache's NLL: run eval compare there again")
@@ -113,36 +123,36 @@ def _over(windows: list[float]) -> Tensor:
 
 
 def _full(folder: str, text: str, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    mine, theirs = (_over(each["full"]["texts"][text]["nll_window"]) for each in (after, before))
-    owners, gap = before["arguments"]["texts"][text]["documents"], mine - theirs
+    nll, nll_before = (_over(each["full"]["texts"][text]["nll_window"]) for each in (after, before))
+    owners, gap = before["arguments"]["texts"][text]["documents"], nll - nll_before
     interval = bootstrap(len(gap), lambda weight: (weight @ gap) / weight.sum(dim=1), groups=owners)
-    figures = {"nll": float(mine.mean()), "nll_before": float(theirs.mean()), "change": float(gap.mean())}
+    figures = {"nll": float(nll.mean()), "nll_before": float(nll_before.mean()), "change": float(gap.mean())}
     return {"run": folder, "text": text} | figures | {"interval": list(interval)}
 
 
 def _gains(folder: str, before: dict[str, Any], after: dict[str, Any]) -> list[Gain]:
-    """Of every policy and footprint that both have."""
-    there = {(row["contender"], row["target"]): row["texts"] for row in before["rows"]}
-    found = []
+    """Compare every policy and footprint that both results have."""
+    rows_before = {(row["contender"], row["target"]): row["texts"] for row in before["rows"]}
+    gains_of_run = []
     for row in after["rows"]:
         for text, figures in row["texts"].items():
-            other = there.get((row["contender"], row["target"]), {}).get(text)
+            other = rows_before.get((row["contender"], row["target"]), {}).get(text)
             if other is None:
                 continue
-            mine, theirs = (_over(each["delta_nll_window"]) for each in (figures, other))
-            wholes = [_over(each["full"]["texts"][text]["nll_window"]) for each in (after, before)]
-            read, read_before = wholes[0] + mine, wholes[1] + theirs  # under eviction
+            cost, cost_before = (_over(each["delta_nll_window"]) for each in (figures, other))
+            nll_full, nll_full_before = (_over(each["full"]["texts"][text]["nll_window"]) for each in (after, before))
+            read, read_before = nll_full + cost, nll_full_before + cost_before  # under eviction
             owners = before["arguments"]["texts"][text]["documents"]
 
-            def fall(weight: Tensor, mine: Tensor = mine, theirs: Tensor = theirs) -> Tensor:
-                return 1 - (weight @ mine) / (weight @ theirs)
+            def fall(weight: Tensor, cost: Tensor = cost, cost_before: Tensor = cost_before) -> Tensor:
+                return 1 - (weight @ cost) / (weight @ cost_before)
 
             def mean(weight: Tensor, figures: Tensor) -> Tensor:
                 return (weight @ figures) / weight.sum(dim=1)
 
-            above_0 = bootstrap(len(mine), partial(mean, figures=theirs), groups=owners)[0] > 0
-            known = float(fall(torch.ones(1, len(mine), dtype=torch.float64)))
-            found.append(
+            above_0 = bootstrap(len(cost), partial(mean, figures=cost_before), groups=owners)[0] > 0
+            known = float(fall(torch.ones(1, len(cost), dtype=torch.float64)))
+            gains_of_run.append(
                 Gain(
                     run=folder,
                     text=text,
@@ -153,22 +163,22 @@ def _gains(folder: str, before: dict[str, Any], after: dict[str, Any]) -> list[G
                     nll=float(read.mean()),
                     nll_before=float(read_before.mean()),
                     nll_change=float((read - read_before).mean()),
-                    nll_interval=bootstrap(len(mine), partial(mean, figures=read - read_before), groups=owners),
-                    cost=float(mine.mean()),
-                    cost_before=float(theirs.mean()),
-                    change=float((mine - theirs).mean()),
-                    change_interval=bootstrap(len(mine), partial(mean, figures=mine - theirs), groups=owners),
+                    nll_interval=bootstrap(len(cost), partial(mean, figures=read - read_before), groups=owners),
+                    cost=float(cost.mean()),
+                    cost_before=float(cost_before.mean()),
+                    change=float((cost - cost_before).mean()),
+                    change_interval=bootstrap(len(cost), partial(mean, figures=cost - cost_before), groups=owners),
                     fall=known if above_0 else None,
-                    interval=bootstrap(len(mine), fall, groups=owners) if above_0 else None,
+                    interval=bootstrap(len(cost), fall, groups=owners) if above_0 else None,
                 )
             )
-    if not found:
-        raise SmartKVError(f"{folder} has no policy at a footprint that it is to be compared with")
-    return found
+    if not gains_of_run:
+        raise SmartKVError(f"{folder} has no policy and footprint in common with the result that it is compared with")
+    return gains_of_run
 
 
-def _plain(found: list[Gain]) -> list[dict[str, Any]]:
-    return [asdict(gain) for gain in found]
+def _plain(gains: list[Gain]) -> list[dict[str, Any]]:
+    return [asdict(gain) for gain in gains]
 
 
 def _full_table(changes: list[dict[str, Any]]) -> Table:
@@ -185,7 +195,7 @@ def _signed(change: float, interval: Sequence[float]) -> str:
     return f"{change:+.4f} ({interval[0]:+.4f} to {interval[1]:+.4f})"
 
 
-def _table(found: list[Gain], reference: str) -> Table:
+def _table(gains: list[Gain], reference: str) -> Table:
     table = Table(title=f"what eviction costs, nats a token; before: {reference}")
     for name in (
         "run",
@@ -200,8 +210,8 @@ def _table(found: list[Gain], reference: str) -> Table:
         "fall (95 %)",
     ):
         table.add_column(name, justify="left" if name in ("run", "text", "policy") else "right")
-    for number, gain in enumerate(found):
-        if number and found[number - 1].run != gain.run:
+    for number, gain in enumerate(gains):
+        if number and gains[number - 1].run != gain.run:
             table.add_section()
         footprints = f"{gain.footprint_before:.3f}, {gain.footprint:.3f}"
         change, fall = _signed(gain.change, gain.change_interval), "–"

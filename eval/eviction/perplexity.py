@@ -1,4 +1,4 @@
-"""`python -m eval perplexity`: what a model loses when keys are evicted, by policy and footprint."""
+"""`python -m eval perplexity`: measures what a model loses when keys are evicted, by policy and footprint."""
 
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,14 @@ def perplexity(
 
     Args:
         out: folder for perplexity.json and the pictures.
-        gates: folder of exported gates, or hub id. Null: only policies without gates.
-        policies: named ones (default, all-gated, lifespan, window, full) or YAML files.
-        footprints: shares of the full cache that a policy's open figure is solved for; a policy that leaves nothing
+        gates: folder of exported gates, hub id, or the name of gates that come with SmartKV. Null: only policies
+            without gates.
+        policies: named policies (default, all-gated, lifespan, window, full) or YAML files.
+        footprints: shares of the full cache for which a policy's open figure is solved. A policy that leaves nothing
             open is measured as it is.
         texts: windows that are measured. Prices are solved on train texts (on validation texts for split train).
         calibration_windows: windows on which the open figure is solved.
-        chunk: tokens of a text that go through the model together.
+        chunk: number of a text's tokens that go through the model together.
         measure: which tokens are read, and which of them are scored.
         model: the frozen language model.
     """
@@ -96,17 +97,17 @@ def perplexity(
         for policy, target in wanted:
             try:
                 solved.append((policy if target is None else solve(policy, target, calibration), target))
-            except FootprintOutOfReach as error:  # one footprint out of reach is no reason to lose the others
+            except FootprintOutOfReach as error:  # the other footprints are still measured
                 progress.console.print(f"left out: {error}", highlight=False)
         if not solved:
-            raise SmartKVError("no policy can keep any of the footprints that were asked for")
+            raise SmartKVError("no policy can keep any of the footprints: give larger ones")
         runner = _Runner(lm, bank, plan.of_split(split), settings, Path(out), progress, len(solved) + 1)
         full, points = runner.full(), [runner.point(policy, target) for policy, target in solved]
     _write(console, Path(out), settings, full, points)
 
 
 class _Runner:
-    """Reads all windows under each policy."""
+    """Reads all windows under each policy; figures of earlier runs are not measured again."""
 
     def __init__(
         self,
@@ -124,12 +125,12 @@ class _Runner:
         self.cells = Measurements(out / CELLS, key)
 
     def _measured(self, key: dict[str, Any], number: int, measure: Any) -> Any:
-        found = self.cells.measured([key, number], lambda: measure(self.windows[number]))
+        figures = self.cells.measured([key, number], lambda: measure(self.windows[number]))
         self.progress.advance(self.task)
-        return found
+        return figures
 
     def full(self) -> list[float]:
-        """NLL of each window under the full cache."""
+        """Measure the NLL of each window under the full cache, nats a token."""
         self.progress.update(self.task, description="full cache")
         model, first_token = self.lm.model, self.settings["score_from"]
         self.nll = [
@@ -139,20 +140,20 @@ class _Runner:
         return self.nll
 
     def point(self, policy: HybridPolicy, target: float | None) -> Point:
-        """The policy over all windows."""
+        """Measure a policy over all windows."""
         self.progress.update(self.task, description=policy.name if target is None else f"{policy.name} at {target:g}")
         gates = self.gates if policy.gated else None
 
         def measure(tokens: torch.Tensor) -> dict[str, Any]:
-            found = evicted_nll(
+            window = evicted_nll(
                 self.lm.model, gates, policy, tokens, self.settings["score_from"], self.settings["chunk"]
             )
-            return {"nll": found.nll, "footprint": found.footprint.tolist(), "peak_bytes": found.peak_bytes}
+            return {"nll": window.nll, "footprint": window.footprint.tolist(), "peak_bytes": window.peak_bytes}
 
         cells = [self._measured(policy.to_dict(), number, measure) for number in range(len(self.windows))]
-        found = [EvictedWindow(c["nll"], torch.tensor(c["footprint"]).double(), c["peak_bytes"]) for c in cells]
+        windows = [EvictedWindow(c["nll"], torch.tensor(c["footprint"]).double(), c["peak_bytes"]) for c in cells]
         full_bytes = full_cache_bytes(self.lm.model, self.windows.shape[1] - 1)
-        return Point.of(policy, target, self.nll, found, full_bytes)
+        return Point.of(policy, target, self.nll, windows, full_bytes)
 
 
 def _write(console: Any, out: Path, settings: dict[str, Any], full: list[float], points: list[Point]) -> None:
@@ -160,8 +161,8 @@ def _write(console: Any, out: Path, settings: dict[str, Any], full: list[float],
     rows = []
     for point in points:
         ratio = None if point.policy == REFERENCE else equal_loss_ratio(point, reference)
-        found = {"ratio_at_equal_delta_nll": ratio and ratio[0], "ratio_interval_95": ratio and list(ratio[1])}
-        rows.append(point.to_dict() | found)
+        ratios = {"ratio_at_equal_delta_nll": ratio and ratio[0], "ratio_interval_95": ratio and list(ratio[1])}
+        rows.append(point.to_dict() | ratios)
     mean = sum(full) / len(full)
     units = {
         "delta_nll": "nats a token",
@@ -198,7 +199,7 @@ def _name(point: Point) -> str:
 
 
 def _in_the_middle(points: list[Point]) -> list[Point]:
-    """Of each policy the point in the middle of its footprints."""
+    """Choose for each policy the point in the middle of its footprints."""
     chosen = {}
     for name in dict.fromkeys(point.policy for point in points):
         own = [point for point in points if point.policy == name]

@@ -1,4 +1,4 @@
-"""Facts stated once in long text, and asked for at its end: what a cache that evicts must not forget."""
+"""Recall trials: facts that are stated once in a long text and asked for at its end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from transformers import PreTrainedTokenizerBase
 from smartkv.errors import SmartKVError
 from smartkv.texts.facts import TEXTS, slots
 
-FORMS = 2  # of each split: codes and room numbers, pass keys and magic numbers
+FORMS = 2  # forms of each split that are used: codes and room numbers, pass keys and magic numbers
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One fact in one text. The model reads context and question, and is right when it goes on with the answer.
+    """One fact in one text. The model reads context and question and is right when it continues with the answer.
 
     Attributes:
-        context: ids of the text with the statement in it.
-        question: ids, up to the answer.
-        answer: ids.
-        depth: share of the context that stands before the statement.
+        context: ids of the text, the statement in it.
+        question: ids of the question, up to the answer.
+        answer: ids of the answer.
+        depth: share of the context before the statement.
     """
 
     context: tuple[int, ...]
@@ -33,20 +33,23 @@ class Trial:
 def trials(
     split: str, count: int, tokens: int, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Tensor], seed: int = 0
 ) -> list[Trial]:
-    """Facts of the first two forms of a split at evenly spread depths.
+    """Make trials with facts of the first two forms of a split at evenly spread depths.
 
     Args:
-        split: train, validation or test; each has forms and words of its own.
-        count: of trials.
-        tokens: of text around a fact.
-        texts: ids `[at least tokens]`, a text for each trial.
+        split: train, validation or test; each has its own forms and words.
+        count: number of trials.
+        tokens: tokens of text around a fact.
+        tokenizer: of the model.
+        texts: ids `[tokens or more]`, a text for each trial.
         seed: of names and numbers.
 
     Raises:
-        SmartKVError: too few texts, or too short ones.
+        SmartKVError: there are too few texts, or they are too short.
     """
     if len(texts) < count or any(len(text) < tokens for text in texts[:count]):
-        raise SmartKVError(f"{count} trials need as many texts of {tokens} tokens")
+        raise SmartKVError(
+            f"{count} trials need as many texts of {tokens} tokens, got {len(texts)}: give longer or more texts"
+        )
     random = np.random.default_rng([seed, 11])
     depths = [(number + 0.5) / count for number in range(count)]
     texts = [text[:tokens] for text in texts]
@@ -64,19 +67,31 @@ def trial(
     text: Tensor,
     random: np.random.Generator,
 ) -> Trial:
-    """One fact at a depth of `text`, ids `[tokens]`; even and odd numbers have two different forms."""
-    filled = slots(split, random)
+    """Make one trial.
+
+    Args:
+        split: train, validation or test.
+        number: of the trial; even and odd ones have different forms.
+        depth: share of the text before the statement.
+        tokenizer: of the model.
+        text: ids `[tokens]`.
+        random: draws names and numbers.
+    """
+    words = slots(split, random)
     form = TEXTS["forms"][split][number % FORMS]
-    statement, question, answer = (part.format(**filled) for part in form)
-    lead, goal = _asked(statement, question, answer)
+    statement, question, answer = (part.format(**words) for part in form)
+    lead, goal = _question_and_answer(statement, question, answer)
     body, place = text.tolist(), int(depth * len(text))
     context = (*body[:place], *_ids(tokenizer, f" {statement} "), *body[place:])
     return Trial(context, _ids(tokenizer, lead), _ids(tokenizer, goal), depth)
 
 
-def _asked(statement: str, question: str, answer: str) -> tuple[str, str]:
-    """Question up to the answer's last word, and that word; where the statement ends with the answer, it is said again
-    up to there: small models answer that best."""
+def _question_and_answer(statement: str, question: str, answer: str) -> tuple[str, str]:
+    """Return the question up to the answer's last word, and that word.
+
+    Where the statement ends with the answer, the statement itself is repeated in place of the question: small models
+    answer that best.
+    """
     if statement.rstrip(".").endswith(answer):
         return f"\n\n{statement[: statement.rindex(answer)].rstrip()}", f" {answer}"
     before, _, last = answer.rpartition(" ")

@@ -1,6 +1,7 @@
-"""What a model answers at the end of a long prompt, under a cache that forgets or rounds."""
+"""Reads and generates the answer to a long prompt under a contender's cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +21,16 @@ from smartkv.models.backbone import Backbone
 
 @dataclass(frozen=True)
 class Sample:
-    """One question.
+    """One question with its answer.
 
     Attributes:
-        prompt: ids.
-        answer: ids of the reference, for its likelihood; empty: only what is generated counts.
+        prompt: ids of the prompt.
+        answer: ids of the reference answer, whose likelihood is measured; empty: only the generated text counts.
         references: texts that a generated answer is scored against.
-        group: what it is counted with, such as (task, length) or (length, depth).
-        classes: all answers there are, for classification.
-        marked: first and last + 1 of the tokens that must not be forgotten; None: not known.
-        ordered: there is one right order of the reference's parts; else `right` means nothing.
+        group: samples of one group are averaged, such as (task, length) or (length, depth).
+        classes: all possible answers, for classification.
+        marked: first of the prompt's tokens that must stay in the cache, and last + 1; None: not known.
+        ordered: the reference's parts have one right order; without it `right` has no meaning.
     """
 
     prompt: tuple[int, ...]
@@ -42,65 +43,79 @@ class Sample:
 
 
 def counted_from(sample: Sample) -> int:
-    """Queries of the last three quarters of both texts count for the footprint, as where prices are solved."""
+    """Return the first query that counts for the footprint: a quarter into prompt and answer.
+
+    Prices are solved for the same share of the queries.
+    """
     return (len(sample.prompt) + len(sample.answer)) // 4
 
 
 @torch.inference_mode()
 def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, new_tokens: int = 0) -> dict[str, Any]:
-    """How likely the reference is, and what is generated.
+    """Measure the likelihood of the reference answer, and generate an answer.
 
     Args:
-        new_tokens: to generate, greedily; 0: none. Contenders that are simulated by a mask generate nothing.
+        lm: the model.
+        contender: one that has `open` (see `Decoding`) generates; one that is simulated by a mask does not.
+        setting: a result of `contender.solved`.
+        sample: the question.
+        new_tokens: most tokens to generate, greedily; 0: none.
 
     Returns:
-        For JSON. `nll`: mean over the reference's tokens, nats; `rank`: the worst of its tokens, 0 where greedy
-        decoding would have said it; `right`: all of them are 0. `generated`: text, or None; `ended`: it came to its end
-        by itself. `footprint` and `stored`: see `Reading`, `footprint` while the reference is read (without one: while
-        decoding), `stored` after the prompt. `kept`: `[layers, kv_heads]`, share of the marked tokens' keys that are
-        held then; None where nothing is marked or freed.
+        Figures, fit for JSON. `nll`: nats a token of the reference. `rank`: largest rank of its tokens; 0: greedy
+        decoding would choose each. `right`: the rank is 0. `generated`: text, or None. `ended`: the generated text
+        ended by itself. `footprint`: see `Reading`, while the reference is read (without one: while decoding).
+        `stored`: see `Reading`, after the prompt. `kept`: `[layers, kv_heads]`, share of the marked tokens' keys that
+        are in the cache after the prompt; None: no tokens are marked, or nothing is freed.
+
+    Raises:
+        SmartKVError: nothing is to be generated and there is no reference.
     """
-    opened = getattr(contender, "open", None)
-    if not sample.answer and (opened is None or not new_tokens):
+    open_cache: Callable[..., AbstractContextManager[Any]] | None = getattr(contender, "open", None)
+    at_once: int | None = getattr(contender, "at_once", None)
+    if not sample.answer and (open_cache is None or not new_tokens):
         raise SmartKVError(
-            f"{contender.name} is to generate nothing, and there is no reference whose likelihood counts"
+            f"{contender.name} generates nothing and there is no reference answer: give one, or new_tokens above 0"
         )
-    if opened is None:
+    if open_cache is None:
         tokens = torch.tensor([*sample.prompt, *sample.answer])
-        found = contender.read(setting, tokens, len(sample.prompt), counted_from(sample), None)
-        return _scored(found.nll, found.rank) | {
+        reading = contender.read(setting, tokens, len(sample.prompt), counted_from(sample), None)
+        return _scored(reading.nll, reading.rank) | {
             "generated": None,
             "ended": None,
-            "footprint": found.footprint,
-            "stored": found.stored,
+            "footprint": reading.footprint,
+            "stored": reading.stored,
             "kept": None,
         }
     model = lm.model
     prompt = torch.tensor([sample.prompt], device=model.device)
-    with opened(setting, counted_from(sample)) as cache:
+    with open_cache(setting, counted_from(sample)) as cache:
         before = prompt[:, :-1]
-        for part in before.split(contender.at_once or before.shape[1], dim=1):  # type: ignore[attr-defined]
+        for part in before.split(at_once or before.shape[1], dim=1):
             model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
-        figures = _held(lm, cache, before.shape[1], sample)
+        figures = _usage(lm, cache, before.shape[1], sample)
         if sample.answer:
-            figures |= _likelihood(lm, deepcopy(cache), sample, contender.at_once)  # type: ignore[attr-defined]
+            figures |= _likelihood(lm, deepcopy(cache), sample, at_once)
         if not new_tokens:
             return figures | {"generated": None, "ended": None}
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]  # a PreTrainedModel with a language head has it
             prompt,
             attention_mask=torch.ones_like(prompt),
             past_key_values=cache,
             generation_config=_greedy(lm, new_tokens),
         )
-        said = output[0, prompt.shape[1] :]
-        text = lm.tokenizer.decode(said, skip_special_tokens=True)
+        new = output[0, prompt.shape[1] :]
+        text = lm.tokenizer.decode(new, skip_special_tokens=True)
         if not sample.answer:
             figures["footprint"] = _footprint(cache)
-        return figures | {"generated": text, "ended": len(said) < new_tokens}
+        return figures | {"generated": text, "ended": len(new) < new_tokens}
 
 
 def _greedy(lm: Backbone, new_tokens: int) -> GenerationConfig:
-    """The likeliest token each time: what models bring along may punish words that stand in the prompt."""
+    """Make a config that takes the likeliest token each time.
+
+    The model's own config may have penalties for words of the prompt, so none of it is used but its end tokens.
+    """
     own = lm.model.generation_config
     ends = own.eos_token_id if own is not None and own.eos_token_id is not None else lm.tokenizer.eos_token_id
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else lm.tokenizer.eos_token_id
@@ -108,6 +123,7 @@ def _greedy(lm: Backbone, new_tokens: int) -> GenerationConfig:
 
 
 def _likelihood(lm: Backbone, cache: Cache, sample: Sample, at_once: int | None) -> dict[str, Any]:
+    """Read the reference answer with a cache that holds the prompt up to its last token."""
     ids, hidden = torch.tensor([[sample.prompt[-1], *sample.answer]], device=lm.model.device), []
     for part in ids[:, :-1].split(at_once or ids.shape[1], dim=1):
         hidden.append(lm.model.base_model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state[0])
@@ -122,23 +138,30 @@ def _scored(nll: Tensor, rank: Tensor) -> dict[str, Any]:
     return {"nll": float(nll.double().mean()), "rank": worst, "right": worst == 0}
 
 
-def _held(lm: Backbone, cache: Cache, tokens: int, sample: Sample) -> dict[str, Any]:
+def _usage(lm: Backbone, cache: Cache, tokens: int, sample: Sample) -> dict[str, Any]:
+    """Measure the cache after the prompt: `stored` and `kept`."""
     if isinstance(cache, QuantizedCache):
         return {"stored": stored_share(lm, cache, tokens), "kept": None}
     if not isinstance(cache, LifespanCache):
         return {"stored": 1.0, "kept": None}
     cache.settle()
-    return {"stored": stored_share(lm, cache, tokens), "kept": sample.marked and kept_of(cache, *sample.marked)}
+    return {"stored": stored_share(lm, cache, tokens), "kept": sample.marked and kept_share(cache, *sample.marked)}
 
 
-def kept_of(cache: LifespanCache, start: int, stop: int) -> list[list[float]]:
-    """Share of the keys of tokens `start … stop − 1` that a settled cache of one row holds, `[layers, kv_heads]`."""
-    found = []
+def kept_share(cache: LifespanCache, start: int, stop: int) -> list[list[float]]:
+    """Return the share of some tokens' keys that a settled cache of one row holds, `[layers, kv_heads]`.
+
+    Args:
+        cache: its pending evictions are done (`settle`).
+        start: first token.
+        stop: last token + 1.
+    """
+    shares = []
     for layer in cache.storage:
         marked = (layer.store.fields.position >= start) & (layer.store.fields.position < stop)
         alive = torch.bincount(layer.store.pair()[marked], minlength=layer.kv_heads)
-        found.append((alive / (stop - start)).tolist())
-    return found
+        shares.append((alive / (stop - start)).tolist())
+    return shares
 
 
 def _footprint(cache: Cache) -> float:
@@ -146,32 +169,36 @@ def _footprint(cache: Cache) -> float:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, prefix: str = "") -> tuple[int, ...]:
-    """A prompt's ids.
+    """Return the ids of a prompt.
 
     Args:
-        text: what the user asks.
-        chat: in the model's chat template.
-        prefix: what the answer begins with, given.
+        tokenizer: of the model.
+        text: the question.
+        chat: put the question into the model's chat template.
+        prefix: beginning of the answer, which is given.
 
     Raises:
-        SmartKVError: a chat is asked for, and the tokenizer has no template.
+        SmartKVError: `chat` is true and the tokenizer has no chat template.
     """
     if not chat:
         return tuple(tokenizer(text + prefix)["input_ids"])
     if not tokenizer.chat_template:
         raise SmartKVError("this model has no chat template: leave chat false")
     turns = [{"role": "user", "content": text}]
-    asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return tuple(tokenizer(asked + prefix, add_special_tokens=False)["input_ids"])
+    chat_text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return tuple(tokenizer(chat_text + prefix, add_special_tokens=False)["input_ids"])
 
 
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Ids of what follows a prompt."""
+    """Return the ids of a text that follows a prompt, without special tokens."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def cut_in_the_middle(ids: Sequence[int], most: int) -> tuple[int, ...]:
-    """At most so many ids, the middle left out: start and end hold the instructions (as LongBench does)."""
+    """Shorten ids to at most `most` by leaving out the middle, as LongBench does.
+
+    Start and end of a prompt hold the instructions.
+    """
     if len(ids) <= most:
         return tuple(ids)
     half = most // 2

@@ -1,4 +1,4 @@
-"""Heatmaps of tasks: one panel a contender, one cell a group of samples."""
+"""Heatmaps of tasks: a panel for each contender, a cell for each group of samples."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,16 +19,16 @@ def panels(
     label: str,
     loss: bool = False,
 ) -> Figure:
-    """Draw heatmaps side by side, with one colour scale.
+    """Draw heatmaps side by side with one colour scale.
 
     Args:
-        grids: name -> `[rows, columns]`; NaN where nothing was measured. A contender's name is written out.
-        rows: names of the rows; a contender's is written out.
+        grids: name of a panel -> its values `[rows, columns]`; NaN: not measured. A contender's name is written out.
+        rows: names of the rows; a contender's name is written out.
         columns: names of the columns.
-        names: of both axes: rows, columns.
-        title: of the picture.
-        label: of the figures in the cells, with the unit.
-        loss: less is better, and colours go from 0 to the largest figure; else from 0 to 1.
+        names: names of the vertical and the horizontal axis.
+        title: of the figure.
+        label: of the colour scale, with the unit.
+        loss: less is better: the scale goes from 0 to the largest value in place of 1.
     """
     across = min(3, len(grids))
     down = -(-len(grids) // across)

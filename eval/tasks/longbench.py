@@ -1,4 +1,4 @@
-"""`python -m eval longbench`: LongBench v1, English and code, for every contender at every footprint."""
+"""`python -m eval longbench`: LongBench v1 (English and code) for every contender at every footprint."""
 
 import ast
 import json
@@ -16,11 +16,12 @@ from eval.common.results import save_picture
 from eval.tasks.answers import Sample, continuation_ids, cut_in_the_middle, prompt_ids
 from eval.tasks.heatmaps import panels
 from eval.tasks.metrics import METRICS
-from eval.tasks.suite import DEFAULT, Row, Suite, all_lengths, group_table, mean, merged
+from eval.tasks.report import Row, all_lengths, group_table, mean, merged
+from eval.tasks.suite import DEFAULT, Suite
 from smartkv.errors import SmartKVError
 
 TASKS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-HUB = "zai-org/LongBench"  # once THUDM/LongBench
+HUB = "zai-org/LongBench"  # formerly THUDM/LongBench
 FIELDS = ("input", "context", "answers")
 
 
@@ -39,19 +40,19 @@ def longbench(
     model: Model = Model(),  # noqa: B008
     seed: int = 0,
 ) -> None:
-    """LongBench v1 (Bai et al. 2023): its prompts, its truncation in the middle, its metrics.
+    """Measure LongBench v1 (Bai et al. 2023) with its prompts, its truncation in the middle and its metrics.
 
     Args:
         out: folder for longbench.json and the picture.
-        gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: contenders without.
-        contenders: as for `compare`, but only what decodes: policies and quantised caches.
-        footprints: shares of the full cache to be kept, for which prices are solved at about each prompt's length.
-        tasks: which of them; the Chinese ones are not there.
+        gates: folder of exported gates, hub id, or the name of gates that come with SmartKV. Null: contenders without.
+        contenders: as for `compare`, but only those that decode: policies and quantised caches.
+        footprints: shares of the full cache to keep, for which prices are solved at about each prompt's length.
+        tasks: names of tasks; those in Chinese are left out.
         data: hub id, or a folder with <task>.jsonl in it (fields input, context, answers, all_classes).
-        samples: of each task, the first so many. Null: all.
-        longest: tokens of a prompt; what is longer loses its middle.
-        new_tokens: to generate. Null: as published for each task.
-        chat: in the model's chat template, except for the tasks that LongBench asks without.
+        samples: number of samples of each task, its first ones. Null: all.
+        longest: most tokens of a prompt; a longer one loses its middle.
+        new_tokens: tokens to generate. Null: the number that was published for each task.
+        chat: put prompts into the model's chat template, except for tasks that LongBench asks without it.
         calibration: texts on which prices are solved.
         model: the frozen language model.
         seed: of the choice of calibration windows.
@@ -64,7 +65,7 @@ def longbench(
         raise SmartKVError("longest must be at least 16 tokens, samples and new_tokens at least 1")
     suite = Suite(console, model, gates, contenders, footprints, calibration, seed)
     folder, rows, asked = Path(out), [], {}
-    for task in tasks:  # all of them before the first is measured
+    for task in tasks:  # a task that cannot be read ends the run before anything is measured
         records = read_records(data, task, samples)
         asked[task] = suite.by_length([_sample(suite, task, record, longest, chat) for record in records])
         suite.check_lengths(asked[task], new_tokens or TASKS[task]["tokens"])
@@ -86,10 +87,15 @@ UNITS = {
 
 
 def read_records(data: str, task: str, samples: int | None) -> Iterator[dict[str, Any]]:
-    """The records of a task, from a folder or from the hub.
+    """Read the records of a task from a folder or from the hub.
+
+    Args:
+        data: folder or hub id.
+        task: name of the task.
+        samples: number of records; None: all.
 
     Raises:
-        SmartKVError: not there, or records without the fields.
+        SmartKVError: the task cannot be read, or a record lacks a field.
     """
     path = Path(data) / f"{task}.jsonl"
     if Path(data).is_dir() and not path.is_file():
@@ -107,6 +113,7 @@ def read_records(data: str, task: str, samples: int | None) -> Iterator[dict[str
 
 
 def _lines(path: Path) -> Iterator[Any]:
+    """Read a file of JSON lines."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -118,7 +125,7 @@ def _lines(path: Path) -> Iterator[Any]:
 
 
 def _from_hub(repository: str, task: str) -> Iterator[Any]:
-    """The hub has one archive with a file a task; its loading script is not run."""
+    """Read a task from the hub's archive, which has a file for each task. The hub's loading script is not run."""
     from zipfile import BadZipFile, ZipFile
 
     from huggingface_hub import hf_hub_download
@@ -136,7 +143,7 @@ def _from_hub(repository: str, task: str) -> Iterator[Any]:
 
 
 def _listed(value: Any) -> list[str]:
-    """Some copies hold lists as text."""
+    """Return a list of texts; some copies of the data hold lists as text."""
     if value is None:
         return []
     if isinstance(value, str) and value.startswith(("[", "(")):
@@ -146,15 +153,17 @@ def _listed(value: Any) -> list[str]:
 
 
 def _sample(suite: Suite, task: str, record: dict[str, Any], longest: int, chat: bool) -> Sample:
-    tokenizer, text = suite.lm.tokenizer, TASKS[task]["prompt"].format(**record)
+    """Make a sample: the prompt is shortened as plain text, then put into the chat template."""
+    tokenizer, text = suite.lm.tokenizer, str(TASKS[task]["prompt"].format(**record))
     ids = cut_in_the_middle(prompt_ids(tokenizer, text, False), longest)
     chat = chat and not TASKS[task].get("bare")
-    prompt = prompt_ids(tokenizer, tokenizer.decode(ids, skip_special_tokens=True), chat) if chat else ids
+    prompt = prompt_ids(tokenizer, str(tokenizer.decode(list(ids), skip_special_tokens=True)), chat) if chat else ids
     answer = continuation_ids(tokenizer, f" {record['answers'][0]}")
     return Sample(prompt, answer, tuple(record["answers"]), (task,), tuple(record["all_classes"]))
 
 
 def _scored(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
+    """Score a generated text by the task's metric; the best of the references counts."""
     task, text = TASKS[sample.group[0]], figures["generated"]
     if text is None:
         return {"score": None}

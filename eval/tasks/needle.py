@@ -1,4 +1,4 @@
-"""`python -m eval needle`: a fact stated once, at every depth of texts of every length, asked for at the end."""
+"""`python -m eval needle`: the needle in the haystack, a fact at every depth of texts of every length."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,22 +15,12 @@ from eval.common.results import save_picture
 from eval.eviction.recall import Trial, trial
 from eval.tasks.answers import Sample
 from eval.tasks.heatmaps import panels
-from eval.tasks.suite import (
-    DEFAULT,
-    Row,
-    Suite,
-    counted,
-    full_of,
-    mean,
-    merged,
-    right_where_full_is,
-    score_table,
-    shown,
-)
+from eval.tasks.report import Row, counted, full_of, mean, merged, right_where_full_is, score_table, shown
+from eval.tasks.suite import DEFAULT, Suite
 from smartkv.errors import SmartKVError
 from smartkv.texts.sources import SourceConfig
 
-SPARE = 96  # tokens of a text's length that the fact, the question and the answer may take
+SPARE = 96  # tokens of a text's length that are reserved for fact, question and answer
 
 
 def needle(
@@ -48,22 +38,23 @@ def needle(
     model: Model = Model(),  # noqa: B008
     seed: int = 0,
 ) -> None:
-    """The needle in the haystack, depth × length, for every contender at every footprint.
+    """Measure the needle in the haystack by depth and length, for every contender at every footprint.
 
-    A model that is too small to answer questions is asked to say the sentence again, up to its last word. What counts
-    is the word's likelihood (`nll`, `rank`; right: every token of it is the likeliest) and whether what is generated
-    has it in it. Shares are of the needles that the full cache finds.
+    A fact is stated once in a text. At the text's end the model has to repeat the sentence, of which the last word is
+    left out. Small models can do that even if they cannot answer questions. The measures are the word's likelihood
+    (`nll`, `rank`; `right`: each of its tokens is the likeliest) and whether the generated text contains the word.
+    Shares are of the needles that the full cache finds.
 
     Args:
         out: folder for needle.json and the pictures.
-        gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: contenders without.
+        gates: folder of exported gates, hub id, or the name of gates that come with SmartKV. Null: contenders without.
         contenders: as for `compare`; those that are simulated by a mask generate nothing.
-        footprints: shares of the full cache to be kept, for which prices are solved at each length.
-        lengths: tokens, all included.
-        depths: places of the fact, evenly spread.
-        samples: of each length and depth, each with a text, a name and a number of its own.
-        split: of text and forms: train, validation or test.
-        new_tokens: to generate for each sample; 0: none, which takes half the time.
+        footprints: shares of the full cache to keep, for which prices are solved at each length.
+        lengths: tokens of a sample, question and answer included.
+        depths: number of places of the fact, evenly spread.
+        samples: number of samples of each length and depth, each with a text, a name and a number of its own.
+        split: train, validation or test, of the text and of the forms of facts.
+        new_tokens: tokens to generate for each sample; 0: none, which takes half the time.
         haystack: the text around the facts.
         calibration: texts on which prices are solved.
         model: the frozen language model.
@@ -79,7 +70,7 @@ def needle(
     places = [round((number + 0.5) / depths, 3) for number in range(depths)]
     by_length = {length: _samples(suite, haystack, split, length, places, samples) for length in sorted(set(lengths))}
     folder = Path(out)
-    rows = suite.run(folder, "needle", by_length, new_tokens, _found)
+    rows = suite.run(folder, "needle", by_length, new_tokens, _answer_in_text)
     settings = {"lengths": sorted(set(lengths)), "depths": places, "samples": samples, "split": split}
     settings |= {"new_tokens": new_tokens, "haystack": [source.name for source in haystack]}
     tables, pictures = [_table(rows, new_tokens > 0)], _pictures(folder, rows, places)
@@ -107,27 +98,28 @@ def _samples(
 ) -> list[Sample]:
     texts = suite.texts(haystack, split, count * len(places), length)
     random = np.random.default_rng([suite.seed, length])
-    found = []
+    made = []
     for number, text in enumerate(texts):
         depth = places[number % len(places)]
-        made = trial(split, number // len(places), depth, suite.lm.tokenizer, text[: length - SPARE], random)
-        found.append(_sample(suite, made, length, text))
-    return found
+        fact = trial(split, number // len(places), depth, suite.lm.tokenizer, text[: length - SPARE], random)
+        made.append(_sample(suite, fact, length, text))
+    return made
 
 
-def _sample(suite: Suite, made: Trial, length: int, text: torch.Tensor) -> Sample:
-    """With as much more text at the start as makes it `length` tokens long."""
-    used = len(made.context) + len(made.question) + len(made.answer)
+def _sample(suite: Suite, fact: Trial, length: int, text: torch.Tensor) -> Sample:
+    """Make a sample of a trial, with as much more text at its start as makes it `length` tokens long."""
+    used = len(fact.context) + len(fact.question) + len(fact.answer)
     more = text[length - SPARE : length - SPARE + max(0, length - used)].tolist()
-    prompt = (*made.context[:1], *more, *made.context[1:], *made.question)
+    prompt = (*fact.context[:1], *more, *fact.context[1:], *fact.question)
     body = length - SPARE
-    start = int(made.depth * body) + len(more)
-    marked = (start, start + len(made.context) - body)
-    reference = suite.lm.tokenizer.decode(made.answer).strip()
-    return Sample(prompt, made.answer, (reference,), (length, made.depth), marked=marked)
+    start = int(fact.depth * body) + len(more)
+    marked = (start, start + len(fact.context) - body)
+    reference = str(suite.lm.tokenizer.decode(list(fact.answer))).strip()
+    return Sample(prompt, fact.answer, (reference,), (length, fact.depth), marked=marked)
 
 
-def _found(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
+def _answer_in_text(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
+    """Score whether the generated text contains the answer."""
     text = figures["generated"]
     return {"said": None if text is None else float(sample.references[0].lower() in text.lower())}
 
@@ -137,10 +129,10 @@ def _table(rows: list[Row], generated: bool) -> Table:
     for row in sorted(rows, key=lambda r: (r.length, r.kind != "full")):
         full = full_of(rows, row.length)
         share, asked = right_where_full_is(row, full, "right")
-        said = counted(*right_where_full_is(row, full, "said")) if generated else ""
+        generated_right = counted(*right_where_full_is(row, full, "said")) if generated else ""
         nll = mean([sample["nll"] for sample in row.samples])
         rank = float(np.median([sample["rank"] for sample in row.samples]))
-        cells = (f"{row.length:,}", counted(share, asked), said)
+        cells = (f"{row.length:,}", counted(share, asked), generated_right)
         lines.append((row, (*cells, shown(nll, 3), f"{rank:.0f}")))
     return score_table("needle", ("tokens", "right", "said", "NLL", "median rank"), lines)
 
@@ -149,7 +141,7 @@ def _pictures(folder: Path, rows: list[Row], places: list[float]) -> list[Path]:
     lengths = sorted({row.length for row in rows})
     labels = list(dict.fromkeys(row.label for row in rows))
     names = ("depth of the fact", "length of the text, tokens")
-    found = []
+    pictures = []
     for key, title, loss in (("right", "share of needles found", False), ("nll", "NLL of the answer, nats", True)):
         grids = {}
         for label in labels:
@@ -162,10 +154,10 @@ def _pictures(folder: Path, rows: list[Row], places: list[float]) -> list[Path]:
         figure = panels(
             grids, [f"{p:.0%}" for p in places], [f"{n:,}" for n in lengths], names, f"Needle: {title}", title, loss
         )
-        found.append(save_picture(figure, folder / f"needle_{key}.png"))
+        pictures.append(save_picture(figure, folder / f"needle_{key}.png"))
     for row in merged([replace(row, length=0) for row in rows if row.kind == "ours"]):
         kept = np.mean([sample["kept"] for sample in row.samples], axis=0)
         title = f"{row.label}: keys of the fact\nheld when it is asked for"
         figure = heads_heatmap(kept, range(len(kept)), title, "share of the fact's keys")
-        found.append(save_picture(figure, folder / f"needle_kept_{_file_name(row.label)}.png"))
-    return found
+        pictures.append(save_picture(figure, folder / f"needle_kept_{_file_name(row.label)}.png"))
+    return pictures

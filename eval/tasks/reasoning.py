@@ -1,4 +1,4 @@
-"""`python -m eval reasoning`: maths problems, solved while keys are evicted."""
+"""`python -m eval reasoning`: GSM8K, MATH-500 and AIME 2024, solved while keys are evicted."""
 
 import re
 from itertools import islice
@@ -14,25 +14,14 @@ from eval.common.results import save_picture
 from eval.tasks.answers import Sample, continuation_ids, prompt_ids
 from eval.tasks.heatmaps import panels
 from eval.tasks.metrics import same_answer
-from eval.tasks.suite import (
-    DEFAULT,
-    Row,
-    Suite,
-    all_lengths,
-    counted,
-    full_of,
-    mean,
-    merged,
-    right_where_full_is,
-    score_table,
-    shown,
-)
+from eval.tasks.report import Row, all_lengths, counted, full_of, mean, merged, right_where_full_is, score_table, shown
+from eval.tasks.suite import DEFAULT, Suite
 from smartkv.errors import SmartKVError
 from smartkv.texts.sources import SourceConfig, resolve_source
 
-SHOTS = {"gsm8k": 8, "math500": 4, "aime24": 0}  # as is usual
+SHOTS = {"gsm8k": 8, "math500": 4, "aime24": 0}  # the usual numbers
 NEW_TOKENS = {"gsm8k": 256, "math500": 512, "aime24": 1024}
-SETS = {"gsm8k": "\nAnswer: ", "math500": "\nSolution: ", "aime24": "\nSolution: "}  # what stands before a solution
+SETS = {"gsm8k": "\nAnswer: ", "math500": "\nSolution: ", "aime24": "\nSolution: "}  # the text before a solution
 
 
 def reasoning(
@@ -51,24 +40,24 @@ def reasoning(
     model: Model = Model(),  # noqa: B008
     seed: int = 0,
 ) -> None:
-    """GSM8K, MATH-500 and AIME 2024: exact match of generated solutions, and the likelihood of the reference solution.
+    """Measure maths problems: exact match of generated solutions, and the likelihood of the reference solution.
 
-    Problems are of a split that was never harvested, the examples before them of the train split. Keys are evicted
-    while the examples are read and while the solution is decoded. Small models solve hardly any: there, likelihood is
-    what counts.
+    Problems are taken from a split that was never harvested, and the solved examples before them from the train split.
+    Keys are evicted while the examples are read and while the solution is decoded. Small models solve hardly any
+    problem; for them only the likelihood tells caches apart.
 
     Args:
         out: folder for reasoning.json and the picture.
-        gates: folder of exported gates, hub id, or a name of gates that come with SmartKV. Null: contenders without.
+        gates: folder of exported gates, hub id, or the name of gates that come with SmartKV. Null: contenders without.
         contenders: as for `compare`; those that are simulated by a mask generate nothing.
-        footprints: shares of the full cache to be kept, for which prices are solved at about each problem's length.
+        footprints: shares of the full cache to keep, for which prices are solved at about each problem's length.
         sets: gsm8k, math500, aime24.
-        samples: of each set, the first so many. Null: all.
-        shots: solved problems before each, of the same set's train split; of each set, or one figure for all.
-        new_tokens: to generate; 0: none. Of each set, or one figure for all.
-        chat: in the model's chat template.
-        split: train (its problems after those that are shown), validation or test.
-        origins: where the sets are taken from: local ($SMARTKV_DATA), hub.
+        samples: number of problems of each set, its first ones. Null: all.
+        shots: number of solved examples before each problem, one number for all sets or one for each.
+        new_tokens: tokens to generate, one number for all sets or one for each; 0: none.
+        chat: put problems into the model's chat template.
+        split: train (the problems after the examples), validation or test.
+        origins: origins of the sets, in order of preference: local ($SMARTKV_DATA), hub.
         calibration: texts on which prices are solved.
         model: the frozen language model.
         seed: of the choice of calibration windows.
@@ -76,22 +65,22 @@ def reasoning(
     console = make_console()
     if not sets or any(name not in SETS for name in sets):
         raise SmartKVError(f"sets must be some of {', '.join(SETS)}, got {sets}")
-    shown_first, said = _of_sets("shots", shots, sets), _of_sets("new_tokens", new_tokens, sets)
+    examples, to_generate = _of_sets("shots", shots, sets), _of_sets("new_tokens", new_tokens, sets)
     if samples is not None and samples < 1:
         raise SmartKVError(f"samples must be at least 1, got {samples}")
     suite = Suite(console, model, gates, contenders, footprints, calibration, seed)
     folder, rows = Path(out), []
     asked = {
-        name: suite.by_length(_samples(suite, name, split, samples, shown_first[name], chat, origins)) for name in sets
+        name: suite.by_length(_samples(suite, name, split, samples, examples[name], chat, origins)) for name in sets
     }
-    for name in sets:  # all of them before the first is measured
-        suite.check_lengths(asked[name], said[name])
+    for name in sets:  # a problem that is too long ends the run before anything is measured
+        suite.check_lengths(asked[name], to_generate[name])
     for name in sets:
-        rows += suite.run(folder, "reasoning", asked[name], said[name], _scored)
-    settings = {"sets": sets, "samples": samples, "shots": shown_first, "new_tokens": said}
+        rows += suite.run(folder, "reasoning", asked[name], to_generate[name], _scored)
+    settings: dict[str, Any] = {"sets": sets, "samples": samples, "shots": examples, "new_tokens": to_generate}
     settings |= {"chat": chat, "split": split}
     together = all_lengths(rows)
-    tables, pictures = [_table(together, sets, max(said.values()) > 0)], [_picture(folder, together, sets)]
+    tables, pictures = [_table(together, sets, max(to_generate.values()) > 0)], [_picture(folder, together, sets)]
     suite.leave(folder, "reasoning", settings, UNITS, merged(rows), tables, pictures)
 
 
@@ -106,40 +95,54 @@ UNITS = {
 
 
 def _of_sets(name: str, given: int | dict[str, int], sets: list[str]) -> dict[str, int]:
-    found = dict.fromkeys(sets, given) if isinstance(given, int) else {each: given.get(each, -1) for each in sets}
-    if min(found.values()) < 0:
-        raise SmartKVError(f"{name} must be at least 0, one figure, or one for each of {', '.join(sets)}; got {given}")
-    return found
+    """Return the number of each set."""
+    numbers = dict.fromkeys(sets, given) if isinstance(given, int) else {each: given.get(each, -1) for each in sets}
+    if min(numbers.values()) < 0:
+        raise SmartKVError(f"{name} must be at least 0, one number or one for each of {', '.join(sets)}; got {given}")
+    return numbers
 
 
 def _problems(
     suite: Suite, name: str, split: str, origins: list[str], most: int | None, after: int = 0
 ) -> list[tuple[str, str]]:
-    """Problems, up to what stands before a solution, and solutions; the first few, which are shown, left out."""
+    """Read problems and their solutions.
+
+    Args:
+        suite: tells the origin of the set.
+        name: of the set.
+        split: train, validation or test.
+        origins: in order of preference.
+        most: number of problems; None: all.
+        after: number of first problems that are left out, because they are shown as examples.
+
+    Returns:
+        (problem with the text before its solution, solution) of each.
+    """
     source = resolve_source(SourceConfig(name, origins=list(origins)), suite.say)
     parts = (document.text.partition(SETS[name]) for document in source.documents(split))
     solved = ((problem + mark.rstrip(), solution.strip()) for problem, mark, solution in parts if mark)
-    found = list(islice(solved, after, None if most is None else after + most))
-    if not found:
+    problems = list(islice(solved, after, None if most is None else after + most))
+    if not problems:
         raise SmartKVError(
             f"'{name}' has no problems in its {split} split" + (f" after the first {after}" if after else "")
         )
-    return found
+    return problems
 
 
 def _samples(
     suite: Suite, name: str, split: str, count: int | None, shots: int, chat: bool, origins: list[str]
 ) -> list[Sample]:
-    shown_first = _problems(suite, name, "train", origins, shots) if shots else []
-    examples = "".join(f"{problem} {solution}\n\n" for problem, solution in shown_first)
-    tokenizer, found = suite.lm.tokenizer, []
+    shown_before = _problems(suite, name, "train", origins, shots) if shots else []
+    examples = "".join(f"{problem} {solution}\n\n" for problem, solution in shown_before)
+    tokenizer, made = suite.lm.tokenizer, []
     for problem, solution in _problems(suite, name, split, origins, count, after=shots if split == "train" else 0):
         prompt = prompt_ids(tokenizer, examples + problem, chat)
-        found.append(Sample(prompt, continuation_ids(tokenizer, f" {solution}"), (solution,), (name,)))
-    return found
+        made.append(Sample(prompt, continuation_ids(tokenizer, f" {solution}"), (solution,), (name,)))
+    return made
 
 
 def _scored(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
+    """Score a generated solution against the reference."""
     text = figures["generated"]
     if text is None:
         return {"score": None}
@@ -151,8 +154,14 @@ def _scored(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
 
 
 def first_solution(text: str, name: str) -> str:
-    """Without the next problems that a model goes on with; GSM8K's solutions end with `#### number`,
-    which elsewhere is a heading."""
+    """Return the first solution of a generated text, without further problems that the model makes up.
+
+    GSM8K's solutions end with `#### number`; in other sets `####` is a heading.
+
+    Args:
+        text: generated text.
+        name: of the set.
+    """
     solution = re.split(r"\n+(?:Question|Problem):", text)[0]
     end = re.search(r"####[ \t]*\$?[ \t]*-?\d[\d.,]*", solution) if name == "gsm8k" else None
     return solution[: end.end()] if end else solution
@@ -166,11 +175,10 @@ def _table(rows: list[Row], sets: list[str], generated: bool) -> Table:
             if generated:
                 share, asked = right_where_full_is(row, full, "score", name)
                 score, ended = (mean([sample[key] for sample in row.of(name)]) for key in ("score", "ended"))
-                said = shown(score, percent=True), shown(ended, percent=True)
-                cells += [*said, counted(share, asked)]
-            here, there = ([sample["nll"] for sample in r.of(name)] for r in (row, full))
-            gap = mean([mine - theirs for mine, theirs in zip(here, there, strict=True)]) if here else None
-            cells += [shown(mean(here), 3), "" if row is full or gap is None else f"{gap:+.4f}"]
+                cells += [shown(score, percent=True), shown(ended, percent=True), counted(share, asked)]
+            nll, nll_full = ([sample["nll"] for sample in r.of(name)] for r in (row, full))
+            gap = mean([own - whole for own, whole in zip(nll, nll_full, strict=True)]) if nll else None
+            cells += [shown(mean(nll), 3), "" if row is full or gap is None else f"{gap:+.4f}"]
         lines.append((row, cells))
     names = [part for name in sets for part in _columns(f"{name} ({len(full.of(name))})", generated)]
     return score_table("Reasoning", names, lines)

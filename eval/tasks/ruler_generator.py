@@ -1,7 +1,7 @@
-"""RULER's task families (Hsieh et al. 2024, arXiv 2404.06654), generated: text of any length with a question to it.
+"""Generates tasks of RULER's families (Hsieh et al. 2024, arXiv 2404.06654): text of any length with a question.
 
-Needles in noise, in prose or among other needles; variables to be tracked; words to be counted. Its questions about
-passages (SQuAD, HotpotQA) are left out. Keys are pairs of words from the texts given, which are the prose too.
+The families are needles in noise, in prose or among other needles, variables to be tracked, and words to be counted.
+RULER's questions about passages (SQuAD, HotpotQA) are left out. Keys of needles are pairs of words of the prose.
 """
 
 import re
@@ -21,8 +21,8 @@ from smartkv.errors import SmartKVError
 RULER: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("ruler.yaml").read_text(encoding="utf-8"))
 FAMILIES: tuple[str, ...] = tuple(RULER["families"])
 WORD_LENGTH = 6  # letters of a coded word
-SHORT = 4096  # tokens below which lists of common words have smaller counts, as published
-EXAMPLE_SENTENCES = 10  # of noise, around the example for variable tracking
+SHORT = 4096  # below so many tokens, lists of common words have smaller counts, as published
+EXAMPLE_SENTENCES = 10  # sentences of noise around the example of variable tracking
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Task:
     """One question.
 
     Attributes:
-        text: what is asked.
-        prefix: what the answer begins with, given.
+        text: the prompt.
+        prefix: beginning of the answer, which is given.
         answers: texts that must all be in the answer.
-        reference: an answer that is right, as it would go on after `prefix`.
-        ordered: there is one order in which the answers are given; else the reference has any.
+        reference: a right answer, as it continues after `prefix`.
+        ordered: the answers have one right order; without it the reference has any of the orders.
     """
 
     text: str
@@ -45,11 +45,11 @@ class Task:
 
 
 class Exhausted(SmartKVError):
-    """The haystack's texts are too short for a task of that size."""
+    """The haystack's texts are too short for a task of the size that was asked for."""
 
 
 def tokens_to_generate(family: str) -> int:
-    """As published."""
+    """Return the number of tokens to generate for a family, as published."""
     return RULER[_kind(family)]["tokens"]
 
 
@@ -62,28 +62,29 @@ def _kind(family: str) -> str:
 def generate(
     family: str, length: int, prose: str, count_tokens: Callable[[str], int], seed: list[int], more: str = ""
 ) -> Task:
-    """The longest task of a family that has, with its answer's tokens, at most `length` tokens.
+    """Generate the longest task of a family that has at most `length` tokens, its answer included.
 
     Args:
         family: one of `FAMILIES`.
-        prose: text for haystacks; at least as long as the task.
-        count_tokens: of a text.
-        seed: of everything that is drawn.
-        more: text from which words for lists are taken too.
+        length: tokens of prompt and answer.
+        prose: text for haystacks, at least as long as the task.
+        count_tokens: counts the tokens of a text.
+        seed: of all that is drawn.
+        more: further text from which words for lists are taken.
 
     Raises:
-        SmartKVError: no such family, too short a length, or too little prose.
+        SmartKVError: an unknown family, too short a length, or too little prose.
     """
     make = {"niah": _needles, "vt": _variables, "cwe": _common_words, "fwe": _frequent_words}[_kind(family)]
     options, room = RULER["families"][family], length - tokens_to_generate(family)
 
-    def made(size: int) -> Task:
+    def task_of_size(size: int) -> Task:
         text = f"{prose} {more}" if make is _common_words else prose
         return make(options, size, length, text, np.random.default_rng(seed))
 
     def fits(size: int) -> bool:
         try:
-            task = made(size)
+            task = task_of_size(size)
         except Exhausted:
             if size == _least(options):
                 raise
@@ -98,7 +99,7 @@ def generate(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return made(low)
+    return task_of_size(low)
 
 
 def _least(options: dict[str, Any]) -> int:
@@ -106,15 +107,17 @@ def _least(options: dict[str, Any]) -> int:
 
 
 def string_match_all(text: str, answers: Sequence[str]) -> float:
-    """Share of the answers that the text has in it, whatever the case: RULER's metric for these families."""
+    """Return the share of the answers that a text contains, whatever the case: RULER's metric for these families."""
     return sum(answer.lower() in text.lower() for answer in answers) / len(answers)
 
 
 def _listed(parts: Sequence[str]) -> str:
+    """Join texts as a sentence does: `a, b, and c`."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}, and {parts[-1]}"
 
 
 def _drawn(kind: str, words: np.ndarray, random: np.random.Generator) -> str:
+    """Draw a key or a value: words, numbers or a UUID."""
     if kind == "words":
         return "-".join(str(word) for word in random.choice(words, 2))
     if kind == "numbers":
@@ -127,16 +130,16 @@ def _words(prose: str) -> np.ndarray:
 
 
 def _distinct(kind: str, count: int, words: np.ndarray, random: np.random.Generator) -> list[str]:
-    if kind == "words" and len(words) ** 2 < 2 * count:  # or drawing new ones would take for ever
+    if kind == "words" and len(words) ** 2 < 2 * count:  # drawing distinct pairs would take too long
         raise Exhausted(f"the haystack has {len(words)} different words, too few for {count} keys: give longer texts")
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[_drawn(kind, words, random)] = None
-    return list(found)
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        drawn[_drawn(kind, words, random)] = None
+    return list(drawn)
 
 
 def _sentences(prose: str, words: int) -> list[str]:
-    """The first so many words, in sentences."""
+    """Return the first words of the prose, split into sentences."""
     taken = prose.split()[:words]
     if len(taken) < words:
         raise Exhausted(f"the haystack has {len(taken)} words, {words} are needed: give longer texts")
@@ -144,10 +147,11 @@ def _sentences(prose: str, words: int) -> list[str]:
 
 
 def _needles(options: dict[str, Any], size: int, length: int, prose: str, random: np.random.Generator) -> Task:
+    """Make a task of needles: sentences with keys and values in a haystack."""
     kind, value_count, asked = options["values"], options.get("value_count", 1), options.get("asked", 1)
     words, count = _words(prose), options.get("key_count", 1)
     others = size if options["haystack"] == "needle" else 0
-    drawn = _distinct(options["keys"], count + others, words, random)  # at once: no other key is one that is asked for
+    drawn = _distinct(options["keys"], count + others, words, random)  # all at once, so that they differ
     keys = drawn[:count]
     values = {key: _distinct(kind, value_count, words, random) for key in keys}
     needle = RULER["niah"]["needle"]
@@ -176,18 +180,20 @@ def _needles(options: dict[str, Any], size: int, length: int, prose: str, random
 
 
 def _variables(options: dict[str, Any], size: int, length: int, prose: str, random: np.random.Generator) -> Task:
-    """With one solved example before it, as published."""
+    """Make a task of variable tracking, with one solved example before it, as published."""
     example = _chain(options, EXAMPLE_SENTENCES, 3, random)
     task = _chain(options, size, 5, random)
     return _after(example, task)
 
 
 def _after(example: Task, task: Task) -> Task:
+    """Put a solved example before a task."""
     text = f"{example.text}{example.prefix}{example.reference}\n{task.text}"
     return Task(text, task.prefix, task.answers, task.reference, task.ordered)
 
 
 def _chain(options: dict[str, Any], size: int, letters: int, random: np.random.Generator) -> Task:
+    """Make chains of assignments in noise; the first chain's variables are the answer."""
     hops = options["hops"]
     names: dict[str, None] = {}
     while len(names) < options["chains"] * (hops + 1):
@@ -208,7 +214,7 @@ def _chain(options: dict[str, Any], size: int, letters: int, random: np.random.G
 
 
 def _common_words(options: dict[str, Any], size: int, length: int, prose: str, random: np.random.Generator) -> Task:
-    """With one solved example before it, as published."""
+    """Make a task of the most common words of a list, with one solved example before it, as published."""
     words, count = _words(prose), options["count"]
     few = length < SHORT
     example = _list(words, (20, 3, 1) if few else (40, 10, 3), count, random)
@@ -217,6 +223,7 @@ def _common_words(options: dict[str, Any], size: int, length: int, prose: str, r
 
 
 def _list(words: np.ndarray, sizes: tuple[int, int, int], count: int, random: np.random.Generator) -> Task:
+    """Make a numbered list in which `count` words are more frequent than the others."""
     size, common, uncommon = sizes
     if size > len(words):
         raise Exhausted(f"the haystack has {len(words)} different words, {size} are needed: give more texts")
@@ -230,7 +237,10 @@ def _list(words: np.ndarray, sizes: tuple[int, int, int], count: int, random: np
 
 
 def _frequent_words(options: dict[str, Any], size: int, length: int, prose: str, random: np.random.Generator) -> Task:
-    """Coded words whose counts follow a zeta distribution; the most frequent are dots, which do not count."""
+    """Make a task of the most frequent coded words, whose counts follow a zeta distribution.
+
+    The most frequent word is a row of dots, which is not asked for.
+    """
     vocabulary: dict[str, None] = {}
     while len(vocabulary) < max(8, length // 50):
         vocabulary["".join(random.choice(list(string.ascii_lowercase), WORD_LENGTH))] = None
@@ -241,5 +251,5 @@ def _frequent_words(options: dict[str, Any], size: int, length: int, prose: str,
     text = [word for word, times in zip(words, counts, strict=True) for _ in range(times)]
     random.shuffle(text)
     answers = tuple(words[1:4])
-    asked = RULER["fwe"]["template"].format(context=" ".join(text))
-    return Task(asked, RULER["fwe"]["prefix"], answers, f" {_listed(answers)}")
+    prompt = RULER["fwe"]["template"].format(context=" ".join(text))
+    return Task(prompt, RULER["fwe"]["prefix"], answers, f" {_listed(answers)}")

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from eval.__main__ import main
 from eval.common.isolated import _peak
-from tests.eval.tasks.fixtures import lm, long_backbone, long_gates, long_texts, run_task  # noqa: F401
+from smartkv.models.backbone import Backbone, load_backbone
+from tests.eval.tasks.fixtures import lm, long_backbone, long_gates, long_texts, longbench_data, run_task  # noqa: F401
 from tests.lightning_fixtures import write_texts
 from tests.models import save_random_gates
 
@@ -29,6 +30,11 @@ def train_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def random_gates(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
     return save_random_gates(tiny_backbone, tmp_path_factory.mktemp("gates"))
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tiny_backbone: Path) -> Backbone:
+    return load_backbone(str(tiny_backbone), "float32")
 
 
 @pytest.fixture(scope="session")

@@ -146,7 +146,6 @@ def test_a_mistake_is_one_line_before_any_token(
 def test_the_config_runs(
     tmp_path: Path, chatty: Path, train_texts: Path, random_gates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = yaml.safe_load((ROOT / "configs/eval/generate.yaml").read_text())
     small = {
         "out": str(tmp_path / "out"),
         "gates": str(random_gates),
@@ -155,8 +154,8 @@ def test_the_config_runs(
     }
     config = tmp_path / "config.yaml"
     sources = [{"name": "mine", "path": str(train_texts)}]
-    config.write_text(yaml.safe_dump(written | small | {"sources": sources, "footprint": 0.4, "max_new_tokens": 5}))
+    config.write_text(yaml.safe_dump(small | {"sources": sources, "footprint": 0.4, "max_new_tokens": 5}))
     lines(monkeypatch, "hello")
-    main(["generate", "--config", str(config)])
+    main(["generate", "--config", str(ROOT / "configs/eval/generate.yaml"), "--config", str(config)])
     assert len(json.loads((tmp_path / "out/generate.json").read_text())["turns"]) == 1
     assert (tmp_path / "out/lifespans.html").stat().st_size > 10_000

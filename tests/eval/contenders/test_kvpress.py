@@ -105,7 +105,7 @@ def test_the_config_runs(tmp_path: Path, tiny_backbone: Path, random_gates: Path
     small: dict[str, Any] = {"window": 120, "prefill": 90, "calibration_windows": 1, "footprints": [0.6]}
     sources = {
         "texts": [text | {"windows": 1, "sources": mine} for text in written["texts"]],
-        "recall": written["recall"] | {"trials": 2, "tokens": 100},
+        "recall": {"trials": 2, "tokens": 100},
         "haystack": mine,
         "calibration": mine,
         "windows_per_document": 20,
@@ -113,8 +113,8 @@ def test_the_config_runs(tmp_path: Path, tiny_backbone: Path, random_gates: Path
     }
     tiny = {"out": str(tmp_path / "out"), "gates": str(random_gates), "backbone": str(tiny_backbone)}
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(written | small | tiny | sources))
-    main(["compare", "--config", str(config)])
+    config.write_text(yaml.safe_dump(small | tiny | sources))
+    main(["compare", "--config", str(CONFIG), "--config", str(config)])
     rows = json.loads((tmp_path / "out/compare.json").read_text())["rows"]
     assert [row["contender"] for row in rows if row["kind"] == "ours"] == [
         "press:lifespan", "press:ada_lifespan", "press:dms_lifespan",

@@ -51,7 +51,7 @@ def test_it_writes_a_policy_for_other_commands_with_its_price_left_open(
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"start": 4}, "windows must be at least 1 token each and hold start, got [2, 8] and 4"),
+        ({"start": 4}, "windows must be at least 1 token each and contain start, got [2, 8] and 4"),
         ({"texts": 0}, "texts must be at least 1"),
         ({"footprint": 0.01}, "cannot keep 0.01"),
     ],

@@ -178,7 +178,7 @@ def test_the_protocol_once_keeps_that_share_of_the_prefill(
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"contenders": '["null:nothing"]'}, "there is no 'null:nothing'"),
+        ({"contenders": '["null:nothing"]'}, "there is no contender 'null:nothing'"),
         ({"contenders": '["gates"]'}, "give --gates"),
         ({"contenders": '["all-gated"]'}, "no gates were given"),
         ({"contenders": '["nobody"]'}, "policy 'nobody' is neither"),
@@ -224,7 +224,7 @@ def test_the_config_runs(path: Path, tmp_path: Path, tiny_backbone: Path, texts:
     tiny = {"out": str(tmp_path / "out"), "gates": str(random_gates), "backbone": str(tiny_backbone)}
     sources = {
         "texts": [text | {"split": "test", "windows": 1, "sources": mine} for text in written["texts"]],
-        "recall": written["recall"] | {"split": "test", "trials": 2, "tokens": 40},
+        "recall": {"split": "test", "trials": 2, "tokens": 40},
         "haystack": mine,
         "calibration": mine,
         "windows_per_document": 20,
@@ -232,8 +232,8 @@ def test_the_config_runs(path: Path, tmp_path: Path, tiny_backbone: Path, texts:
         "contenders": ["+".join([chosen.get(n, n) for n in name.split("+")]) for name in written["contenders"]],
     }
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(written | small | tiny | sources))
-    main(["compare", "--config", str(config)])
+    config.write_text(yaml.safe_dump(small | tiny | sources))
+    main(["compare", "--config", str(path), "--config", str(config)])
     rows = json.loads((tmp_path / "out/compare.json").read_text())["rows"]
     assert {row["contender"] for row in rows} == {
         Path(name.split("+")[0]).stem + "".join(f"+{bits}" for bits in name.split("+")[1:])

@@ -109,4 +109,4 @@ def test_a_folder_that_is_none_of_the_trained_is_refused(
 ) -> None:
     with pytest.raises(SystemExit):
         gains(runs, against="elsewhere")
-    assert "none of the folders" in capsys.readouterr().err
+    assert "against must be one of the folders" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """`python -m eval perplexity` on a tiny backbone: figures, resuming, and mistakes."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import yaml
 
 from eval.__main__ import main
 from eval.eviction import perplexity as command
-from eval.eviction.frontier import Point, equal_loss_ratio
 from smartkv import GateBank, load_backbone
-from smartkv.metrics.perplexity import EvictedWindow, window_nll
+from smartkv.metrics.perplexity import window_nll
 from smartkv.policies.named import read_policy
+from smartkv.texts.sources import SourceConfig
 from tests.lightning_fixtures import ROOT, write_texts
 
 WINDOW, FIRST = 64, 20
@@ -79,7 +78,7 @@ def test_a_full_policy_loses_nothing_and_costs_no_less_than_the_full_cache(measu
 def test_the_full_cache_s_figure_is_the_plain_one(measured: Path, tiny_backbone: Path, texts: Path) -> None:
     content = json.loads((measured / "perplexity.json").read_text())
     lm = load_backbone(str(tiny_backbone), "float32")
-    source = command.SourceConfig("mine", path=str(texts))
+    source = SourceConfig("mine", path=str(texts))
     plan = command.plan_windows([source], {"train": 2, "test": 3}, lm.tokenizer, WINDOW, seed=0)
     want = [window_nll(lm.model, tokens, FIRST) for tokens in plan.of_split("test")]
     assert content["nll_full"] == pytest.approx(sum(want) / 3, abs=1e-6)
@@ -155,34 +154,6 @@ def test_a_mistake_is_told_before_any_forward_pass(
     assert said in refused(capsys, tmp_path / "out", tiny_backbone, short, **changes)
 
 
-# -- equal loss -------------------------------------------------------------------------------------------------------
-
-
-def point(policy: str, footprint: float, deltas: list[float]) -> Point:
-    settings = read_policy("full", 2)
-    windows = [EvictedWindow(1 + delta, torch.full((2, 1), footprint).double(), 10) for delta in deltas]
-    return Point.of(settings, None, [1.0] * len(deltas), windows, 100)
-
-
-def test_equal_loss_is_read_off_the_reference_in_logarithms() -> None:
-    reference = [point("window", f, [0.01 / f, 0.01 / f]) for f in (0.1, 0.2, 0.4)]  # a straight line in logarithms
-    ratio = equal_loss_ratio(point("gated", 0.15, [0.01 / 0.3, 0.01 / 0.3]), reference)
-    assert ratio is not None and ratio[0] == pytest.approx(0.15 / 0.3)
-    assert ratio[1] == pytest.approx((0.5, 0.5))
-
-
-def test_a_loss_that_the_reference_never_comes_to_has_no_ratio() -> None:
-    reference = [point("window", f, [0.01 / f]) for f in (0.1, 0.2)]
-    assert equal_loss_ratio(point("gated", 0.15, [0.001]), reference) is None
-    assert equal_loss_ratio(point("gated", 0.15, [0.07]), reference[:1]) is None
-
-
-def test_a_point_s_interval_and_perplexity_are_over_windows() -> None:
-    found = point("x", 0.5, [0.1, 0.3])
-    assert found.delta_nll == pytest.approx(0.2) and found.interval == pytest.approx((0.1, 0.3))
-    assert found.perplexity == pytest.approx(math.exp(1.2))
-
-
 # -- configs ----------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +169,7 @@ def test_the_config_runs(path: Path, tmp_path: Path, tiny_backbone: Path, texts:
     small = {"window": WINDOW, "windows": 1, "score_from": FIRST, "calibration_windows": 1, "footprints": [0.4, 0.7]}
     sources = [{"name": "mine", "path": str(texts)}]
     tiny = {"out": str(tmp_path / "out"), "gates": str(random_gates), "backbone": str(tiny_backbone), "split": "test"}
-    config.write_text(yaml.safe_dump(written | small | tiny | {"sources": sources, "dtype": "float32"}))
-    main(["perplexity", "--config", str(config)])
+    config.write_text(yaml.safe_dump(small | tiny | {"sources": sources, "dtype": "float32"}))
+    main(["perplexity", "--config", str(path), "--config", str(config)])
     rows = json.loads((tmp_path / "out/perplexity.json").read_text())["frontier"]
     assert {row["policy"] for row in rows} <= set(written["policies"]) and rows

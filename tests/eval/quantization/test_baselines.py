@@ -108,11 +108,12 @@ def test_the_probe_attends_exactly_and_measures_the_error_of_the_output(family: 
 def test_the_old_spelling_is_understood() -> None:
     given = ["baselines", "--baselines", "FP16", "KIVI", "--num-prompts", "3", "--memory-only", "--device=cpu"]
     want = ["baselines", "--baselines", '["FP16", "KIVI"]', "--num_prompts", "3", "--memory_only", "true"]
-    assert expand_aliases(given) == [*want, "--device", "cpu"]
+    assert expand_aliases(given) == [*want, "--model.device", "cpu"]
     assert expand_aliases(want) == want
     assert expand_aliases(["compare", "--memory-only"]) == ["compare", "--memory-only"]
     presses = expand_aliases(["presses", "--seed", "1"])
-    assert presses[:2] == ["compare", "--config"] and Path(presses[2]).is_file() and presses[3:] == ["--seed", "1"]
+    assert presses[:2] == ["compare", "--config"] and Path(presses[2]).is_file()
+    assert presses[3:] == ["--measure.seed", "1"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the tests of needle, RULER, LongBench and reasoning share: a tiny backbone of many positions, gates, texts."""
+"""Fixtures of the tests of tasks: a tiny backbone of many positions, gates, texts, records."""
 
 import json
 from collections.abc import Callable
@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from eval.__main__ import main
+from eval.tasks.longbench import TASKS
 from smartkv import load_backbone
 from tests.eval.tasks.test_ruler_generator import many_words
+from tests.lightning_fixtures import prose
 from tests.models import save_random_gates, save_tiny_backbone
 
 
@@ -71,3 +73,17 @@ def run_task(long_backbone: Path, long_gates: Path, long_texts: Path) -> Callabl
         return json.loads((out / f"{command}.json").read_text())
 
     return run
+
+
+@pytest.fixture
+def longbench_data(tmp_path: Path) -> Path:
+    """A folder with two records of every task."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for task in TASKS:
+        records = [
+            {"input": "Who?", "context": prose(900, n), "answers": ["Paragraph 3", "mill"], "all_classes": ["mill"]}
+            for n in range(2)
+        ]
+        (folder / f"{task}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder
