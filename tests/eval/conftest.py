@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from eval.__main__ import main
 from eval.common.isolated import _peak
+from tests.eval.gates.fixtures import demo_rows, demo_run, demo_scores, recall_shards  # noqa: F401
 from tests.eval.tasks.fixtures import lm, long_backbone, long_gates, long_texts, run_task  # noqa: F401
 from tests.lightning_fixtures import write_texts
 from tests.models import save_random_gates
