@@ -67,7 +67,7 @@ class Probe(AttachedCache):
         return exact.to(step.query.dtype)
 
     def errors(self) -> dict[str, dict[str, float]]:
-        """Return each codec's relative errors (Frobenius), mean over layers: `error_key`, `error_value`, `error_output`."""
+        """Return each codec's `error_key`, `error_value` and `error_output`: relative (Frobenius), mean over layers."""
         return {
             name: {what: sum(values) / len(values) for what, values in errors.items()}
             for name, errors in self.errors_by_layer.items()
