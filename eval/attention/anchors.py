@@ -88,7 +88,10 @@ def anchors(
     """
     console = make_console()
     if texts.windows < 1 or sinks < 0 or recent < 1 or window <= sinks + recent:
-        raise SmartKVError("windows and recent must be at least 1, and windows longer than sinks and recent tokens")
+        raise SmartKVError(
+            "windows and recent must be at least 1, sinks at least 0, and a window longer than sinks and recent tokens "
+            f"together, got windows {texts.windows}, recent {recent}, sinks {sinks} and window {window}"
+        )
     lm = model.load()
     check_window(lm.model, window)
     plan = plan_windows(texts.sources, {texts.split: texts.windows}, lm.tokenizer, window, 4, seed, console.print)
@@ -110,15 +113,15 @@ def anchors(
             "keys": "share of the keys",
         },
         "machine": machine(model.device),
-        "classes": [NAMES[n] for n in found],
-        "keys": keys[found].tolist(),
-        "attention": attention[:, found].tolist(),
+        "classes": [NAMES[kind] for kind in present],
+        "keys": keys[present].tolist(),
+        "attention": attention[:, present].tolist(),
     }
     settings = {"backbone": model.backbone, "texts": plan.sources, "windows": texts.windows, "window": window}
     settings |= {"split": texts.split, "sinks": sinks, "recent": recent, "dtype": str(lm.model.dtype), "seed": seed}
     folder = Path(out)
     result = write_result(folder, "anchors", settings, figures)
-    picture = save_picture(anchors_picture(attention, keys, found, model.backbone), folder / "anchors.png")
+    picture = save_picture(anchors_picture(attention, keys, present, model.backbone), folder / "anchors.png")
     console.print(table)
     for path in (result, write_tables(folder / "anchors.md", [table]), picture):
         console.print(f"  {path}", highlight=False)

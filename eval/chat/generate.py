@@ -73,7 +73,7 @@ def generate(
     if bank is not None:
         lm.fingerprint.check(bank.fingerprint, f"the gates in {gates}")
         bank = bank.to(model.device)
-    first = encode(lm.tokenizer, text or "…", chat, first=True)  # a mistake is told before anything takes long
+    first = encode(lm.tokenizer, text or "…", chat, first=True)  # an error here comes before anything takes long
     check_room(len(first), sampling.max_new_tokens, architecture.max_positions)
     texts = []
     if chosen.open:
@@ -83,8 +83,8 @@ def generate(
         chosen = solve(chosen, footprint, Calibration.measure(lm.model, bank, plan.of_split("train")))
         texts = plan.sources
     torch.manual_seed(seed)
-    spoken = _talk(lm, bank, chosen, text, chat, _generation(lm, sampling))
-    if spoken is None:
+    conversation = _talk(lm, bank, chosen, text, chat, _generation(lm, sampling))
+    if conversation is None:
         return
     settings = {
         "backbone": model.backbone,
@@ -147,10 +147,14 @@ def _priced(policy: HybridPolicy, price: float | None) -> HybridPolicy:
 
 
 def _generation(lm: Backbone, sampling: Sampling) -> GenerationConfig | None:
-    """Sampling by temperature and top_p alone, whatever the model's own settings are; None: nothing is generated."""
+    """Return settings that sample by temperature and top_p alone; None where nothing is to be generated.
+
+    The model's own generation settings are left out.
+    """
     if sampling.max_new_tokens == 0:
         return None
-    plain = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # of which greedy search reads nothing
+    # the defaults, which greedy search does not read
+    plain = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
     drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,

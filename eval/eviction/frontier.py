@@ -116,9 +116,14 @@ def summary_line(points: list[Point]) -> str:
 class OnFrontier(Protocol):
     """A footprint, and what is lost there: the mean, and of each window."""
 
-    footprint: float
-    delta_nll: float
-    delta_nll_window: list[float]
+    @property
+    def footprint(self) -> float: ...
+
+    @property
+    def delta_nll(self) -> float: ...
+
+    @property
+    def delta_nll_window(self) -> list[float]: ...
 
 
 def equal_loss_ratio(

@@ -84,8 +84,8 @@ def layers(
         console.print(f"  {path}", highlight=False)
 
 
-def _asks_back(rows: LabelledKeys, block: RowBlock) -> bool:
-    """Whether the window is of the source `recall`."""
+def _asks_for_facts(rows: LabelledKeys, block: RowBlock) -> bool:
+    """Return whether the block's window is of the source `recall`."""
     document = int(rows.document(block)[0])
     return rows.manifest.documents[document].partition("/")[0] == RECALL
 

@@ -10,7 +10,7 @@ from eval.common.console import make_console
 from eval.common.contender_styles import COLOURS
 from eval.common.figures import lines_by_layer, new_figure, styled
 from eval.common.results import read_result, save_picture, write_result, write_tables
-from eval.eviction.frontier import Point, loss_at, read_points
+from eval.eviction.frontier import loss_at, read_points
 from eval.gates.ranking import ORACLE
 from smartkv.errors import SmartKVError
 
@@ -92,7 +92,7 @@ def _figures(folder: Path, footprints: list[float]) -> dict[str, Any]:
     measured = _there(folder, "perplexity", "perplexity")
     if measured is not None:
         points = [point for point in read_points(measured) if point.policy != "window"]
-        figures["delta_nll"] = {str(footprint): _loss(points, footprint) for footprint in footprints}
+        figures["delta_nll"] = {str(footprint): loss_at(footprint, points) for footprint in footprints}
     by_layer: dict[str, list[float]] = {}
     for name, value in scores.get("r2_head", {}).items():
         by_layer.setdefault(name.partition("H")[0], []).append(value)
@@ -106,11 +106,6 @@ def _figures(folder: Path, footprints: list[float]) -> dict[str, Any]:
 
 def _means(order: dict[str, Any]) -> dict[str, float]:
     return {name: order[name]["mean"] for name in ORDER if name in order}
-
-
-def _loss(points: list[Point], footprint: float) -> float | None:
-    """Return ΔNLL at a footprint between measured points; None beyond them."""
-    return loss_at(footprint, points)
 
 
 def _table(rows: dict[str, Any], footprints: list[float]) -> Table:

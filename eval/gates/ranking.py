@@ -38,7 +38,14 @@ class RankingScores:
         self.age = min(ages, key=lambda age: abs(age - AGE)) if ages else None
 
     def note(self, name: str, window: int, score: Tensor, block: RowBlock) -> None:
-        """`score` `[gates, rows]` of one window's block."""
+        """Add the figures of one window.
+
+        Args:
+            name: of the score.
+            window: number of the window.
+            score: float `[gates, rows]`; a higher one means a key to keep.
+            block: the window's rows.
+        """
         labels = self.rows.labels(block)
         figures = self.figures.setdefault(name, {})
         spread = torch.linspace(0, score.shape[1] - 1, min(COMPARED, score.shape[1])).long()
@@ -53,7 +60,7 @@ class RankingScores:
                 figures.setdefault(f"top_{share * 100:.0f}_all", []).append(float(together))
 
     def oracle(self, window: int, block: RowBlock) -> None:
-        """What true labels would do: future attention, or else lifespans."""
+        """Add the figures of the true labels: future attention, or lifespans where there is none."""
         known = self.age is not None
         self.note(ORACLE, window, self._future(block).nan_to_num(0.0) if known else self.rows.target(block), block)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -81,7 +81,8 @@ def baselines(
     log.info("experiment %s: %s on %s%s", name, model.backbone, model.device, ", memory only" if memory_only else "")
     codecs = {each: SCHEMES[known[each]] for each in baselines}
     if "SmartKV" in codecs:
-        codecs["SmartKV"] = replace(codecs["SmartKV"][0], budget=budget), codecs["SmartKV"][1]
+        adaptive, usual = codecs["SmartKV"]
+        codecs["SmartKV"] = replace(cast(Adaptive, adaptive), budget=budget), usual
     codecs = {each: (codec, _residual(codec, usual, residual)) for each, (codec, usual) in codecs.items()}
     figures: dict[str, dict[str, Any]] = {each: {} for each in baselines}
     loaded: Loaded | None = None

@@ -219,7 +219,7 @@ class _Bench:
     def _static(self, filled: Cache, room: int) -> StaticCache:
         cache = StaticCache(config=self.model.config, max_cache_len=room)
         for number, layer in enumerate(filled.layers):
-            cache.update(layer.keys, layer.values, number)  # type: ignore[arg-type]
+            cache.update(layer.keys, layer.values, number)  # type: ignore[arg-type,union-attr]
         return cache
 
     def _full(self, filled: Cache) -> LifespanCache:

@@ -57,9 +57,9 @@ def speed(
         markdown_file: where the table goes besides. Null: nowhere.
     """
     console = make_console()
-    lock_folder(out)  # now, and not when all is measured
+    lock_folder(out)  # before the measurement, so that a folder in use is an error at once
     if model.device == "cuda" and not torch.cuda.is_available():
-        raise SmartKVError("device 'cuda' cannot be used here: torch finds none")
+        raise SmartKVError("device 'cuda' cannot be used here: torch finds no GPU")
     if unknown := sorted(set(ways) - set(WAYS)):
         raise SmartKVError(f"ways {', '.join(unknown)} are unknown: expected some of {', '.join(WAYS)}")
     if not (ways and lengths) or min(rounds, rounds_alone, threads, old_way_up_to) < 1 or min(lengths) < 2:
@@ -106,7 +106,7 @@ def speed(
 
 
 def _pass(way: str, model: Model, threads: int, length: int) -> dict[str, Any]:
-    """One pass, for its peak memory."""
+    """Run one pass in this process, whose peak memory is measured."""
     lm, tokens = _loaded(model, threads, length)
     arch = lm.architecture
     attentions = arch.layers * arch.query_heads * length**2 * lm.model.dtype.itemsize
@@ -120,21 +120,21 @@ def _pass(way: str, model: Model, threads: int, length: int) -> dict[str, Any]:
 
 
 def _timed(ways: list[str], model: Model, threads: int, length: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Of each way its seconds and tokens/s, or a note why there are none."""
+    """Return each way's seconds and tokens a second, or a note why there are none."""
     if not ways:
         return {}
     found = run_isolated(_seconds, ways, model, threads, length, rounds)
     if "note" not in found:
         taken = {way: found[way] for way in ways}
         return {way: {"tokens_per_second": length / statistics.median(s), "seconds": s} for way, s in taken.items()}
-    if len(ways) > 1 and "output_attentions" in ways:  # beside the others it had not room enough
+    if len(ways) > 1 and "output_attentions" in ways:  # the memory did not suffice for it beside the others
         rest = _timed([way for way in ways if way != "output_attentions"], model, threads, length, rounds)
         return rest | {"output_attentions": {"note": found["note"]}}
     return {way: {"note": found["note"]} for way in ways}
 
 
 def _seconds(ways: list[str], model: Model, threads: int, length: int, rounds: int) -> dict[str, Any]:
-    """Of each way its seconds a pass, all ways in turn, after a round that is not counted."""
+    """Return each way's seconds a pass, all ways in turn, after a round that is not counted."""
     lm, tokens = _loaded(model, threads, length)
     taken = [[_run(way, lm, tokens) for way in ways] for _ in range(rounds + 1)][1:]
     return {way: list(column) for way, column in zip(ways, zip(*taken, strict=True), strict=True)}
