@@ -21,6 +21,7 @@ from callbacks.tensorboard_logging import (
 )
 from datamodules.distributed import process_of, sum_over_processes
 from datamodules.lifespan_shards import LifespanShards
+from datamodules.online_keys import OnlineKeys
 from eval.common.console import make_console
 from eval.common.figures import heads_heatmap, lifespan_histogram, predicted_against_true
 from lightning_modules.gates import LifespanGates
@@ -60,25 +61,26 @@ class HeadDashboard(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
         """Score the nulls, where the keys lie in shards, and lay out TensorBoard's custom scalars."""
-        if isinstance(trainer.datamodule, LifespanShards):  # online keys are gone before nulls could learn from them
+        data: LifespanShards | OnlineKeys = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, LifespanShards):  # online keys are gone before nulls could learn from them
             # every process reads its share: if one read all, the others' waiting would time out in a long run
             rank, world = process_of(trainer)
             sum_up = partial(sum_over_processes, trainer)
             share = slice(rank, None, world)
-            scores = score_nulls(trainer.datamodule.rows, pooled=True, share=share, sum_over_processes=sum_up)
+            scores = score_nulls(data.rows, pooled=True, share=share, sum_over_processes=sum_up)
             self.nulls = {name: sums.r2() for name, sums in scores.items()}
         writer = tensorboard_writer(trainer)
         if writer is None or not trainer.is_global_zero:
             return
         for name, r2 in self.nulls.items():
             writer.add_scalar(f"val_r2_null/{name}", float(r2.nanmean()), trainer.global_step)
-        eviction = any(isinstance(callback, HybridCachePerplexity) for callback in trainer.callbacks)
+        eviction = any(isinstance(callback, HybridCachePerplexity) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         writer.add_custom_scalars(custom_scalars_layout(eviction))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LifespanGates, *_: Any) -> None:
         """Write the learning rate as often as the Trainer logs, and at the first step."""
-        step = trainer.global_step
-        if trainer.is_global_zero and (step == 1 or step % trainer.log_every_n_steps == 0):
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.is_global_zero and (step == 1 or step % every == 0):
             writer = tensorboard_writer(trainer)
             if writer is not None:
                 writer.add_scalar(LEARNING_RATE_TAG, trainer.optimizers[0].param_groups[0]["lr"], step)
@@ -88,7 +90,7 @@ class HeadDashboard(L.Callback):
         writer = tensorboard_writer(trainer)
         if writer is None or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        r2 = pl_module.val_r2_head
+        r2 = _last_r2(pl_module)
         grid = r2.view(len(pl_module.bank.layers), -1).numpy()
         title = f"R² on validation windows, mean {r2.mean():.3f}"
         figure = heads_heatmap(grid, pl_module.bank.layers, title, "R²")
@@ -98,18 +100,17 @@ class HeadDashboard(L.Callback):
     @torch.no_grad()
     def _histograms(self, trainer: L.Trainer, module: LifespanGates) -> Figure:
         """Draw prediction against truth for the worst, the median and the best head."""
-        rows = trainer.datamodule.rows
-        blocks = trainer.datamodule.first_blocks("validation")[: self.sample_windows]
+        data: LifespanShards | OnlineKeys = trainer.datamodule  # type: ignore[attr-defined]
+        rows, r2 = data.rows, _last_r2(module)
+        blocks = data.first_blocks("validation")[: self.sample_windows]
         prediction = torch.cat([module(rows.keys(block).to(module.device)).cpu() for block in blocks], dim=1).numpy()
         truth = rows.target(*blocks).numpy()
-        order = module.val_r2_head.argsort().tolist()
+        order = r2.argsort().tolist()
         chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
         panels, limit = {}, float(np.log2(rows.follow_up) / 2)
         for name, gate in chosen.items():
             head = head_name(*module.bank.heads[gate])
-            panels[f"{name}: {head}, R² {module.val_r2_head[gate]:.3f}"] = lifespan_histogram(
-                prediction[gate], truth[gate], limit
-            )
+            panels[f"{name}: {head}, R² {r2[gate]:.3f}"] = lifespan_histogram(prediction[gate], truth[gate], limit)
         return predicted_against_true(panels, limit)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
@@ -119,9 +120,10 @@ class HeadDashboard(L.Callback):
         logger = tensorboard_logger(trainer)
         if logger is not None:
             final = {f"hp/{tag}": float(trainer.callback_metrics[tag]) for tag in SUMMARY_TAGS}
-            data = {"threshold": trainer.datamodule.rows.threshold, "inputs": trainer.datamodule.rows.inputs}
-            settings = {k: v for k, v in pl_module.hparams.items() if not k.startswith("_")}
-            logger.log_hyperparams({**settings, **data}, metrics=final)
+            rows = trainer.datamodule.rows  # type: ignore[attr-defined]
+            settings = {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
+            settings |= {"threshold": rows.threshold, "inputs": rows.inputs}
+            logger.log_hyperparams(settings, metrics=final)
             logger.save()
         path = Path(trainer.default_root_dir) / "heads.csv"
         self._write_heads(path, pl_module)
@@ -131,7 +133,7 @@ class HeadDashboard(L.Callback):
 
     def _columns(self, module: LifespanGates) -> dict[str, torch.Tensor]:
         """Return R² of the last validation and of the nulls, and the first and last epoch's loss: `[gates]` each."""
-        columns = {"R²": module.val_r2_head, **{f"R² {name}": r2 for name, r2 in self.nulls.items()}}
+        columns = {"R²": _last_r2(module), **{f"R² {name}": r2 for name, r2 in self.nulls.items()}}
         epochs = [entry for entry in module.loss_history if "train" in entry]
         for entry in epochs[:1] + epochs[-1:]:
             columns[f"loss, epoch {entry['epoch']}"] = torch.tensor(entry["train"])
@@ -157,3 +159,9 @@ class HeadDashboard(L.Callback):
         table.add_section()
         table.add_row("mean", *(f"{float(value.nanmean()):.3f}" for value in columns.values()))
         return table
+
+
+def _last_r2(module: LifespanGates) -> torch.Tensor:
+    """Return the R² of each head at the last validation, float64 `[gates]`."""
+    assert module.val_r2_head is not None, "the callback's hooks run after a validation"
+    return module.val_r2_head

@@ -1,13 +1,16 @@
 """Perplexity of the LM under eviction by the gates that are being trained."""
 
 import time
+from functools import partial
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from callbacks.tensorboard_logging import tensorboard_writer
-from eval.common.footprint_figures import frontier
+from datamodules.lifespan_shards import LifespanShards
+from datamodules.online_keys import OnlineKeys
+from eval.common.footprint_figures import Point, frontier
 from lightning_modules.gates import LifespanGates
 from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
@@ -75,7 +78,8 @@ class HybridCachePerplexity(L.Callback):
             raise SmartKVError(f"footprints are shares of the full cache in (0, 1], got {list(self.footprints)}")
         if not 0 <= self.max_share <= 1:
             raise SmartKVError(f"max_share is a share of the run's time from 0 to 1, got {self.max_share}")
-        rows = trainer.datamodule.rows
+        data: LifespanShards | OnlineKeys = trainer.datamodule  # type: ignore[attr-defined]
+        rows = data.rows
         window, fingerprint = rows.manifest.window, rows.manifest.fingerprint
         self.first_token = window // 2 if self.score_from is None else self.score_from
         if not 1 <= self.first_token < window:
@@ -90,7 +94,7 @@ class HybridCachePerplexity(L.Callback):
                 f"policy '{self.policy_name}' leaves nothing open that a footprint could decide: "
                 "leave out its price or its window"
             )
-        plan = trainer.datamodule.plan
+        plan = data.plan
         self.held_out = plan.of_split("validation")[: self.windows]
         self.learn = plan.of_split("train")[: self.calibration_windows]
         self.started = time.monotonic()
@@ -106,7 +110,8 @@ class HybridCachePerplexity(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
         """Measure the gates at the end of the run, and hand the figures to the loggers: the module can log no more."""
-        if trainer.fast_dev_run or self.measured_step == trainer.global_step:
+        short = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if short or self.measured_step == trainer.global_step:
             return
         figures = self._measure(trainer, pl_module)
         for logger in trainer.loggers:
@@ -142,7 +147,7 @@ class HybridCachePerplexity(L.Callback):
 
     def _prepare(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
         """Load the LM and measure what does not depend on the gates: the full cache and the sliding window."""
-        manifest = trainer.datamodule.rows.manifest
+        manifest = trainer.datamodule.rows.manifest  # type: ignore[attr-defined]
         self.lm = load_backbone(manifest.arguments["backbone"], self.dtype, pl_module.device)
         self.keys = [read_keys(self.lm.model, window) for window in self.learn]
         self.full = self._windows(trainer, None, None)
@@ -158,6 +163,7 @@ class HybridCachePerplexity(L.Callback):
 
         Each window is measured by one process and added to the others' zeros, so the sum is exact.
         """
+        assert self.lm is not None, "_prepare loads the model"
         model, rank, world = self.lm.model, trainer.global_rank, trainer.world_size
         rows = torch.zeros(len(self.held_out), 3, dtype=torch.float64, device=model.device)
         for number in range(rank, len(self.held_out), world):
@@ -187,11 +193,11 @@ class HybridCachePerplexity(L.Callback):
         writer = tensorboard_writer(trainer)
         if writer is None or not trainer.is_global_zero:
             return
-        series: dict[str, list[tuple[float, float, float, float]]] = {}
+        series: dict[str, list[Point]] = {}
         for name, rows in measured.items():
             if name != "full":
                 delta = rows[:, 0] - measured["full"][:, 0]
-                interval = bootstrap(len(delta), lambda weight, delta=delta: mean_over(weight, delta))
+                interval = bootstrap(len(delta), partial(mean_over, values=delta))
                 point = (float(rows[:, 1].mean()), float(delta.mean()), *interval)
                 series.setdefault(name.rpartition("_")[0], []).append(point)
         title = f"{len(self.held_out)} validation windows of {self.held_out.shape[1]:,} tokens"

@@ -1,4 +1,4 @@
-"""`python -m eval report`: what a run of calibrate, harvest, fit, gates and perplexity came to, in one file."""
+"""`python -m eval report`: one file with the figures of a run from calibration to perplexity."""
 
 from pathlib import Path
 
@@ -32,7 +32,9 @@ def report(run: str, out: str, score_from: int = 512, device: str = "cpu", reuse
         manifest = Manifest.read(folder / "shards")
         scores = read_result(folder / "scores" / "gates.json")
         if scores["r2_mean"] is None:
-            raise SmartKVError(f"the gates in {folder / 'gates'} have no R² to report: measure them by eval compare")
+            raise SmartKVError(
+                f"the gates in {folder / 'gates'} have no R² to report: measure them with `python -m eval compare`"
+            )
         lm = load_backbone(manifest.arguments["backbone"], manifest.arguments["dtype"], device)
         windows = read_plan(folder / "shards").of_split("validation")
         nll = [window_nll(lm.model, w, score_from) for w in track(windows, "Frozen model", console=console)]

@@ -1,4 +1,4 @@
-"""`python -m eval anchors`: which kinds of tokens the attention goes to, by layer."""
+"""`python -m eval anchors`: the share of each layer's attention that goes to each kind of token."""
 
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,20 @@ from smartkv.models.observation import observe_attention
 from smartkv.sparsity.anchors import CLASSES, token_classes
 from smartkv.texts.windows import plan_windows
 
-SINK, RECENT = "sink", "recent"  # besides the classes of what a token is: where it stands
+SINK, RECENT = "sink", "recent"  # kinds by place; all others are kinds by what the token is
 NAMES = (SINK, RECENT, *CLASSES)
 
 
 class _Shares:
-    """Adds up, layer by layer, the attention that goes to each kind of key, and how many of the keys are of it."""
+    """Sums over one text of the attention that goes to each kind of key, and of the number of keys of each kind.
+
+    Args:
+        layers: of the model.
+        kinds: class of each token, int64 `[tokens]`, an index into `CLASSES`.
+        sinks: tokens at the start that count as sinks.
+        recent: latest tokens before a query that count as recent.
+        first_query: the first query that is counted.
+    """
 
     def __init__(self, layers: int, kinds: Tensor, sinks: int, recent: int, first_query: int) -> None:
         self.kinds, self.sinks, self.recent, self.first_query = kinds, sinks, recent, first_query
@@ -63,7 +71,7 @@ def anchors(
     model: Model = Model(),  # noqa: B008
     seed: int = 0,
 ) -> None:
-    """Which kinds of tokens receive the attention, by layer: what is worth keeping as an anchor.
+    """Measure which kinds of tokens receive the attention, by layer.
 
     A key is a sink (among the first), recent (among the latest before its query), or of the class of what it is:
     special, punctuation, newline, number, start or rest of a word. Beside each share of the attention stands that of
@@ -80,7 +88,10 @@ def anchors(
     """
     console = make_console()
     if texts.windows < 1 or sinks < 0 or recent < 1 or window <= sinks + recent:
-        raise SmartKVError("windows and recent must be at least 1, and windows longer than sinks and recent tokens")
+        raise SmartKVError(
+            "windows and recent must be at least 1, sinks at least 0, and a window longer than sinks and recent tokens "
+            f"together, got windows {texts.windows}, recent {recent}, sinks {sinks} and window {window}"
+        )
     lm = model.load()
     check_window(lm.model, window)
     plan = plan_windows(texts.sources, {texts.split: texts.windows}, lm.tokenizer, window, 4, seed, console.print)
@@ -94,48 +105,56 @@ def anchors(
         attention += observer.attention
         keys += observer.keys
     attention, keys = attention / attention.sum(dim=1, keepdim=True), keys / keys.sum()
-    found = [n for n in range(len(NAMES)) if keys[n] > 0]
-    table = _table(attention, keys, found)
+    present = [kind for kind in range(len(NAMES)) if keys[kind] > 0]
+    table = _table(attention, keys, present)
     figures: dict[str, Any] = {
         "units": {
             "attention": "share of a layer's attention, mean over heads and queries",
             "keys": "share of the keys",
         },
         "machine": machine(model.device),
-        "classes": [NAMES[n] for n in found],
-        "keys": keys[found].tolist(),
-        "attention": attention[:, found].tolist(),
+        "classes": [NAMES[kind] for kind in present],
+        "keys": keys[present].tolist(),
+        "attention": attention[:, present].tolist(),
     }
     settings = {"backbone": model.backbone, "texts": plan.sources, "windows": texts.windows, "window": window}
     settings |= {"split": texts.split, "sinks": sinks, "recent": recent, "dtype": str(lm.model.dtype), "seed": seed}
     folder = Path(out)
     result = write_result(folder, "anchors", settings, figures)
-    picture = save_picture(anchors_picture(attention, keys, found, model.backbone), folder / "anchors.png")
+    picture = save_picture(anchors_picture(attention, keys, present, model.backbone), folder / "anchors.png")
     console.print(table)
     for path in (result, write_tables(folder / "anchors.md", [table]), picture):
         console.print(f"  {path}", highlight=False)
 
 
-def _table(attention: Tensor, keys: Tensor, found: list[int]) -> Table:
+def _table(attention: Tensor, keys: Tensor, present: list[int]) -> Table:
     table = Table(title="share of the attention by kind of token")
     table.add_column("layer", justify="right")
-    for n in found:
-        table.add_column(NAMES[n].replace("_", " "), justify="right")
-    table.add_row("(keys)", *(f"{float(keys[n]):.3f}" for n in found))
+    for kind in present:
+        table.add_column(NAMES[kind].replace("_", " "), justify="right")
+    table.add_row("(keys)", *(f"{float(keys[kind]):.3f}" for kind in present))
     for layer, row in enumerate(attention):
-        table.add_row(str(layer), *(f"{float(row[n]):.3f}" for n in found))
-    table.add_row("mean", *(f"{float(attention[:, n].mean()):.3f}" for n in found))
+        table.add_row(str(layer), *(f"{float(row[kind]):.3f}" for kind in present))
+    table.add_row("mean", *(f"{float(attention[:, kind].mean()):.3f}" for kind in present))
     return table
 
 
 @styled
-def anchors_picture(attention: Tensor, keys: Tensor, found: list[int], backbone: str) -> Figure:
+def anchors_picture(attention: Tensor, keys: Tensor, present: list[int], backbone: str) -> Figure:
+    """Draw the share of each layer's attention that goes to each kind of key, as stacked bars.
+
+    Args:
+        attention: shares, float `[layers, kinds]`.
+        keys: share of the keys of each kind, float `[kinds]`.
+        present: kinds to draw, indices into `NAMES`.
+        backbone: the model's name.
+    """
     figure = new_figure((WIDE[0] + 0.8, WIDE[1]))
     axes = figure.add_subplot()
     layers, bottom = np.arange(len(attention)), np.zeros(len(attention))
-    for place, n in enumerate(found):
-        values = attention[:, n].numpy()
-        label = f"{NAMES[n].replace('_', ' ')} ({float(keys[n]):.1%} of the keys)"
+    for place, kind in enumerate(present):
+        values = attention[:, kind].numpy()
+        label = f"{NAMES[kind].replace('_', ' ')} ({float(keys[kind]):.1%} of the keys)"
         axes.bar(layers, values, bottom=bottom, width=0.9, label=label, color=COLOURS[place % len(COLOURS)])
         bottom += values
     axes.set_xlabel("layer")

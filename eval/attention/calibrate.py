@@ -1,4 +1,4 @@
-"""`python -m eval calibrate`: a model's architecture, its attention on real text, and what a threshold makes of it."""
+"""`python -m eval calibrate`: a model's architecture, its attention on real text, and its labels by threshold."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from smartkv.models.key_site_check import check_key_site
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
 
-SHOWN = [0.05, 0.1]  # thresholds whose share is always given
+SHOWN = [0.05, 0.1]  # attention probabilities above which the share of the pairs is always given
 
 
 def calibrate(
@@ -109,7 +109,7 @@ def calibrate(
 
 
 def _label_figures(lifespan: Tensor, follow_up: int) -> dict[str, object]:
-    """Figures of one threshold; `lifespan` int32 `[layers, kv_heads, keys]`."""
+    """Return the figures of one threshold; `lifespan` int32 `[layers, kv_heads, keys]`."""
     target = log4_lifespan(lifespan, follow_up)
     return {
         "mean_log4_lifespan": float(target.mean()),

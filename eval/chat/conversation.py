@@ -1,4 +1,4 @@
-"""A text that one cache reads turn by turn, and what was decided about each of its keys."""
+"""A conversation that one cache reads turn by turn, and a cache that records its decisions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +18,24 @@ from smartkv.models.backbone import Backbone
 from smartkv.policies.capacity import Cap
 from smartkv.policies.hybrid import HybridPolicy
 
-QUERIES_AT_ONCE = 128  # for which it is computed what a cap drops
-ANSWER = "\ue000"  # stands for an answer in a rendered template: a character that no template writes
+QUERIES_AT_ONCE = 128  # queries for which the deaths under a cap are computed together
+ANSWER = "\ue000"  # placeholder of an answer in a rendered template; no template writes this character
 
 
 class RecordingCache(LifespanCache):
-    """A LifespanCache of one row that remembers what it decided, layer by layer."""
+    """LifespanCache of one row that records each key's prediction and expiry, layer by layer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take the arguments of `LifespanCache`; nothing is recorded yet."""
         super().__init__(*args, **kwargs)
         self.recorded: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.rules]
 
     @torch.no_grad()
     def expiry(self, layer: int, keys: Tensor, position: Tensor, sliding_window: int | None) -> Tensor:
-        """As the cache's own; recorded beside what the gates say, also of layers whose rule does not ask them."""
+        """Return the cache's expiries, and record them beside the gates' predictions.
+
+        Predictions are recorded of every layer that has gates, also where the layer's rule does not use them.
+        """
         expiry = super().expiry(layer, keys, position, sliding_window)
         prediction = self._scores_once(layer, keys)
         if prediction is None:
@@ -42,7 +46,7 @@ class RecordingCache(LifespanCache):
         return expiry
 
     def decisions(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """What was decided of the first `tokens` positions.
+        """Return what was decided about the keys of the first `tokens` positions.
 
         Returns:
             Predictions, float32 `[layers, kv_heads, tokens]`, NaN where a layer has no gates or nothing is decided yet;
@@ -56,17 +60,17 @@ class RecordingCache(LifespanCache):
                 expiries[layer][:, position] = expiry.long()
             read = sum(len(position) for position, *_ in parts)
             cap = self.storage[layer].cap
-            if cap is not None:  # follows from expiries and predictions
-                seen = expiries[layer, :, :read]
-                seen.copy_(_capped(cap, seen, predictions[layer, :, :read].nan_to_num(0)))
+            if cap is not None:  # the deaths under a cap follow from expiries and predictions
+                decided = expiries[layer, :, :read]
+                decided.copy_(_capped(cap, decided, predictions[layer, :, :read].nan_to_num(0)))
         return predictions, expiries
 
 
 def _capped(cap: Cap, expiry: Tensor, score: Tensor) -> Tensor:
-    """Expiries `[kv_heads, tokens]` with what the cap dropped."""
+    """Return expiries `[kv_heads, tokens]`, earlier where the cap evicts a key before its own expiry."""
     heads, tokens = expiry.shape
     position, ends = torch.arange(tokens).expand(heads, -1), expiry
-    for start in range(0, tokens + 1, QUERIES_AT_ONCE):  # also for the query that comes next
+    for start in range(0, tokens + 1, QUERIES_AT_ONCE):  # the next query, which is not read yet, included
         first, steps = torch.full((heads,), start), min(QUERIES_AT_ONCE, tokens + 1 - start)
         ends = torch.minimum(ends, cap.ends(position, expiry, score if cap.heads > 1 else None, first, steps))
     return ends
@@ -74,8 +78,16 @@ def _capped(cap: Cap, expiry: Tensor, score: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Turn:
-    """What was said: `prompt_tokens` read and `new_tokens` made; `stopped`: end, length or interrupted;
-    `ms_per_token`: of the tokens after the first, None where there are none."""
+    """One prompt and its answer.
+
+    Attributes:
+        prompt: the user's text.
+        answer: the model's text.
+        prompt_tokens: tokens that the prompt added.
+        new_tokens: tokens that were generated.
+        stopped: end, length or interrupted.
+        ms_per_token: milliseconds a generated token after the first; None where there is no second one.
+    """
 
     prompt: str
     answer: str
@@ -86,42 +98,46 @@ class Turn:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, first: bool) -> list[int]:
-    """The tokens that a turn adds.
+    """Return the token ids that a turn adds.
 
     Args:
-        chat: by the tokenizer's chat template, up to where the answer begins.
-        first: whether the conversation starts here; else an answer stands before, and its closing comes first.
+        tokenizer: the model's.
+        text: the user's.
+        chat: use the tokenizer's chat template, up to where the answer begins.
+        first: the conversation starts here. Else the tokens begin with the end of the answer before.
 
     Raises:
-        SmartKVError: no chat template, or one that takes no such conversation.
+        SmartKVError: the tokenizer has no chat template, or its template refuses the conversation.
     """
     if not chat:
         return tokenizer(text)["input_ids"]
     if tokenizer.chat_template is None:
-        raise SmartKVError("this model's tokenizer has no chat template: leave chat out to complete a text")
+        raise SmartKVError("this model's tokenizer has no chat template: leave out --chat to complete a text")
     messages = [{"role": "user", "content": text}]
     if not first:
         messages = [{"role": "user", "content": "…"}, {"role": "assistant", "content": ANSWER}, *messages]
     try:
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        rendered = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     except jinja2.TemplateError as error:
-        raise SmartKVError(f"the tokenizer's chat template takes no such conversation: {error}") from error
+        raise SmartKVError(f"the tokenizer's chat template refuses this conversation: {error}") from error
     return tokenizer(rendered if first else rendered.partition(ANSWER)[2], add_special_tokens=False)["input_ids"]
 
 
 class Conversation:
-    """A text and the one cache that reads it; only new tokens are fed.
+    """A text and the one cache that reads it. Each turn feeds only its new tokens.
 
     Args:
         lm: the model.
-        gates: its gates; None for a policy that needs none.
-        policy: with nothing open.
+        gates: its gates; None for a policy without gated layers.
+        policy: a solved policy, with no open window or price.
+        chat: turns use the tokenizer's chat template.
 
     Raises:
         SmartKVError: model, gates and policy do not fit together.
     """
 
     def __init__(self, lm: Backbone, gates: GateBank | None, policy: HybridPolicy, chat: bool = False) -> None:
+        """Start with an empty cache."""
         self.lm, self.chat = lm, chat
         self.cache = RecordingCache(lm.model, gates, policy)
         self.ids: list[int] = []
@@ -129,10 +145,10 @@ class Conversation:
         self.turns: list[Turn] = []
 
     def encode(self, prompt: str, max_new_tokens: int) -> list[int]:
-        """The tokens that `prompt` adds.
+        """Return the token ids that `prompt` adds.
 
         Raises:
-            SmartKVError: with `max_new_tokens` more they pass the model's positions.
+            SmartKVError: text and `max_new_tokens` together exceed the model's positions.
         """
         new = encode(self.lm.tokenizer, prompt, self.chat, first=not self.turns)
         if self.ids and new and new[0] == self.ids[-1] and new[0] in self.lm.tokenizer.all_special_ids:
@@ -142,7 +158,11 @@ class Conversation:
 
     @torch.no_grad()
     def say(self, prompt: str, generation: GenerationConfig | None) -> Turn:
-        """Read `prompt` and answer it on stdout; None: only read it. Raises as `encode`."""
+        """Read `prompt` and write the answer to stdout; without `generation` the prompt is only read.
+
+        Raises:
+            SmartKVError: as `encode`.
+        """
         most = 0 if generation is None else generation.max_new_tokens
         new = self.encode(prompt, most)
         self.ids += new
@@ -150,42 +170,48 @@ class Conversation:
         ids = torch.tensor([self.ids], device=self.lm.model.device)
         with Interruptible() as watch, Answer(self.lm.tokenizer, lambda: self.status(watch.ms_per_token)) as answer:
             if generation is not None:
-                everything = self.lm.model.generate(
+                generated = self.lm.model.generate(  # type: ignore[operator]  # a method, to mypy a buffer
                     ids,
                     attention_mask=torch.ones_like(ids),
                     past_key_values=self.cache,
                     generation_config=generation,
                     streamer=answer,
                     stopping_criteria=[watch],
-                )[0].tolist()
+                )
+                everything = generated[0].tolist()
             else:
                 unread = ids[:, self.cache.get_seq_length() :]
                 self.lm.model.base_model(input_ids=unread, past_key_values=self.cache)
                 everything = self.ids
-        self.cache.settle()  # so that the latest keys are judged, too
-        made = everything[len(self.ids) :]
+        self.cache.settle()  # judges the latest keys too
+        new_ids = everything[len(self.ids) :]
         self.ids = everything
-        self.generated += [True] * len(made)
-        text = self.lm.tokenizer.decode(made, skip_special_tokens=True)
-        stopped = "interrupted" if watch.interrupted else "length" if len(made) == most else "end"
-        self.turns.append(Turn(prompt, text, len(new), len(made), stopped, watch.ms_per_token))
+        self.generated += [True] * len(new_ids)
+        text = str(self.lm.tokenizer.decode(new_ids, skip_special_tokens=True))
+        stopped = "interrupted" if watch.interrupted else "length" if len(new_ids) == most else "end"
+        self.turns.append(Turn(prompt, text, len(new), len(new_ids), stopped, watch.ms_per_token))
         return self.turns[-1]
 
     def status(self, ms_per_token: float | None) -> str:
-        """What the cache holds beside a full one, in a line."""
+        """Return a line that compares the cache's bytes with a full cache's."""
         tokens = self.cache.get_seq_length()
         if not tokens:
             return f"reading {len(self.ids):,} tokens …"
-        held, full = self.cache.storage_bytes, full_cache_bytes(self.lm.model, tokens)
-        line = f"KV {_size(held)} of {_size(full)} full ({held / full:.0%}) · {tokens:,} tokens".replace("%", " %")
+        stored, full = self.cache.storage_bytes, full_cache_bytes(self.lm.model, tokens)
+        line = f"KV {_size(stored)} of {_size(full)} full ({stored / full:.0%}) · {tokens:,} tokens".replace("%", " %")
         return line if ms_per_token is None else f"{line} · {ms_per_token:.0f} ms/token"
 
     def token_texts(self) -> list[str]:
-        """The text of each token; "" where a character goes on in the next one."""
-        decode, texts, before, start = self.lm.tokenizer.decode, [], 0, 0
+        """Return the text of each token; the empty string where a character continues in the next token."""
+        texts: list[str] = []
+        before = start = 0
+
+        def decode(ids: list[int]) -> str:
+            return str(self.lm.tokenizer.decode(ids))
+
         for stop in range(1, len(self.ids) + 1):
             text = decode(self.ids[before:stop])[len(decode(self.ids[before:start])) :]
-            if text.endswith("\ufffd") and stop < len(self.ids) and stop - start < 4:  # no character is longer
+            if text.endswith("\ufffd") and stop < len(self.ids) and stop - start < 4:  # no character has more tokens
                 texts.append("")
             else:
                 texts.append(text)
@@ -194,9 +220,10 @@ class Conversation:
 
 
 def check_room(tokens: int, max_new_tokens: int, max_positions: int) -> None:
-    """
+    """Check that a text and its answer fit into the model's positions.
+
     Raises:
-        SmartKVError: more tokens than the model has positions.
+        SmartKVError: they do not.
     """
     if tokens + max_new_tokens > max_positions:
         raise SmartKVError(

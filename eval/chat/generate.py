@@ -1,4 +1,4 @@
-"""`python -m eval generate`: complete a text or chat with a gated cache, and see what it kept."""
+"""`python -m eval generate`: complete a text or chat with an evicting cache, and write a page of what it kept."""
 
 import sys
 from dataclasses import asdict, replace
@@ -67,13 +67,13 @@ def generate(
     chosen.check(architecture, bank)
     if chosen.open and not 0 < footprint <= 1:
         raise SmartKVError(f"a footprint is a share of the full cache above 0 and at most 1, got {footprint}")
-    if not is_terminal():  # stdout is the text, and stderr one line
+    if not is_terminal():  # stdout has the answer alone, and stderr one line
         disable_progress_bar()
     lm = model.load()
     if bank is not None:
         lm.fingerprint.check(bank.fingerprint, f"the gates in {gates}")
         bank = bank.to(model.device)
-    first = encode(lm.tokenizer, text or "…", chat, first=True)  # a mistake is told before anything takes long
+    first = encode(lm.tokenizer, text or "…", chat, first=True)  # an error here comes before anything takes long
     check_room(len(first), sampling.max_new_tokens, architecture.max_positions)
     texts = []
     if chosen.open:
@@ -83,8 +83,8 @@ def generate(
         chosen = solve(chosen, footprint, Calibration.measure(lm.model, bank, plan.of_split("train")))
         texts = plan.sources
     torch.manual_seed(seed)
-    spoken = _talk(lm, bank, chosen, text, chat, _generation(lm, sampling))
-    if spoken is None:
+    conversation = _talk(lm, bank, chosen, text, chat, _generation(lm, sampling))
+    if conversation is None:
         return
     settings = {
         "backbone": model.backbone,
@@ -99,24 +99,24 @@ def generate(
         "calibration_windows": calibration.windows,
         "seed": seed,
     }
-    figures = _figures(spoken)
+    figures = _figures(conversation)
     result = write_result(Path(out), "generate", settings, figures)
     page = write_page(
         Path(out) / "lifespans.html",
-        spoken.token_texts(),
-        *spoken.cache.decisions(len(spoken.ids)),
+        conversation.token_texts(),
+        *conversation.cache.decisions(len(conversation.ids)),
         policy=chosen,
         model=lm.name,
-        generated=spoken.generated,
+        generated=conversation.generated,
     )
     _tell(str(result))
-    print(f"{spoken.status(figures['ms_per_token'])} · {page}", file=sys.stderr)
+    print(f"{conversation.status(figures['ms_per_token'])} · {page}", file=sys.stderr)
 
 
 def _prompt(prompt: str | None, prompt_file: str | None) -> str | None:
-    """The text to begin with; None: lines are read from the terminal."""
+    """Return the text to begin with; None if lines are to be read from the terminal."""
     if prompt is not None and prompt_file is not None:
-        raise SmartKVError("prompt and prompt_file are both given: choose one")
+        raise SmartKVError("prompt and prompt_file are both given: give one of them")
     if prompt_file is not None:
         try:
             prompt = Path(prompt_file).read_text(encoding="utf-8")
@@ -147,10 +147,14 @@ def _priced(policy: HybridPolicy, price: float | None) -> HybridPolicy:
 
 
 def _generation(lm: Backbone, sampling: Sampling) -> GenerationConfig | None:
-    """Sampling by temperature and top_p alone, whatever the model's own settings are; None: nothing is generated."""
+    """Return settings that sample by temperature and top_p alone; None where nothing is to be generated.
+
+    The model's own generation settings are left out.
+    """
     if sampling.max_new_tokens == 0:
         return None
-    plain = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # of which greedy search reads nothing
+    # the defaults, which greedy search does not read
+    plain = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
     drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -168,23 +172,27 @@ def _talk(
     chat: bool,
     generation: GenerationConfig | None,
 ) -> Conversation | None:
-    """Answer the text, or line after line; the last conversation, None where nothing was said."""
+    """Answer the text, or line after line from the terminal.
+
+    Returns:
+        The last conversation; None if no line was entered.
+    """
     _tell(_describe(policy))
-    spoken = None
+    conversation = None
     if text is not None:
-        spoken = Conversation(lm, gates, policy, chat)
-        spoken.say(text, generation)
-        return spoken
+        conversation = Conversation(lm, gates, policy, chat)
+        conversation.say(text, generation)
+        return conversation
     while (line := ask()) is not None:
-        current = spoken if spoken is not None and chat else Conversation(lm, gates, policy, chat)
+        current = conversation if conversation is not None and chat else Conversation(lm, gates, policy, chat)
         try:
             turn = current.say(line, generation)
-        except SmartKVError as error:  # a line that does not fit is no reason to end
+        except SmartKVError as error:  # the conversation goes on after a line that does not fit
             print(f"error: {error}", file=sys.stderr)
             continue
-        spoken = current
-        _tell(spoken.status(turn.ms_per_token))
-    return spoken
+        conversation = current
+        _tell(conversation.status(turn.ms_per_token))
+    return conversation
 
 
 def _describe(policy: HybridPolicy) -> str:
@@ -197,9 +205,9 @@ def _describe(policy: HybridPolicy) -> str:
     return ", ".join(parts)
 
 
-def _figures(spoken: Conversation) -> dict[str, Any]:
-    cache, tokens = spoken.cache, spoken.cache.get_seq_length()
-    times = [(turn.ms_per_token, turn.new_tokens - 1) for turn in spoken.turns if turn.ms_per_token is not None]
+def _figures(conversation: Conversation) -> dict[str, Any]:
+    cache, tokens = conversation.cache, conversation.cache.get_seq_length()
+    times = [(turn.ms_per_token, turn.new_tokens - 1) for turn in conversation.turns if turn.ms_per_token is not None]
     return {
         "units": {
             "kv_bytes": "bytes of keys, values and what belongs to them, all layers",
@@ -209,13 +217,13 @@ def _figures(spoken: Conversation) -> dict[str, Any]:
             "ms_per_token": "milliseconds a token after each answer's first",
             "tokens": "tokens that the cache has read; the last one made is not among them",
         },
-        "turns": [asdict(turn) for turn in spoken.turns],
-        "text": spoken.lm.tokenizer.decode(spoken.ids),
+        "turns": [asdict(turn) for turn in conversation.turns],
+        "text": conversation.lm.tokenizer.decode(conversation.ids),
         "tokens": tokens,
         "kv_bytes": {
             "live": cache.storage_bytes,
             "peak": cache.peak_bytes,
-            "full": full_cache_bytes(spoken.lm.model, tokens),
+            "full": full_cache_bytes(conversation.lm.model, tokens),
         },
         "footprint": cache.footprint,
         "bytes_by_layer": cache.bytes_by_layer.tolist(),
@@ -225,6 +233,6 @@ def _figures(spoken: Conversation) -> dict[str, Any]:
 
 
 def _tell(line: str) -> None:
-    """Say something on the way; elsewhere than on a terminal the last line says it all."""
+    """Print a line to stderr on a terminal; elsewhere only the last line of the command is printed."""
     if is_terminal():
         print(line, file=sys.stderr)

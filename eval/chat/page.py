@@ -1,7 +1,7 @@
-"""The page: a text coloured by how long each key is predicted to be looked at, and when it was evicted.
+"""An HTML page of a text, coloured by the predicted lifespan of each key and by when it was evicted.
 
-One HTML file that asks the network for nothing. Its parts are `page.html`, `page.css`, `page.js` (what it shows) and
-`page_controls.js` (what the reader does); a content security policy lets that script run and forbids every request.
+The page is one file and makes no network request. It is put together from `page.html`, `page.css`, `page.js` (display)
+and `page_controls.js` (input). A content security policy allows that script alone and forbids every request.
 """
 
 import base64
@@ -23,7 +23,7 @@ from smartkv.policies.hybrid import FOREVER, HybridPolicy, LayerRule
 
 PARTS = Path(__file__).parent
 UNDECIDED = -1  # expiry of a key that is still in its window
-STEPS = 40  # of an encoded prediction, a factor of 4: 3.5 % a step
+STEPS = 40  # encoded steps of a prediction a factor of 4, that is 3.5 % a step
 NO_PREDICTION, LARGEST_PREDICTION = 255, 254
 FOR_GOOD, NOT_DECIDED, LARGEST_EXPIRY = 65535, 65534, 65533
 
@@ -44,8 +44,8 @@ def write_page(
         tokens: text of each token, in order; any characters.
         predictions: float `[layers, kv_heads, tokens]`, log4 of a lifespan in tokens; NaN: no gates there.
         expiry: int `[layers, kv_heads, tokens]`, the first position whose query does not see the key; `FOREVER`: for
-            good; `UNDECIDED`: still in its window.
-        policy: that decided it; windows, price and sinks are shown.
+            ever; `UNDECIDED`: still in its window.
+        policy: the policy that decided; its windows, price and sinks are shown.
         model: its name.
         generated: which tokens the model made; None: none.
 
@@ -53,7 +53,7 @@ def write_page(
         `path`.
 
     Raises:
-        SmartKVError: shapes that do not fit, no token, or more than the page can encode.
+        SmartKVError: the shapes do not fit together, there is no token, or there are more than the page can encode.
     """
     layers, kv_heads, count = predictions.shape
     generated = [False] * count if generated is None else generated
@@ -83,7 +83,7 @@ def write_page(
         "MODEL": html.escape(model),
         "POLICY": html.escape(policy.name),
         "COUNT": f"{count:,}",
-        "DATA": json.dumps(data).replace("<", "\\u003c"),  # no token can close the element that holds it
+        "DATA": json.dumps(data).replace("<", "\\u003c"),  # so that no token can close the element
     }
     template = (PARTS / "page.html").read_text(encoding="utf-8")
     page = re.sub(r"%%([A-Z_]+)%%", lambda match: parts[match[1]], template)
@@ -92,13 +92,13 @@ def write_page(
 
 
 def encode_predictions(predictions: Tensor) -> np.ndarray:
-    """log4 lifespans -> uint8, `STEPS` a factor of 4 from 1 token on; NaN -> `NO_PREDICTION`."""
+    """Encode log4 lifespans as uint8, `STEPS` a factor of 4 from 1 token on; NaN becomes `NO_PREDICTION`."""
     steps = (predictions.double() * STEPS).round().clamp(0, LARGEST_PREDICTION)
     return steps.nan_to_num(NO_PREDICTION).to(torch.uint8).cpu().numpy()
 
 
 def encode_expiry(expiry: Tensor) -> np.ndarray:
-    """Expiries -> little-endian uint16; `FOREVER` -> `FOR_GOOD`, `UNDECIDED` -> `NOT_DECIDED`."""
+    """Encode expiries as little-endian uint16; `FOREVER` becomes `FOR_GOOD`, `UNDECIDED` becomes `NOT_DECIDED`."""
     codes = expiry.long().clamp(max=LARGEST_EXPIRY)
     codes = torch.where(expiry >= FOREVER, FOR_GOOD, torch.where(expiry == UNDECIDED, NOT_DECIDED, codes))
     return codes.cpu().numpy().astype("<u2")

@@ -1,4 +1,4 @@
-"""An answer as it is made: text to stdout, and on a terminal a line below it that says what the cache holds."""
+"""Terminal input and output of a chat: streamed answers, a status line below them, and Ctrl-C."""
 
 import os
 import signal
@@ -11,42 +11,50 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
-EVERY = 0.1  # seconds between two drawings of the line
+EVERY = 0.1  # seconds between two drawings of the status line
 
 
 def is_terminal() -> bool:
-    """Whether stdout understands control codes."""
+    """Return whether stdout understands control codes."""
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 class Answer(TextStreamer):
-    """Prints an answer word by word. On a terminal the last row is set aside for `status()` while it runs:
+    """Streamer that prints an answer word by word.
 
+    On a terminal its last row shows `status()` while the answer runs. Elsewhere only the text is written, without
+    control codes.
+
+    Example:
         with Answer(tokenizer, status) as answer:
             model.generate(ids, streamer=answer)
 
-    Anywhere else the text alone is written, without a control code.
+    Args:
+        tokenizer: the model's.
+        status: returns the line for the last row.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, status: Callable[[], str]) -> None:
+        """Look whether stdout is a terminal."""
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.status, self.live, self.size, self.drawn = status, is_terminal(), None, 0.0
+        self.status, self.live, self.drawn = status, is_terminal(), 0.0
+        self.size: os.terminal_size | None = None
 
     def __enter__(self) -> "Answer":
         self._draw(now=True)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.size is not None:  # give the last row back
+        if self.size is not None:  # the whole screen scrolls again
             self._write(f"\x1b7\x1b[r\x1b[{self.size.lines};1H\x1b[2K\x1b8")
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes the prompt, then one token after the other."""
+        """Take the prompt at the first call, and then one token a call."""
         super().put(value)
         self._draw()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Prints whole words, and the line end that closes the answer."""
+        """Print whole words, and a line end after the answer."""
         self._write(text + ("\n" if stream_end else ""))
 
     def _draw(self, now: bool = False) -> None:
@@ -55,7 +63,7 @@ class Answer(TextStreamer):
         size = os.get_terminal_size(sys.stdout.fileno())
         if size.lines < 3:
             return
-        if size != self.size:  # text scrolls above the last row from now on
+        if size != self.size:  # from now on only the rows above the last one scroll
             self._write(f"\n\x1b7\x1b[1;{size.lines - 1}r\x1b8\x1b[1A")
             self.size = size
         self._write(f"\x1b7\x1b[{size.lines};1H\x1b[2K\x1b[2m{self.status()[: size.columns]}\x1b[0m\x1b8")
@@ -67,10 +75,17 @@ class Answer(TextStreamer):
 
 
 class Interruptible(StoppingCriteria):
-    """Inside, Ctrl-C ends the answer after the token at work, so that no layer is a token ahead of another; a second
-    one ends the program. `times` holds when each token came, in seconds."""
+    """Stopping criterion that ends an answer at Ctrl-C, after the current token.
+
+    All layers have then read the same tokens. A second Ctrl-C ends the program.
+
+    Attributes:
+        interrupted: Ctrl-C was pressed.
+        times: when each token came, seconds of a monotonic clock.
+    """
 
     def __init__(self) -> None:
+        """Start without an interruption."""
         self.interrupted = False
         self.times: list[float] = []
 
@@ -87,20 +102,20 @@ class Interruptible(StoppingCriteria):
         self.interrupted = True
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        """bool `[batch]`: whether to stop."""
+        """Return whether to stop, bool `[batch]`."""
         self.times.append(time.perf_counter())
         return torch.full((len(input_ids),), self.interrupted, device=input_ids.device)
 
     @property
     def ms_per_token(self) -> float | None:
-        """Milliseconds a token after the first, which takes reading the prompt; None: there was no second one."""
+        """Milliseconds a token after the first, whose time includes the prompt. None: there was no second token."""
         if len(self.times) < 2:
             return None
         return 1000 * (self.times[-1] - self.times[0]) / (len(self.times) - 1)
 
 
 def ask() -> str | None:
-    """The user's next line; None at an empty one and at the end of the input. Ctrl-C asks again."""
+    """Return the user's next line, or None at an empty one and at the end of the input; Ctrl-C asks again."""
     while True:
         try:
             return input("> " if is_terminal() else "").strip() or None

@@ -1,4 +1,4 @@
-"""`python -m eval layers`: what each layer and head does with its keys, from harvested labels."""
+"""`python -m eval layers`: how far back each layer and head looks, from harvested labels."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from smartkv.gates.bank import GateBank
 from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Manifest, RowBlock
 
-RECALL = "recall"  # the source whose windows ask back
+RECALL = "recall"  # the source whose windows ask for facts that they stated
 
 
 @torch.inference_mode()
@@ -28,7 +28,7 @@ def layers(
     windows: list[int] = [32, 128, 512],  # noqa: B006 - jsonargparse shows it; never changed
     split: str = "validation",
 ) -> None:
-    """Which layers are local, where memory lives, and which heads look back at facts that are asked for.
+    """Measure which layers are local, and which heads look back at facts that are asked for.
 
     Args:
         shards: folder that a harvest made.
@@ -44,16 +44,18 @@ def layers(
     if bank is not None:
         manifest.fingerprint.check(bank.fingerprint, f"the gates in {gates}")
         if bank.details.get("target", "log4 lifespan") != "log4 lifespan":
-            raise SmartKVError(f"the gates in {gates} predict {bank.details['target']}: lifespans are wanted here")
+            raise SmartKVError(
+                f"the gates in {gates} predict {bank.details['target']}: give gates that predict log4 lifespan"
+            )
     rows = LabelledKeys(manifest, threshold)
     manifest.verify(manifest.of_split(split))
     if not windows or min(windows) < 1 or max(windows) >= rows.follow_up:
         raise SmartKVError(f"windows must lie between 1 and the follow-up of {rows.follow_up} tokens, got {windows}")
-    lives: dict[bool, list[Tensor]] = {True: [], False: []}  # by whether the window asks back
+    lives: dict[bool, list[Tensor]] = {True: [], False: []}  # by whether the window asks for facts
     futures, predicted = [], []
     for block in track(rows.blocks(split), "Reading shards", console=console):
         labels = rows.labels(block)
-        lives[_asks_back(rows, block)].append((labels.log4_lifespan * 2).exp2().round())
+        lives[_asks_for_facts(rows, block)].append((labels.log4_lifespan * 2).exp2().round())
         if labels.future_attention is not None:
             futures.append(labels.future_attention.nanmean(dim=-1))
         if bank is not None:
@@ -82,8 +84,8 @@ def layers(
         console.print(f"  {path}", highlight=False)
 
 
-def _asks_back(rows: LabelledKeys, block: RowBlock) -> bool:
-    """Whether the window is of the source `recall`."""
+def _asks_for_facts(rows: LabelledKeys, block: RowBlock) -> bool:
+    """Return whether the block's window is of the source `recall`."""
     document = int(rows.document(block)[0])
     return rows.manifest.documents[document].partition("/")[0] == RECALL
 
@@ -120,7 +122,7 @@ def _pictures(folder: Path, grids: dict[str, Tensor], windows: list[int]) -> lis
         f"beyond {window} tokens": grids[f"hit_beyond_{window}"].mean(dim=1).tolist() for window in windows
     }
     title, share = "Keys that are looked at again after a window, by layer", "share of keys"
-    found = [save_picture(lines_by_layer(shown, range(count), title, share), folder / "beyond_windows.png")]
+    pictures = [save_picture(lines_by_layer(shown, range(count), title, share), folder / "beyond_windows.png")]
     titles = {
         f"hit_beyond_{windows[len(windows) // 2]}": (f"Keys hit beyond {windows[len(windows) // 2]} tokens", share),
         "needle": (needle_title(max(windows)), share),
@@ -130,7 +132,7 @@ def _pictures(folder: Path, grids: dict[str, Tensor], windows: list[int]) -> lis
         if name in grids:
             grid = grids[name].numpy()
             low = min(0.0, float(grid.min()))
-            found.append(
+            pictures.append(
                 save_picture(heads_heatmap(grid, range(count), title, label, low), folder / f"{name}_by_head.png")
             )
-    return found
+    return pictures

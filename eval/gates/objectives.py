@@ -10,7 +10,7 @@ from eval.common.console import make_console
 from eval.common.contender_styles import COLOURS
 from eval.common.figures import lines_by_layer, new_figure, styled
 from eval.common.results import read_result, save_picture, write_result, write_tables
-from eval.eviction.frontier import Point, loss_at, read_points
+from eval.eviction.frontier import loss_at, read_points
 from eval.gates.ranking import ORACLE
 from smartkv.errors import SmartKVError
 
@@ -31,7 +31,7 @@ def objectives(
     footprints: list[float] = [0.125, 0.25],  # noqa: B006 - jsonargparse shows it; never changed
     nulls: list[str] = ["token_table", "constant", "random", "oracle"],  # noqa: B006
 ) -> None:
-    """Compare what `eval gates` and, where there is one, `eval perplexity` left of several gates.
+    """Compare several gates by the results of `eval gates` and, where there are any, of `eval perplexity`.
 
     Args:
         runs: name and folder of each: `gates.json` of `eval gates` in it or in its `scores`, and `perplexity.json` of
@@ -42,23 +42,21 @@ def objectives(
     """
     console = make_console()
     if not runs:
-        raise SmartKVError("there is nothing to compare: give runs, a name and a folder each")
-    found = {name: _figures(Path(folder), footprints) for name, folder in runs.items()}
-    first = next(iter(found.values()))
+        raise SmartKVError("there is nothing to compare: give --runs, a name and a folder each")
+    results = {name: _figures(Path(folder), footprints) for name, folder in runs.items()}
+    first = next(iter(results.values()))
     for name in nulls:
         if name not in first["scores"]:
-            raise SmartKVError(f"there is no '{name}' beside the gates: expected {', '.join(first['scores'])}")
+            raise SmartKVError(f"there is no null '{name}' beside the gates: expected {', '.join(first['scores'])}")
     beside = {name: {"r2_mean": first["r2_nulls"].get(name), **_means(first["scores"][name])} for name in nulls}
     folder = Path(out)
-    rows = {name: mine["figures"] for name, mine in found.items()} | {
+    rows = {name: result["figures"] for name, result in results.items()} | {
         name if name == ORACLE else f"null: {name.replace('_', ' ')}": row for name, row in beside.items()
     }
-    result = write_result(
-        folder, "objectives", {"runs": runs, "footprints": footprints}, {"rows": rows, "units": UNITS}
-    )
-    pictures = [save_picture(_bars({**rows}), folder / "order.png")]
+    path = write_result(folder, "objectives", {"runs": runs, "footprints": footprints}, {"rows": rows, "units": UNITS})
+    pictures = [save_picture(_bars(rows), folder / "order.png")]
     tables = [_table(rows, footprints)]
-    layers = {name: mine["r2_by_layer"] for name, mine in found.items() if mine["r2_by_layer"]}
+    layers = {name: result["r2_by_layer"] for name, result in results.items() if result["r2_by_layer"]}
     if layers:
         count = len(next(iter(layers.values())))
         title = "R² by layer, each with its own labels"
@@ -67,8 +65,8 @@ def objectives(
         tables.append(_layers(layers))
     for table in tables:
         console.print(table)
-    for path in [result, write_tables(folder / "objectives.md", tables), *pictures]:
-        console.print(f"  {path}", highlight=False)
+    for written in [path, write_tables(folder / "objectives.md", tables), *pictures]:
+        console.print(f"  {written}", highlight=False)
 
 
 UNITS = {
@@ -80,7 +78,7 @@ UNITS = {
 
 
 def _there(folder: Path, inner: str, name: str) -> Path | None:
-    """The folder of a result."""
+    """Return the folder that holds `<name>.json`: `folder` itself or `inner` in it. None: neither does."""
     return next((place for place in (folder, folder / inner) if (place / f"{name}.json").is_file()), None)
 
 
@@ -94,7 +92,7 @@ def _figures(folder: Path, footprints: list[float]) -> dict[str, Any]:
     measured = _there(folder, "perplexity", "perplexity")
     if measured is not None:
         points = [point for point in read_points(measured) if point.policy != "window"]
-        figures["delta_nll"] = {str(footprint): _loss(points, footprint) for footprint in footprints}
+        figures["delta_nll"] = {str(footprint): loss_at(footprint, points) for footprint in footprints}
     by_layer: dict[str, list[float]] = {}
     for name, value in scores.get("r2_head", {}).items():
         by_layer.setdefault(name.partition("H")[0], []).append(value)
@@ -108,11 +106,6 @@ def _figures(folder: Path, footprints: list[float]) -> dict[str, Any]:
 
 def _means(order: dict[str, Any]) -> dict[str, float]:
     return {name: order[name]["mean"] for name in ORDER if name in order}
-
-
-def _loss(points: list[Point], footprint: float) -> float | None:
-    """Between measured points; None: beyond them."""
-    return loss_at(footprint, points)
 
 
 def _table(rows: dict[str, Any], footprints: list[float]) -> Table:
@@ -146,7 +139,7 @@ def _layers(layers: dict[str, list[float]]) -> Table:
 
 @styled
 def _bars(rows: dict[str, Any]) -> Figure:
-    """Future attention held by the top keys of all heads, and pairs in order."""
+    """Draw the future attention held by the top keys of all heads, and the share of pairs in order."""
     shown = [name for name in ("top_10_all", "top_25_all", "concordance") if any(name in row for row in rows.values())]
     figure = new_figure((8.0, 1.5 + 0.45 * len(rows)))
     axes, height = figure.add_subplot(), 0.8 / len(shown)

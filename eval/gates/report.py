@@ -1,4 +1,4 @@
-"""What `eval gates` shows: R² by layer and head, order, calibration."""
+"""Figures, tables and pictures of `python -m eval gates`: R², order and calibration."""
 
 import math
 from pathlib import Path
@@ -32,7 +32,7 @@ BESIDE = ("token_table", "position", "constant")  # the nulls that the picture b
 
 
 def r2_figures(sums: RegressionSums, nulls: Nulls, names: list[str]) -> dict[str, Any]:
-    """R² of gates and nulls, for JSON; `names`: of the heads."""
+    """Return R² of gates and nulls for JSON; `names`: of the heads."""
     r2, null_r2 = sums.r2(), {name: nulls[name].r2() for name in NULLS}
     table = nulls["token_table"]
     gap = bootstrap(len(sums.count), lambda w: (sums.r2(w) - table.r2(w)).nanmean(dim=-1))
@@ -62,7 +62,16 @@ def r2_pictures(
     drawn: list[tuple[Tensor, Tensor]],
     follow_up: int,
 ) -> list[Path]:
-    """By head, by layer beside the nulls, and predicted against true (of `drawn`) for three heads."""
+    """Draw R² by head, R² by layer beside the nulls, and prediction against truth for three heads.
+
+    Args:
+        folder: for the pictures.
+        bank: the gates.
+        sums: of the gates' predictions.
+        nulls: sums of each null.
+        drawn: predictions and true values of some windows, `[gates, rows]` each.
+        follow_up: tokens; lifespans are capped there.
+    """
     r2, by_layer = sums.r2(), _by_layer(bank, sums, nulls)
     title = f"R² by head on {len(sums.count)} validation windows, mean {r2.nanmean():.3f}"
     grid, names = r2.view(len(bank.layers), -1).numpy(), [head_name(*head) for head in bank.heads]
@@ -83,7 +92,7 @@ def r2_by_layer_picture(by_layer: dict[str, list[float]], layers: list[int]) -> 
 
 
 def print_r2(console: Console, bank: GateBank, figures: dict[str, Any], sums: RegressionSums, nulls: Nulls) -> None:
-    """The table by layer, and a line; `figures`: of `r2_figures`."""
+    """Print the table by layer and a summary line; `figures` are those of `r2_figures`."""
     heads = {"gates": sums.r2()} | {name: nulls[name].r2() for name in NULLS}
     console.print(_table(_by_layer(bank, sums, nulls), bank.layers, heads))
     low, high = figures["r2_mean_interval_95"]
@@ -130,21 +139,21 @@ COLUMNS = {
 
 
 def order_table(order: dict[str, Any]) -> Table:
-    """`order`: figures of `RankingScores`, as in the JSON."""
+    """Return the table of the order figures of each score; `order` as it stands in gates.json."""
     age = order["future_attention_from_age"]
     title = "pairs of keys in order" + (f", and future attention from age {age} on held by the top keys" if age else "")
     table = Table(title=title)
     table.add_column("scores")
-    figures = [name for name in COLUMNS if any(name in mine for mine in order["scores"].values())]
+    figures = [name for name in COLUMNS if any(name in row for row in order["scores"].values())]
     for name in figures:
         table.add_column(COLUMNS[name], justify="right")
-    for name, mine in order["scores"].items():
-        table.add_row(name.replace("_", " "), *(f"{mine[figure]['mean']:.3f}" for figure in figures))
+    for name, row in order["scores"].items():
+        table.add_row(name.replace("_", " "), *(f"{row[figure]['mean']:.3f}" for figure in figures))
     return table
 
 
 def calibration(reliability: Reliability, ages: list[int]) -> dict[str, Any]:
-    """Of probabilities to live beyond ages, for JSON."""
+    """Return predicted probabilities to live beyond each of `ages` and the shares that did, for JSON."""
     share = reliability.happened / reliability.count
     mean = reliability.predicted / reliability.count
     return {
@@ -158,7 +167,7 @@ def calibration(reliability: Reliability, ages: list[int]) -> dict[str, Any]:
 
 @styled
 def reliability_picture(figures: dict[str, Any]) -> Figure:
-    """Predicted probability against the share that lived beyond each age; `figures`: of `calibration`."""
+    """Draw predicted probability against the share that lived beyond each age; `figures` are of `calibration`."""
     figure = new_figure((PANEL[0] + 0.6, PANEL[1] + 0.7))
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="#777777", linewidth=1.0, linestyle="--", label="calibrated")

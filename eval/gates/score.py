@@ -1,4 +1,4 @@
-"""`python -m eval gates`: exported gates on validation windows beside the nulls: R² where they have one, and order."""
+"""`python -m eval gates`: R² and order of exported gates on validation windows, beside the nulls."""
 
 from pathlib import Path
 from typing import Literal
@@ -71,7 +71,7 @@ def gates(
             drawn.append((prediction, rows.target(block)))
     nulls = score_nulls(rows, orders.note)
     folder = Path(out)
-    known = {
+    figures = {
         "model": manifest.arguments["backbone"],
         "texts": manifest.sources,
         "follow_up": rows.follow_up,
@@ -85,13 +85,13 @@ def gates(
         **(r2_figures(sums, nulls, [head_name(*head) for head in bank.heads]) if in_log4 else {"r2_mean": None}),
     }
     settings = {"gates": gates, "shards": shards, "threshold": rows.threshold, "inputs": rows.inputs}
-    result = write_result(folder, "gates", settings, known)
+    result = write_result(folder, "gates", settings, figures)
     pictures = []
     if in_log4:
         pictures = r2_pictures(folder, bank, sums, nulls, drawn, rows.follow_up)
-        print_r2(console, bank, known, sums, nulls)
+        print_r2(console, bank, figures, sums, nulls)
     if reliability is not None:
-        pictures.append(save_picture(reliability_picture(known["calibration"]), folder / "calibration.png"))
-    console.print(order_table(known["order"]))
+        pictures.append(save_picture(reliability_picture(figures["calibration"]), folder / "calibration.png"))
+    console.print(order_table(figures["order"]))
     for path in [result, *pictures]:
         console.print(f"  {path}", highlight=False)

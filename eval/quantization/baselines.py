@@ -1,4 +1,4 @@
-"""`python -m eval baselines`: what quantised caches really cost and lose, beside each other."""
+"""`python -m eval baselines`: bytes, errors, speed and perplexity of quantised caches beside each other."""
 
 import logging
 import statistics
@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -34,7 +34,7 @@ from smartkv.texts.windows import plan_windows
 BASELINES = {"FP16": "fp16", "INT8": "int8", "INT4": "int4", "KIVI": "kivi", "SmartKV": "adaptive"}
 MORE = {"KIVI2": "kivi2", "KIVI4": "kivi4"}
 REPEATS = 5
-STEPS = 16  # single tokens whose time is taken
+STEPS = 16  # single tokens that are timed
 
 
 def baselines(
@@ -51,7 +51,7 @@ def baselines(
     sources: list[SourceConfig] = [SourceConfig("pg19", origins=["local", "hub", "builtin"])],  # noqa: B006, B008
     seed: int = 0,
 ) -> None:
-    """Memory, error, speed and perplexity of quantised caches.
+    """Measure memory, error, speed and perplexity of quantised caches.
 
     Args:
         model: the frozen language model; errors are those against its exact attention. gpt2 and gpt2-medium are
@@ -81,7 +81,8 @@ def baselines(
     log.info("experiment %s: %s on %s%s", name, model.backbone, model.device, ", memory only" if memory_only else "")
     codecs = {each: SCHEMES[known[each]] for each in baselines}
     if "SmartKV" in codecs:
-        codecs["SmartKV"] = replace(codecs["SmartKV"][0], budget=budget), codecs["SmartKV"][1]
+        adaptive, usual = codecs["SmartKV"]
+        codecs["SmartKV"] = replace(cast(Adaptive, adaptive), budget=budget), usual
     codecs = {each: (codec, _residual(codec, usual, residual)) for each, (codec, usual) in codecs.items()}
     figures: dict[str, dict[str, Any]] = {each: {} for each in baselines}
     loaded: Loaded | None = None
@@ -151,20 +152,23 @@ def _log(folder: Path) -> logging.Logger:
 
 
 def _memory(codec: Codec, residual: int, shape: Shape, tokens: int, seed: int) -> dict[str, Any]:
-    """Bytes of one layer's cache of random keys, in float16 where they are exact; all layers are alike."""
+    """Return ratios and bytes of a cache of random keys, float16 where they are exact.
+
+    One layer is filled, since all layers are alike.
+    """
     random = torch.Generator().manual_seed(seed)
     layer = QuantizedLayer(codec, residual)
     key, value = (torch.randn(1, shape.kv_heads, tokens, shape.head_dim, generator=random).half() for _ in range(2))
     for start in range(0, tokens, max(codec.block, 32)):
         part = slice(start, start + max(codec.block, 32))
-        if isinstance(codec, Adaptive):  # remembers how important its exact tokens are
+        if isinstance(codec, Adaptive):  # its layer keeps the importance of the tokens that are still exact
             new = torch.zeros(1, shape.kv_heads, key[:, :, part].shape[2])
             layer.importance = new if layer.importance is None else torch.cat([layer.importance, new], dim=2)
         layer.update(key[:, :, part], value[:, :, part])
     full = 2 * key.numel() * 2
-    found = {"ratio_payload": codec.payload(shape.head_dim), "ratio_stored": layer.storage_bytes / full}
-    found["exact_tokens"] = layer.keys.shape[2]
-    return found | {"bytes": layer.storage_bytes * shape.layers, "bytes_float16": full * shape.layers}
+    figures = {"ratio_payload": codec.payload(shape.head_dim), "ratio_stored": layer.storage_bytes / full}
+    figures["exact_tokens"] = layer.keys.shape[2]
+    return figures | {"bytes": layer.storage_bytes * shape.layers, "bytes_float16": full * shape.layers}
 
 
 def _measure(
@@ -178,7 +182,11 @@ def _measure(
     tokens: int,
     seed: int,
 ) -> list[Any]:
-    """Errors, times and perplexity, into `figures`; where the texts came from."""
+    """Add errors, times and perplexity to `figures`.
+
+    Returns:
+        Where the texts came from.
+    """
     lm = loaded.lm
     bank = GateBank.from_pretrained(gates, lm.model).to(lm.model.device) if gates else None
     plan = plan_windows(sources, {"validation": num_prompts}, lm.tokenizer, tokens, 4, seed, console.print)
@@ -188,15 +196,15 @@ def _measure(
         task = progress.add_task("Errors", total=1 + len(texts) + len(codecs) * (len(texts) + 1))
         plain = {name: codec for name, (codec, _) in codecs.items()}
         kept = max((residual for codec, residual in codecs.values() if isinstance(codec, Adaptive)), default=0)
-        found: list[dict[str, dict[str, float]]] = []
+        errors: list[dict[str, dict[str, float]]] = []
         for text in texts:
             with Probe(lm.model, plain, bank, kept) as probe:
                 length = tokens // probe.block * probe.block
                 lm.model.base_model(input_ids=text[None, :length].to(lm.model.device), past_key_values=probe)
-            found.append(probe.errors())
+            errors.append(probe.errors())
             progress.advance(task)
         for name in codecs:
-            figures[name] |= {key: statistics.mean(each[name][key] for each in found) for key in found[0][name]}
+            figures[name] |= {key: statistics.mean(each[name][key] for each in errors) for key in errors[0][name]}
         for name, times in probe.times(REPEATS).items():
             figures[name] |= times
         exact = [window_nll(lm.model, text, first_token) for text in texts]
@@ -226,7 +234,7 @@ def _maker(loaded: Loaded, codec: Codec, residual: int, bank: GateBank | None) -
 
 
 def _step(loaded: Loaded, make: Callable[[], QuantizedCache], text: torch.Tensor) -> float:
-    """Milliseconds of one token after the text, median."""
+    """Return the milliseconds of one token after the text, median."""
     model = loaded.lm.model
     ids, times = text[None].to(model.device), []
     contender = QuantisedContender(loaded.lm, "", make)
@@ -271,15 +279,15 @@ def _table(figures: dict[str, dict[str, Any]], model: str, tokens: int, loaded: 
 
 
 def _verdicts(figures: dict[str, dict[str, Any]]) -> list[str]:
-    """What is expected of errors and bytes, and whether it is so."""
-    found = []
+    """Return lines that say whether errors and bytes are ordered as expected."""
+    lines = []
 
     def ordered(key: str, *names: str) -> None:
         if all(key in figures.get(name, {}) for name in names):
             values = [figures[name][key] for name in names]
             fine = values == sorted(values)
             mark, colour = ("as expected", "green") if fine else ("NOT as expected", "red")
-            found.append(f"[{colour}]{mark}[/]: {key} {' < '.join(names)} ({', '.join(f'{v:.4f}' for v in values)})")
+            lines.append(f"[{colour}]{mark}[/]: {key} {' < '.join(names)} ({', '.join(f'{v:.4f}' for v in values)})")
 
     ordered("error_output", "FP16", "INT8", "INT4")
     ordered("error_output", "INT8", "SmartKV", "INT4")
@@ -287,8 +295,8 @@ def _verdicts(figures: dict[str, dict[str, Any]]) -> list[str]:
     ordered("ratio_stored", "INT4", "SmartKV", "FP16")
     if "KIVI" in figures and "INT4" in figures and "error_key" in figures["KIVI"]:
         kivi, int4 = figures["KIVI"], figures["INT4"]
-        found.append(
+        lines.append(
             f"KIVI's keys have 2 bits: their error is {kivi['error_key']:.3f} (INT4 {int4['error_key']:.3f}), that of "
             f"the output, whose values have 4, {kivi['error_output']:.3f} (INT4 {int4['error_output']:.3f})"
         )
-    return found
+    return lines

@@ -67,14 +67,14 @@ class Probe(AttachedCache):
         return exact.to(step.query.dtype)
 
     def errors(self) -> dict[str, dict[str, float]]:
-        """Return of each codec `error_key`, `error_value` and `error_output`, relative (Frobenius), mean over layers."""
+        """Return each codec's `error_key`, `error_value` and `error_output`: relative (Frobenius), mean over layers."""
         return {
             name: {what: sum(values) / len(values) for what, values in errors.items()}
             for name, errors in self.errors_by_layer.items()
         }
 
     def times(self, repeats: int) -> dict[str, dict[str, float]]:
-        """Return of each codec `encode_ms` and `decode_ms` for all layers, median of `repeats` rounds of all in turns."""
+        """Return each codec's milliseconds for all layers, median of `repeats` rounds: `encode_ms`, `decode_ms`."""
         taken: dict[str, dict[str, list[float]]] = {name: {"encode_ms": [], "decode_ms": []} for name in self.codecs}
         for _ in range(repeats):
             for name, codec in self.codecs.items():

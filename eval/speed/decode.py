@@ -1,7 +1,7 @@
-"""`python -m eval decode`: speed and bytes of a cache that evicts, beside full caches, in one run.
+"""`python -m eval decode`: speed and bytes of an evicting cache beside full caches, in one run.
 
-Each way fills its cache with the same text, then they take single tokens in turns, a few at a time: what slows the
-machine for seconds slows all.
+Each way fills its cache with the same text. Then the ways decode single tokens in turns, a few at a time, so that
+whatever slows the machine for some seconds slows all of them.
 """
 
 import statistics
@@ -32,8 +32,8 @@ from smartkv.policies.named import read_policy
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
 
-ONCE = 8192  # tokens of all rows: longer prompts are fed once, shorter ones as often as there are rounds
-TURN = 8  # tokens of one way before the next has its turn
+ONCE = 8192  # tokens of all rows; a longer prompt is fed once, a shorter one once a round
+TURN = 8  # tokens that one way decodes before the next way
 WAYS = ("smartkv", "dynamic", "static", "smartkv_full")
 
 
@@ -77,7 +77,7 @@ def decode(
         seed: of the choice of text, and of untrained gates.
     """
     console = make_console()
-    lock_folder(out)  # now, and not when all is measured
+    lock_folder(out)  # before the measurement, so that a folder in use is an error at once
     if not (contexts and batches) or min(*contexts, *batches, steps, rounds, threads, chunk) < 1:
         raise SmartKVError(
             "contexts, batches, steps, rounds, threads and chunk must be at least 1, some contexts and batches given; "
@@ -137,19 +137,20 @@ def decode(
 
 
 class _Timed(LifespanCache):
-    """Adds up the time that gates take."""
+    """LifespanCache that adds up the seconds that its gates take."""
 
     seconds = 0.0
 
     def scores(self, layer: int, keys: Tensor) -> Tensor | None:
+        """Return the gates' scores, as the cache does."""
         start = time.perf_counter()
-        found = super().scores(layer, keys)
+        scores = super().scores(layer, keys)
         self.seconds += time.perf_counter() - start
-        return found
+        return scores
 
 
 class _Bench:
-    """One context and batch."""
+    """Measurement of all ways at one context and batch size."""
 
     def __init__(
         self, model: PreTrainedModel, gates: GateBank, policy: HybridPolicy, text: Tensor, batch: int, chunk: int
@@ -158,12 +159,12 @@ class _Bench:
         self.chunk = chunk
 
     def measure(self, steps: int, rounds: int) -> dict[str, Any]:
-        """All figures of this context and batch, as `decode.json` has them."""
+        """Return the figures of this context and batch size for decode.json."""
         context = len(self.text)
-        ours, dynamic, prefill = self._prefills(rounds if self.batch * context <= ONCE else 1)
-        share, footprint, ours.seconds = ours.seconds, ours.footprint, 0.0
+        evicting, dynamic, prefill = self._prefills(rounds if self.batch * context <= ONCE else 1)
+        gate_seconds, footprint, evicting.seconds = evicting.seconds, evicting.footprint, 0.0
         caches: dict[str, Cache] = {
-            "smartkv": ours,
+            "smartkv": evicting,
             "dynamic": dynamic,
             "static": self._static(dynamic, context + steps * rounds),
             "smartkv_full": self._full(dynamic),
@@ -172,38 +173,42 @@ class _Bench:
         for turn in range(rounds):
             for way, seconds in self._round(caches, context + turn * steps, steps).items():
                 spent[way].append(seconds)
-        full = self.batch * full_cache_bytes(self.model, ours.get_seq_length())
+        full = self.batch * full_cache_bytes(self.model, evicting.get_seq_length())
         weights = sum(p.untyped_storage().nbytes() for p in {p.data_ptr(): p for p in self.model.parameters()}.values())
         return {
             "context": context,
             "batch": self.batch,
             "prefill": {way: self.batch * context / seconds for way, seconds in prefill.items()},
-            "gates_share_of_prefill": share / prefill["smartkv"],
+            "gates_share_of_prefill": gate_seconds / prefill["smartkv"],
             "ms_per_token": {way: 1e3 * statistics.median(seconds) / steps for way, seconds in spent.items()},
             "ms_by_round": {way: [1e3 * each / steps for each in seconds] for way, seconds in spent.items()},
-            "gates_share_of_decode": ours.seconds / sum(spent["smartkv"]),
+            "gates_share_of_decode": evicting.seconds / sum(spent["smartkv"]),
             "footprint": footprint,
-            "bytes": ours.storage_bytes,
-            "live_bytes": ours.live_bytes,
+            "bytes": evicting.storage_bytes,
+            "live_bytes": evicting.live_bytes,
             "full_bytes": full,
-            "peak_bytes": ours.peak_bytes,
-            "share_of_full": ours.storage_bytes / full,
-            "limit_by_bytes": (weights + full) / (weights + ours.storage_bytes),
+            "peak_bytes": evicting.peak_bytes,
+            "share_of_full": evicting.storage_bytes / full,
+            "limit_by_bytes": (weights + full) / (weights + evicting.storage_bytes),
         }
 
     def _prefills(self, passes: int) -> tuple["_Timed", DynamicCache, dict[str, float]]:
-        """Feed the text so many times by both ways in turns: the last caches, and the median seconds of each way."""
+        """Feed the text `passes` times by both ways in turns.
+
+        Returns:
+            The last cache of each way, and the median seconds of each way.
+        """
         seconds: dict[str, list[float]] = {"smartkv": [], "dynamic": []}
-        self._prefill(DynamicCache(), 512)  # the first of all passes is slower: not counted
+        self._prefill(DynamicCache(), 512)  # a warm-up, which is not counted
         for _ in range(passes):
-            ours = _Timed(self.model, self.gates, self.policy, self.chunk, len(self.text) // 2)
-            seconds["smartkv"].append(self._prefill(ours))
+            evicting = _Timed(self.model, self.gates, self.policy, self.chunk, len(self.text) // 2)
+            seconds["smartkv"].append(self._prefill(evicting))
             dynamic = DynamicCache()
             seconds["dynamic"].append(self._prefill(dynamic))
-        return ours, dynamic, {way: statistics.median(each) for way, each in seconds.items()}
+        return evicting, dynamic, {way: statistics.median(each) for way, each in seconds.items()}
 
     def _prefill(self, cache: Cache, tokens: int | None = None) -> float:
-        """Feed the text, or its first tokens; seconds."""
+        """Feed the text, or its first tokens, and return the seconds that it took."""
         ids = self.text[:tokens].expand(self.batch, -1)
         self._wait()
         start = time.perf_counter()
@@ -214,11 +219,11 @@ class _Bench:
     def _static(self, filled: Cache, room: int) -> StaticCache:
         cache = StaticCache(config=self.model.config, max_cache_len=room)
         for number, layer in enumerate(filled.layers):
-            cache.update(layer.keys, layer.values, number)  # type: ignore[arg-type]
+            cache.update(layer.keys, layer.values, number)  # type: ignore[arg-type,union-attr]
         return cache
 
     def _full(self, filled: Cache) -> LifespanCache:
-        """Our own slots with nothing evicted."""
+        """Return a LifespanCache that evicts nothing, filled with the keys and values of another cache."""
         policy = read_policy("full", self.model.config.num_hidden_layers)
         cache = LifespanCache(self.model, None, policy, self.chunk)
         for layer, full in zip(cache.storage, filled.layers, strict=True):
@@ -233,15 +238,15 @@ class _Bench:
         return cache
 
     def _round(self, caches: dict[str, Cache], position: int, steps: int) -> dict[str, float]:
-        """Take so many single tokens by each way, all ways in turns; seconds of each."""
+        """Decode `steps` single tokens by each way, in turns, and return the seconds of each way."""
         seconds = dict.fromkeys(caches, 0.0)
         for number, first in enumerate(range(0, steps, TURN)):
-            for way in list(caches)[:: -1 if number % 2 else 1]:  # not always in the same order
+            for way in list(caches)[:: -1 if number % 2 else 1]:  # the order alternates
                 seconds[way] += self._steps(caches[way], position + first, min(TURN, steps - first))
         return seconds
 
     def _steps(self, cache: Cache, position: int, steps: int) -> float:
-        """Take so many single tokens; seconds."""
+        """Decode `steps` single tokens and return the seconds that they took."""
         token = self.text[:1].expand(self.batch, 1)
         places = torch.arange(position, position + steps, device=self.text.device)
         self._wait()

@@ -1,4 +1,4 @@
-"""What `python -m eval decode` shows: a table, the same as markdown, a picture."""
+"""Table, Markdown page and picture of `python -m eval decode`."""
 
 from typing import Any
 
@@ -40,12 +40,12 @@ COLUMNS = (
 
 
 def rows(figures: list[dict[str, Any]]) -> list[list[str]]:
-    """A line a figure, in the order of `COLUMNS`; × is how many times as fast SmartKV is."""
-    found = []
+    """Return the table's cells, one row a measurement, in the order of `COLUMNS`."""
+    cells = []
     for f in figures:
         ms, prefill = f["ms_per_token"], f["prefill"]
         faster = [f"{ms[way] / ms['smartkv']:.2f}" for way in ("dynamic", "static", "smartkv_full")]
-        found.append(
+        cells.append(
             [
                 f"{f['context']:,}",
                 str(f["batch"]),
@@ -61,11 +61,11 @@ def rows(figures: list[dict[str, Any]]) -> list[list[str]]:
                 f"{f['peak_bytes'] / f['bytes']:.2f}",
             ]
         )
-    return found
+    return cells
 
 
 def decode_table(figures: list[dict[str, Any]]) -> Table:
-    """For the console."""
+    """Return the table for the console."""
     table = Table(title="Decode and prefill; × = times as fast as")
     for column in COLUMNS:
         table.add_column(column, justify="right")
@@ -75,7 +75,7 @@ def decode_table(figures: list[dict[str, Any]]) -> Table:
 
 
 def markdown(arguments: dict[str, Any], figures: list[dict[str, Any]]) -> str:
-    """The same as a page, with the machine and all milliseconds."""
+    """Return the table as a Markdown page, with the machine and the milliseconds of every way."""
     machine = ", ".join(f"{key} {value}" for key, value in arguments["machine"].items())
     lines = [
         *INTRODUCTION.splitlines(),

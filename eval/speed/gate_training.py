@@ -1,6 +1,6 @@
-"""`python -m eval training`: how fast gates train: all together and one by one, as heads grow, and from disk.
+"""`python -m eval training`: speed and memory of gate training, all gates together and one by one.
 
-The keys are random: speed and memory do not depend on what they say.
+The keys are random, since speed and memory do not depend on their values.
 """
 
 import math
@@ -69,7 +69,7 @@ def training(
         markdown_file: where the tables go besides. Null: nowhere.
     """
     console = make_console()
-    lock_folder(out)  # now, and not when all is measured
+    lock_folder(out)  # before the measurement, so that a folder in use is an error at once
     if unknown := sorted(set(models) - set(SIZES)):
         raise SmartKVError(f"models {', '.join(unknown)} are unknown: expected some of {', '.join(SIZES)}")
     if min(steps, rounds, windows, threads, *batches) < 1 or window < 4 * SINKS or not batches:
@@ -77,7 +77,7 @@ def training(
             f"steps, rounds, windows, threads and batches must be at least 1, window {4 * SINKS}, some batches given"
         )
     if device == "cuda" and not torch.cuda.is_available():
-        raise SmartKVError("device 'cuda' cannot be used here: torch finds none")
+        raise SmartKVError("device 'cuda' cannot be used here: torch finds no GPU")
     ways, heads = [], []
     with tempfile.TemporaryDirectory() as scratch, Progress(console=console) as progress:
         task = progress.add_task("Training", total=len(batches) + len(models))
@@ -89,9 +89,11 @@ def training(
             progress.advance(task)
         for name in models:
             least = -(-2 * batches[0] // (window // 2 - SINKS))
-            held = max(least, windows * 48 * 64 // math.prod(SIZES[name]))  # as many bytes for each, or two batches
+            made = max(
+                least, windows * 48 * 64 // math.prod(SIZES[name])
+            )  # the same bytes for each model, or two batches
             shards = Path(scratch) / name
-            run_isolated(_made, shards, *SIZES[name], window, held)
+            run_isolated(_made, shards, *SIZES[name], window, made)
             measured = run_isolated(_heads, shards, batches[0], steps, threads, device)
             heads.append({"model": name, "heads": SIZES[name][0] * SIZES[name][1], **measured})
             progress.advance(task)
@@ -102,10 +104,10 @@ def training(
     result = write_result(Path(out), "training", arguments, figures)
     picture = save_picture(training_picture(ways, heads), Path(out) / "training.png")
     files = [Path(out) / "training.md", *([Path(markdown_file)] if markdown_file else [])]
-    said = provenance("training", arguments)
+    introduction = provenance("training", arguments)
     for table in tables:
         console.print(table)
-    for path in [result, *(write_tables(file, tables, said) for file in files), picture]:
+    for path in [result, *(write_tables(file, tables, introduction) for file in files), picture]:
         console.print(f"  {path}", highlight=False)
 
 
@@ -123,7 +125,7 @@ UNITS = {
 
 
 def made_shards(folder: Path, layers: int, kv_heads: int, head_dim: int, window: int, windows: int) -> Path:
-    """Shards of random keys and lifespans, one window each, and one more for validation."""
+    """Write shards of random keys and lifespans, one window each, and one more for validation."""
     generator = torch.Generator().manual_seed(0)
     fingerprint, spec = Fingerprint("llama", layers, kv_heads, head_dim, "made"), LabelSpec((0.05,), (), window // 2)
     entries = []
@@ -148,14 +150,17 @@ def made_shards(folder: Path, layers: int, kv_heads: int, head_dim: int, window:
 
 
 def _made(folder: Path, *sizes: int) -> dict[str, Any]:
-    """The same, in a process whose memory is not measured."""
+    """Write shards in a process whose memory is not measured."""
     made_shards(folder, *sizes)
     return {}
 
 
 def _fit(shards: Path, batch: int, steps: int, device: str) -> tuple[float, int]:
-    """Seconds of `steps` steps of all gates by Lightning, as `fit` runs them but without validation; and how many keys
-    a head they took."""
+    """Train all gates for `steps` steps by Lightning, as `fit` does but without validation.
+
+    Returns:
+        Seconds, and the keys a head that the steps took.
+    """
     warnings.filterwarnings("ignore")
     counted = _Counted()
     start = time.perf_counter()
@@ -179,6 +184,8 @@ def _fit(shards: Path, batch: int, steps: int, device: str) -> tuple[float, int]
 
 
 class _Counted(L.Callback):
+    """Callback that counts the keys a head of all batches."""
+
     rows = 0
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: KeyBatch, *_: Any) -> None:
@@ -186,7 +193,10 @@ class _Counted(L.Callback):
 
 
 def _apart(files: list[Path], batch: int, steps: int, device: str) -> float:
-    """Seconds of the same steps, a head after the other: its keys from a file of its own, an MLP, an optimiser."""
+    """Return the seconds of the same steps for one head after another.
+
+    Each head has a file of keys, an MLP and an optimiser of its own.
+    """
     start = time.perf_counter()
     for file in files:
         content = torch.load(file, weights_only=True)
@@ -225,8 +235,12 @@ def _ways(
         seconds, used = _fit(shards, batch, steps, device)
         together.append(seconds)
         alone.append(_apart(files, batch, steps, device))
-    ratios = [theirs / ours for ours, theirs in zip(together, alone, strict=True)]
-    figures = {"together": statistics.median(together), "apart": statistics.median(alone), "rows_a_step": used / steps}
+    ratios = [one_by_one / at_once for at_once, one_by_one in zip(together, alone, strict=True)]
+    figures: dict[str, Any] = {
+        "together": statistics.median(together),
+        "apart": statistics.median(alone),
+        "rows_a_step": used / steps,
+    }
     figures["rounds"] = {"together": together, "apart": alone}
     figures |= {"ratio": statistics.median(ratios), "rows_trained": used / statistics.median(together)}
     data = LifespanShards(str(shards), batch_size=batch, verify=False)
@@ -238,11 +252,11 @@ def _ways(
 
 
 def _rows_a_second(read: Callable[[], int], rounds: int = 3) -> float:
-    found = []
+    rates = []
     for _ in range(rounds):
         start = time.perf_counter()
-        found.append(read() / (time.perf_counter() - start))
-    return statistics.median(found)
+        rates.append(read() / (time.perf_counter() - start))
+    return statistics.median(rates)
 
 
 def _heads(shards: Path, batch: int, steps: int, threads: int, device: str) -> dict[str, Any]:

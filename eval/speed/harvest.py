@@ -1,7 +1,7 @@
-"""`python -m eval speed`: harvest tokens/s and peak memory, beside the way with `output_attentions=True`.
+"""`python -m eval speed`: tokens a second and peak memory of a harvest, beside eager attention that is kept.
 
-Peak memory is that of a process of its own, which runs one way at one length; speed is measured with all ways of a
-length in one process, in turn, because a machine that is shared is not as fast in one minute as in the next.
+Peak memory is measured in a separate process for each way and length. Speed is measured with all ways of a length in
+turn in one process, because the speed of a shared machine changes from minute to minute.
 """
 
 import statistics
@@ -57,9 +57,9 @@ def speed(
         markdown_file: where the table goes besides. Null: nowhere.
     """
     console = make_console()
-    lock_folder(out)  # now, and not when all is measured
+    lock_folder(out)  # before the measurement, so that a folder in use is an error at once
     if model.device == "cuda" and not torch.cuda.is_available():
-        raise SmartKVError("device 'cuda' cannot be used here: torch finds none")
+        raise SmartKVError("device 'cuda' cannot be used here: torch finds no GPU")
     if unknown := sorted(set(ways) - set(WAYS)):
         raise SmartKVError(f"ways {', '.join(unknown)} are unknown: expected some of {', '.join(WAYS)}")
     if not (ways and lengths) or min(rounds, rounds_alone, threads, old_way_up_to) < 1 or min(lengths) < 2:
@@ -106,7 +106,7 @@ def speed(
 
 
 def _pass(way: str, model: Model, threads: int, length: int) -> dict[str, Any]:
-    """One pass, for its peak memory."""
+    """Run one pass in this process, whose peak memory is measured."""
     lm, tokens = _loaded(model, threads, length)
     arch = lm.architecture
     attentions = arch.layers * arch.query_heads * length**2 * lm.model.dtype.itemsize
@@ -120,21 +120,21 @@ def _pass(way: str, model: Model, threads: int, length: int) -> dict[str, Any]:
 
 
 def _timed(ways: list[str], model: Model, threads: int, length: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Of each way its seconds and tokens/s, or a note why there are none."""
+    """Return each way's seconds and tokens a second, or a note why there are none."""
     if not ways:
         return {}
     found = run_isolated(_seconds, ways, model, threads, length, rounds)
     if "note" not in found:
         taken = {way: found[way] for way in ways}
         return {way: {"tokens_per_second": length / statistics.median(s), "seconds": s} for way, s in taken.items()}
-    if len(ways) > 1 and "output_attentions" in ways:  # beside the others it had not room enough
+    if len(ways) > 1 and "output_attentions" in ways:  # the memory did not suffice for it beside the others
         rest = _timed([way for way in ways if way != "output_attentions"], model, threads, length, rounds)
         return rest | {"output_attentions": {"note": found["note"]}}
     return {way: {"note": found["note"]} for way in ways}
 
 
 def _seconds(ways: list[str], model: Model, threads: int, length: int, rounds: int) -> dict[str, Any]:
-    """Of each way its seconds a pass, all ways in turn, after a round that is not counted."""
+    """Return each way's seconds a pass, all ways in turn, after a round that is not counted."""
     lm, tokens = _loaded(model, threads, length)
     taken = [[_run(way, lm, tokens) for way in ways] for _ in range(rounds + 1)][1:]
     return {way: list(column) for way, column in zip(ways, zip(*taken, strict=True), strict=True)}
@@ -148,7 +148,7 @@ def _loaded(model: Model, threads: int, length: int) -> tuple[Backbone, Tensor]:
 
 
 def _run(way: str, lm: Backbone, tokens: Tensor) -> float:
-    """Seconds of one pass."""
+    """Run one pass and return its seconds."""
     run = {
         "smartkv": _smartkv,
         "smartkv_all_labels": _smartkv_all_labels,
@@ -177,7 +177,7 @@ def _forward(lm: Backbone, tokens: Tensor) -> None:
 
 
 def _output_attentions(lm: Backbone, tokens: Tensor) -> list[Tensor]:
-    """The same lifespans for one threshold, from attention matrices that are kept."""
+    """Return the lifespans for one threshold, `[kv_heads, keys]` a layer, from attention matrices that are kept."""
     output = lm.model.base_model(input_ids=tokens[None], use_cache=False, output_attentions=True)
     query = torch.arange(len(tokens), device=tokens.device)
     lifespans = []
@@ -196,13 +196,15 @@ def _line(figure: dict[str, Any]) -> str:
 
 
 def _beside(figures: list[dict[str, Any]], row: dict[str, Any], way: str, key: str) -> float | None:
-    """A figure ÷ that of another way at the same length, of seconds the median over rounds of that ratio.
-    None: one of them is not there."""
+    """Return a figure ÷ that of another way at the same length; None where one of them is missing.
+
+    Of seconds it is the median over rounds of that ratio.
+    """
     other = next((f for f in figures if f["way"] == way and f["tokens"] == row["tokens"] and key in f), None)
     if other is None or key not in row:
         return None
     if key == "seconds":
-        return statistics.median(ours / theirs for ours, theirs in zip(row[key], other[key], strict=True))
+        return statistics.median(mine / base for mine, base in zip(row[key], other[key], strict=True))
     return row[key] / other[key]
 
 
@@ -241,7 +243,14 @@ def _table(figures: list[dict[str, Any]]) -> Table:
 
 
 def _growth(figures: list[dict[str, Any]], way: str) -> dict[str, float]:
-    """Over all lengths: the exponent of tokens with which time grows, bytes a token, how far these are from a line."""
+    """Return how time and memory grow with the tokens of a window; empty with fewer than two lengths.
+
+    Returns:
+        exponent: of tokens, with which time grows.
+        bytes_a_token: slope of a line through peak memory.
+        off_the_line: largest relative distance of a peak from that line.
+        from, to, lengths: the shortest and the longest window, and how many there are.
+    """
     rows = sorted((f for f in figures if f["way"] == way and "note" not in f), key=lambda f: f["tokens"])
     if len(rows) < 2:
         return {}
@@ -273,8 +282,8 @@ def _growth_table(growth: dict[str, dict[str, float]]) -> Table:
     for way, g in growth.items():
         if g:
             span = f"{g['from']:,} to {g['to']:,}"
-            figures = (f"{g['exponent']:.2f}", f"{g['bytes_a_token'] / 2**10:.0f}", f"{g['off_the_line']:.1%}")
-            table.add_row(way, span, str(g["lengths"]), *figures)
+            cells = (f"{g['exponent']:.2f}", f"{g['bytes_a_token'] / 2**10:.0f}", f"{g['off_the_line']:.1%}")
+            table.add_row(way, span, str(g["lengths"]), *cells)
     return table
 
 

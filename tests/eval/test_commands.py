@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 
 from eval.__main__ import main
-from eval.common.options import Model
-from tests.lightning_fixtures import ROOT, write_texts
-from tests.models import save_tiny_backbone
+from tests.lightning_fixtures import ROOT
 
 PNG = b"\x89PNG"
 
@@ -23,56 +21,8 @@ def run_eval(*args: str | Path) -> None:
     main([str(arg) for arg in args])
 
 
-@pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
-    folder = tmp_path_factory.mktemp("calibrate")
-    texts = write_texts(folder / "texts")
-    run_eval("calibrate", "--backbone", tiny_backbone, "--out", folder / "out", "--window", "64", "--windows", "2",
-             "--sources", json.dumps([{"name": "mine", "path": str(texts)}]))  # fmt: skip
-    return folder / "out"
-
-
 def figures(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
-
-
-def test_calibrate_tells_the_architecture_and_the_key_site(calibrated: Path) -> None:
-    architecture = figures(calibrated / "calibrate.json")["architecture"]
-    assert (architecture["layers"], architecture["query_heads"], architecture["kv_heads"]) == (2, 4, 2)
-    assert architecture["gates"] == 4
-    assert architecture["pre_rope_key"]["module"] == "k_proj"
-
-
-def test_calibrate_describes_attention_by_layer_and_over_all_heads(calibrated: Path) -> None:
-    attention = figures(calibrated / "calibrate.json")["attention"]
-    assert len(attention["layers"]) == 2
-    for row in [*attention["layers"], attention["all_heads"]]:
-        assert set(row["percentiles"]) == {"50", "75", "90", "95", "99", "99.9"}
-        assert 0 <= row["min"] <= row["median"] <= row["suggested_threshold"] <= row["max"] <= 1
-        assert {"0.05", "0.1"} < set(row["share_above"])
-
-
-def test_calibrate_shows_that_a_higher_threshold_shortens_lives(calibrated: Path) -> None:
-    labels = figures(calibrated / "calibrate.json")["labels"]
-    assert list(labels) == ["0.02", "0.05", "0.11"]
-    means = [row["mean_log4_lifespan"] for row in labels.values()]
-    assert means == sorted(means, reverse=True)
-
-
-def test_calibrate_leaves_three_pictures(calibrated: Path) -> None:
-    pictures = sorted(calibrated.glob("*.png"))
-    names = [picture.stem for picture in pictures]
-    assert names == ["attention_by_layer", "lifespans_by_head", "lifespans_by_threshold"]
-    assert all(picture.read_bytes().startswith(PNG) for picture in pictures)
-
-
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "gpt2"])
-def test_calibrate_works_for_every_family(family: str, tmp_path: Path) -> None:
-    backbone = save_tiny_backbone(tmp_path / "lm", family)
-    texts = write_texts(tmp_path / "texts", files=1)
-    run_eval("calibrate", "--backbone", backbone, "--out", tmp_path / "out", "--window", "32", "--windows", "1",
-             "--sources", json.dumps([{"name": "mine", "path": str(texts)}]))  # fmt: skip
-    assert (tmp_path / "out" / "calibrate.json").exists()
 
 
 def test_a_mistake_ends_in_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,83 +31,6 @@ def test_a_mistake_ends_in_one_line_and_status_2(tmp_path: Path, capsys: pytest.
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: gates") and error.count("\n") == 1
-
-
-@pytest.mark.usefixtures("measured")
-def test_speed_measures_tokens_a_second_and_peak_memory(tmp_path: Path, tiny_backbone: Path) -> None:
-    ways = ["smartkv_all_labels", "output_attentions"]
-    run_eval("speed", "--backbone", tiny_backbone, "--out", tmp_path, "--lengths", "[64]", "--rounds", "3",
-             "--threads", "1", "--ways", json.dumps(ways), "--markdown_file", tmp_path / "page.md")  # fmt: skip
-    ours, theirs = rows = figures(tmp_path / "speed.json")["harvest"]
-    assert [row["way"] for row in rows] == ways
-    for row in rows:
-        assert len(row["seconds"]) == 3 and row["peak_memory"] > 2**26
-        assert row["tokens_per_second"] == pytest.approx(64 / sorted(row["seconds"])[1])
-    faster = sorted(old / new for old, new in zip(theirs["seconds"], ours["seconds"], strict=True))[1]
-    line = next(line for line in (tmp_path / "page.md").read_text().splitlines() if ways[0] in line)
-    assert [cell.strip() for cell in line.split("|")][3:6:2] == ["3", f"{faster:.2f}"]
-    assert (tmp_path / "harvest_speed.png").read_bytes().startswith(PNG)
-
-
-def test_ways_are_timed_in_turn_and_one_without_room_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    from eval.speed import harvest
-
-    ran: list[str] = []
-    monkeypatch.setattr(harvest, "_loaded", lambda *_: (None, None))
-    monkeypatch.setattr(harvest, "_run", lambda way, *_: float(len(ran.append(way) or ran)))
-    assert harvest._seconds(["a", "b"], Model("lm"), 1, 64, 2) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
-    assert ran == ["a", "b"] * 3
-
-    def isolated(_: Any, ways: list[str], *__: Any) -> dict[str, Any]:
-        return {"note": "killed"} if "output_attentions" in ways else {way: [2.0, 4.0, 8.0] for way in ways}
-
-    monkeypatch.setattr(harvest, "run_isolated", isolated)
-    found = harvest._timed(["forward", "output_attentions"], Model("lm"), 1, 64, 3)
-    assert found["forward"]["tokens_per_second"] == 16 and found["output_attentions"] == {"note": "killed"}
-    row = {"way": "output_attentions", "tokens": 64, "peak_memory": 2**30, **found["output_attentions"]}
-    table = harvest._table([{"way": "forward", "tokens": 64, "peak_memory": 2**30, **found["forward"]}, row])
-    assert [list(column.cells)[1] for column in table.columns][2:] == ["", "", "", "", "1.00", "1.00", "killed"]
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "says"),
-    [("ways", '["foo"]', "ways foo"), ("lengths", "[]", "some ways and lengths"), ("lengths", "[1]", "lengths 2"),
-     ("lengths", "[64, 99999]", "positions"), ("rounds", "0", "rounds")],
-)  # fmt: skip
-def test_speed_tells_mistakes_in_a_line(
-    name: str, value: str, says: str, tmp_path: Path, tiny_backbone: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["speed", "--backbone", str(tiny_backbone), "--out", str(tmp_path), f"--{name}", value])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith("error: ") and says in said and said.count("\n") == 1
-
-
-def test_growth_is_read_off_all_lengths() -> None:
-    from eval.speed.harvest import _growth
-
-    rows = [
-        {"way": "w", "tokens": n, "tokens_per_second": n / (3e-6 * n**1.5), "peak_memory": 10**8 + 700 * n}
-        for n in (512, 1024, 2048, 8192)
-    ]
-    found = _growth(rows, "w")
-    assert (found["exponent"], found["bytes_a_token"]) == pytest.approx((1.5, 700)) and found["off_the_line"] < 1e-6
-    rows[1]["peak_memory"] *= 2
-    assert _growth(rows, "w")["off_the_line"] > 0.2
-
-
-def test_both_ways_of_the_speed_command_give_the_same_lifespans(tiny_backbone: Path) -> None:
-    import torch
-
-    from eval.speed.harvest import _output_attentions
-    from smartkv import LabelSpec, label_window, load_backbone
-
-    lm, tokens = load_backbone(str(tiny_backbone), "float32"), torch.arange(100) % 250
-    ours = label_window(lm.model, tokens, LabelSpec((0.05,), (), 10)).lifespan[0]
-    lm.model.set_attn_implementation("eager")
-    with torch.no_grad():
-        old = torch.stack(_output_attentions(lm, tokens))
-    assert torch.equal(ours.long(), old)
 
 
 @pytest.mark.parametrize(
@@ -265,21 +138,6 @@ def test_a_slurm_script_finds_the_checkout_from_where_slurm_copies_it(name: str,
     assert "main.py fit -c configs/" in done.stdout and "--ckpt_path last" in done.stdout
     if name == "fit.sh":
         assert "--trainer.num_nodes 2 --trainer.devices 8" in done.stdout
-
-
-def test_anchors_are_where_the_attention_goes(tmp_path: Path, tiny_backbone: Path) -> None:
-    texts = write_texts(tmp_path / "texts", splits=["validation"])
-    sources = json.dumps([{"name": "mine", "path": str(texts)}])
-    options = ["--sources", sources, "--windows", "2", "--window", "96", "--recent", "8", "--dtype", "float32"]
-    main(["anchors", "--backbone", str(tiny_backbone), "--out", str(tmp_path / "out"), *options])
-    found = json.loads((tmp_path / "out" / "anchors.json").read_text())
-    assert sum(found["keys"]) == pytest.approx(1.0) and found["classes"][:2] == ["sink", "recent"]
-    for layer in found["attention"]:
-        assert sum(layer) == pytest.approx(1.0)
-    # queries 24 … 95 see 4 sinks and 8 recent tokens each
-    keys = sum(query + 1 for query in range(24, 96))
-    assert found["keys"][:2] == pytest.approx([72 * 4 / keys, 72 * 8 / keys])
-    assert (tmp_path / "out" / "anchors.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("command", ["anchors", "compare", "reasoning"])

@@ -1,12 +1,7 @@
 """A conversation: one cache, what a terminal shows, Ctrl-C, and what is recorded."""
 
 import io
-import os
-import pty
-import re
-import signal
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from eval.chat import generate as command
 from eval.chat.conversation import Conversation, RecordingCache
 from eval.chat.page import UNDECIDED
-from eval.chat.terminal import Answer
 from eval.common.options import Sampling
 from smartkv import GateBank, load_backbone
 from smartkv.models.architecture import Fingerprint
-from smartkv.models.backbone import load_tokenizer
 from smartkv.policies.named import read_policy
 from tests.eval.conftest import TEMPLATE
 
@@ -81,24 +74,6 @@ def test_an_answer_that_the_model_closed_is_not_closed_twice(chatty: Path) -> No
     assert lm.tokenizer.decode(spoken.ids[:-1]) == f"<user>a{end}<assistant>{end}<user>b{end}<assistant>"
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(run: Any, chatty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = RecordingCache.attend, []
-
-    def attend(self: RecordingCache, layer: int, step: Any) -> Any:
-        calls.append(layer)
-        if len(calls) == 11:  # in the middle of the fifth token's pass
-            signal.raise_signal(signal.SIGINT)
-        return real(self, layer, step)
-
-    monkeypatch.setattr(RecordingCache, "attend", attend)
-    lines(monkeypatch, "hello", "again")
-    before = signal.getsignal(signal.SIGINT)
-    written = run(backbone=chatty, chat="true")
-    assert [turn["stopped"] for turn in written["turns"]] == ["interrupted", "length"]
-    assert written["turns"][0]["new_tokens"] < 8 < written["turns"][1]["new_tokens"]
-    assert signal.getsignal(signal.SIGINT) is before
-
-
 def test_a_line_that_does_not_fit_is_said_and_the_next_is_answered(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,49 +87,6 @@ def test_a_line_that_does_not_fit_is_said_and_the_next_is_answered(
 def test_nothing_said_leaves_nothing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lines(monkeypatch)
     assert run() == {}
-
-
-def test_words_are_written_as_they_come(tiny_backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = load_tokenizer(str(tiny_backbone))
-    shown = []
-    with Answer(tokenizer, lambda: "") as answer:
-        answer.put(torch.tensor([[1, 2, 3]]))  # the prompt
-        for token in tokenizer("one two three")["input_ids"]:
-            answer.put(torch.tensor([token]))
-            shown.append(capsys.readouterr().out)
-        answer.end()
-    # by whole words up to transformers 5.23, by characters since
-    assert len([text for text in shown if text]) > 1 and "one" in "".join(shown)
-    assert "".join(shown) + capsys.readouterr().out == "one two three\n"
-
-
-def test_a_terminal_shows_what_the_cache_holds_below_the_text(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    master, slave = pty.openpty()
-    read: list[bytes] = []
-
-    def collect() -> None:
-        while True:
-            try:
-                read.append(os.read(master, 4096))
-            except OSError:  # the other end was closed
-                return
-
-    reader = threading.Thread(target=collect)
-    reader.start()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("eval.chat.terminal.EVERY", 0)
-    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
-    with os.fdopen(slave, "w") as terminal:
-        monkeypatch.setattr(sys, "stdout", terminal)
-        written = run(prompt=PROMPT)
-        monkeypatch.undo()
-    reader.join()
-    os.close(master)
-    shown = b"".join(read).decode()
-    assert "\x1b[1;23r" in shown and shown.rindex("\x1b[r") > shown.rindex("\x1b[1;23r"), "the last row stays set aside"
-    assert re.search(rf"\x1b\[24;1H\x1b\[2K\x1b\[2m{STATUS}", shown)
-    plain = re.sub(r"\x1b7.*?\x1b8|\x1b\[1A", "", shown, flags=re.S).replace("\r\n", "\n")
-    assert plain.strip("\n") == written["turns"][0]["answer"].replace("\r\n", "\n").strip("\n")
 
 
 # -- what is recorded -------------------------------------------------------------------------------------------------

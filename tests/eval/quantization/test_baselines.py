@@ -7,16 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import DynamicCache
 
 from eval.__main__ import main
 from eval.common.aliases import expand_aliases
 from eval.quantization import stand_ins as models
-from eval.quantization.probe import Probe
-from smartkv.quantization.codecs import Adaptive, Half, Uniform
 from tests.lightning_fixtures import write_texts
-from tests.models import FAMILIES, token_ids
 
 ROOT = Path(__file__).parents[3]
 
@@ -81,28 +76,6 @@ def test_where_gpt2_cannot_be_had_its_shape_stands_in_and_says_so(
     assert "random weights" in found["stand_in"] and "perplexity" not in found["baselines"]["INT8"]
     assert "their perplexity means nothing" in capsys.readouterr().out.replace("\n", " ")
     assert found["baselines"]["INT8"]["error_output"] > 0
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_probe_attends_exactly_and_measures_the_error_of_the_output(family: str) -> None:
-    model, ids = FAMILIES[family](), token_ids(40)[None]
-    with torch.inference_mode():
-        want = model(ids, past_key_values=DynamicCache(config=model.config)).logits
-        with Probe(
-            model, {"half": Half(), "int4": Uniform(4), "bits": Adaptive(0.9, block=8, levels=(2, 4, 8))}
-        ) as probe:
-            found = model(ids, past_key_values=probe).logits
-    assert torch.allclose(found, want, atol=1e-4)
-    errors = probe.errors()
-    assert 0 < errors["half"]["error_output"] < 2e-3 < errors["int4"]["error_output"] < 0.5
-    key, value, importance = probe.layers_read[0]
-    mine, _ = Uniform(4).decode(Uniform(4).encode(key, value, None), torch.float32)
-    first = float((mine - key).norm() / key.norm())
-    assert probe.errors_by_layer["int4"]["error_key"][0] == pytest.approx(first, rel=1e-5)
-    # a block's bits are chosen when it is full: by then its queries, and earlier ones, have looked at it
-    assert importance["half"] is None and importance["bits"][..., :8].sum() == pytest.approx(
-        8 * model.config.num_attention_heads, rel=1e-4
-    )
 
 
 def test_the_old_spelling_is_understood() -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from eval.__main__ import main
-from eval.speed.gate_training import SIZES, _picture, made_shards
+from eval.speed.gate_training import SIZES, made_shards
 from smartkv.shards.manifest import Manifest
 
 
@@ -36,13 +36,6 @@ def test_made_shards_are_read_as_harvested_ones_are(tmp_path: Path) -> None:
     shard = load_file(tmp_path / manifest.shards[0].file)
     assert shard["keys"].shape == (24, 2, 64, 64) and 1 <= int(shard["lifespan"].min()) <= int(shard["lifespan"].max())
     assert torch.equal(shard["horizon"], torch.arange(63, -1, -1))
-
-
-def test_a_picture_is_drawn_of_what_could_be_measured() -> None:
-    way = {"batch": 32, "together": 1.0, "apart": 2.0}
-    for ways, heads in (([way, {"batch": 64, "note": "out of memory"}], [{"model": "m", "note": "killed"}]), ([], [])):
-        left, _, right = _picture(ways, heads).axes
-        assert len(left.patches) == 2 * sum("note" not in w for w in ways) and not right.lines[0].get_xdata().size
 
 
 @pytest.mark.parametrize(("name", "value"), [("models", '["GPT-7"]'), ("steps", "0"), ("batches", "[]")])

@@ -1,0 +1,45 @@
+"""The probe of codecs: exact attention, errors and times."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from eval.quantization.probe import Probe
+from smartkv.quantization.codecs import Adaptive, Half, Uniform
+from tests.models import FAMILIES, token_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_probe_attends_exactly_and_measures_the_error_of_the_output(family: str) -> None:
+    model, ids = FAMILIES[family](), token_ids(40)[None]
+    with torch.inference_mode():
+        want = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+        with Probe(
+            model, {"half": Half(), "int4": Uniform(4), "bits": Adaptive(0.9, block=8, levels=(2, 4, 8))}
+        ) as probe:
+            found = model(ids, past_key_values=probe).logits
+    assert torch.allclose(found, want, atol=1e-4)
+    errors = probe.errors()
+    assert 0 < errors["half"]["error_output"] < 2e-3 < errors["int4"]["error_output"] < 0.5
+    key, value, importance = probe.layers_read[0]
+    mine, _ = Uniform(4).decode(Uniform(4).encode(key, value, None), torch.float32)
+    first = float((mine - key).norm() / key.norm())
+    assert probe.errors_by_layer["int4"]["error_key"][0] == pytest.approx(first, rel=1e-5)
+    # a block's bits are chosen when it is full: by then its queries, and earlier ones, have looked at it
+    assert importance["half"] is None and importance["bits"][..., :8].sum() == pytest.approx(
+        8 * model.config.num_attention_heads, rel=1e-4
+    )
+
+
+def test_every_codec_has_its_times() -> None:
+    model, ids = FAMILIES["qwen2"](), token_ids(32)[None]
+    with torch.inference_mode(), Probe(model, {"half": Half(), "int4": Uniform(4)}) as probe:
+        model(ids, past_key_values=probe)
+    times = probe.times(2)
+    assert set(times) == {"half", "int4"}
+    assert all(row["encode_ms"] > 0 and row["decode_ms"] > 0 for row in times.values())
+
+
+def test_texts_are_a_multiple_of_every_codec_s_block() -> None:
+    codecs = {"half": Half(), "eight": Adaptive(0.9, block=8, levels=(2, 4, 8)), "twelve": Adaptive(0.9, block=12)}
+    assert Probe(FAMILIES["qwen2"](), codecs).block == 24
