@@ -6,14 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from datamodules.documents import DocumentWindows
-from datamodules.shard_plan import shard_runs
 from smartkv.errors import SmartKVError
-from smartkv.shards.manifest import SPLITS
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import PLAN, WindowCounts, WindowPlan, plan_windows, read_plan
 from tests.lightning_fixtures import WINDOW, shard_bytes, write_texts
@@ -29,38 +25,6 @@ def plan_of(sources: list[SourceConfig], counts: dict[str, int] | None = None, *
 
 def own(path: Path, name: str = "mine", weight: float = 1.0) -> SourceConfig:
     return SourceConfig(name, weight=weight, path=str(path))
-
-
-# -- cutting the plan into shards -------------------------------------------------------------------------------------
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> WindowPlan:
-    counts = draw(st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any))
-    split = torch.tensor([s for s, count in enumerate(counts) for _ in range(count)], dtype=torch.int32)
-    tokens = torch.arange(len(split), dtype=torch.int32)[:, None].expand(-1, 2)
-    return WindowPlan(tokens, tokens, split, [], [])
-
-
-@given(plan=plans(), windows_per_shard=st.integers(1, 5))
-def test_shards_hold_every_window_exactly_once(plan: WindowPlan, windows_per_shard: int) -> None:
-    held = [w for run in shard_runs(plan, windows_per_shard) for w in range(run.first, run.first + run.windows)]
-    assert sorted(held) == list(range(len(plan.split)))
-
-
-@given(plan=plans(), windows_per_shard=st.integers(1, 5))
-def test_no_shard_mixes_splits(plan: WindowPlan, windows_per_shard: int) -> None:
-    for run in shard_runs(plan, windows_per_shard):
-        assert set(plan.split[run.first : run.first + run.windows].tolist()) == {SPLITS.index(run.split)}
-
-
-@given(plan=plans(), windows_per_shard=st.integers(1, 5))
-def test_shards_hold_no_more_windows_than_asked_for_and_have_names_of_their_own(
-    plan: WindowPlan, windows_per_shard: int
-) -> None:
-    runs = shard_runs(plan, windows_per_shard)
-    assert all(1 <= run.windows <= windows_per_shard for run in runs)
-    assert len({run.file for run in runs}) == len(runs)
 
 
 # -- the plan on disk -------------------------------------------------------------------------------------------------

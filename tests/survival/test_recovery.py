@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_modules.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+from lightning_modules.checkpoint_io import read_checkpoint
 from smartkv.errors import SmartKVError
 from smartkv.io.atomic import PART, write_atomically
 from smartkv.io.locks import LOCK, lock_folder
@@ -231,24 +231,6 @@ def test_the_next_run_in_a_folder_sweeps_what_a_killed_one_left_half_written(tmp
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-class Dies:
-    """Cannot be saved, as if the run had been stopped in the middle."""
-
-    def __reduce__(self) -> Any:
-        raise KeyboardInterrupt
-
-
-def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    files, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
-    whole = {"state_dict": {"weight": torch.ones(1000)}, "pytorch-lightning_version": "2"}
-    files.save_checkpoint(whole, path)
-    (tmp_path / f".last.ckpt.k3jd82hs{PART}").write_bytes(b"half")
-    with pytest.raises(KeyboardInterrupt):
-        files.save_checkpoint({"state_dict": {"weight": torch.zeros(1000)}, "end": Dies()}, path)
-    assert torch.equal(read_checkpoint(path)["state_dict"]["weight"], torch.ones(1000))
-    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
-
-
 def saving(shards: Path, root: Path) -> dict[str, Any]:
     last = {"dirpath": str(root / "checkpoints"), "every_n_train_steps": 2, "save_last": True, "save_top_k": 0}
     config = gates_config(shards, root, callbacks=[{"class_path": "ModelCheckpoint", "init_args": last}])
@@ -264,14 +246,6 @@ def test_a_fit_s_checkpoints_do_not_go_through_the_folder_of_temporary_files(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
     run_cli("fit", "-c", config)
     assert read_checkpoint(tmp_path / "fit/checkpoints/last.ckpt")["global_step"] > 0
-
-
-def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(tmp_path: Path) -> None:
-    files, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
-    files.save_checkpoint({"state_dict": {}, "pytorch-lightning_version": "2"}, path)
-    with full_disk(20_000), pytest.raises(SmartKVError, match="could not be written: File too large"):
-        files.save_checkpoint({"state_dict": {"weight": torch.zeros(100_000)}}, path)
-    assert read_checkpoint(path)["state_dict"] == {} and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_fit_on_a_full_disk_stops_in_a_line(
@@ -304,9 +278,3 @@ def test_a_checkpoint_that_is_none_is_told_in_a_line(
     config = write_config(tmp_path / "fit.yaml", gates_config(tiny_shards, tmp_path / "fit"))
     told = error_line(refused(capsys, "fit", "-c", config, "--ckpt_path", path))
     assert said in told and str(path) in told
-
-
-def test_weights_without_a_training_are_no_checkpoint(tmp_path: Path) -> None:
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
-    with pytest.raises(SmartKVError, match=r"no checkpoint of a training: it lacks state_dict"):
-        read_checkpoint(tmp_path / "weights.pt")

@@ -1,0 +1,147 @@
+"""The exported gates: the best of the run, and what their files say."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from smartkv import GateBank, load_backbone
+from tests.callbacks.fixtures import EPOCHS, Run, callbacks, run, tensorboard
+from tests.lightning_fixtures import (
+    WATCHER,
+    Watcher,
+    gates_config,
+    labelled,
+    lifespan_of,
+    made_keys,
+    run_cli,
+    write_config,
+    write_made_shards,
+)
+
+
+@pytest.fixture(scope="module")
+def misled_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Validation labels that are the opposite of the training labels: each epoch of training makes R² worse."""
+    keys = {"train": made_keys(4, 128, seed=0), "validation": made_keys(2, 128, seed=1)}
+    lifespans = {
+        "train": [lifespan_of(window) for window in keys["train"]],
+        "validation": [lifespan_of(window, sign=-1) for window in keys["validation"]],
+    }
+    return write_made_shards(tmp_path_factory.mktemp("misled"), lifespans, keys)
+
+
+@pytest.fixture(scope="module")
+def misled(misled_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("misled-fit")
+    named = {"out": str(root / "named"), "name": "someone/gates", "dtype": "float16"}
+    return run(misled_shards, root, [*callbacks(root), {"class_path": "GateExport", "init_args": named}])
+
+
+def test_exported_gates_predict_on_raw_keys_what_the_module_does(tiny: Run, tiny_shards: Path) -> None:
+    model = load_backbone(tiny.config["details"]["training"]["backbone"], "float32").model
+    bank = GateBank.from_pretrained(tiny.root / "export", model=model)
+    scores = tiny.scalars("val_r2_mean")
+    best = scores.index(max(scores))
+    keys = labelled(tiny_shards, "validation")["keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(bank(keys.float()).squeeze(-1), tiny.watcher.predictions[best], rtol=1e-4, atol=1e-4)
+
+
+def test_exported_gates_predict_layer_by_layer_what_the_module_does(tiny: Run, tiny_shards: Path) -> None:
+    bank = GateBank.from_pretrained(tiny.root / "export")
+    scores = tiny.scalars("val_r2_mean")
+    truth = tiny.watcher.predictions[scores.index(max(scores))]
+    keys = labelled(tiny_shards, "validation")["keys"]
+    with torch.no_grad():
+        for layer in range(2):
+            here = slice(2 * layer, 2 * layer + 2)
+            predicted = bank.predict(layer, keys[here][None])[0, :, :, 0]
+            torch.testing.assert_close(predicted, truth[here], rtol=1e-4, atol=1e-4)
+
+
+def test_gates_are_exported_in_half_precision_and_under_a_name_if_wanted(misled: Run) -> None:
+    half, whole = (misled.root / name / "model.safetensors" for name in ("named", "export"))
+    sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in (half, whole)]
+    assert sizes[0] * 2 == sizes[1]
+    assert 'GateBank.from_pretrained("someone/gates"' in (misled.root / "named" / "README.md").read_text()
+
+
+def test_r2_gets_worse_by_construction_of_this_run(misled: Run) -> None:
+    scores = misled.scalars("val_r2_mean")
+    assert len(scores) == EPOCHS and scores.index(max(scores)) == 0 and scores[-1] < scores[0] - 0.01
+
+
+def test_the_best_epoch_is_exported_not_the_last(misled: Run, misled_shards: Path) -> None:
+    bank = GateBank.from_pretrained(misled.root / "export")
+    with torch.no_grad():
+        predicted = bank(labelled(misled_shards, "validation")["keys"].float()).squeeze(-1)
+    torch.testing.assert_close(predicted, misled.watcher.predictions[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(predicted, misled.watcher.predictions[-1], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["tiny", "misled"])
+def test_the_exported_config_has_the_figures_of_the_best_epoch(name: str, request: pytest.FixtureRequest) -> None:
+    done: Run = request.getfixturevalue(name)
+    best = max(done.scalars("val_r2_mean"))
+    assert done.config["details"]["metrics"]["val_r2_mean"] == pytest.approx(best, abs=1e-5)
+
+
+def test_the_exported_config_names_the_step_of_the_best_epoch(misled: Run) -> None:
+    training = misled.config["details"]["training"]
+    assert (training["epoch"], training["step"]) == (0, misled.watcher.steps[0])
+
+
+def test_the_exported_config_says_what_the_gates_were_trained_on(tiny: Run, tiny_backbone: Path) -> None:
+    details = tiny.config["details"]
+    expected = {"target": "log4 lifespan", "threshold": 0.05, "follow_up": 32, "sinks": 4, "inputs": "keys"}
+    assert {name: details[name] for name in expected} == expected
+    assert details["layers"] == "0-1"
+    assert details["training"]["backbone"] == str(tiny_backbone)
+    assert details["training"]["windows"] == {"train": 7, "validation": 3}
+    assert details["training"]["settings"]["hidden"] == 8
+
+
+def test_the_exported_config_has_the_model_s_fingerprint(tiny: Run, tiny_backbone: Path) -> None:
+    assert tiny.config["fingerprint"] == vars(load_backbone(str(tiny_backbone), "float32").fingerprint)
+
+
+def test_the_export_has_a_model_card_and_nothing_pickled(tiny: Run) -> None:
+    files = {path.name for path in (tiny.root / "export").iterdir() if path.is_file()}
+    assert files == {"model.safetensors", "config.json", "README.md"}
+
+
+def test_one_file_a_head_is_exported_on_request(tiny: Run) -> None:
+    files = {path.name for path in (tiny.root / "export" / "heads").iterdir()}
+    assert files == {f"l{layer}_h{head}.safetensors" for layer in range(2) for head in range(2)}
+
+
+def test_a_head_s_file_is_a_plain_mlp_on_raw_keys(tiny: Run, tiny_shards: Path) -> None:
+    bank = GateBank.from_pretrained(tiny.root / "export")
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    state = load_file(tiny.root / "export" / "heads" / "l1_h0.safetensors")
+    net.load_state_dict({name.removeprefix("net."): tensor for name, tensor in state.items()})
+    keys = labelled(tiny_shards, "validation")["keys"].float()
+    with torch.no_grad():
+        torch.testing.assert_close(net(keys[2]), bank(keys)[2], rtol=1e-4, atol=1e-5)
+
+
+def test_no_file_a_head_is_exported_unasked(misled: Run) -> None:
+    assert not (misled.root / "export" / "heads").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory")
+def test_a_resumed_fit_that_gets_no_better_leaves_the_export_alone(
+    misled: Run, misled_shards: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(misled.root, tmp_path / "root"))
+    before = {path.name: path.read_bytes() for path in (root / "export").iterdir()}
+    trainer = {"logger": tensorboard(root), "max_epochs": EPOCHS + 1}
+    config = gates_config(misled_shards, root, callbacks=[*callbacks(root), WATCHER], trainer=trainer)
+    last = misled.root / "checkpoints" / "last.ckpt"
+    run_cli("fit", "-c", write_config(tmp_path / "resumed.yaml", config), "--ckpt_path", last)
+    assert Watcher.last.steps[-1] > misled.watcher.steps[-1], "nothing was trained"
+    assert {path.name: path.read_bytes() for path in (root / "export").iterdir()} == before
