@@ -72,7 +72,16 @@ def mark_code(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: 
                 lines[number:number] = ["::", ""]
 
 
+def keep_sentence(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Join what napoleon took for a type and its description: a property's first sentence that has a colon."""
+    taken = next((line for line in lines if line.startswith(":type: ")), None)
+    if what in ("attribute", "data", "property") and taken:
+        lines.remove(taken)
+        lines[0] = f"{taken.removeprefix(':type: ')}: {lines[0]}"
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx when a build begins."""
     write_package_pages()
     app.connect("autodoc-process-docstring", mark_code)
+    app.connect("autodoc-process-docstring", keep_sentence, priority=600)  # after napoleon

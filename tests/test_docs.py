@@ -18,7 +18,7 @@ FOLDERS = ("callbacks", "configs", "datamodules", "docs", "eval", "lightning_mod
 PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./*-]*\w/?|(?<![\w./-])[A-Z]\w+\.(?:md|cff)(?!\w)")
 DOTTED = re.compile(r"^smartkv(?:\.\w+)+$")
 WRITTEN_FOR_OTHERS = ("pip", "tensorboard", "git")  # no commands of this project
-FAST = ("README", "getting_started", "troubleshooting")  # pages whose commands are parsed by `make test`
+FAST = ("README", "getting_started")  # pages whose commands are parsed by `make test`
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 ALL = [command for page in PAGES for command in commands(page)]
 
@@ -61,6 +61,16 @@ def test_every_name_of_the_library_that_a_page_mentions_can_be_imported(page: Pa
 def test_every_page_stands_in_the_sites_table_of_contents(page: Path) -> None:
     listed = (ROOT / "docs/index.md").read_text()
     assert page.stem == "index" or re.search(rf"^(.*<)?{re.escape(page.stem)}>?$", listed, re.MULTILINE)
+
+
+def test_every_message_that_troubleshooting_explains_is_one_that_the_code_gives() -> None:
+    files = [path for folder in ("smartkv", "eval", "lightning_modules") for path in (ROOT / folder).rglob("*.py")]
+    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))  # strings over several lines
+    table = (ROOT / "docs/troubleshooting.md").read_text().partition("## Messages")[2].partition("##")[0]
+    messages = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
+    assert len(messages) > 5
+    parts = {message: [part.strip(" '") for part in message.split("…")] for message in messages}
+    assert {message for message, found in parts.items() if not all(part in source for part in found)} == set()
 
 
 def test_the_readme_fits_on_150_lines() -> None:
