@@ -43,6 +43,10 @@ OLD_PATHS = {  # what version 0.1 called them: each only imports from the new pl
     "smartkv.sparsity.mask_sources",
     "smartkv.sparsity.schedule",
 }
+WITHOUT_TESTS = {  # modules without a test module of their name, and why
+    "smartkv.policies.lifetimes": "two constants",
+    "eval.__main__": "tests/eval/test_commands.py types its commands",
+} | dict.fromkeys(OLD_PATHS, "imports alone: tests/compatibility has them")
 
 
 def relative(path: Path) -> str:
@@ -101,6 +105,13 @@ def test_no_line_of_the_library_imports_what_stands_outside_it(path: Path) -> No
 @pytest.mark.parametrize("path", MODULES.values(), ids=relative)
 def test_no_module_imports_anothers_private_names(path: Path) -> None:
     assert [name for module, name in imported_names(path) if module in MODULES and name.startswith("_")] == []
+
+
+@pytest.mark.parametrize("name", [name for name, path in MODULES.items() if path.name != "__init__.py"])
+def test_each_module_has_its_test_module_or_a_reason(name: str) -> None:
+    path = MODULES[name].relative_to(ROOT)
+    mirrored = ROOT / "tests" / path.parent / f"test_{path.name}"
+    assert mirrored.is_file() != (name in WITHOUT_TESTS)
 
 
 @pytest.mark.parametrize("name", sorted(OLD_PATHS))
