@@ -55,22 +55,25 @@ def resolve_arguments(
             f"footprint={footprint:g} needs gates that choose the keys to keep, got none: for example "
             f"LifespanCache(model, {_example_gates(None)}, footprint={footprint:g})"
         )
-    bank = resolve_gates(model, gates)
-    resolved = policy_of(bank, footprint) if policy is None and bank is not None else policy
-    if not isinstance(resolved, HybridPolicy):
-        resolved = read_policy(resolved, architecture.layers)
-    if resolved.open:
+    if isinstance(policy, str | Path):
+        given, policy = f"read_policy('{policy}', {architecture.layers})", read_policy(policy, architecture.layers)
+    else:
+        given = "policy"
+    if policy is not None and policy.open:
         raise SmartKVError(
-            f"policy '{resolved.name}' leaves its {resolved.open} open: give it a value, or solve it on your own text, "
-            f"{how_to_solve(footprint)}"
+            f"policy '{policy.name}' leaves its {policy.open} open: give it a value, or solve it on your own text, "
+            f"{how_to_solve(footprint, given, 'None' if gates is None else 'gates')}"
         )
     if policy is not None and footprint is not None:
         raise SmartKVError(
-            f"policy '{resolved.name}' already decides what is kept, footprint={footprint:g} cannot change that: "
+            f"policy '{policy.name}' already decides what is kept, footprint={footprint:g} cannot change that: "
             "give one of the two"
         )
-    resolved.check(architecture, bank)
-    return architecture, bank, resolved
+    bank = resolve_gates(model, gates)
+    if policy is None and bank is not None:
+        policy = policy_of(bank, footprint)
+    policy.check(architecture, bank)
+    return architecture, bank, policy
 
 
 def check_model(model: Any) -> Architecture:

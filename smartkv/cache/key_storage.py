@@ -3,7 +3,7 @@
 * `chunk` (prefill): many tokens at once, `QUERIES` of which attend together. After each of these tiles the keys that no
   later query sees are freed, so only live keys are stored.
 * `step` (decode): one token per row of the batch. Keys lie in pages with spare slots. When the spare slots are used up,
-  `free_dead` frees the dead keys and packs the live ones anew. Until then a dead key is hidden, so no logit depends on
+  `free_dead` frees the dead keys and packs the live ones again. Until then a dead key is hidden, so no logit depends on
   when it is freed.
 """
 

@@ -28,7 +28,7 @@ class Pages:
         counts: int64 `[pairs]`, live keys of each pair.
         ages: int64 `[keys]`, index of the first of the coming queries that does not see each key; 0 is the next query.
         now: int64 `[pairs]`, position of the next query.
-        spare: number of tokens that can be written before keys must be packed anew.
+        spare: number of tokens that can be written before keys must be packed again.
         dtype: of the model.
         packed: packs keys and values in few bits; None: they are not packed.
 
@@ -205,7 +205,7 @@ def page_size(keys: float) -> int:
 
 
 def spare_tokens(keys: float, min_lifetime: int) -> int:
-    """Return how many tokens to write before keys are packed anew.
+    """Return how many tokens to write before keys are packed again.
 
     Each packing copies all keys, which speaks for many tokens; until then dead keys stay in memory.
 

@@ -195,14 +195,15 @@ def price_curve(policy: HybridPolicy, calibration: Calibration) -> list[list[flo
     return curve
 
 
-def how_to_solve(footprint: float | None = None) -> str:
+def how_to_solve(footprint: float | None = None, policy: str = "policy", gates: str = "gates") -> str:
     """Return the call that solves a policy on a user's own text, for error messages.
 
     Args:
         footprint: share of the full cache in the call; None: a quarter.
+        policy, gates: their Python expressions in the call.
     """
     share = 0.25 if footprint is None else footprint
-    return f"policy=solve(policy, {share:g}, Calibration.measure(model, gates, windows)) with token ids as windows"
+    return f"policy=solve({policy}, {share:g}, Calibration.measure(model, {gates}, windows)) with token ids as windows"
 
 
 def policy_of(gates: GateBank, footprint: float) -> HybridPolicy:

@@ -1,5 +1,6 @@
 """Arguments of the caches: names, files and shares become gates and policies, anything else is refused in a line."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,19 +124,31 @@ def test_a_footprint_beside_a_policy_that_decides_itself_is_refused() -> None:
         LifespanCache(MODEL, policy=recent(4), footprint=0.5)
 
 
-@pytest.mark.parametrize("policy", ["all-gated", OPEN, "window"])
+@pytest.mark.parametrize(
+    ("policy", "expression"),
+    [("all-gated", r"read_policy\('all-gated', 2\)"), (OPEN, "policy")],
+    ids=["name", "object"],
+)
 @pytest.mark.parametrize(("footprint", "share"), [(None, "0.25"), (0.4, "0.4")])
 def test_an_open_policy_is_refused_with_the_call_that_solves_it(
-    policy: Any, footprint: float | None, share: str
+    policy: Any, expression: str, footprint: float | None, share: str
 ) -> None:
-    call = rf"policy=solve\(policy, {share}, Calibration\.measure\(model, gates, windows\)\)"
+    call = rf"policy=solve\({expression}, {share}, Calibration\.measure\(model, gates, windows\)\)"
     with pytest.raises(SmartKVError, match=rf"leaves its (window|price) open: .* {call}"):
         LifespanCache(MODEL, gates_with_prices(), policy, footprint=footprint)
 
 
-def test_the_call_that_it_names_works() -> None:
-    model, gates, policy, windows = MODEL, gates_with_prices(), OPEN, [token_ids(32)]
-    assert LifespanCache(model, gates, policy=solve(policy, 0.4, Calibration.measure(model, gates, windows))).gates
+@pytest.mark.parametrize(
+    ("gates", "policy", "footprint"), [(gates_with_prices(), OPEN, 0.4), (None, "window", 0.5), (None, "window", None)]
+)
+def test_the_call_that_it_names_works(gates: GateBank | None, policy: Any, footprint: float | None) -> None:
+    with pytest.raises(SmartKVError, match="leaves its") as refusal:
+        LifespanCache(MODEL, gates, policy, footprint=footprint)
+    call = re.search(r"policy=(solve\(.*\)) with token ids as windows", str(refusal.value))
+    assert call is not None
+    names = {"model": MODEL, "gates": gates, "policy": policy, "windows": [token_ids(32)]}
+    solved = eval(call[1], {"solve": solve, "Calibration": Calibration, "read_policy": read_policy} | names)
+    assert LifespanCache(MODEL, gates, solved).policy.open is None
 
 
 def test_gates_that_remember_no_prices_are_refused_with_the_call_that_solves_a_policy() -> None:

@@ -1,4 +1,4 @@
-"""What a LifespanCache does to its model, and what it stands: exceptions, copies, grad modes, other caches."""
+"""Attaching a LifespanCache to a model: exceptions, copies, grad modes, and several caches."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""Many tokens one by one: keys are packed anew again and again, and no logit tells."""
+"""Many single tokens: repacking keys again and again changes no logit."""
 
 from copy import deepcopy
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The cache against the rule in plain loops, and what it holds and frees."""
+"""LifespanCache against its rule in plain loops, and the keys that it stores and frees."""
 
 from unittest.mock import patch
 

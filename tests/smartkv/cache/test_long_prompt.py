@@ -1,4 +1,4 @@
-"""A prompt far longer than what is kept: the peak follows the policy."""
+"""A prompt far longer than the kept keys: peak memory follows the policy."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Mistakes: each is told in one line that says what was expected, before a layer has computed anything."""
+"""Mistakes are refused in one line that says what was expected, before a layer has computed anything."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A LifespanCache in place of any other cache, without a `with`."""
+"""A patched model takes a LifespanCache in place of any other cache: generate, pipelines, calls by hand."""
 
 import gc
 import inspect

@@ -1,4 +1,4 @@
-"""Caches on a GPU: the logits that they give on the CPU."""
+"""Caches on a GPU give the logits that they give on the CPU."""
 
 from copy import deepcopy
 from dataclasses import replace

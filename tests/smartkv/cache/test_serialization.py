@@ -1,4 +1,4 @@
-"""A cache that is saved, loaded and gone on with."""
+"""Saved caches continue bit for bit, and files that do not fit are refused."""
 
 import json
 from dataclasses import replace

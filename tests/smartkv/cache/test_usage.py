@@ -1,4 +1,4 @@
-"""What a cache says it holds: every tensor is counted, and the figures agree with each other."""
+"""Memory figures of a cache: every tensor is counted once, and the figures agree with each other."""
 
 from collections.abc import Iterator
 from dataclasses import replace

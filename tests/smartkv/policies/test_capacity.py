@@ -1,4 +1,4 @@
-"""A hard budget: at most so many keys a head or a layer, whatever the chunks."""
+"""Caps: at most so many keys per head or layer, whatever the chunks."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A cache that evicts, and packs what stays."""
+"""Packed rows, and an evicting cache that stores its keys in them."""
 
 from pathlib import Path
 from typing import Any
