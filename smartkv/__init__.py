@@ -1,6 +1,8 @@
 """SmartKV: a KV cache that frees memory and learns what to keep."""
 
+import tomllib
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from smartkv.cache.adaptive_cache import AdaptiveCache
 from smartkv.cache.lifespan_cache import LifespanCache
@@ -17,10 +19,22 @@ from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from smartkv.policies.named import read_policy
 from smartkv.shards.manifest import Manifest
 
-try:
-    __version__ = version("smartkv")  # of pyproject.toml, as it was when the package was installed
-except PackageNotFoundError:  # imported from a checkout that was not installed
-    __version__ = "0+unknown"
+
+def _version() -> str:
+    """Return the version in pyproject.toml: of this checkout, else as recorded when the package was installed.
+
+    An editable install records the version once, so in a checkout the record may be older than the code.
+    """
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    if project.is_file() and (table := tomllib.loads(project.read_text()).get("project", {})).get("name") == "smartkv":
+        return table["version"]
+    try:
+        return version("smartkv")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+__version__ = _version()
 
 __all__ = [
     "AdaptiveCache",

@@ -146,7 +146,7 @@ def test_the_call_that_it_names_works(gates: GateBank | None, policy: Any, footp
         LifespanCache(MODEL, gates, policy, footprint=footprint)
     call = re.search(r"policy=(solve\(.*\)) with token ids as windows", str(refusal.value))
     assert call is not None
-    names = {"model": MODEL, "gates": gates, "policy": policy, "windows": [token_ids(32)]}
+    names = {"model": MODEL, "gates": gates, "policy": policy, "windows": [token_ids(96)]}
     solved = eval(call[1], {"solve": solve, "Calibration": Calibration, "read_policy": read_policy} | names)
     assert LifespanCache(MODEL, gates, solved).policy.open is None
 
