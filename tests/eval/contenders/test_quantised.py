@@ -28,7 +28,7 @@ def test_float16_loses_next_to_nothing_and_holds_all_bytes(tiny_lm: Any) -> None
 
 def test_queries_of_later_pieces_see_rounded_keys(tiny_lm: Any) -> None:
     tokens = token_ids(TOKENS)
-    pieces, whole = (contender(tiny_lm, "int4", n).read(1.0, tokens, FIRST, 0, None).nll for n in (8, None))
+    pieces = contender(tiny_lm, "int4", 8).read(1.0, tokens, FIRST, 0, None).nll
     with torch.inference_mode():
         cache, hidden = QuantizedCache(tiny_lm.model, "int4", 0), []
         for piece in tokens[None, :-1].split(8, dim=1):
@@ -36,7 +36,7 @@ def test_queries_of_later_pieces_see_rounded_keys(tiny_lm: Any) -> None:
     logits = torch.cat(hidden)[FIRST - 1 :]
     expected = torch.nn.functional.cross_entropy(logits, tokens[FIRST:], reduction="none")
     torch.testing.assert_close(pieces, expected, atol=1e-4, rtol=0)
-    assert not torch.allclose(pieces, whole, atol=1e-4)
+    assert (pieces - token_losses(tiny_lm.model, tokens, FIRST).nll).abs().max() > 1e-3
 
 
 def test_an_opened_cache_decodes_as_transformers_does(tiny_lm: Any) -> None:

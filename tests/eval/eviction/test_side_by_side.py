@@ -100,4 +100,4 @@ def test_the_command_writes_the_lines_that_it_shows(
 def test_nothing_to_compare_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["side_by_side", "--out", str(tmp_path), "--results", "{}"])
-    assert "expected at least one folder" in capsys.readouterr().err
+    assert "expected at least one result" in capsys.readouterr().err
