@@ -25,10 +25,8 @@ from smartkv.policies.budgets import Calibration, price_curve, solve
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
 TARGET = "log worth"  # log of a key's worth, in nats per token for the whole cache
-START = {
-    "low": 0.35,
-    "high": 0.05,
-}  # shares of keys beyond the window kept at first at the lowest and the highest price
+# shares of the keys beyond the window that untrained gates keep at the lowest and the highest price
+START = {"low": 0.35, "high": 0.05}
 
 
 class DistilledGates(Resuming):
@@ -48,7 +46,7 @@ class DistilledGates(Resuming):
         sinks: tokens at the start that are always seen.
         price_low: lowest price, in nats per token for the whole cache.
         price_high: highest price, in the same unit.
-        temperature: of the soft decision at the start of the run, in nats of log worth.
+        temperature: of the soft decision at the start of the run, in units of log worth.
         temperature_end: the same at the end of the run; it falls geometrically in between. The cache decides at
             temperature 0: a high temperature learns quickly, a low one comes close to the cache.
         score_from: first query that counts; null: a quarter of the window.

@@ -77,21 +77,21 @@ def write_config(path: Path, config: dict[str, Any]) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: str | Path, status: int | None = 2) -> str:
-    """Run the CLI, which must stop with that exit status (None: any but 0) and no traceback; what it said on stderr."""
+    """Run the CLI, which must stop with that exit status (None: any but 0) and no traceback; return its stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run_cli(*args)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert stop.value.code == status if status is not None else stop.value.code not in (0, None)
-    assert "Traceback" not in said
-    return said
+    assert "Traceback" not in output
+    return output
 
 
-def error_line(said: str) -> str:
-    """The one line that tells the user what is wrong."""
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, said
-    assert said.rstrip().endswith(lines[0]), "something was printed after the error"
+def error_line(output: str) -> str:
+    """Return the one error line of what was printed."""
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, output
+    assert output.rstrip().endswith(lines[0]), "something was printed after the error"
     return lines[0]
 
 

@@ -19,8 +19,12 @@ def unexplained(text: str) -> list[str]:
     known = {"class_path"}
     blocks: list[tuple[int, bool]] = []  # indent of each open block, and whether it is explained
     above = False  # a comment stands on the line before
+    prose: int | None = None  # indent of the key whose value is the text of the lines below it
     for line in text.splitlines():
         content, indent = line.strip(), len(line) - len(line.lstrip())
+        if prose is not None and (not content or indent > prose):
+            continue
+        prose = None
         if not content or content.startswith("#"):
             above = bool(content)
             continue
@@ -29,6 +33,8 @@ def unexplained(text: str) -> list[str]:
         setting, _, comment = content.removeprefix("- ").partition(" #")
         key, _, value = setting.partition(":")
         explained = bool(comment.strip()) or above or any(block for _, block in blocks)
+        if value.strip().startswith((">", "|")):
+            prose = indent
         if not value.strip():
             blocks.append((indent, explained))
         elif explained:
@@ -42,6 +48,7 @@ def unexplained(text: str) -> list[str]:
 def test_the_search_for_unexplained_settings_finds_them() -> None:
     opening = "# of the file\n\na: 1\nb: 2  # said\n"
     text = opening + "c:\n  class_path: C\n  b: 3\n  d: 4\n# of the block\ne:\n  - {f: 5}\n  - g: 6\n"
+    text += "h: >-  # a text\n  of lines: two\n  or three\n"
     assert unexplained(text) == ["a: 1", "d: 4"]
 
 
