@@ -24,7 +24,7 @@ from eval.eviction.compare_report import BYTES
 from eval.eviction.gains_figure import GainBar, gains_picture
 from eval.gates.report import r2_by_layer_picture
 from eval.speed.decode_report import decode_picture
-from eval.speed.harvest import harvest_picture
+from eval.speed.harvest_report import harvest_picture
 from eval.speed.training_report import training_picture
 from eval.tasks.heatmaps import panels
 from smartkv.errors import SmartKVError
