@@ -99,11 +99,11 @@ def heads_heatmap(
         column_label: what the second axis is.
     """
     count, heads = values.shape
-    figure = new_figure((max(5.0, 2.0 + 0.34 * count), max(2.3, 1.3 + 0.34 * heads)))
+    figure = new_figure((min(max(5.0, 2.0 + 0.34 * count), 20.0), max(2.3, 1.3 + 0.34 * heads)))
     axes = figure.add_subplot()
     high = max(float(np.nanmax(values)) if np.isfinite(values).any() else low, low + 1e-6)
     image = axes.imshow(values.T, aspect="auto", cmap="viridis", vmin=low, vmax=high)
-    if heads <= 16:
+    if heads <= 16 and count <= 52:  # else a figure does not fit into its cell
         write_cells(axes, values.T, (low + high) / 2)
     axes.set_xticks(range(count), [str(layer) for layer in layers], fontsize=8)
     axes.set_yticks(range(heads), [str(head) for head in range(heads)] if columns is None else list(columns))

@@ -7,12 +7,6 @@ from eval.speed.harvest_report import growth_of, growth_table, harvest_picture, 
 
 FAST = {"way": "smartkv", "tokens": 64, "tokens_per_second": 32.0, "seconds": [1.0, 2.0, 4.0], "peak_memory": 2**29}
 SLOW = FAST | {"way": "output_attentions", "tokens_per_second": 8.0, "seconds": [4.0, 8.0, 8.0], "peak_memory": 2**30}
-    "way": "output_attentions",
-    "tokens": 64,
-    "tokens_per_second": 8.0,
-    "seconds": [4.0, 8.0, 8.0],
-    "peak_memory": 2**30,
-}
 
 
 def test_speed_is_compared_round_by_round() -> None:
