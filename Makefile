@@ -1,6 +1,6 @@
 # make demo: from a clean clone to trained gates and pictures.   make test: lint, types, every test.
 # make test-matrix: what depends on transformers, with each of its versions below.   make test-kvpress: what needs kvpress.
-# make docs: the site, in build/docs.   make test-docs: every command and snippet of README and docs, at a tiny size.
+# make docs: the site, in build/docs.   make pictures: docs/pictures from docs/data, without measuring.   make test-docs: every command and snippet of README and docs, at a tiny size.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -11,7 +11,7 @@ PRESSES      := tests/smartkv/test_press.py tests/eval/contenders/test_kvpress.p
 export TOKENIZERS_PARALLELISM := false
 
 MATRIX := $(TRANSFORMERS:%=test-transformers-%)
-.PHONY: demo install pretrained lint test test-slow test-gpu test-matrix test-kvpress test-docs docs bench bench-gpu $(MATRIX) clean-demo
+.PHONY: demo install pretrained lint test test-slow test-gpu test-matrix test-kvpress test-docs docs pictures bench bench-gpu $(MATRIX) clean-demo
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -139,6 +139,10 @@ $(TRANSFORMERS:%=.venv-transformers-%/.installed): .venv-transformers-%/.install
 .venv-kvpress/.installed: EXTRAS := dev,kvpress
 .venv-kvpress/.installed: pyproject.toml constraints.txt
 	$(call environment,5.2.0)
+
+# the documents' pictures, drawn again from the figures in docs/data
+pictures: | $(VENV)/.installed
+	$(PY) -m eval figures
 
 clean-demo:
 	rm -rf $(RUN)

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from eval.attention.anchors import NAMES, anchors_picture
 from eval.common.architecture_figure import architecture_figure
 from eval.common.console import make_console
-from eval.common.figures import heads_heatmap, lines_by_layer, predicted_against_true
+from eval.common.figures import heads_heatmap, lines_by_layer, predicted_against_true, survival_curves
 from eval.common.footprint_figures import DELTA_NLL, Point, contenders_figure, frontier
 from eval.common.results import read_result, save_picture
 from eval.eviction.compare_report import BYTES
 from eval.eviction.gains_figure import GainBar, gains_picture
 from eval.gates.report import r2_by_layer_picture
 from eval.speed.decode_report import decode_picture
-from eval.speed.harvest import harvest_picture
+from eval.speed.harvest_report import harvest_picture
 from eval.speed.training_report import training_picture
 from eval.tasks.heatmaps import panels
 from smartkv.errors import SmartKVError
@@ -115,6 +116,13 @@ def _lines(content: dict[str, Any]) -> Figure:
     )
 
 
+def _anchors(content: dict[str, Any]) -> Figure:
+    present = [NAMES.index(name) for name in content["classes"]]
+    attention, keys = torch.zeros(len(content["attention"]), len(NAMES)), torch.zeros(len(NAMES))
+    attention[:, present], keys[present] = torch.tensor(content["attention"]), torch.tensor(content["keys"])
+    return anchors_picture(attention, keys, present, content["backbone"])
+
+
 def _panels(content: dict[str, Any]) -> Figure:
     grids = {name: np.array(grid, dtype=float) for name, grid in content["grids"].items()}
     rows, columns = content["rows"], content["columns"]
@@ -132,6 +140,7 @@ def _training(content: dict[str, Any]) -> Figure:
 
 
 FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "anchors": _anchors,
     "contenders": _contenders,
     "bytes": _bytes,
     "recall": _recall,
@@ -143,6 +152,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "predicted_against_true": lambda content: predicted_against_true(
         {name: np.array(counts) for name, counts in content["panels"].items()}, content["limit"]
     ),
+    "survival": lambda content: survival_curves(content["curves"], content["title"]),
     "r2_by_layer": lambda content: r2_by_layer_picture(content["by_layer"], content["layers"]),
     "decode": lambda content: decode_picture(content["rows"]),
     "harvest": lambda content: harvest_picture(_in_bytes(content["rows"])),

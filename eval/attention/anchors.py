@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from eval.common.console import make_console
-from eval.common.contender_styles import COLOURS
+from eval.common.contender_styles import BLACK, COLOURS
 from eval.common.figures import WIDE, legend_beside, new_figure, styled
 from eval.common.options import Model, Texts
 from eval.common.results import machine, save_picture, write_result, write_tables
@@ -151,11 +151,12 @@ def anchors_picture(attention: Tensor, keys: Tensor, present: list[int], backbon
     """
     figure = new_figure((WIDE[0] + 0.8, WIDE[1]))
     axes = figure.add_subplot()
+    colours = (BLACK, *COLOURS[1:])  # sinks and recent keys as in the diagram of the architecture
     layers, bottom = np.arange(len(attention)), np.zeros(len(attention))
     for place, kind in enumerate(present):
         values = attention[:, kind].numpy()
         label = f"{NAMES[kind].replace('_', ' ')} ({float(keys[kind]):.1%} of the keys)"
-        axes.bar(layers, values, bottom=bottom, width=0.9, label=label, color=COLOURS[place % len(COLOURS)])
+        axes.bar(layers, values, bottom=bottom, width=0.9, label=label, color=colours[place % len(colours)])
         bottom += values
     axes.set_xlabel("layer")
     axes.set_ylabel("share of the attention")

@@ -99,11 +99,11 @@ def heads_heatmap(
         column_label: what the second axis is.
     """
     count, heads = values.shape
-    figure = new_figure((max(5.0, 2.0 + 0.34 * count), max(2.3, 1.3 + 0.34 * heads)))
+    figure = new_figure((min(max(5.0, 2.0 + 0.34 * count), 20.0), max(2.3, 1.3 + 0.34 * heads)))
     axes = figure.add_subplot()
     high = max(float(np.nanmax(values)) if np.isfinite(values).any() else low, low + 1e-6)
     image = axes.imshow(values.T, aspect="auto", cmap="viridis", vmin=low, vmax=high)
-    if heads <= 16:
+    if heads <= 16 and count <= 52:  # else a figure does not fit into its cell
         write_cells(axes, values.T, (low + high) / 2)
     axes.set_xticks(range(count), [str(layer) for layer in layers], fontsize=8)
     axes.set_yticks(range(heads), [str(head) for head in range(heads)] if columns is None else list(columns))
@@ -211,7 +211,6 @@ def lines_by_layer(
     return figure
 
 
-@styled
 def survival(series: Mapping[str, np.ndarray], longest: int, title: str) -> Figure:
     """Draw the share of keys that are hit again after each age.
 
@@ -220,11 +219,19 @@ def survival(series: Mapping[str, np.ndarray], longest: int, title: str) -> Figu
         longest: last age, in tokens.
         title: of the picture.
     """
+    ages = np.unique(np.geomspace(1, longest, 80).astype(int))
+    curves = {name: [(int(age), float((lifespans > age).mean())) for age in ages] for name, lifespans in series.items()}
+    return survival_curves(curves, title)
+
+
+@styled
+def survival_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str) -> Figure:
+    """Draw curves of (age in tokens, share of keys that are hit again); `curves` by name."""
     figure = new_figure()
     axes = figure.add_subplot()
-    ages = np.unique(np.geomspace(1, longest, 80).astype(int))
-    for number, (name, lifespans) in enumerate(series.items()):
-        alive = [float((lifespans > age).mean()) for age in ages]
+    longest = max(age for points in curves.values() for age, _ in points)
+    for number, (name, points) in enumerate(curves.items()):
+        ages, alive = zip(*points, strict=True)
         line = ("-", "--", "-.", ":")[number % 4]
         axes.plot(ages, alive, color=COLOURS[number % len(COLOURS)], linestyle=line, linewidth=1.8, label=name)
     ticks = [4**power for power in range(12) if 4**power <= longest]

@@ -53,7 +53,7 @@ def contenders_figure(
         title: of the picture.
         label: of the vertical axis, with the unit.
         loss: the figure is a loss, on a log axis; else it is a share from 0 to 1. Where an interval of a loss reaches
-            0, the axis is linear below 0.001.
+            0, or comes close to it, the axis is linear below 0.001.
         axis: label of the horizontal axis.
     """
     figure = new_figure((WIDE[0] + 0.8, WIDE[1] + 0.4))
@@ -63,18 +63,19 @@ def contenders_figure(
         # shares of a few facts coincide, so that contenders are moved apart by a few percent of their footprint
         shift = 1.0 if loss else 2 ** (0.03 * (place - (len(styles) - 1) / 2))
         _draw(axes, style, series[name][1], shift)
-    shown = np.array([point for _, points in series.values() for point in points])
+    shown = np.array([point for _, points in series.values() for point in points]).reshape(-1, 4)
+    lowest = float(shown[:, 1:].min(initial=1.0))
     _share_axis(axes, shown[:, 0])
     if not loss:
         axes.set_ylim(-0.03, 1.03)
         axis = f"{axis} (points moved apart a little)"
-    elif shown[:, 1:].min() > 0:
+    elif lowest >= LINEAR_BELOW / 10:
         axes.set_yscale("log")
     else:
         axes.set_yscale("symlog", linthresh=LINEAR_BELOW, linscale=0.6)
         axes.axhline(0, color="#222222", linewidth=0.9, linestyle=":")
         axes.axhline(LINEAR_BELOW, color="#BBBBBB", linewidth=0.9)
-        axes.set_ylim(bottom=min(-LINEAR_BELOW / 2, 1.3 * float(shown[:, 1:].min())))
+        axes.set_ylim(bottom=min(-LINEAR_BELOW / 2, 1.3 * lowest))
         label = f"{label}\n(linear below {LINEAR_BELOW:g})"
     if loss:
         axes.yaxis.set_major_formatter("{x:g}")
@@ -98,8 +99,9 @@ def _draw(axes: Axes, style: ContenderStyle, points: Sequence[Point], shift: flo
 def _share_axis(axes: Axes, shares: np.ndarray) -> None:
     """Show a share of the cache on a log axis, from just below the smallest to 1."""
     axes.set_xscale("log", base=2)
-    axes.set_xlim(float(shares.min()) / 1.2, max(1.0, float(shares.max()) * 1.1) if shares.max() > 0.8 else 1.0)
+    smallest, largest = float(shares.min(initial=1.0)) / 1.2, float(shares.max(initial=0.0))
+    axes.set_xlim(smallest, max(1.0, largest * 1.1) if largest > 0.8 else 1.0)
     denominators = [1, 2, 4, 8, 16, 32, 64, 128]
-    ticks = [1 / below for below in denominators if 1 / below >= float(shares.min()) / 1.2]
+    ticks = [1 / below for below in denominators if 1 / below >= smallest]
     axes.set_xticks(ticks, ["1" if tick == 1 else f"1/{round(1 / tick)}" for tick in ticks])
     axes.minorticks_off()

@@ -56,7 +56,7 @@ def gains_picture(gains: Sequence[GainBar]) -> Figure:
         axes.bar(group + (number + 0.5) * width - 0.4, left, 0.9 * width, capsize=3, **bar)
     costs = {(gain.text, gain.contender, gain.target): gain.cost_before for gain in gains}
     labels = [
-        f"{contender_label(contender)} at {target:g}, {text}\n{costs[text, contender, target]:.4f} nats a token before"
+        f"{contender_label(contender)}\nat {target:g}, {text}\n{costs[text, contender, target]:.4f} nats a token before"
         for text, contender, target in groups
     ]
     axes.set_xticks(range(len(groups)), labels)

@@ -9,19 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
-from matplotlib.figure import Figure
-from rich.table import Table
 from torch import Tensor
 
 from eval.common.console import make_console
-from eval.common.contender_styles import contender_styles
-from eval.common.figures import PANEL, legend_beside, new_figure, styled
 from eval.common.isolated import run_isolated
 from eval.common.options import Model
 from eval.common.results import machine, provenance, save_picture, write_result, write_tables
+from eval.speed.harvest_report import growth_of, growth_table, harvest_picture, harvest_table
 from smartkv.errors import SmartKVError
 from smartkv.io.locks import lock_folder
 from smartkv.labels.lifespans import LabelSpec, label_window
@@ -77,9 +73,9 @@ def speed(
         there = [way for way in ways if way != "output_attentions" or length <= old_way_up_to]
         rows = [{"way": way, "tokens": length, **run_isolated(_pass, way, model, threads, length)} for way in there]
         possible = [row["way"] for row in rows if "note" not in row]
-        found = _timed(possible, model, threads, length, rounds if length <= old_way_up_to else rounds_alone)
+        times = _timed(possible, model, threads, length, rounds if length <= old_way_up_to else rounds_alone)
         for row in rows:
-            row |= found.get(row["way"], {})
+            row |= times.get(row["way"], {})
             console.print(_line(row), highlight=False)
         figures += rows
     arguments = {"backbone": model.backbone, "dtype": model.dtype, "rounds": rounds, "threads": threads}
@@ -94,10 +90,10 @@ def speed(
         "off_the_line": "largest distance of a peak from that line ÷ the peak: near 0 where memory is linear",
     }
     folder = Path(out)
-    growth = {way: _growth(figures, way) for way in ways}
+    growth = {way: growth_of(figures, way) for way in ways}
     result = write_result(folder, "speed", arguments, {"units": units, "harvest": figures, "growth": growth})
     picture = save_picture(harvest_picture(figures), folder / "harvest_speed.png")
-    tables = [_table(figures), _growth_table(growth)]
+    tables = [harvest_table(figures), growth_table(growth)]
     for table in tables:
         console.print(table)
     written = [write_tables(Path(markdown_file), tables, provenance("speed", arguments))] if markdown_file else []
@@ -123,14 +119,14 @@ def _timed(ways: list[str], model: Model, threads: int, length: int, rounds: int
     """Return each way's seconds and tokens a second, or a note why there are none."""
     if not ways:
         return {}
-    found = run_isolated(_seconds, ways, model, threads, length, rounds)
-    if "note" not in found:
-        taken = {way: found[way] for way in ways}
+    measured = run_isolated(_seconds, ways, model, threads, length, rounds)
+    if "note" not in measured:
+        taken = {way: measured[way] for way in ways}
         return {way: {"tokens_per_second": length / statistics.median(s), "seconds": s} for way, s in taken.items()}
     if len(ways) > 1 and "output_attentions" in ways:  # the memory did not suffice for it beside the others
         rest = _timed([way for way in ways if way != "output_attentions"], model, threads, length, rounds)
-        return rest | {"output_attentions": {"note": found["note"]}}
-    return {way: {"note": found["note"]} for way in ways}
+        return rest | {"output_attentions": {"note": measured["note"]}}
+    return {way: {"note": measured["note"]} for way in ways}
 
 
 def _seconds(ways: list[str], model: Model, threads: int, length: int, rounds: int) -> dict[str, Any]:
@@ -193,122 +189,3 @@ def _line(figure: dict[str, Any]) -> str:
     if "note" in figure:
         return head + figure["note"]
     return head + f"{figure['tokens_per_second']:.0f} tokens/s, peak {figure['peak_memory'] / 2**30:.2f} GiB"
-
-
-def _beside(figures: list[dict[str, Any]], row: dict[str, Any], way: str, key: str) -> float | None:
-    """Return a figure ÷ that of another way at the same length; None where one of them is missing.
-
-    Of seconds it is the median over rounds of that ratio.
-    """
-    other = next((f for f in figures if f["way"] == way and f["tokens"] == row["tokens"] and key in f), None)
-    if other is None or key not in row:
-        return None
-    if key == "seconds":
-        return statistics.median(mine / base for mine, base in zip(row[key], other[key], strict=True))
-    return row[key] / other[key]
-
-
-def _table(figures: list[dict[str, Any]]) -> Table:
-    table = Table(title="Harvest of one window")
-    columns = (
-        "tokens",
-        "way",
-        "rounds",
-        "tokens/s",
-        "× output_attentions",
-        "time ÷ forward",
-        "peak memory, GiB",
-        "÷ its peak",
-        "note",
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in figures:
-        timed, passed = "seconds" in row, "peak_memory" in row
-        slower = _beside(figures, row, "output_attentions", "seconds")
-        limit = _beside(figures, row, "forward", "seconds")
-        memory = _beside(figures, row, "output_attentions", "peak_memory")
-        table.add_row(
-            f"{row['tokens']:,}",
-            row["way"],
-            str(len(row["seconds"])) if timed else "",
-            f"{row['tokens_per_second']:.0f}" if timed else "",
-            "" if slower is None else f"{1 / slower:.2f}",
-            "" if limit is None else f"{limit:.2f}",
-            f"{row['peak_memory'] / 2**30:.2f}" if passed else "",
-            "" if memory is None else f"{memory:.2f}",
-            row.get("note", ""),
-        )
-    return table
-
-
-def _growth(figures: list[dict[str, Any]], way: str) -> dict[str, float]:
-    """Return how time and memory grow with the tokens of a window; empty with fewer than two lengths.
-
-    Returns:
-        exponent: of tokens, with which time grows.
-        bytes_a_token: slope of a line through peak memory.
-        off_the_line: largest relative distance of a peak from that line.
-        from, to, lengths: the shortest and the longest window, and how many there are.
-    """
-    rows = sorted((f for f in figures if f["way"] == way and "note" not in f), key=lambda f: f["tokens"])
-    if len(rows) < 2:
-        return {}
-    tokens, peaks = (np.array([row[name] for row in rows], float) for name in ("tokens", "peak_memory"))
-    seconds = tokens / np.array([row["tokens_per_second"] for row in rows])
-    slope, start = np.polyfit(tokens, peaks, 1)
-    return {
-        "from": rows[0]["tokens"],
-        "to": rows[-1]["tokens"],
-        "lengths": len(rows),
-        "exponent": float(np.polyfit(np.log(tokens), np.log(seconds), 1)[0]),
-        "bytes_a_token": float(slope),
-        "off_the_line": float(np.abs(peaks / (start + slope * tokens) - 1).max()),
-    }
-
-
-def _growth_table(growth: dict[str, dict[str, float]]) -> Table:
-    table = Table(title="Growth with the window")
-    columns = (
-        "way",
-        "tokens",
-        "lengths",
-        "time grows as tokens to the",
-        "memory, KiB a token",
-        "off that line",
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
-    for way, g in growth.items():
-        if g:
-            span = f"{g['from']:,} to {g['to']:,}"
-            cells = (f"{g['exponent']:.2f}", f"{g['bytes_a_token'] / 2**10:.0f}", f"{g['off_the_line']:.1%}")
-            table.add_row(way, span, str(g["lengths"]), *cells)
-    return table
-
-
-@styled
-def harvest_picture(figures: list[dict[str, Any]]) -> Figure:
-    """Draw tokens a second and peak memory of each way over the tokens of a window.
-
-    Args:
-        figures: of each measurement `way`, `tokens`, and where it was possible `tokens_per_second` and `peak_memory`
-            (bytes).
-    """
-    figure = new_figure((PANEL[0] * 2 + 2.2, PANEL[1]))
-    all_axes = figure.subplots(1, 2)
-    lengths = sorted({row["tokens"] for row in figures})
-    styles = contender_styles(row["way"] for row in figures)
-    panels = {"tokens_per_second": ("tokens a second", 1), "peak_memory": ("peak process memory, GiB", 2**30)}
-    for axes, (key, (label, unit)) in zip(all_axes, panels.items(), strict=True):
-        for way, style in styles.items():
-            rows = [row for row in figures if row["way"] == way and key in row]
-            axes.plot([row["tokens"] for row in rows], [row[key] / unit for row in rows], **style.plot())
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axes.minorticks_off()
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("tokens a window")
-        axes.set_ylabel(label)
-    legend_beside(figure, all_axes[0])
-    return figure

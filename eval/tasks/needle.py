@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from eval.common.console import make_console
+from eval.common.contender_styles import contender_label
 from eval.common.figures import heads_heatmap
 from eval.common.options import CalibrationTexts, Model
 from eval.common.results import save_picture
@@ -157,7 +158,7 @@ def _pictures(folder: Path, rows: list[Row], places: list[float]) -> list[Path]:
         pictures.append(save_picture(figure, folder / f"needle_{key}.png"))
     for row in merged([replace(row, length=0) for row in rows if row.kind == "ours"]):
         kept = np.mean([sample["kept"] for sample in row.samples], axis=0)
-        title = f"{row.label}: keys of the fact\nheld when it is asked for"
+        title = f"Keys of the fact held when it is asked for: {contender_label(row.label)}"
         figure = heads_heatmap(kept, range(len(kept)), title, "share of the fact's keys")
         pictures.append(save_picture(figure, folder / f"needle_kept_{_file_name(row.label)}.png"))
     return pictures

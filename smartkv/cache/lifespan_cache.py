@@ -85,7 +85,7 @@ class LifespanCache(CacheUsage, AttachedCache):
             LifespanLayer(cap.window if cap else rule.window or FOREVER, cap, first_query, bits)
             for rule, cap in zip(self.rules, self.policy.caps(architecture), strict=True)
         ]
-        self._scored: tuple[Tensor, Tensor | None] | None = None
+        self._scored: tuple[int, Tensor, Tensor | None] | None = None
         super().__init__(model, list(self.storage), chunk)
 
     # -- the rule -----------------------------------------------------------------------------------------------------
@@ -177,9 +177,9 @@ class LifespanCache(CacheUsage, AttachedCache):
 
     def _scores_once(self, layer: int, keys: Tensor) -> Tensor | None:
         """Return `scores`, computed once for both the TTL of the keys and their rank under a cap."""
-        if self._scored is None or self._scored[0] is not keys:
-            self._scored = (keys, self.scores(layer, keys))
-        return self._scored[1]
+        if self._scored is None or self._scored[0] != layer or self._scored[1] is not keys:
+            self._scored = (layer, keys, self.scores(layer, keys))
+        return self._scored[2]
 
     @_outside_autograd
     def settle(self) -> None:

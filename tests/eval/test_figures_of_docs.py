@@ -17,7 +17,7 @@ DATA = sorted((ROOT / "docs/data").glob("*.json"))
 def test_every_data_file_has_its_picture_and_says_where_its_figures_come_from(path: Path) -> None:
     content = json.loads(path.read_text())
     assert {"figure", "source", "command", "machine", "published"} <= set(content)
-    assert (ROOT / content["source"]).is_file() or content["source"] == "docs/eviction_tuning.md"
+    assert (ROOT / content["source"]).is_file()
     assert (ROOT / f"docs/pictures/{path.stem}.png").is_file()
 
 

@@ -55,3 +55,7 @@ def test_the_frontier_of_policies_has_both_axes_linear_and_each_contender_s_labe
     assert (figure.axes[0].get_xscale(), figure.axes[0].get_yscale()) == ("linear", "linear")
     names = [text.get_text() for text in figure.legends[0].texts]
     assert names == [STYLES["all-gated"].label, STYLES["window"].label]
+
+
+def test_a_picture_without_contenders_can_be_drawn() -> None:
+    assert not contenders_figure({}, "t", "loss").axes[0].containers

@@ -10,6 +10,7 @@ import torch
 from eval.__main__ import main
 from eval.common.options import Model
 from eval.speed import harvest
+from eval.speed.harvest_report import harvest_table
 from smartkv import load_backbone
 from smartkv.labels.lifespans import LabelSpec, label_window
 
@@ -54,7 +55,7 @@ def test_ways_are_timed_in_turn_and_one_without_room_leaves_the_others(monkeypat
     found = harvest._timed(["forward", "output_attentions"], Model("lm"), 1, 64, 3)
     assert found["forward"]["tokens_per_second"] == 16 and found["output_attentions"] == {"note": "killed"}
     row = {"way": "output_attentions", "tokens": 64, "peak_memory": 2**30, **found["output_attentions"]}
-    table = harvest._table([{"way": "forward", "tokens": 64, "peak_memory": 2**30, **found["forward"]}, row])
+    table = harvest_table([{"way": "forward", "tokens": 64, "peak_memory": 2**30, **found["forward"]}, row])
     assert [list(column.cells)[1] for column in table.columns][2:] == ["", "", "", "", "1.00", "1.00", "killed"]
 
 
@@ -70,17 +71,6 @@ def test_speed_tells_mistakes_in_a_line(
         main(["speed", "--backbone", str(tiny_backbone), "--out", str(tmp_path), f"--{name}", value])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("error: ") and says in said and said.count("\n") == 1
-
-
-def test_growth_is_read_off_all_lengths() -> None:
-    rows = [
-        {"way": "w", "tokens": n, "tokens_per_second": n / (3e-6 * n**1.5), "peak_memory": 10**8 + 700 * n}
-        for n in (512, 1024, 2048, 8192)
-    ]
-    found = harvest._growth(rows, "w")
-    assert (found["exponent"], found["bytes_a_token"]) == pytest.approx((1.5, 700)) and found["off_the_line"] < 1e-6
-    rows[1]["peak_memory"] *= 2
-    assert harvest._growth(rows, "w")["off_the_line"] > 0.2
 
 
 def test_both_ways_of_the_speed_command_give_the_same_lifespans(tiny_backbone: Path) -> None:
