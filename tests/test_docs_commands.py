@@ -157,7 +157,7 @@ def test_a_measurement_runs(arguments: list[str], work: dict[str, Path], tmp_pat
     else:
         changes = small(command, work, out)
         if command == "perplexity" and any("hybrid.yaml" in word for word in arguments):
-            changes["policies"] = [str(two_layers(tmp_path))]
+            changes |= {"policies": [str(two_layers(tmp_path))], "footprints": [0.9]}  # one of the layers keeps all
         if "configs/eval/policies.yaml" in arguments:
             changes["contenders"] = ["gates", "window"]  # one of its policies is written by `eval auto`
         run_eval(without_adapter(arguments), changes)
