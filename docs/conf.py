@@ -1,5 +1,6 @@
 """Settings of the site that `make docs` builds from these pages, without a network."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,15 @@ def write_package_pages() -> None:
 
 
 def mark_code(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Mark the indented lines of a module's docstring as code."""
-    if what == "module":
-        for number in range(len(lines) - 1, 1, -1):
-            if lines[number].startswith("    ") and not lines[number - 1] and not lines[number - 2].startswith("    "):
-                lines[number:number] = ["::", ""]
+    """Mark code in a docstring: indented lines of a module's text, an `Example:`, and `names`s with an ending."""
+    lines[:] = [re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", line) for line in lines]
+    for number in range(len(lines) - 1, 0, -1):
+        if not lines[number].startswith("    "):
+            continue
+        if lines[number - 1] == "Example:":
+            lines[number - 1 : number] = ["Example::", ""]
+        elif what == "module" and not lines[number - 1] and not lines[max(0, number - 2)].startswith("    "):
+            lines[number:number] = ["::", ""]
 
 
 def keep_sentence(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -83,5 +88,5 @@ def keep_sentence(app: Sphinx, what: str, name: str, obj: Any, options: Any, lin
 def setup(app: Sphinx) -> None:
     """Called by Sphinx when a build begins."""
     write_package_pages()
-    app.connect("autodoc-process-docstring", mark_code)
+    app.connect("autodoc-process-docstring", mark_code, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", keep_sentence, priority=600)  # after napoleon

@@ -124,11 +124,10 @@ def run_eval(arguments: list[str], changes: dict[str, Any]) -> None:
 
 
 def commands(program: str) -> list[Any]:
-    """Commands of main.py or of `python -m eval`, each once."""
-    found = {
-        project_arguments(command): command for command in COMMANDS if project_arguments(command)[:1] == (program,)
-    }
-    return [pytest.param(list(arguments[1:]), id=str(command)) for arguments, command in found.items()]
+    """Commands of main.py or of `python -m eval`, each once; a bare name in a sentence is none."""
+    found = {project_arguments(command): command for command in COMMANDS}
+    chosen = {words: command for words, command in found.items() if words[:1] == (program,) and len(words) > 2}
+    return [pytest.param(list(words[1:]), id=str(command)) for words, command in chosen.items()]
 
 
 def without_adapter(arguments: list[str]) -> list[str]:
@@ -157,7 +156,7 @@ def test_a_measurement_runs(arguments: list[str], work: dict[str, Path], tmp_pat
     else:
         changes = small(command, work, out)
         if command == "perplexity" and any("hybrid.yaml" in word for word in arguments):
-            changes["policies"] = [str(two_layers(tmp_path))]
+            changes |= {"policies": [str(two_layers(tmp_path))], "footprints": [0.9]}  # one of the layers keeps all
         if "configs/eval/policies.yaml" in arguments:
             changes["contenders"] = ["gates", "window"]  # one of its policies is written by `eval auto`
         run_eval(without_adapter(arguments), changes)
@@ -235,7 +234,9 @@ def test_a_fit_runs(
     merged = settings(arguments)
     model, data = merged["model"]["class_path"].rpartition(".")[2], merged["data"]["class_path"]
     changes = {f"data.init_args.{name}": value for name, value in inputs(data).items()}
-    changes |= {"trainer.fast_dev_run": "true", "trainer.accelerator": "cpu", "trainer.devices": 1,
+    tuning = {"trainer.max_steps": 1, "trainer.accumulate_grad_batches": 1, "trainer.val_check_interval": 1}
+    changes |= tuning if model == "EvictionTuning" else {"trainer.fast_dev_run": "true"}
+    changes |= { "trainer.accelerator": "cpu", "trainer.devices": 1,
                 "trainer.num_nodes": 1, "ckpt_path": "null"}  # fmt: skip
     if model != "LifespanGates":
         changes |= {"model.init_args.backbone": work["backbone"], "model.init_args.threads": 1}
