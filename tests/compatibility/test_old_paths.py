@@ -1,12 +1,8 @@
 """Import paths of version 0.1 that users have in their code and configs."""
 
 import importlib
-import subprocess
-import sys
 
 import pytest
-
-from tests.lightning_fixtures import ROOT
 
 OLD = {
     "smartkv": ["GateBank", "HybridPolicy", "LayerRule", "LifespanCache", "load_backbone", "policy_of", "save_cache"],
@@ -27,9 +23,3 @@ OLD = {
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in OLD.items() for name in names])
 def test_a_name_is_found_where_it_was(module: str, name: str) -> None:
     assert getattr(importlib.import_module(module), name).__module__.startswith("smartkv.")
-
-
-def test_the_old_name_of_the_baselines_command_runs_it() -> None:
-    command = [sys.executable, "-m", "smartkv.experiments.validate_baselines", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "--memory_only" in done.stdout
