@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartkv.baselines.methods import Method
@@ -13,7 +12,7 @@ from smartkv.baselines.schedules import Schedule
 from smartkv.baselines.state import LiveKeys
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import Architecture
-from smartkv.models.attention_interface import attention_switched_to, default_scaling, register_attention
+from smartkv.models.attention_interface import AttentionInputs, attention_switched_to, register_attention
 from smartkv.models.rotary import Rotation
 
 COMPRESSED = "smartkv_compressed"
@@ -85,31 +84,20 @@ class Simulation:
         return output
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,  # the sixth parameter: once imported, kvpress passes it by position
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attend as an attention function registered with transformers."""
-    simulation: Simulation = getattr(module, _SIMULATION)
+def _attend(inputs: AttentionInputs) -> Tensor:
+    """Compute the attention of one layer under the simulation on its module."""
+    simulation: Simulation = getattr(inputs.module, _SIMULATION)
+    query, key = inputs.query, inputs.key
     if len(query) != 1 or query.shape[2] != key.shape[2]:
         raise SmartKVError(
             f"a method is simulated on one text without a cache, got {len(query)} rows of {query.shape[2]} queries and "
             f"{key.shape[2]} keys: pass one row and no past_key_values"
         )
-    scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    output = simulation.attend(layer, query[0], key[0], value[0], scaling, sliding_window)
-    return output.transpose(0, 1)[None].contiguous(), None
+    value, scaling = inputs.value[0], inputs.scaling
+    return simulation.attend(inputs.layer, query[0], key[0], value, scaling, inputs.sliding_window)[None]
 
 
-register_attention(COMPRESSED, _attention)
+register_attention(COMPRESSED, _attend)
 
 
 @contextmanager

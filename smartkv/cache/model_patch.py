@@ -17,7 +17,7 @@ from transformers.generation import GenerationMode
 
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import attention_modules
-from smartkv.models.attention_interface import default_scaling, register_attention
+from smartkv.models.attention_interface import AttentionInputs, register_attention
 from smartkv.models.key_hooks import register_key_hooks
 
 EVICTING = "smartkv_evicting"
@@ -142,39 +142,15 @@ def is_evicting(model: PreTrainedModel, cache: EvictingCache) -> bool:
     return session is not None and session.cache is cache
 
 
-def evicting_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,  # the sixth parameter, because kvpress, once imported, gives it by position
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attend through the evicting cache of the current pass; an attention function as transformers calls it.
-
-    Args:
-        module: the layer's attention module.
-        query: `[batch, query_heads, tokens, head_dim]`.
-        key, value: `[batch, kv_heads, tokens, head_dim]`.
-        attention_mask: not used.
-        dropout: not used.
-        scaling: factor on the attention scores; None: the module's default.
-        sliding_window: of the model itself, in tokens; None: it has none.
-
-    Returns:
-        Output `[batch, tokens, query_heads, head_dim]`, and None for the attention weights.
-    """
-    session: Session = module.__dict__[_SESSION]
-    scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
-    step = EvictionStep(query, key, value, session.keys.pop(module), session.real, scaling, sliding_window)
-    output = session.cache.attend(module.layer_idx, step)  # type: ignore[union-attr, arg-type]
-    return output.transpose(1, 2).contiguous(), None
+def _attend(inputs: AttentionInputs) -> Tensor:
+    """Compute the attention of one layer through the evicting cache of the current pass."""
+    session: Session = inputs.module.__dict__[_SESSION]
+    pre_rope, window = session.keys.pop(inputs.module), inputs.sliding_window
+    step = EvictionStep(inputs.query, inputs.key, inputs.value, pre_rope, session.real, inputs.scaling, window)
+    return session.cache.attend(inputs.layer, step)  # type: ignore[union-attr]
 
 
-register_attention(EVICTING, evicting_attention)
+register_attention(EVICTING, _attend)
 
 
 def patch_model(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], None]:

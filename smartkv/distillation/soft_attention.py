@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smartkv.models.attention_interface import attention_switched_to, default_scaling, register_attention
+from smartkv.models.attention_interface import AttentionInputs, attention_switched_to, register_attention
 from smartkv.models.key_hooks import hook_keys
 from smartkv.policies.lifetimes import FOREVER
 
@@ -166,27 +166,15 @@ class _Rule:
         self.of_layer[layer] = self.log_keep(layer, keys)
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,  # the sixth parameter: once imported, kvpress passes it by position
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attend as an attention function registered with transformers."""
-    rule: _Rule = getattr(module, _RULE)
-    scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    log_keep = rule.of_layer.pop(layer)
-    output = soft_attention(query, key, value, log_keep, scaling, rule.ages, rule.sinks, sliding_window)
-    return output.transpose(1, 2).contiguous(), None
+def _attend(inputs: AttentionInputs) -> Tensor:
+    """Compute the attention of one layer under the rule on its module."""
+    rule: _Rule = getattr(inputs.module, _RULE)
+    log_keep = rule.of_layer.pop(inputs.layer)
+    query, key, value, scaling = inputs.query, inputs.key, inputs.value, inputs.scaling
+    return soft_attention(query, key, value, log_keep, scaling, rule.ages, rule.sinks, inputs.sliding_window)
 
 
-register_attention(SOFT, _attention)
+register_attention(SOFT, _attend)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Register an attention function with transformers, and switch a model to it for a while."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -22,52 +22,57 @@ def default_scaling(module: nn.Module, head_dim: int) -> float:
     return scaling
 
 
-class AttentionFunction(Protocol):
-    """An attention function that transformers can call in place of a model's own.
+class AttentionInputs(NamedTuple):
+    """Inputs of one layer's attention in a forward pass.
 
-    The order of the arguments matters: once kvpress is imported, `dropout` is passed by position.
+    Attributes:
+        module: The attention module.
+        layer: Index of the layer.
+        query: `[batch, query_heads, queries, head_dim]`, after the rotary embedding.
+        key: `[batch, kv_heads, keys, head_dim]`, after the rotary embedding.
+        value: `[batch, kv_heads, keys, head_dim]`.
+        dropout: Dropout on the probabilities: 0 in evaluation mode.
+        scaling: Factor on the scores.
+        sliding_window: Most keys that a query of this layer sees, itself included. None for all.
     """
 
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Compute the attention of one layer.
-
-        Args:
-            module: The attention module. Its `layer_idx` is the layer.
-            query: `[batch, query_heads, queries, head_dim]`, after the rotary embedding.
-            key: `[batch, kv_heads, keys, head_dim]`, after the rotary embedding.
-            value: `[batch, kv_heads, keys, head_dim]`.
-            attention_mask: None, because `register_attention` has transformers build no mask.
-            dropout: Dropout on the probabilities: 0 in evaluation mode.
-            scaling: Factor on the scores. None if the model passes none: use `default_scaling`.
-            sliding_window: Most keys that a query of this layer sees, itself included. None for all.
-            **kwargs: Further arguments of the model.
-
-        Returns:
-            The output `[batch, queries, query_heads, head_dim]`, and None in place of the probabilities.
-        """
-        ...
+    module: nn.Module
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    dropout: float
+    scaling: float
+    sliding_window: int | None
 
 
-def register_attention(name: str, function: AttentionFunction) -> None:
-    """Add `function` to transformers' attention implementations.
+def register_attention(name: str, attend: Callable[[AttentionInputs], Tensor]) -> None:
+    """Add an attention function to transformers' implementations.
 
     Transformers builds no mask for it: the function itself decides which keys each query sees.
 
     Args:
         name: Name of the implementation, for `model.set_attn_implementation`.
-        function: Called in every layer of a model that uses the implementation.
+        attend: Called in every layer of a model that uses the implementation. Returns the output
+            `[batch, query_heads, queries, head_dim]`.
     """
+
+    def function(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,  # the sixth parameter: once imported, kvpress passes it by position
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        output = attend(AttentionInputs(module, layer, query, key, value, dropout, scaling, sliding_window))
+        return output.transpose(1, 2).contiguous(), None  # no probabilities
+
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, _no_mask)
 

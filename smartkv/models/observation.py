@@ -9,7 +9,7 @@ The attention that works on an evicting cache is in `smartkv.cache.model_patch`.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
 from smartkv.io.checks import all_finite
-from smartkv.models.attention_interface import attention_switched_to, default_scaling, register_attention
+from smartkv.models.attention_interface import AttentionInputs, attention_switched_to, register_attention
 from smartkv.models.key_hooks import hook_keys
 
 OBSERVED = "smartkv_observed"
@@ -85,40 +85,29 @@ def attention_tiles(
         yield start, scores.softmax(dim=-1)
 
 
-def observed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Compute the attention of one layer and report it to the observer on `module`.
-
-    This is an `AttentionFunction` for a batch of one sequence; its arguments are explained there.
+def _attend(inputs: AttentionInputs) -> Tensor:
+    """Compute the attention of one layer over one sequence and report it to the observer on the module.
 
     Raises:
         SmartKVError: The output is NaN or infinite.
     """
-    observer: AttentionObserver = getattr(module, _OBSERVER)
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
-    observer.on_rotated_keys(layer, key[0])
-    output = torch.empty_like(query[0])
-    for start, probabilities in attention_tiles(query[0], key[0], scaling, sliding_window):
-        observer.on_tile(layer, start, probabilities)
+    observer: AttentionObserver = getattr(inputs.module, _OBSERVER)
+    query, key, value = inputs.query[0], inputs.key[0], inputs.value[0]
+    observer.on_rotated_keys(inputs.layer, key)
+    output = torch.empty_like(query)
+    for start, probabilities in attention_tiles(query, key, inputs.scaling, inputs.sliding_window):
+        observer.on_tile(inputs.layer, start, probabilities)
         queries, keys = probabilities.shape[2:]
-        mixed = torch.matmul(probabilities.to(value.dtype).flatten(1, 2), value[0, :, :keys])
-        output[:, start : start + queries] = mixed.view(query.shape[1], queries, -1)
+        mixed = torch.matmul(probabilities.to(value.dtype).flatten(1, 2), value[:, :keys])
+        output[:, start : start + queries] = mixed.view(query.shape[0], queries, -1)
     if not all_finite(output):  # a NaN probability exceeds no threshold: its key would be labelled as never hit
-        raise SmartKVError(f"layer {layer} gave attention that is NaN or infinite: check the model's weights and dtype")
-    return output.transpose(0, 1).unsqueeze(0), None
+        raise SmartKVError(
+            f"layer {inputs.layer} gave attention that is NaN or infinite: check the model's weights and dtype"
+        )
+    return output[None]
 
 
-register_attention(OBSERVED, observed_attention)
+register_attention(OBSERVED, _attend)
 
 
 @contextmanager

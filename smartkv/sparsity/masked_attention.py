@@ -6,14 +6,13 @@ Unlike dropout of activations, nothing is rescaled: the softmax is over the keys
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from smartkv.models.attention_interface import attention_switched_to, default_scaling, register_attention
+from smartkv.models.attention_interface import AttentionInputs, attention_switched_to, register_attention
 
 SPARSE = "smartkv_sparse"
 _RULE = "_smartkv_sparse_rule"
@@ -59,31 +58,20 @@ class _Rule:
         self.stays, self.recent, self.real = stays, recent, real
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,  # the sixth parameter: once imported, kvpress passes it by position
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attend as an attention function registered with transformers."""
-    rule: _Rule = getattr(module, _RULE)
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    group = query.shape[1] // key.shape[1]
-    mask = sparse_mask(rule.stays(layer), rule.recent, rule.real, sliding_window)
+def _attend(inputs: AttentionInputs) -> Tensor:
+    """Compute the attention of one layer under the rule on its module."""
+    rule: _Rule = getattr(inputs.module, _RULE)
+    group = inputs.query.shape[1] // inputs.key.shape[1]
+    mask = sparse_mask(rule.stays(inputs.layer), rule.recent, rule.real, inputs.sliding_window)
     if mask.shape[1] > 1:  # a mask for all heads together broadcasts
         mask = mask.repeat_interleave(group, dim=1)
-    scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
-    key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
-    return output.transpose(1, 2).contiguous(), None
+    key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (inputs.key, inputs.value))
+    return F.scaled_dot_product_attention(
+        inputs.query, key, value, attn_mask=mask, dropout_p=inputs.dropout, scale=inputs.scaling
+    )
 
 
-register_attention(SPARSE, _attention)
+register_attention(SPARSE, _attend)
 
 
 @contextmanager

@@ -5,39 +5,35 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
 
 from smartkv.models.architecture import attention_modules
-from smartkv.models.attention_interface import attention_switched_to, default_scaling, register_attention
+from smartkv.models.attention_interface import (
+    AttentionInputs,
+    attention_switched_to,
+    default_scaling,
+    register_attention,
+)
 from tests.models import FAMILIES, gpt2, llama, token_ids
 
 NAME, ATTRIBUTE = "smartkv_test_recorded", "_recorded"
 by_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def plain_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention by a loop over heads and queries; records the arguments on the module's state."""
-    scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
-    getattr(module, ATTRIBUTE).append((module.layer_idx, attention_mask, dropout, sliding_window))
-    output = torch.zeros_like(query.transpose(1, 2))
+def plain_attention(inputs: AttentionInputs) -> Tensor:
+    """Causal attention by a loop over heads and queries; records the call on the module's state."""
+    query, key, value, window = inputs.query, inputs.key, inputs.value, inputs.sliding_window
+    getattr(inputs.module, ATTRIBUTE).append((inputs.layer, inputs.dropout, window))
+    output = torch.zeros_like(query)
     group = query.shape[1] // key.shape[1]
     for row in range(query.shape[0]):
         for head in range(query.shape[1]):
             for i in range(query.shape[2]):
-                first = 0 if sliding_window is None else max(0, i + 1 - sliding_window)
-                scores = key[row, head // group, first : i + 1] @ query[row, head, i] * scaling
-                output[row, i, head] = scores.softmax(dim=0) @ value[row, head // group, first : i + 1]
-    return output, None
+                first = 0 if window is None else max(0, i + 1 - window)
+                scores = key[row, head // group, first : i + 1] @ query[row, head, i] * inputs.scaling
+                output[row, head, i] = scores.softmax(dim=0) @ value[row, head // group, first : i + 1]
+    return output
 
 
 register_attention(NAME, plain_attention)
@@ -52,7 +48,11 @@ def test_a_model_gives_the_same_logits_with_a_registered_attention(family: str) 
         got = model(ids, use_cache=False).logits
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     window = 8 if family == "mistral_sliding" else None
-    assert calls == [(0, None, 0.0, window), (1, None, 0.0, window)]  # and no mask was built
+    assert calls == [(0, 0.0, window), (1, 0.0, window)]
+
+
+def test_transformers_builds_no_mask_for_a_registered_attention() -> None:
+    assert AttentionMaskInterface()[NAME](batch_size=1, q_length=5, kv_length=5) is None
 
 
 @pytest.mark.parametrize("changes", [
@@ -67,9 +67,10 @@ def test_the_default_scaling_is_that_of_gpt2_s_own_attention(changes: dict[str, 
     want = model(ids, use_cache=False).logits
 
     def unscaled(module: nn.Module, *args: Any, scaling: float | None = None, **kwargs: Any) -> tuple[Tensor, None]:
-        return plain_attention(module, *args, scaling=None, **kwargs)
+        return AttentionInterface()[NAME](module, *args, scaling=None, **kwargs)
 
-    register_attention("smartkv_test_unscaled", unscaled)
+    AttentionInterface.register("smartkv_test_unscaled", unscaled)
+    AttentionMaskInterface.register("smartkv_test_unscaled", AttentionMaskInterface()[NAME])
     with attention_switched_to(model, "smartkv_test_unscaled", ATTRIBUTE, []):
         torch.testing.assert_close(model(ids, use_cache=False).logits, want, atol=1e-5, rtol=1e-4)
     factors = [default_scaling(layer, 16) for layer in layers]
