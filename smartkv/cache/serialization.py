@@ -52,6 +52,10 @@ def save_cache(cache: LifespanCache, path: str | Path) -> None:
     Raises:
         SmartKVError: the cache has seen no token yet, or the file cannot be written.
     """
+    if not isinstance(cache, LifespanCache):
+        raise SmartKVError(
+            f"save_cache expected a LifespanCache, got {type(cache).__name__}: other caches have no file format"
+        )
     if not all(layer.is_initialized for layer in cache.storage):
         raise SmartKVError("the cache has not seen a token yet: there is nothing to save")
     cache.settle()

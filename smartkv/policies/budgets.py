@@ -220,6 +220,11 @@ def policy_of(gates: GateBank, footprint: float) -> HybridPolicy:
         FootprintOutOfReach: the gates remember no price for this footprint.
         SmartKVError: the gates remember no policy or no prices.
     """
+    if not isinstance(gates, GateBank):
+        raise SmartKVError(
+            f"policy_of expected gates, got {type(gates).__name__}: load them with GateBank.from_pretrained, "
+            f"or give a cache gates and footprint={footprint!r}"
+        )
     curve = sorted(gates.details.get("prices", []))
     if "policy" not in gates.details or not curve:
         raise SmartKVError(

@@ -3,14 +3,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from smartkv.cache.lifespan_cache import LifespanCache
+from smartkv.cache.quantized_cache import QuantizedCache
 from smartkv.cache.serialization import load_cache, save_cache
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
@@ -130,3 +132,9 @@ def test_tensors_that_do_not_fit_together_are_refused(name: str, damage: str, tm
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(SmartKVError, match="whole cache"):
         load_cache(path, MODELS["llama"])
+
+
+@pytest.mark.parametrize("other", [None, "prompt", QuantizedCache(MODELS["llama"], "int8"), DynamicCache()])
+def test_another_kind_of_cache_is_not_saved(other: Any, tmp_path: Path) -> None:
+    with pytest.raises(SmartKVError, match="expected a LifespanCache, got"):
+        save_cache(other, tmp_path / "prompt.safetensors")

@@ -1,6 +1,7 @@
 """Calibration and solving against plain loops."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -161,3 +162,9 @@ def test_gates_remember_prices_and_give_their_policy_at_a_footprint() -> None:
         policy_of(gates, 0.9)
     with pytest.raises(SmartKVError, match="remember no policy with prices"):
         policy_of(GateBank(gates.fingerprint), 0.5)
+
+
+@pytest.mark.parametrize("gates", ["smollm2-135m-instruct", None])
+def test_a_policy_of_something_else_than_gates_is_refused_with_what_to_do(gates: Any) -> None:
+    with pytest.raises(SmartKVError, match=r"expected gates, got .*footprint=0\.25"):
+        policy_of(gates, 0.25)
