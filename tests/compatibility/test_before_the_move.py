@@ -1,7 +1,8 @@
 """Files that SmartKV 0.1.0 wrote, before its modules moved: they load, and runs go on from them to the same end.
 
 Commit 4f2a3b4 made `before_the_move/` on a tiny random Llama of two layers, with the configs that lie in it: `python
-main.py predict -c …/harvest.yaml`, then `fit` with each of the others.
+main.py predict -c …/harvest.yaml`, then `fit` with each of the others. Only the folder of the run was taken out of the
+checkpoints afterwards.
 """
 
 from pathlib import Path
