@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from smartkv.cache.adaptive_cache import importance_by
 from smartkv.cache.attached import AttachedCache
-from smartkv.cache.model_patch import EvictionStep
+from smartkv.cache.forward_pass import EvictionStep
 from smartkv.gates.bank import GateBank
 from smartkv.quantization.codecs import Adaptive, Codec
 

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from smartkv.cache.arguments import check_model, resolve_gates
 from smartkv.cache.attached import AttachedCache
-from smartkv.cache.model_patch import EvictionStep
+from smartkv.cache.forward_pass import EvictionStep
 from smartkv.cache.quantized_cache import QuantizedCache, QuantizedLayer
-from smartkv.cache.ragged import storage_bytes
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.gates.objectives import Log4Lifespan, OrdinalAges
@@ -76,7 +75,6 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
             raise SmartKVError(
                 f"every layer of an AdaptiveCache needs gates, these have none for layers {format_layers(missing)}"
             )
-        self.real: Tensor | None = None  # bool `[batch, tokens]`, False for padding; None: no padding so far
         self.storage = [QuantizedLayer(codec, codec.block if residual is None else residual) for _ in range(layers)]
         AttachedCache.__init__(self, model, list(self.storage), chunk)
 
@@ -90,7 +88,7 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
         """
         storage = self.storage[layer]
         before, tokens = storage.get_seq_length(), step.key.shape[2]
-        self._note_padding(layer, step, before)
+        real = self.seen_tokens.real(before + tokens)
         new = self._importance(layer, step.pre_rope)
         importance = new if storage.importance is None else torch.cat([storage.importance, new], dim=2)
         storage.importance = importance
@@ -108,36 +106,16 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
             if step.sliding_window is not None:
                 seen &= index > at - step.sliding_window
             seen = seen[None, None, None]
-            if self.real is not None:  # a query of padding sees itself: a softmax over nothing would be NaN
-                seen = seen & (self.real[:, None, None, None] | (index == at))
+            if real is not None:  # a query of padding sees itself: a softmax over nothing would be NaN
+                seen = seen & (real[:, None, None, None] | (index == at))
             scores = (grouped[..., here, :] @ key[:, :, None].transpose(-1, -2)).float() * step.scaling
             weights = scores.masked_fill_(~seen, -math.inf).softmax(dim=-1)
             output[..., here, :] = weights.to(value.dtype) @ value[:, :, None]
             if self.gates is None and storage.importance is not None:
-                if self.real is not None:  # attention from padding does not count
-                    weights = weights * self.real[:, None, None, before:][..., here, None]
+                if real is not None:  # attention from padding does not count
+                    weights = weights * real[:, None, None, before:][..., here, None]
                 storage.importance += weights[..., total - exact :].sum(dim=(2, 3))
         return output.flatten(1, 2)
-
-    @property
-    def storage_bytes(self) -> int:
-        """Bytes of all allocated tensors."""
-        return super().storage_bytes + (0 if self.real is None else storage_bytes([self.real]))
-
-    def _note_padding(self, layer: int, step: EvictionStep, before: int) -> None:
-        """Record which tokens are padding, in the first layer of a pass.
-
-        Args:
-            layer: index of the layer.
-            step: the layer's inputs.
-            before: number of tokens before this pass.
-        """
-        if layer or (self.real is None and step.real is None):
-            return
-        rows, tokens = step.key.shape[0], step.key.shape[2]
-        old = step.key.new_ones(rows, before, dtype=torch.bool) if self.real is None else self.real
-        new = step.key.new_ones(rows, tokens, dtype=torch.bool) if step.real is None else step.real
-        self.real = torch.cat([old, new], dim=1)
 
     def _importance(self, layer: int, keys: Tensor) -> Tensor:
         """Return the importance of new tokens at their birth, float32 `[batch, kv_heads, tokens]`."""
@@ -147,33 +125,26 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
 
     # -- rows of the batch --------------------------------------------------------------------------------------------
 
-    def reset(self) -> None:
-        """Forget all keys, as if the cache were new."""
-        super().reset()
-        self.real = None
-
     def reorder_cache(self, beam_idx: Any) -> None:
         """Keep the rows that beam search goes on with, int64 `[rows]`."""
-        super().reorder_cache(beam_idx)
-        self._select(beam_idx)
+        with self.in_use():
+            super().reorder_cache(beam_idx)
+            self.seen_tokens.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch: indices int64 `[rows]`, or a mask bool `[batch]`."""
-        super().batch_select_indices(indices)
-        self._select(indices)
+        with self.in_use():
+            super().batch_select_indices(indices)
+            self.seen_tokens.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
-        super().batch_repeat_interleave(repeats)
-        if self.real is not None:
-            self.real = self.real.repeat_interleave(repeats, dim=0)
+        with self.in_use():
+            super().batch_repeat_interleave(repeats)
+            self.seen_tokens.select(torch.arange(len(self.seen_tokens.ids)).repeat_interleave(repeats))
 
-    def _select(self, rows: Tensor) -> None:
-        if self.real is not None:
-            self.real = self.real[rows.to(self.real.device)]
-
-    def crop(self, max_length: int) -> None:
+    def crop(self, tokens: int) -> None:
         """Drop the latest tokens; arguments and errors as `QuantizedLayer.crop`."""
-        super().crop(max_length)
-        if self.real is not None:
-            self.real = self.real[:, : self.get_seq_length()]
+        with self.in_use():
+            super().crop(tokens)
+            self.seen_tokens.keep(self.get_seq_length())

@@ -1,7 +1,10 @@
 """AttachedCache: the base of caches that compute the attention of their model themselves."""
 
+import threading
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from types import TracebackType
 from typing import Any, Self
@@ -9,18 +12,26 @@ from typing import Any, Self
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from smartkv.cache.model_patch import EvictionStep, is_evicting, patch_model
+from smartkv.cache.forward_pass import EvictionStep, current_pass
+from smartkv.cache.model_patch import is_evicting, patch_model
+from smartkv.cache.seen_tokens import SeenTokens
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import Architecture
+from smartkv.models.rotary import SwitchingRotary
 
 
 class AttachedCache(Cache, ABC):
     """A cache whose model attends through it, for as long as the cache lives or until `detach`.
 
+    Threads may share a model. They may not share a cache: one conversation goes through it.
+
     Args:
         model: a causal LM of a supported family.
         layers: the cache's layers, one per layer of the model.
         chunk: number of prompt tokens that go through the model together.
+
+    Attributes:
+        seen_tokens: which tokens the cache has seen.
 
     Raises:
         SmartKVError: a chunk that is no number of tokens, or a family that is not supported.
@@ -31,6 +42,8 @@ class AttachedCache(Cache, ABC):
             raise SmartKVError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
         super().__init__(layers=layers)
         self.model, self.architecture, self.chunk = model, Architecture.of(model.config), chunk
+        self.seen_tokens, self._rotary = SeenTokens(), SwitchingRotary.of(model.config)
+        self._lock = threading.RLock()
         self.attach()
 
     # -- attach and detach --------------------------------------------------------------------------------------------
@@ -60,10 +73,11 @@ class AttachedCache(Cache, ABC):
         """Copy the keys but neither model nor gates, to continue one prompt in several ways."""
         for shared in (self.model, getattr(self, "gates", None)):
             memo[id(shared)] = shared
-        own = ("attached", "_undo", "_finalizer")
+        own = ("attached", "_undo", "_finalizer", "_lock")
         twin = object.__new__(type(self))
-        twin.__dict__ = {name: deepcopy(value, memo) for name, value in self.__dict__.items() if name not in own}
-        twin.attached = False
+        with self.in_use():
+            twin.__dict__ = {name: deepcopy(value, memo) for name, value in self.__dict__.items() if name not in own}
+        twin.attached, twin._lock = False, threading.RLock()
         if self.attached:
             twin.attach()
         return twin
@@ -82,6 +96,31 @@ class AttachedCache(Cache, ABC):
             `[batch, query_heads, tokens, head_dim]`.
         """
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep other threads from using the cache inside the context.
+
+        Raises:
+            SmartKVError: another thread uses it.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise SmartKVError(
+                f"another thread uses this {type(self).__name__}: give each thread a cache of its own, "
+                "a model may be shared"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def chunk_of_call(self, tokens: int) -> int:
+        """Return how many of a call's `tokens` tokens go through the decoder together.
+
+        Where the rotary embedding depends on the length of a call, they all do: else logits would depend on `chunk`.
+        """
+        switches = self._rotary is not None and self.get_seq_length() + tokens > self._rotary.length
+        return max(1, tokens) if switches else self.chunk
+
     def check_call(self, decoder: nn.Module, tokens: int) -> None:
         """Check a forward pass before it begins.
 
@@ -97,9 +136,53 @@ class AttachedCache(Cache, ABC):
             raise SmartKVError("the cache was detached from its model: call cache.attach(), or use it in `with cache:`")
         if decoder is not self.model.base_model:
             raise self._other_model()
+        forward_pass = current_pass()
+        if forward_pass is not None and forward_pass.cache is self:
+            raise SmartKVError("the model was called with this cache inside a forward pass on it: use another cache")
         if any(self.get_seq_length(layer) != self.get_seq_length() for layer in range(len(self.layers))):
             raise SmartKVError("a forward pass was interrupted, only some layers hold its tokens: call cache.reset()")
+        self.seen_tokens.keep(self.get_seq_length())
         self.check_length(self.get_seq_length() + tokens)
+        self._check_rotary(self.get_seq_length(), self.get_seq_length() + tokens)
+
+    def check_answer(self, prompt: int | None, tokens: int) -> None:
+        """Check an answer of `generate` before it begins.
+
+        Args:
+            prompt: number of tokens of the prompt; None: unknown.
+            tokens: number of tokens of prompt and answer.
+
+        Raises:
+            SmartKVError: the model has too few positions, or another rotary embedding from a length on that lies in
+                the answer.
+        """
+        self.check_length(tokens)
+        if prompt is not None:
+            self._check_rotary(prompt, tokens)
+
+    def _check_rotary(self, before: int, after: int) -> None:
+        """Refuse a switch of the rotary embedding that would leave the keys before it rotated the other way."""
+        rotary = self._rotary
+        if rotary is not None and not rotary.gradual and 0 < before <= rotary.length < after:
+            raise SmartKVError(
+                f"this model's {rotary.rope_type} rotates all keys in another way beyond {rotary.length} tokens, but "
+                f"{before} are rotated already and {after} were asked for: give a longer prompt at once, "
+                "or lower max_new_tokens"
+            )
+
+    def check_can_go_back(self) -> None:
+        """Check that the latest tokens can be dropped, as assisted generation does.
+
+        Raises:
+            SmartKVError: they cannot.
+        """
+        self.crop(0)
+
+    def reset(self) -> None:
+        """Forget all keys, as if the cache were new."""
+        with self.in_use():
+            super().reset()
+            self.seen_tokens.reset()
 
     def check_length(self, tokens: int) -> None:
         """Check that the model has positions for `tokens` tokens, those in the cache included.

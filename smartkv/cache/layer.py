@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from smartkv.cache.forward_pass import EvictionStep
 from smartkv.cache.key_storage import KeyStorage
-from smartkv.cache.model_patch import EvictionStep
 from smartkv.cache.ragged import Fields
 from smartkv.errors import SmartKVError
 from smartkv.policies.lifetimes import FOREVER, HOLE

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from smartkv.cache.arguments import check_first_query, resolve_arguments
 from smartkv.cache.attached import AttachedCache
+from smartkv.cache.forward_pass import EvictionStep
 from smartkv.cache.layer import Judge, LifespanLayer
-from smartkv.cache.model_patch import EvictionStep
 from smartkv.cache.usage import CacheUsage
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
@@ -31,12 +31,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _outside_autograd(function: F) -> F:
-    """Run a function without gradients, on tensors that may be changed later outside `torch.inference_mode` too."""
+    """Run a cache's method alone, without gradients, on tensors that may be changed later outside `inference_mode`."""
 
     @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.in_use(), torch.inference_mode(False), torch.no_grad():
+            return function(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
 
@@ -57,7 +57,9 @@ class LifespanCache(CacheUsage, AttachedCache):
             256 of them. No logit depends on it beyond rounding.
         first_query: position of the first query that the attribute `footprint` counts.
         bits: packs keys and values in 2 to 8 bits a number; two figures such as (6, 4) are for keys and for values (see
-            `smartkv.quantization.per_token`). None: they stay in the model's dtype.
+            `smartkv.quantization.per_token`). None: they stay in the model's dtype. With bits, logits depend within the
+            error of quantisation on how many tokens the first call has, up to `chunk`: the mean key that is subtracted
+            before packing is theirs.
         footprint: share of the full cache's keys to keep, above 0 and at most 1, by the prices that the gates remember
             (see `policy_of`); None: the policy decides.
 
@@ -201,6 +203,7 @@ class LifespanCache(CacheUsage, AttachedCache):
     def select_rows(self, rows: Tensor) -> None:
         """Keep these rows of the batch, int64 `[rows]`, which may repeat."""
         self.settle()
+        self.seen_tokens.select(rows)
         for storage in self.storage:
             storage.select(rows.to(self.model.device))
             self.note_peak(storage)

@@ -1,156 +1,183 @@
-"""Patches a decoder so that it attends through an evicting cache.
+"""Patches a model so that it takes an evicting cache as `past_key_values`.
 
-`patch_model` replaces the forward of a model's decoder. Called with an evicting cache, the new forward switches the
-model to SmartKV's attention function for that pass, and feeds it the tokens in chunks, so that no layer ever holds the
-keys of a whole prompt. Called with anything else, it calls the original forward.
+`patch_model` replaces the forward of a model's decoder. Called with an evicting cache, the new forward lets the calling
+thread attend through that cache (see `smartkv.cache.forward_pass`), and feeds it the tokens in chunks, so that no layer
+ever holds the keys of a whole prompt. Called with anything else, it calls the forward that it replaced.
+
+Any thread may patch a model, use it and let a cache die. What somebody else puts on the model, before or meanwhile,
+stays.
 """
 
 import functools
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.generation import GenerationMode
 
+from smartkv.cache.call_arguments import (
+    check_options,
+    evicting_cache,
+    generate,
+    prepare_cache,
+    refuse_batches,
+    tokens_of,
+)
+from smartkv.cache.forward_pass import AttendingCache, ForwardPass, PassConfig, current_pass, in_pass
+from smartkv.cache.no_gradients import refuse_gradients
+from smartkv.cache.seen_tokens import SeenTokens
+from smartkv.cache.uncompiled import uncompiled
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import attention_modules
-from smartkv.models.attention_interface import AttentionInputs, register_attention
 from smartkv.models.key_hooks import register_key_hooks
 
-EVICTING = "smartkv_evicting"
 TOKEN_INPUTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "token_type_ids")
-CACHE_NAMES = ("past_key_values", "cache")  # of a decoder's argument: before transformers 5.24, and since
 _SESSION = "_smartkv_session"
 
 
-class EvictionStep(NamedTuple):
-    """Inputs of one layer's attention in a forward pass.
-
-    Attributes:
-        query: `[batch, query_heads, tokens, head_dim]`, after the rotary embedding.
-        key: `[batch, kv_heads, tokens, head_dim]`, after the rotary embedding.
-        value: `[batch, kv_heads, tokens, head_dim]`.
-        pre_rope: the keys before the rotary embedding, shaped like `key`.
-        real: bool `[batch, tokens]`, False for padding; None: no padding.
-        scaling: factor on the attention scores.
-        sliding_window: of the model itself, in tokens; None: it has none.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    pre_rope: Tensor
-    real: Tensor | None
-    scaling: float
-    sliding_window: int | None
-
-
-class EvictingCache(Protocol):
+class EvictingCache(AttendingCache, Protocol):
     """Interface of the caches that a patched model takes."""
 
-    chunk: int
+    seen_tokens: SeenTokens
 
-    def attend(self, layer: int, step: EvictionStep) -> Tensor:
-        """Store the tokens of a pass in one layer; return attention, `[batch, query_heads, tokens, head_dim]`."""
+    def in_use(self) -> AbstractContextManager[None]:
+        """Keep other threads from using the cache inside the context."""
+
+    def chunk_of_call(self, tokens: int) -> int:
+        """Return how many of a call's tokens go through the decoder together."""
 
     def check_call(self, decoder: nn.Module, tokens: int) -> None:
         """Raise if a forward pass of `decoder` over `tokens` tokens is not possible."""
 
-    def check_length(self, tokens: int) -> None:
-        """Raise if the model has no positions for `tokens` tokens in all."""
+
+class _Absent:
+    """In place of an attribute that an object does not have. It is a class, because a class survives a deep copy."""
+
+
+class InstancePatch:
+    """An attribute of an object that is replaced until `undo`.
+
+    Args:
+        owner: the object.
+        name: of the attribute.
+        value: its new value.
+    """
+
+    def __init__(self, owner: Any, name: str, value: Any) -> None:
+        self.owner, self.name, self.value = owner, name, value
+        self.before = owner.__dict__.get(name, _Absent)  # of the object itself and not of its class
+        owner.__dict__[name] = value
+
+    def undo(self) -> None:
+        """Restore the attribute, unless somebody else has replaced it meanwhile."""
+        if self.owner.__dict__.get(self.name) is not self.value:
+            return
+        if self.before is _Absent:
+            del self.owner.__dict__[self.name]
+        else:
+            self.owner.__dict__[self.name] = self.before
 
 
 class Session:
-    """The replacement of a decoder's forward, and the state of its passes on evicting caches.
+    """The replacement of a decoder's forward.
 
     A model has one session for all caches that are attached to it. The session refers to the model's modules by
     attributes and not in closures, so a deep copy of the model gets a session with the copy's modules.
 
     Attributes:
-        original_forward: the decoder's own forward.
-        attached_caches: number of caches that are attached to the model.
-        cache: the evicting cache of the current forward pass; None: there is no such pass.
-        real: bool `[batch, tokens]` of the current pass, False for padding; None: no padding.
-        keys: pre-RoPE keys by attention module, from the hook that reads them until attention takes them.
+        original_forward: the forward that it replaced.
+        users: number of attached caches and of forward passes on one. Without a user, the model is as it was.
     """
 
     def __init__(self, model: PreTrainedModel, evicting: type[Cache]) -> None:
-        self.decoder, self.modules, self.evicting = model.base_model, attention_modules(model), evicting
-        modules = (model, self.decoder, *self.modules)  # whose configs name the attention function, each config once
-        self.configs: list[Any] = list({id(m.config): m.config for m in modules if hasattr(m, "config")}.values())
+        self.decoder, self.evicting, self.users = model.base_model, evicting, 0
         self.original_forward: Callable[..., Any] = self.decoder.forward
-        functools.update_wrapper(self, self.original_forward)  # some callers read a forward's signature
-        self.attached_caches = 0
-        self.cache: EvictingCache | None = None
-        self.real: Tensor | None = None
-        self.keys: dict[nn.Module, Tensor] = {}
+        functools.update_wrapper(self, self.original_forward, updated=())  # some callers read a forward's signature
+        modules = attention_modules(model)
+        views = {id(m.config): PassConfig(m.config, self.decoder) for m in modules}
         self.handles = register_key_hooks(model, self.on_keys)
+        self.patches = [InstancePatch(module, "config", views[id(module.config)]) for module in modules]
+        self.patches += [InstancePatch(self.decoder, _SESSION, self), InstancePatch(self.decoder, "forward", self)]
+        wrappers = {
+            "_prepare_cache_for_generation": prepare_cache,
+            "generate": generate,
+            "generate_batch": refuse_batches,
+        }
+        for name, wrapper in wrappers.items():
+            original = getattr(model, name, None)
+            if original is not None:  # a partial and not a closure: a deep copy of the model copies its arguments
+                patched = functools.update_wrapper(functools.partial(wrapper, original, evicting), original, updated=())
+                self.patches.append(InstancePatch(model, name, patched))
+
+    def undo(self) -> None:
+        """Restore the model."""
+        for handle in self.handles:
+            handle.remove()
+        for patch in reversed(self.patches):
+            patch.undo()
 
     def on_keys(self, module: nn.Module, keys: Tensor) -> None:
-        """Keep a layer's pre-RoPE keys for its attention, during a pass on an evicting cache."""
-        if self.cache is not None:
-            self.keys[module] = keys
-
-    @contextmanager
-    def using(self, cache: EvictingCache) -> Iterator[None]:
-        """Let the model attend through `cache` inside the context."""
-        before = [config._attn_implementation for config in self.configs]
-        self.cache = cache
-        try:
-            for config in self.configs:  # as set_attn_implementation does, without its checks at every token
-                config._attn_implementation = EVICTING
-            yield
-        finally:
-            for config, implementation in zip(self.configs, before, strict=True):
-                config._attn_implementation = implementation
-            self.cache = self.real = None
-            self.keys.clear()
+        """Keep a layer's pre-RoPE keys for its attention, during a pass of this thread through this decoder."""
+        forward_pass = current_pass()
+        if forward_pass is not None and forward_pass.decoder is self.decoder:
+            forward_pass.keys[module] = keys
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder, through its evicting cache if it was given one."""
-        cache = _evicting_cache(kwargs, self.evicting)
+        if not self.users:  # somebody's patch still calls it, after the last cache has died
+            return self.original_forward(*args, **kwargs)
+        cache: EvictingCache | None = evicting_cache(kwargs, self.evicting)
         if cache is None:
             if any(isinstance(value, self.evicting) for value in args):
                 raise SmartKVError("give the cache by name: model(ids, past_key_values=cache)")
-            return self.original_forward(*args, **kwargs)
+            with nullcontext() if current_pass() is None else in_pass(None):
+                return self.original_forward(*args, **kwargs)
         if len(args) > 1:
             raise SmartKVError(
                 f"with a {type(cache).__name__} only input_ids may be given by position: give other arguments by name"
             )
         if args:  # the first argument of every family's decoder
             kwargs["input_ids"] = args[0]
-        tokens, real = _tokens_and_padding(kwargs)
-        cache.check_call(self.decoder, tokens)
-        kwargs["attention_mask"] = None  # `real` holds its content
-        # the cache may be changed later outside `torch.inference_mode`, so its tensors are not created in it
-        with torch.inference_mode(False), torch.no_grad(), self.using(cache):
-            return _in_chunks(self.original_forward, kwargs, self, cache.chunk, tokens, real)
+        return self._run_uncompiled(cache, kwargs)
+
+    @torch.compiler.disable
+    def _run_uncompiled(self, cache: EvictingCache, kwargs: dict[str, Any]) -> Any:
+        """Run the decoder on an evicting cache."""
+        inputs = tokens_of(kwargs)
+        check_options(self.decoder, kwargs, cache)
+        with _used(self), cache.in_use(), uncompiled(), torch.inference_mode(False), torch.no_grad():
+            # the cache may be changed later outside `torch.inference_mode`, so its tensors are not created in it
+            cache.check_call(self.decoder, inputs.shape[1])
+            real = cache.seen_tokens.check_mask(kwargs.get("attention_mask"), inputs)
+            kwargs["attention_mask"] = _no_mask(inputs)  # `real` holds its content
+            output = self._run(cache, kwargs, inputs, real)
+        return refuse_gradients(output, self.decoder, inputs, type(cache).__name__)
+
+    def _run(self, cache: EvictingCache, kwargs: dict[str, Any], inputs: Tensor, real: Tensor | None) -> Any:
+        """Run a forward pass some tokens at a time, and join the outputs."""
+        forward_pass = ForwardPass(self.decoder, cache)
+        tokens, chunk, outputs = inputs.shape[1], cache.chunk_of_call(inputs.shape[1]), []
+        for start in range(0, tokens, chunk):
+            here = dict(kwargs)
+            if tokens > chunk:
+                stop = min(start + chunk, tokens)
+                here |= {name: _columns(kwargs[name], start, stop) for name in TOKEN_INPUTS if name in kwargs}
+            own = None if real is None else real[:, start : start + chunk]
+            forward_pass.real = None if own is None or bool(own.all()) else own
+            cache.seen_tokens.append(inputs[:, start : start + chunk], forward_pass.real)
+            with in_pass(forward_pass):
+                outputs.append(self.original_forward(**here))
+        return outputs[0] if len(outputs) == 1 else _join(outputs)
 
 
-def _evicting_cache(kwargs: dict[str, Any], evicting: type[Cache]) -> Any:
-    """Return the cache among a call's arguments if it is of the class `evicting`; else None."""
-    caches = (kwargs.get(name) for name in CACHE_NAMES)
-    return next((cache for cache in caches if isinstance(cache, evicting)), None)
+# -- patching ---------------------------------------------------------------------------------------------------------
 
-
-def is_evicting(model: PreTrainedModel, cache: EvictingCache) -> bool:
-    """Return whether `model` is in a forward pass on `cache`."""
-    session: Session | None = model.base_model.__dict__.get(_SESSION)
-    return session is not None and session.cache is cache
-
-
-def _attend(inputs: AttentionInputs) -> Tensor:
-    """Compute the attention of one layer through the evicting cache of the current pass."""
-    session: Session = inputs.module.__dict__[_SESSION]
-    pre_rope, window = session.keys.pop(inputs.module), inputs.sliding_window
-    step = EvictionStep(inputs.query, inputs.key, inputs.value, pre_rope, session.real, inputs.scaling, window)
-    return session.cache.attend(inputs.layer, step)  # type: ignore[union-attr]
-
-
-register_attention(EVICTING, _attend)
+_lock = threading.Lock()  # held while a model is patched or restored
+_left: deque[Session] = deque()  # sessions that lost a user, one entry for each
 
 
 def patch_model(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], None]:
@@ -164,74 +191,80 @@ def patch_model(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], N
         Function that undoes this call. The model is restored when all calls are undone. A second call of the function
         does nothing.
     """
-    decoder = model.base_model
-    session: Session | None = decoder.__dict__.get(_SESSION)
-    if session is None:
-        session = Session(model, evicting)
-        for module in (decoder, *session.modules):
-            module.__dict__[_SESSION] = session
-        decoder.__dict__["forward"] = session
-        prepare = getattr(model, "_prepare_cache_for_generation", None)
-        if prepare is not None:
-            model.__dict__["_prepare_cache_for_generation"] = functools.partial(_prepare, prepare, evicting)
-    session.attached_caches += 1
-    undone = False
+    with _lock:
+        _settle_users()
+        session: Session | None = model.base_model.__dict__.get(_SESSION)
+        if session is None:
+            session = Session(model, evicting)
+        session.users += 1
+    _restore_unused()
+    once = iter([session])
 
     def undo() -> None:
-        nonlocal undone
-        if undone:
-            return
-        undone = True
-        session.attached_caches -= 1
-        if not session.attached_caches:
-            for handle in session.handles:
-                handle.remove()
-            for module in (decoder, *session.modules):
-                del module.__dict__[_SESSION]
-            del decoder.__dict__["forward"]
-            model.__dict__.pop("_prepare_cache_for_generation", None)
+        for used in once:
+            _leave(used)
 
     return undo
 
 
-def _tokens_and_padding(kwargs: dict[str, Any]) -> tuple[int, Tensor | None]:
-    """Return the number of tokens in a call, and which are real, bool `[batch, tokens]`; None: no padding."""
-    inputs = next((kwargs[name] for name in ("inputs_embeds", "input_ids") if kwargs.get(name) is not None), None)
-    if inputs is None:
-        raise SmartKVError("the model was given neither input_ids nor inputs_embeds")
-    if inputs.dim() < 2:
-        raise SmartKVError(f"the model takes input_ids [batch, tokens], got {tuple(inputs.shape)}")
-    (rows, tokens), mask = inputs.shape[:2], kwargs.get("attention_mask")
-    if mask is None:
-        return tokens, None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != rows or mask.shape[1] < tokens:
-        shape = f"{mask.dim()}-D {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise SmartKVError(
-            f"the cache takes an attention mask [batch, tokens] that marks padding, got {shape} "
-            f"for {rows} × {tokens} tokens"
-        )
-    real = mask[:, -tokens:].bool()
-    return tokens, None if bool(real.all()) else real
+def is_evicting(model: PreTrainedModel, cache: AttendingCache) -> bool:
+    """Return whether this thread is in a forward pass of `model` on `cache`."""
+    forward_pass = current_pass()
+    return forward_pass is not None and forward_pass.cache is cache and forward_pass.decoder is model.base_model
 
 
-def _in_chunks(
-    forward: Callable[..., Any], kwargs: dict[str, Any], session: Session, chunk: int, tokens: int, real: Tensor | None
-) -> Any:
-    """Run a forward pass `chunk` tokens at a time, and join the outputs."""
-    session.real = real
-    if tokens <= chunk:
-        return forward(**kwargs)
-    outputs = []
-    for start in range(0, tokens, chunk):
-        stop = min(start + chunk, tokens)
-        here = dict(kwargs)
-        for name in TOKEN_INPUTS:
-            value = kwargs.get(name)
-            if isinstance(value, Tensor):
-                here[name] = value[start:stop] if value.dim() == 1 else value[:, start:stop]
-        session.real = None if real is None or bool(real[:, start:stop].all()) else real[:, start:stop]
-        outputs.append(forward(**here))
-    return _join(outputs)
+@contextmanager
+def _used(session: Session) -> Iterator[None]:
+    """Keep a model patched inside the context, also if its last cache is detached meanwhile."""
+    with _lock:
+        session.users += 1
+    try:
+        yield
+    finally:
+        _leave(session)
+
+
+def _leave(session: Session) -> None:
+    """Count one user less. It may be called at any point of any thread, by the garbage collector too."""
+    _left.append(session)
+    _restore_unused()
+
+
+def _restore_unused() -> None:
+    """Restore the models whose last user has left.
+
+    Nobody waits for the lock here, because its holder may be this very thread, interrupted by the garbage collector.
+    Whoever holds it comes by here after releasing it.
+    """
+    while _left and _lock.acquire(blocking=False):
+        try:
+            _settle_users()
+        finally:
+            _lock.release()
+
+
+def _settle_users() -> None:
+    """Do what `_restore_unused` does, with the lock held."""
+    while _left:
+        session = _left.popleft()
+        session.users -= 1
+        if not session.users:
+            session.undo()
+
+
+# -- a call -----------------------------------------------------------------------------------------------------------
+
+
+def _columns(value: Any, start: int, stop: int) -> Any:
+    """Return the tokens from `start` to `stop` of one of a decoder's `TOKEN_INPUTS`."""
+    if not isinstance(value, Tensor):
+        return value
+    return value[start:stop] if value.dim() == 1 else value[:, start:stop]
+
+
+def _no_mask(inputs: Tensor) -> Tensor:
+    """Return a mask for which a decoder builds none: transformers passes 4-D masks through as they are."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
 
 
 def _join(outputs: list[Any]) -> Any:
@@ -244,25 +277,3 @@ def _join(outputs: list[Any]) -> Any:
         layers = zip(*(output["hidden_states"] for output in outputs), strict=True)
         joined["hidden_states"] = tuple(torch.cat(parts, dim=1) for parts in layers)
     return joined
-
-
-def _prepare(
-    original: Callable[..., Any],
-    evicting: type[Cache],
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    generation_mode: Any,
-    batch_size: int,
-    max_cache_length: int,
-) -> Any:
-    """Check the cache that `generate` was given, before it computes any token.
-
-    It replaces `_prepare_cache_for_generation` of the model. `max_cache_length` includes a prompt that is given as
-    embeddings, but not the last token, which is never fed to the model.
-    """
-    cache = _evicting_cache(model_kwargs, evicting)
-    if cache is not None:
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:  # it crops rejected tokens
-            cache.crop(0)
-        cache.check_length(max_cache_length + 1)
-    return original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)

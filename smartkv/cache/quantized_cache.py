@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from smartkv.cache.arguments import check_model
+from smartkv.cache.no_gradients import refuse_backward
 from smartkv.cache.ragged import storage_bytes
 from smartkv.errors import SmartKVError
 from smartkv.quantization.codecs import SCHEMES, Codec, Parts
@@ -66,7 +67,7 @@ class QuantizedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Create empty storage for keys and values like these, `[batch, kv_heads, tokens, head_dim]`."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys, self.values = key_states.detach()[:, :, :0], value_states.detach()[:, :, :0]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -76,17 +77,21 @@ class QuantizedLayer(CacheLayerMixin):
             key_states, value_states: `[batch, kv_heads, tokens, head_dim]`, of the new tokens.
 
         Returns:
-            Keys and values `[batch, kv_heads, all tokens, head_dim]` in the model's dtype.
+            Keys and values `[batch, kv_heads, all tokens, head_dim]` in the model's dtype. A backward pass through them
+            raises a SmartKVError.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.residual:
             self._encode(self.residual)
-        self.keys = torch.cat([self.keys, key_states], dim=2)
-        self.values = torch.cat([self.values, value_states], dim=2)
+        self.keys = torch.cat([self.keys, key_states.detach()], dim=2)
+        self.values = torch.cat([self.values, value_states.detach()], dim=2)
         if not self.residual:
             self._encode(0)
-        return self.read()
+        key, value = self.read()
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            return refuse_backward(key, "QuantizedCache"), refuse_backward(value, "QuantizedCache")
+        return key, value
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return all keys and values, `[batch, kv_heads, tokens, head_dim]`."""
@@ -149,20 +154,29 @@ class QuantizedLayer(CacheLayerMixin):
         """Repeat each row of the batch `repeats` times."""
         self.select(torch.arange(len(self.keys), device=self.device).repeat_interleave(repeats))
 
-    def crop(self, max_length: int) -> None:
+    def crop(self, tokens: int) -> None:
         """Drop the latest tokens.
 
         Args:
-            max_length: number of tokens to keep; if negative, minus the number of tokens to drop.
+            tokens: minus the number of tokens to drop, 0 for none. A positive number is the number of tokens to keep,
+                as in transformers 5.2.
 
         Raises:
-            SmartKVError: encoded tokens would have to be dropped.
+            SmartKVError: encoded tokens would have to be dropped, of a codec that keeps the latest tokens exact.
         """
-        keep = max_length if max_length >= 0 else self.get_seq_length() + max_length
-        if keep >= self.get_seq_length():
+        held = self.get_seq_length()
+        keep = min(held, tokens) if tokens > 0 else max(0, held + tokens)
+        if keep == held:
             return
         if keep < self.encoded:
-            raise SmartKVError(f"{self.encoded} tokens are encoded and cannot be dropped, asked to keep {keep} tokens")
+            if self.residual:
+                raise SmartKVError(
+                    f"{self.encoded} tokens are encoded and cannot be dropped, asked to keep {keep} tokens"
+                )
+            self.parts = {
+                name: part[:, :, : part.shape[2] * keep // self.encoded].clone() for name, part in self.parts.items()
+            }
+            self.encoded = keep
         self.keys, self.values = self.keys[:, :, : keep - self.encoded], self.values[:, :, : keep - self.encoded]
         self.importance = None if self.importance is None else self.importance[:, :, : keep - self.encoded]
 

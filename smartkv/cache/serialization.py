@@ -11,7 +11,8 @@ The file is one safetensors file. For each layer `L` it holds
   `FootprintCount`;
 * `L.centre` float32 `[pairs, head_dim]`, where keys are packed in few bits.
 
-The header names the model, the policy and the gates.
+`tokens` int32 `[batch, tokens]` are the ids of the tokens so far (see `SeenTokens`). Files of format 2 lack them: their
+ids are unknown, and padding is taken to be on the left. The header names the model, the policy and the gates.
 """
 
 import hashlib
@@ -30,13 +31,15 @@ from smartkv.cache.arguments import check_model, resolve_gates
 from smartkv.cache.footprint_count import FootprintCount
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.ragged import Fields, Ragged
+from smartkv.cache.seen_tokens import PADDING, UNKNOWN
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.io.atomic import write_atomically
 from smartkv.models.architecture import Fingerprint
 from smartkv.policies.hybrid import HybridPolicy
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = (2, 3)
 
 
 def save_cache(cache: LifespanCache, path: str | Path) -> None:
@@ -58,6 +61,13 @@ def save_cache(cache: LifespanCache, path: str | Path) -> None:
         )
     if not all(layer.is_initialized for layer in cache.storage):
         raise SmartKVError("the cache has not seen a token yet: there is nothing to save")
+    with cache.in_use():
+        tensors, header = _contents(cache)
+    write_atomically(Path(path), save(tensors, metadata={"smartkv_cache": json.dumps(header, sort_keys=True)}))
+
+
+def _contents(cache: LifespanCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the header of a cache's file."""
     cache.settle()
     header = {
         "format_version": FORMAT_VERSION,
@@ -71,7 +81,7 @@ def save_cache(cache: LifespanCache, path: str | Path) -> None:
         "bits": cache.bits,
         "dtype": str(cache.storage[0].dtype).removeprefix("torch."),
     }
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {"tokens": cache.seen_tokens.ids.cpu().contiguous()}
     for number, layer in enumerate(cache.storage):
         store = layer.store
         tensors_of_layer = {**store.fields._asdict(), "counts": store.counts, "seen": layer.seen}
@@ -81,7 +91,7 @@ def save_cache(cache: LifespanCache, path: str | Path) -> None:
             "centre": layer.packed.centre if layer.packed else None,
         }
         tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in tensors_of_layer.items() if t is not None}
-    write_atomically(Path(path), save(tensors, metadata={"smartkv_cache": json.dumps(header, sort_keys=True)}))
+    return tensors, header
 
 
 def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str | Path | None = None) -> LifespanCache:
@@ -98,10 +108,12 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str |
     path = Path(path)
     check_model(model)
     header, tensors = _read(path)
+    tokens = tensors.pop("tokens", None)
     try:
-        if header["format_version"] != FORMAT_VERSION:
+        if header["format_version"] not in READABLE:
             raise SmartKVError(
-                f"{path} has format version {header['format_version']}, this SmartKV reads {FORMAT_VERSION}"
+                f"{path} has format version {header['format_version']}, "
+                f"this SmartKV reads {READABLE[0]} to {READABLE[-1]}"
             )
         fingerprint, here = Fingerprint(**header["fingerprint"]), Fingerprint.of(model)
         here.check(fingerprint, f"the keys in {path}")
@@ -126,9 +138,27 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str |
             layer.count = FootprintCount(own["visible"], own["held"], cache.first_query)
             layer.set_sliding_window(header["sliding_window"][number])
             layer.columns = header["columns"]
+        cache.seen_tokens.restore(_tokens(path, tokens, header["columns"], cache.storage[0].seen))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise SmartKVError(f"{path} does not hold a whole cache ({type(error).__name__}: {error})") from error
     return cache
+
+
+def _tokens(path: Path, tokens: Tensor | None, columns: int, seen: Tensor) -> Tensor:
+    """Return the ids of the tokens so far, int32 `[batch, columns]`.
+
+    Args:
+        path: of the file, for messages.
+        tokens: as in the file; None: the file has none.
+        columns: number of tokens so far, padding included.
+        seen: int64 `[batch]`, real tokens of each row.
+    """
+    if tokens is None:
+        padding = torch.arange(columns, device=seen.device) < columns - seen[:, None]
+        return torch.where(padding, PADDING, UNKNOWN).int()
+    if tokens.shape != (len(seen), columns):
+        raise SmartKVError(f"{path} does not hold a whole cache: its tokens do not fit its {columns} columns")
+    return tokens.to(seen.device)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

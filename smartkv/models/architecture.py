@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
+from smartkv.models.rotary import longest_sequence
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Architecture:
         query_heads: Query heads of a layer.
         kv_heads: KV heads of a layer.
         head_dim: Dimensions of a head.
-        max_positions: Tokens of the longest sequence that the model was made for.
+        max_positions: Tokens of the longest sequence that the model was made for (see `longest_sequence`).
     """
 
     model_type: str
@@ -89,7 +90,7 @@ class Architecture:
             query_heads=query_heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or query_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // query_heads,
-            max_positions=config.max_position_embeddings,
+            max_positions=longest_sequence(config),
         )
 
     @property

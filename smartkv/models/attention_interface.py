@@ -8,7 +8,22 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from smartkv.errors import SmartKVError
 from smartkv.models.architecture import attention_modules
+
+WITHOUT_EFFECT = frozenset(  # arguments of a model's call that reach attention functions, and mean nothing to them
+    {
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "num_items_in_batch",
+        "token_type_ids",
+        "is_first_iteration",
+    }
+)
 
 
 def default_scaling(module: nn.Module, head_dim: int) -> float:
@@ -49,7 +64,8 @@ class AttentionInputs(NamedTuple):
 def register_attention(name: str, attend: Callable[[AttentionInputs], Tensor]) -> None:
     """Add an attention function to transformers' implementations.
 
-    Transformers builds no mask for it: the function itself decides which keys each query sees.
+    Transformers builds no mask for it: the function itself decides which keys each query sees. A call that asks for
+    more than `AttentionInputs` says, such as a soft cap on the scores, learned sinks or packed sequences, is refused.
 
     Args:
         name: Name of the implementation, for `model.set_attn_implementation`.
@@ -66,8 +82,9 @@ def register_attention(name: str, attend: Callable[[AttentionInputs], Tensor]) -
         dropout: float = 0.0,  # the sixth parameter: once imported, kvpress passes it by position
         scaling: float | None = None,
         sliding_window: int | None = None,
-        **_: Any,
+        **others: Any,
     ) -> tuple[Tensor, None]:
+        _refuse_unknown(name, others)
         scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
         layer: int = module.layer_idx  # type: ignore[assignment]
         output = attend(AttentionInputs(module, layer, query, key, value, dropout, scaling, sliding_window))
@@ -75,6 +92,18 @@ def register_attention(name: str, attend: Callable[[AttentionInputs], Tensor]) -
 
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, _no_mask)
+
+
+def _refuse_unknown(name: str, others: dict[str, Any]) -> None:
+    """Refuse arguments that would change what attention is."""
+    unknown = {key for key, value in others.items() if value is not None and key not in WITHOUT_EFFECT}
+    if others.get("is_causal") is True:
+        unknown.discard("is_causal")
+    if unknown:
+        raise SmartKVError(
+            f"attention with {', '.join(sorted(unknown))} is not supported by '{name}': leave "
+            f"{'it' if len(unknown) == 1 else 'them'} out, or use the model without SmartKV"
+        )
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -4,7 +4,7 @@ The harvest of labels and `eval calibrate` read attention this way. `observe_att
 one that computes the probabilities for one tile of queries at a time, passes them to an observer and frees them.
 Memory grows with tokens × queries of a tile, not with tokens².
 
-The attention that works on an evicting cache is in `smartkv.cache.model_patch`.
+The attention that works on an evicting cache is in `smartkv.cache.forward_pass`.
 """
 
 from collections.abc import Iterator

@@ -1,10 +1,62 @@
 """A model's rotary embedding (RoPE, Su et al. 2021): undo it, or average it over positions."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class SwitchingRotary:
+    """A rotary embedding whose frequencies depend on the length of a call.
+
+    Attributes:
+        rope_type: `dynamic` or `longrope`.
+        length: Longest sequence, in tokens, for which the frequencies are the usual ones.
+        gradual: Whether frequencies change a little with each further token. Otherwise there are two sets of them.
+    """
+
+    rope_type: str
+    length: int
+    gradual: bool
+
+    @classmethod
+    def of(cls, config: Any) -> "SwitchingRotary | None":
+        """Read a transformers config. Returns None if the frequencies are always the same."""
+        rope = _rope_parameters(config)
+        rope_type = rope.get("rope_type", "default")
+        if rope_type not in ("dynamic", "longrope"):
+            return None
+        return cls(rope_type, _original_length(config, rope), gradual=rope_type == "dynamic")
+
+
+def longest_sequence(config: Any) -> int:
+    """Return the number of positions for which a model's positions are made.
+
+    YaRN, linear and dynamic scaling reach beyond `max_position_embeddings` in most configs: that is the length before
+    scaling. A config that holds the scaled length already names the original one beside it.
+    """
+    rope = _rope_parameters(config)
+    positions, rope_type = int(config.max_position_embeddings), rope.get("rope_type", "default")
+    if rope_type not in ("yarn", "linear", "dynamic", "longrope"):
+        return positions
+    return max(positions, int(float(rope.get("factor") or 1.0) * _original_length(config, rope)))
+
+
+def _rope_parameters(config: Any) -> dict[str, Any]:
+    """Return the rotary embedding's parameters; of a config with some per kind of layer, those that are scaled."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_kind = [each for each in rope.values() if isinstance(each, dict)]
+    scaled = [each for each in by_kind if each.get("rope_type", "default") != "default"]
+    return next(iter(scaled or by_kind), rope)
+
+
+def _original_length(config: Any, rope: dict[str, Any]) -> int:
+    """Return the length of the sequences that the model was trained on before scaling."""
+    own = getattr(config, "original_max_position_embeddings", None)
+    return int(rope.get("original_max_position_embeddings") or own or config.max_position_embeddings)
 
 
 class Rotation:

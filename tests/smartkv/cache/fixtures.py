@@ -113,7 +113,9 @@ def fed(model: PreTrainedModel, cache: LifespanCache, ids: Tensor, real: Tensor,
 def state(model: PreTrainedModel) -> list[object]:
     modules = list(model.modules())
     hooks = [len(module._forward_hooks) for module in modules]
-    return [model.config._attn_implementation, hooks, [sorted(module.__dict__) for module in modules]]
+    attributes = [sorted(module.__dict__) for module in modules]
+    configs = [type(module.__dict__.get("config")) for module in modules]
+    return [model.config._attn_implementation, hooks, attributes, configs]
 
 
 def tensors_of(thing: Any) -> list[Tensor]:

@@ -165,6 +165,31 @@ def test_the_latest_exact_tokens_can_be_cropped_and_no_others() -> None:
             cache.crop(4)
 
 
+CROPPED: dict[str, Callable[[Any], Any]] = {
+    "int8": lambda model: QuantizedCache(model, "int8"),
+    "kivi4": lambda model: QuantizedCache(model, "kivi4"),
+    "adaptive": lambda model: AdaptiveCache(model, None, ADAPTIVE),
+}
+
+
+@pytest.mark.parametrize("name", CROPPED)
+@pytest.mark.parametrize(("crop", "left"), [(0, 10), (-3, 7), (-10, 0), (-99, 0), (6, 6), (99, 10)])
+def test_crop_means_what_it_means_in_transformers(name: str, crop: int, left: int) -> None:
+    """0 drops nothing and −n drops the last n tokens, as transformers calls it; n keeps n, as transformers 5.2 did."""
+    model, ids = MODELS["llama"], token_ids(14)[None]
+    cache, fresh = CROPPED[name](model), CROPPED[name](model)
+    with torch.no_grad():
+        fed(model, ids[:, :10], cache, 10)
+        cache.crop(crop)
+        assert cache.get_seq_length() == left
+        got = model(ids[:, left : left + 4], past_key_values=cache).logits
+        if left:
+            fed(model, ids[:, :left], fresh, left)
+        want = model(ids[:, left : left + 4], past_key_values=fresh).logits
+    if name != "adaptive" or left in (0, 10):  # its bits follow attention, which dropped queries paid too
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
 def test_mistakes_are_told() -> None:
     model = MODELS["llama"]
     for call in (

@@ -1,5 +1,8 @@
 """A model's rotary embedding undone, and its mean over positions."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from smartkv.models.key_hooks import read_keys
 from smartkv.models.observation import observe_attention
-from smartkv.models.rotary import Rotation
+from smartkv.models.rotary import Rotation, SwitchingRotary, longest_sequence
 from tests.models import FAMILIES, gpt2, llama, token_ids
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -54,3 +57,33 @@ def test_a_model_without_a_rotary_embedding_has_the_identity() -> None:
     assert rotation.cos_sin(torch.arange(5)) is None
     assert torch.equal(rotation.unrotate(keys, torch.arange(5)), keys.float())
     assert torch.equal(rotation.mean_matrix(torch.arange(5), 8), torch.eye(8))
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions", "switch"),
+    [
+        ({"rope_type": "default"}, 32, None),
+        ({"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 8}, 32, None),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128, None),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}, 32, None),
+        ({"rope_type": "yarn", "factor": 4.0}, 128, None),
+        ({"rope_type": "linear", "factor": 2.0}, 64, None),
+        ({"rope_type": "dynamic", "factor": 2.0}, 64, SwitchingRotary("dynamic", 32, gradual=True)),
+        (
+            {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 8},
+            32,
+            SwitchingRotary("longrope", 8, gradual=False),
+        ),
+    ],
+    ids=lambda value: value.get("rope_type") if isinstance(value, dict) else None,
+)
+def test_a_config_says_how_far_positions_reach(rope: dict[str, Any], positions: int, switch: Any) -> None:
+    for name in ("rope_parameters", "rope_scaling"):
+        config = SimpleNamespace(max_position_embeddings=32, **{name: rope})
+        assert longest_sequence(config) == positions and SwitchingRotary.of(config) == switch
+
+
+def test_a_config_with_a_rotary_embedding_per_kind_of_layer_is_read() -> None:
+    kinds = {"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {"rope_type": "default"}}
+    assert longest_sequence(SimpleNamespace(max_position_embeddings=32, rope_parameters=kinds)) == 256
+    assert longest_sequence(SimpleNamespace(max_position_embeddings=32)) == 32

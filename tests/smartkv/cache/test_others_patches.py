@@ -1,0 +1,127 @@
+"""What somebody else puts on a model, before a cache lives or meanwhile, stays and goes on working."""
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from torch import Tensor
+
+from smartkv.cache.adaptive_cache import AdaptiveCache
+from smartkv.cache.lifespan_cache import LifespanCache
+from tests.models import token_ids
+from tests.smartkv.cache.fixtures import MODELS, recent, state
+
+IDS = token_ids(12).clamp(min=1)[None]
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+class Calls(ModelHook):
+    """An accelerate hook that counts the calls of a module."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return args, kwargs
+
+
+class Patch:
+    """A wrapper around a method of an object, set on the object itself."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name, self.count = owner, name, 0
+        self.inner: Callable[..., Any] = getattr(owner, name)
+        owner.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return self.inner(*args, **kwargs)
+
+    @property
+    def stands(self) -> bool:
+        return self.owner.__dict__.get(self.name) is self
+
+
+def cached(model: Any) -> Tensor:
+    cache = LifespanCache(model, None, recent(3), chunk=5)
+    with torch.no_grad():
+        parts = [model(part, past_key_values=cache).logits for part in IDS.split(7, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+def generated(model: Any) -> list[list[int]]:
+    return model.generate(IDS, past_key_values=LifespanCache(model, None, recent(3)), **GREEDY).tolist()  # type: ignore[no-any-return]
+
+
+PLACES: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda model: model.model, "forward"),
+    (lambda model: model, "forward"),
+    (lambda model: model.model.layers[1], "forward"),
+    (lambda model: model.model.layers[1].self_attn, "forward"),
+    (lambda model: model.model.layers[1].self_attn.k_proj, "forward"),
+    (lambda model: model, "_prepare_cache_for_generation"),
+    (lambda model: model, "generate"),
+    (lambda model: model, "prepare_inputs_for_generation"),
+]
+
+
+@pytest.mark.parametrize("place", range(len(PLACES)), ids=[f"{name}{i}" for i, (_, name) in enumerate(PLACES)])
+@pytest.mark.parametrize("when", ["before", "while", "while, and taken off after", "between two"])
+def test_a_patch_stays_and_works(place: int, when: str) -> None:
+    model = copy.deepcopy(MODELS["llama"])
+    want = model(IDS).logits, cached(model), generated(model)
+    gc.collect()
+    first = None if when == "before" else LifespanCache(model, None, recent(3))
+    owner, name = PLACES[place]
+    patch = Patch(owner(model), name)
+    second = AdaptiveCache(model) if when == "between two" else None
+    for _ in range(2):
+        assert torch.equal(cached(model), want[1]) and generated(model) == want[2]
+    del first, second
+    gc.collect()
+    assert patch.stands
+    count = patch.count
+    assert torch.equal(model(IDS).logits, want[0]) and torch.equal(cached(model), want[1])
+    assert generated(model) == want[2] and patch.count > count
+    gc.collect()
+    assert patch.stands
+    if "taken off" in when:
+        patch.owner.__dict__[name] = patch.inner
+        assert torch.equal(model(IDS).logits, want[0]) and torch.equal(cached(model), want[1])
+        assert generated(model) == want[2]
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_an_accelerate_hook_on_the_decoder_stays_and_can_be_removed(when: str) -> None:
+    model = copy.deepcopy(MODELS["llama"])
+    want, want_cached, clean = model(IDS).logits, cached(model), state(model)
+    gc.collect()
+    cache = None if when == "before" else LifespanCache(model, None, recent(3))
+    hook = Calls()
+    add_hook_to_module(model.model, hook)
+    assert torch.equal(cached(model), want_cached)
+    del cache
+    gc.collect()
+    count = hook.count
+    assert torch.equal(model(IDS).logits, want) and hook.count == count + 1
+    remove_hook_from_module(model.model)
+    assert torch.equal(model(IDS).logits, want) and torch.equal(cached(model), want_cached)
+    if when == "before":
+        gc.collect()
+        assert state(model)[0] == clean[0] and state(model)[3] == clean[3]
+
+
+def test_a_config_that_is_replaced_while_a_cache_lives_stays() -> None:
+    model = copy.deepcopy(MODELS["llama"])
+    cache = LifespanCache(model, None, recent(3))
+    mine = copy.deepcopy(model.config)
+    model.model.layers[0].self_attn.config = mine
+    del cache
+    gc.collect()
+    assert model.model.layers[0].self_attn.config is mine
+    assert model.model.layers[1].self_attn.config is model.config
