@@ -33,7 +33,7 @@ from smartkv.cache.seen_tokens import SeenTokens
 from smartkv.cache.uncompiled import uncompiled
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import attention_modules
-from smartkv.models.key_hooks import register_key_hooks
+from smartkv.models.key_hooks import key_modules, register_key_hooks
 
 TOKEN_INPUTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "token_type_ids")
 _SESSION = "_smartkv_session"
@@ -99,7 +99,7 @@ class Session:
         functools.update_wrapper(self, self.original_forward, updated=())  # some callers read a forward's signature
         modules = attention_modules(model)
         views = {id(m.config): PassConfig(m.config, self.decoder) for m in modules}
-        self.handles = register_key_hooks(model, self.on_keys)
+        self.model, self.key_modules, self.handles = model, key_modules(model), register_key_hooks(model, self.on_keys)
         self.patches = [InstancePatch(module, "config", views[id(module.config)]) for module in modules]
         self.patches += [InstancePatch(self.decoder, _SESSION, self), InstancePatch(self.decoder, "forward", self)]
         wrappers = {
@@ -119,6 +119,16 @@ class Session:
             handle.remove()
         for patch in reversed(self.patches):
             patch.undo()
+
+    def follow_key_modules(self) -> None:
+        """Read keys where the model computes them now: an adapter may have taken the place of a projection."""
+        here = key_modules(self.model)
+        if all(module is before for module, before in zip(here, self.key_modules, strict=True)):
+            return
+        with _lock:
+            for handle in self.handles:
+                handle.remove()
+            self.key_modules, self.handles = here, register_key_hooks(self.model, self.on_keys)
 
     def on_keys(self, module: nn.Module, keys: Tensor) -> None:
         """Keep a layer's pre-RoPE keys for its attention, during a pass of this thread through this decoder."""
@@ -152,6 +162,7 @@ class Session:
         with _used(self), cache.in_use(), uncompiled(), torch.inference_mode(False), torch.no_grad():
             # the cache may be changed later outside `torch.inference_mode`, so its tensors are not created in it
             cache.check_call(self.decoder, inputs.shape[1])
+            self.follow_key_modules()
             real = cache.seen_tokens.check_mask(kwargs.get("attention_mask"), inputs)
             kwargs["attention_mask"] = _no_mask(inputs)  # `real` holds its content
             output = self._run(cache, kwargs, inputs, real)

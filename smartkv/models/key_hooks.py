@@ -12,6 +12,12 @@ from transformers import PreTrainedModel
 from smartkv.models.architecture import KEY_SITES, attention_modules
 
 
+def key_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the module of each layer whose output holds the pre-RoPE keys, in order."""
+    site = KEY_SITES[model.config.model_type]
+    return [module.get_submodule(site.module) for module in attention_modules(model)]
+
+
 def register_key_hooks(model: PreTrainedModel, on_keys: Callable[[nn.Module, Tensor], None]) -> list[RemovableHandle]:
     """Call `on_keys` with the pre-RoPE keys of each layer in every forward pass.
 
@@ -25,8 +31,8 @@ def register_key_hooks(model: PreTrainedModel, on_keys: Callable[[nn.Module, Ten
     site = KEY_SITES[model.config.model_type]
     return [
         # A partial and not a closure: copy.deepcopy of the model copies its arguments too, the module among them.
-        module.get_submodule(site.module).register_forward_hook(partial(_hand_over, on_keys, site.read, module))
-        for module in attention_modules(model)
+        key_module.register_forward_hook(partial(_hand_over, on_keys, site.read, module))
+        for key_module, module in zip(key_modules(model), attention_modules(model), strict=True)
     ]
 
 

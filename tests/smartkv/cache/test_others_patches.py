@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from smartkv.cache.adaptive_cache import AdaptiveCache
 from smartkv.cache.lifespan_cache import LifespanCache
 from tests.models import token_ids
-from tests.smartkv.cache.fixtures import MODELS, recent, state
+from tests.smartkv.cache.fixtures import GATED, MODELS, Recording, random_gates, recent, state
 
 IDS = token_ids(12).clamp(min=1)[None]
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -125,3 +126,20 @@ def test_a_config_that_is_replaced_while_a_cache_lives_stays() -> None:
     gc.collect()
     assert model.model.layers[0].self_attn.config is mine
     assert model.model.layers[1].self_attn.config is model.config
+
+
+def test_an_adapter_that_is_added_while_a_cache_lives_is_read_by_the_gates() -> None:
+    decided = []
+    for cache_first in (False, True):
+        model = copy.deepcopy(MODELS["llama"])
+        keep = LifespanCache(model, None, recent(3)) if cache_first else None
+        torch.manual_seed(0)
+        get_peft_model(model, LoraConfig(r=4, target_modules=["k_proj"], init_lora_weights=False)).eval()
+        cache = Recording(model, random_gates(MODELS["llama"]), GATED)
+        model(IDS, past_key_values=cache)
+        decided.append(torch.cat([ttl for layer in cache.decided.values() for ttl in layer]))
+        del keep
+    plain = Recording(MODELS["llama"], random_gates(MODELS["llama"]), GATED)
+    MODELS["llama"](IDS, past_key_values=plain)
+    assert torch.equal(*decided)
+    assert not torch.equal(decided[0], torch.cat([ttl for layer in plain.decided.values() for ttl in layer]))
