@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from smartkv import GateBank, HybridPolicy, LayerRule, Manifest, load_backbone
 from tests.configs import CONFIGS, OBJECTIVES, files_of, load, merged, name_of, options_of, settings
@@ -130,13 +131,24 @@ def test_a_harvest_config_runs(
     assert {source["origin"] for source in manifest.sources} == {"local"}
 
 
+@pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("ignore:.*no last checkpoint")
 @pytest.mark.parametrize("path", runs("fit"))
 def test_a_gates_config_runs(path: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    overrides = ["--data.init_args.shards", shards, "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
-    run_cli("fit", *options_of(path), *overrides)
-    export = next(c for c in merged(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
+    callbacks = merged(path)["trainer"]["callbacks"]
+    wanted: set[str] = set()
+    for perplexity in (c["init_args"] for c in callbacks if c["class_path"] == "HybridCachePerplexity"):
+        perplexity |= {"footprints": [0.5], "windows": 1, "dtype": "float32"}  # what so short windows can keep
+        named = perplexity["policy"] if isinstance(perplexity["policy"], list) else [perplexity["policy"]]
+        wanted = {f"val_delta_nll/{name}_0.5" for name in ["window", *named]}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks, "max_epochs": 1}}))
+    overrides = ["--data.init_args.shards", shards, "--trainer.limit_train_batches", "1"]
+    run_cli("fit", *options_of(path), "-c", tmp_path / "small.yaml", *overrides, "--trainer.accelerator", "cpu")
+    export = next(c for c in callbacks if c["class_path"] == "GateExport")
     assert len(GateBank.from_pretrained(tmp_path / export["init_args"]["out"])) == 4
+    logs = [EventAccumulator(str(file)).Reload() for file in tmp_path.rglob("events.*")]
+    assert {tag for log in logs for tag in log.Tags()["scalars"] if tag.startswith("val_delta_nll/")} == wanted
 
 
 @pytest.mark.parametrize("path", runs("online"))

@@ -155,20 +155,10 @@ def test_a_measurement_runs(arguments: list[str], work: dict[str, Path], tmp_pat
         run_eval(arguments, {"runs": {"mine": str(out)}, "out": out})
     else:
         changes = small(command, work, out)
-        if command == "perplexity" and any("hybrid.yaml" in word for word in arguments):
-            changes |= {"policies": [str(two_layers(tmp_path))], "footprints": [0.9]}  # one of the layers keeps all
         if "configs/eval/policies.yaml" in arguments:
             changes["contenders"] = ["gates", "window"]  # one of its policies is written by `eval auto`
         run_eval(without_adapter(arguments), changes)
     assert any(out.rglob("*.json" if command != "figures" else "*.png"))
-
-
-def two_layers(folder: Path) -> Path:
-    """The policy of the docs, for a model of two layers."""
-    content = yaml.safe_load((ROOT / "configs/policies/hybrid.yaml").read_text())
-    content["rules"] = [rule | {"layers": str(layer)} for layer, rule in enumerate(content["rules"][:2])]
-    (folder / "hybrid.yaml").write_text(yaml.safe_dump(content))
-    return folder / "hybrid.yaml"
 
 
 SCRIPTS = {command.words: command for command in COMMANDS if command.words[1:2] and "export_heads" in command.words[1]}
