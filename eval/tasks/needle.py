@@ -17,7 +17,7 @@ from eval.eviction.recall import Trial, trial
 from eval.tasks.answers import Sample
 from eval.tasks.heatmaps import panels
 from eval.tasks.report import Row, counted, full_of, mean, merged, right_where_full_is, score_table, shown
-from eval.tasks.suite import DEFAULT, Suite
+from eval.tasks.suite import Suite
 from smartkv.errors import SmartKVError
 from smartkv.texts.sources import SourceConfig
 
@@ -27,7 +27,7 @@ SPARE = 96  # tokens of a text's length that are reserved for fact, question and
 def needle(
     out: str,
     gates: str | None = None,
-    contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
+    contenders: list[str] | None = None,
     footprints: list[float] = [0.125, 0.25],  # noqa: B006
     lengths: list[int] = [1024, 2048, 4096],  # noqa: B006
     depths: int = 8,
@@ -49,7 +49,8 @@ def needle(
     Args:
         out: folder for needle.json and the pictures.
         gates: folder of exported gates, hub id, or the name of gates that come with SmartKV. Null: contenders without.
-        contenders: as for `compare`; those that are simulated by a mask generate nothing.
+        contenders: as for `compare`; those that are simulated by a mask generate nothing. Null: gates (where there are
+            some) and window.
         footprints: shares of the full cache to keep, for which prices are solved at each length.
         lengths: tokens of a sample, question and answer included.
         depths: number of places of the fact, evenly spread.
