@@ -3,7 +3,9 @@
 import copy
 import json
 import shlex
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -15,10 +17,11 @@ DONE = "training.json"  # written last, so a folder with this file is complete
 
 
 class AdapterExport(L.Callback):
-    """Callback that exports an `EvictionTuning` run when it ends.
+    """Callback that exports an `EvictionTuning` run when it ends, and its adapter at each checkpoint.
 
-    The folder gets the adapter (safetensors), the tokenizer and `schedule.json`; trained gates in `gates`; on request
-    the model with the adapter merged in, as float32, in `merged`; and last `training.json` with the run's settings.
+    `checkpoint-N` beside the folder, with N the optimiser step, gets the adapter as peft reads it. The folder gets the
+    adapter (safetensors), the tokenizer and `schedule.json`; trained gates in `gates`; on request the model with the
+    adapter merged in, as float32, in `merged`; and last `training.json` with the run's settings.
 
     Args:
         out: folder. Null: `final` in the Trainer's `default_root_dir`.
@@ -27,7 +30,7 @@ class AdapterExport(L.Callback):
 
     def __init__(self, out: str | None = None, merged: bool = False) -> None:
         self.out, self.merged = out, merged
-        self.exported = False
+        self.exported, self.saved_step = False, -1
 
     def folder(self, trainer: L.Trainer) -> Path:
         """Return the folder of the export."""
@@ -38,11 +41,25 @@ class AdapterExport(L.Callback):
         folder = self.folder(trainer)
         names = (DONE, "schedule.json", "adapter_config.json", "adapter_model.safetensors")
         parts = [folder / part / name for part in ("gates", "merged") for name in ("config.json", "model.safetensors")]
-        return [file for file in [*(folder / name for name in names), *parts] if file.is_file()]
+        checkpoints = sorted(folder.parent.glob("checkpoint-*/adapter_*"))
+        return [file for file in [*(folder / name for name in names), *parts, *checkpoints] if file.is_file()]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
         """Forget the export of an earlier fit."""
         self.exported = False
+
+    @rank_zero_only
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: EvictionTuning, checkpoint: dict[str, Any]) -> None:
+        """Save the adapter of this step beside the folder of the export; once, as `last` is saved too."""
+        folder = self.folder(trainer).parent / f"checkpoint-{trainer.global_step}"
+        if self.saved_step == trainer.global_step and folder.is_dir():
+            return
+        with tempfile.TemporaryDirectory(prefix=".checkpoint.", dir=_made(folder.parent)) as temporary:
+            pl_module.student.save_pretrained(temporary)
+            files = [path for path in Path(temporary).iterdir() if path.is_file()]
+            for file in sorted(files, key=lambda path: path.name == "adapter_config.json"):  # what peft looks for, last
+                write_atomically(folder / file.name, file.read_bytes())
+        self.saved_step = trainer.global_step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
         """Export the adapter."""
@@ -96,3 +113,8 @@ class AdapterExport(L.Callback):
             student.merge_and_unload().save_pretrained(out / "merged")
             pl_module.lm.tokenizer.save_pretrained(out / "merged")
         write_atomically(out / DONE, json.dumps(pl_module.described(), indent=1).encode())
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
