@@ -14,10 +14,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from eval.chat.conversation import Conversation, check_room, encode
 from eval.chat.page import write_page
-from eval.chat.score_scale import ScoreScale
 from eval.chat.terminal import ask, is_terminal
 from eval.common.options import CalibrationWindows, Model, Sampling
 from eval.common.results import write_result
+from eval.common.score_scale import ScoreScale
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.gates.pretrained import pretrained_gates

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.chat.score_scale import LARGEST_CODE, LIFESPAN, ScoreScale
+from eval.common.score_scale import LARGEST_CODE, LIFESPAN, ScoreScale
 from smartkv.errors import SmartKVError
 from smartkv.io.atomic import write_atomically
 from smartkv.policies.hybrid import FOREVER, HybridPolicy, LayerRule

@@ -196,6 +196,7 @@ class Suite:
         rows: Sequence[Row],
         tables: Sequence[Table],
         pictures: Sequence[Path],
+        more: dict[str, Any] | None = None,
     ) -> None:
         """Write `<name>.json` and `<name>.md`, and print the tables and the names of all files.
 
@@ -207,8 +208,9 @@ class Suite:
             rows: all rows.
             tables: of the rows.
             pictures: files that are written already.
+            more: further figures.
         """
-        figures = {"machine": machine(self.device), "rows": [vars(row) for row in rows]}
+        figures = {"machine": machine(self.device), **(more or {}), "rows": [vars(row) for row in rows]}
         result = write_result(out, name, self.settings | settings, {"units": units} | figures)
         for table in tables:
             self.console.print(table)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from eval.chat.page import UNDECIDED, encode_expiry, encode_predictions, write_page
-from eval.chat.score_scale import WORTH
+from eval.common.score_scale import WORTH
 from smartkv.errors import SmartKVError
 from smartkv.policies.hybrid import FOREVER, HybridPolicy, LayerRule
 from smartkv.policies.named import read_policy

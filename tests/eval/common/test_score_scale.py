@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eval.chat.page import encode_predictions
-from eval.chat.score_scale import ATTENTION, LIFESPAN, PLAIN, WORTH, ScoreScale
+from eval.common.score_scale import ATTENTION, LIFESPAN, PLAIN, WORTH, ScoreScale
 from smartkv import GateBank
 from smartkv.models.architecture import Fingerprint
 
