@@ -2,7 +2,10 @@
 
 import copy
 import json
+import shlex
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -14,23 +17,49 @@ DONE = "training.json"  # written last, so a folder with this file is complete
 
 
 class AdapterExport(L.Callback):
-    """Callback that exports an `EvictionTuning` run when it ends.
+    """Callback that exports an `EvictionTuning` run when it ends, and its adapter at each checkpoint.
 
-    The folder gets the adapter (safetensors), the tokenizer and `schedule.json`; trained gates in `gates`; on request
-    the model with the adapter merged in, as float32, in `merged`; and last `training.json` with the run's settings.
+    `checkpoint-N` beside the folder, with N the optimiser step, gets the adapter as peft reads it. The folder gets the
+    adapter (safetensors), the tokenizer and `schedule.json`; trained gates in `gates`; on request the model with the
+    adapter merged in, as float32, in `merged`; and last `training.json` with the run's settings.
 
     Args:
-        out: folder, such as runs/eit/final.
+        out: folder. Null: `final` in the Trainer's `default_root_dir`.
         merged: also write the merged model.
     """
 
-    def __init__(self, out: str, merged: bool = False) -> None:
-        self.out, self.merged = Path(out), merged
-        self.exported = False
+    def __init__(self, out: str | None = None, merged: bool = False) -> None:
+        self.out, self.merged = out, merged
+        self.exported, self.saved_step = False, -1
+
+    def folder(self, trainer: L.Trainer) -> Path:
+        """Return the folder of the export."""
+        return Path(trainer.default_root_dir) / "final" if self.out is None else Path(self.out)
+
+    def results(self, trainer: L.Trainer) -> list[Path]:
+        """Return the files of an earlier export."""
+        folder = self.folder(trainer)
+        names = (DONE, "schedule.json", "adapter_config.json", "adapter_model.safetensors")
+        parts = [folder / part / name for part in ("gates", "merged") for name in ("config.json", "model.safetensors")]
+        checkpoints = sorted(folder.parent.glob("checkpoint-*/adapter_*"))
+        return [file for file in [*(folder / name for name in names), *parts, *checkpoints] if file.is_file()]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
         """Forget the export of an earlier fit."""
         self.exported = False
+
+    @rank_zero_only
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: EvictionTuning, checkpoint: dict[str, Any]) -> None:
+        """Save the adapter of this step beside the folder of the export; once, as `last` is saved too."""
+        folder = self.folder(trainer).parent / f"checkpoint-{trainer.global_step}"
+        if self.saved_step == trainer.global_step and folder.is_dir():
+            return
+        with tempfile.TemporaryDirectory(prefix=".checkpoint.", dir=_made(folder.parent)) as temporary:
+            pl_module.student.save_pretrained(temporary)
+            files = [path for path in Path(temporary).iterdir() if path.is_file()]
+            for file in sorted(files, key=lambda path: path.name == "adapter_config.json"):  # what peft looks for, last
+                write_atomically(folder / file.name, file.read_bytes())
+        self.saved_step = trainer.global_step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
         """Export the adapter."""
@@ -45,28 +74,47 @@ class AdapterExport(L.Callback):
         if not self.exported:
             self._export(trainer, pl_module)
 
+    def summary(self, trainer: L.Trainer) -> list[str]:
+        """Return lines for the end of a fit: where the adapter is, what it achieved, and how to measure it."""
+        folder = self.folder(trainer)
+        cost = trainer.callback_metrics.get("val_cost")
+        achieved = "" if cost is None else f" (eviction costs {float(cost):.4f} nats a token on validation windows)"
+        backbone = trainer.lightning_module.hparams["backbone"]
+        options = {"backbone": backbone, "adapter": folder, "out": folder.parent / "compare"}
+        given = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items())
+        return [
+            f"adapter:    {folder}{achieved}",
+            f"measure it: python -m eval compare --config configs/eval/eit.yaml {given}",
+        ]
+
     @rank_zero_only
     def _export(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.out.mkdir(parents=True, exist_ok=True)
-        delete_partial_files(self.out)
-        (self.out / DONE).unlink(missing_ok=True)
-        pl_module.student.save_pretrained(str(self.out))
-        pl_module.lm.tokenizer.save_pretrained(self.out)
+        out = self.folder(trainer)
+        out.mkdir(parents=True, exist_ok=True)
+        delete_partial_files(out)
+        (out / DONE).unlink(missing_ok=True)
+        pl_module.student.save_pretrained(str(out))
+        pl_module.lm.tokenizer.save_pretrained(out)
         schedule = {
             "schedule": type(pl_module.schedule).__name__,
             "state": pl_module.schedule.state_dict(),
             "keep_ratio": pl_module.keep_ratio(),
             "step": trainer.global_step,
         }
-        write_atomically(self.out / "schedule.json", json.dumps(schedule, indent=1).encode())
+        write_atomically(out / "schedule.json", json.dumps(schedule, indent=1).encode())
         if (gates := pl_module.tuned_gates()) is not None:
-            gates.save_pretrained(self.out / "gates")
+            gates.save_pretrained(out / "gates")
         if self.merged:  # float32: bfloat16 would round away the adapter's small changes
             device = pl_module.lm.model.device  # may lack the memory for a second copy
             student = copy.deepcopy(pl_module.student.cpu()).float()
             pl_module.student.to(device)
-            student.merge_and_unload().save_pretrained(self.out / "merged")
-            pl_module.lm.tokenizer.save_pretrained(self.out / "merged")
-        write_atomically(self.out / DONE, json.dumps(pl_module.described(), indent=1).encode())
+            student.merge_and_unload().save_pretrained(out / "merged")
+            pl_module.lm.tokenizer.save_pretrained(out / "merged")
+        write_atomically(out / DONE, json.dumps(pl_module.described(), indent=1).encode())
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -2,6 +2,7 @@
 
 import time
 from functools import partial
+from itertools import product
 
 import lightning as L
 import torch
@@ -33,7 +34,7 @@ class HybridCachePerplexity(L.Callback):
 
     Args:
         footprints: shares of the full cache, each in (0, 1].
-        policy: a named one (all-gated, default, lifespan) or a YAML file.
+        policy: a named one (all-gated, default, lifespan) or a YAML file; or a list of them, each of which is measured.
         windows: validation windows to measure, over all processes.
         calibration_windows: training windows on which the policy's open figures are solved.
         score_from: first token of a window that is scored. Null: the middle one.
@@ -47,7 +48,7 @@ class HybridCachePerplexity(L.Callback):
     def __init__(
         self,
         footprints: tuple[float, ...] = (0.12, 0.22),
-        policy: str = "all-gated",
+        policy: str | list[str] = "all-gated",
         windows: int = 4,
         calibration_windows: int = 2,
         score_from: int | None = None,
@@ -57,7 +58,8 @@ class HybridCachePerplexity(L.Callback):
         chunk: int = 1024,
     ) -> None:
         """Keep the settings; `setup` checks them."""
-        self.footprints, self.policy_name, self.windows = tuple(footprints), policy, windows
+        self.footprints, self.windows = tuple(footprints), windows
+        self.policy_names = [policy] if isinstance(policy, str) else list(policy)
         self.calibration_windows, self.score_from = calibration_windows, score_from
         self.every_n_epochs, self.max_share, self.dtype, self.chunk = every_n_epochs, max_share, dtype, chunk
         self.lm: Backbone | None = None
@@ -86,14 +88,19 @@ class HybridCachePerplexity(L.Callback):
             raise SmartKVError(
                 f"score_from must be at least 1 and below the window of {window} tokens, got {self.first_token}"
             )
-        self.policy = read_policy(self.policy_name, fingerprint.layers)
+        self.policies = [read_policy(name, fingerprint.layers) for name in self.policy_names]
+        names = [policy.name for policy in self.policies]
+        if not names or len(set(names)) < len(names):
+            raise SmartKVError(f"policy must be one policy, or a list of policies with different names, got {names}")
         with torch.device("meta"):  # the gates of the run, without weights, so that no random numbers are drawn here
-            self.policy.check(fingerprint, GateBank(fingerprint, rows.layers, details={"inputs": rows.inputs}))
-        if self.policy.open is None:
-            raise SmartKVError(
-                f"policy '{self.policy_name}' leaves nothing open that a footprint could decide: "
-                "leave out its price or its window"
-            )
+            gates = GateBank(fingerprint, rows.layers, details={"inputs": rows.inputs})
+        for policy in self.policies:
+            policy.check(fingerprint, gates)
+            if policy.open is None:
+                raise SmartKVError(
+                    f"policy '{policy.name}' leaves nothing open that a footprint could decide: "
+                    "leave out its price or its window"
+                )
         plan = data.plan
         self.held_out = plan.of_split("validation")[: self.windows]
         self.learn = plan.of_split("train")[: self.calibration_windows]
@@ -132,14 +139,12 @@ class HybridCachePerplexity(L.Callback):
         gates = pl_module.gates().to(pl_module.device).eval()
         calibration = Calibration.of(gates, self.keys, query_before(self.first_token))
         measured = {"full": self.full, **self.reference}
-        for footprint in self.footprints:
+        for policy, footprint in product(self.policies, self.footprints):
             try:
-                policy = solve(self.policy, footprint, calibration)
-            except (
-                FootprintOutOfReach
-            ):  # the gates of an early epoch may reach no price that keeps so much or so little
+                solved = solve(policy, footprint, calibration)
+            except FootprintOutOfReach:  # the gates of an early epoch may have no price for so much or so little
                 continue
-            measured[f"{policy.name}_{footprint:g}"] = self._windows(trainer, gates, policy)
+            measured[f"{policy.name}_{footprint:g}"] = self._windows(trainer, gates, solved)
         self._draw(trainer, measured)
         self.measured_step = trainer.global_step
         self.spent += time.monotonic() - start

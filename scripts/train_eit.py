@@ -15,8 +15,32 @@ parser.add_argument("--max_length", type=int, default=2048, help="tokens per win
 parser.add_argument("--batch_size", type=int, default=1, help="windows per batch")
 parser.add_argument("--gradient_accumulation", type=int, default=8, help="batches per optimiser step")
 parser.add_argument("--save_steps", type=int, default=500, help="steps between checkpoints")
-parser.add_argument("--keep_ratio_start", type=float, default=0.9, help="share of the keys kept at the first step")
-parser.add_argument("--keep_ratio_end", type=float, default=0.3, help="share of the keys kept at the last step")
+schedule = parser.add_argument_group("schedule", "share of the keys that are kept; anchors are not counted")
+schedule.add_argument(
+    "--schedule",
+    choices=["linear", "fixed", "adaptive"],
+    default="linear",
+    help="linear: from start to end; fixed: start throughout; adaptive: lower while the model keeps up",
+)
+schedule.add_argument("--keep_ratio_start", type=float, default=0.9, help="share of the keys kept at the first step")
+schedule.add_argument("--keep_ratio_end", type=float, default=0.3, help="share of the keys kept at the last step")
+schedule.add_argument("--keep_ratio_change", type=float, default=0.05, help="adaptive: change at a validation")
+schedule.add_argument(
+    "--tolerance",
+    type=float,
+    default=0.05,
+    help="adaptive: cost of eviction, nats a token, up to which the share falls",
+)
+anchors = parser.add_argument_group("anchors", "keys that are never dropped")
+anchors.add_argument("--anchor_sinks", type=int, default=4, help="tokens at the start")
+anchors.add_argument("--anchor_recent", type=int, default=64, help="latest tokens, which every query sees")
+anchors.add_argument("--anchor_special", action=argparse.BooleanOptionalAction, default=True, help="special tokens")
+anchors.add_argument(
+    "--anchor_punctuation",
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help="tokens of nothing but punctuation",
+)
 parser.add_argument("--kl_weight", type=float, default=1.0, help="of KL(student ‖ teacher)")
 parser.add_argument("--lora_r", type=int, default=64, help="LoRA rank")
 parser.add_argument("--learning_rate", type=float, default=2e-4, help="of AdamW")
@@ -32,19 +56,17 @@ from main import main  # noqa: E402 - takes seconds, which --help skips
 configs = ROOT / "configs" / "eviction_tuning"
 base, model_overlay = configs / "base.yaml", configs / "qwen2.5-0.5b.yaml"
 batches = max(1, args.num_samples // args.batch_size)
-callbacks = yaml.safe_load(model_overlay.read_text(encoding="utf-8"))["trainer"]["callbacks"]
-for callback in callbacks:
-    if callback["class_path"] == "ModelCheckpoint":
-        callback["init_args"] |= {"dirpath": f"{args.output_dir}/checkpoints", "every_n_train_steps": args.save_steps}
-    elif callback["class_path"] == "AdapterExport":
-        callback["init_args"]["out"] = f"{args.output_dir}/final"
 trainer = {
     "max_steps": max(1, batches // args.gradient_accumulation),
     "accumulate_grad_batches": args.gradient_accumulation,
     "val_check_interval": min(batches, args.save_steps * args.gradient_accumulation),
-    "default_root_dir": args.output_dir,
-    "logger": {"init_args": {"save_dir": args.output_dir, "name": "curves"}},
-    "callbacks": callbacks,
+}
+ratios = {"start": args.keep_ratio_start, "end": args.keep_ratio_end}
+adaptive = ratios | {"change": args.keep_ratio_change, "tolerance": args.tolerance}
+schedules = {
+    "linear": {"class_path": "Linear", "init_args": ratios},
+    "fixed": {"class_path": "Fixed", "init_args": {"ratio": args.keep_ratio_start}},
+    "adaptive": {"class_path": "Adaptive", "init_args": adaptive},
 }
 model = {
     "backbone": args.model,
@@ -52,7 +74,16 @@ model = {
     "rank": args.lora_r,
     "alpha": 2 * args.lora_r,
     "learning_rate": args.learning_rate,
-    "schedule": {"init_args": {"start": args.keep_ratio_start, "end": args.keep_ratio_end}},
+    "schedule": schedules[args.schedule],
+    "dropping": {
+        "class_path": "RandomDropping",
+        "init_args": {
+            "sinks": args.anchor_sinks,
+            "recent": args.anchor_recent,
+            "special": args.anchor_special,
+            "punctuation": args.anchor_punctuation,
+        },
+    },
 }
 data = {
     "backbone": args.model,
@@ -62,7 +93,8 @@ data = {
 }
 Path(args.output_dir).mkdir(parents=True, exist_ok=True)
 options = Path(args.output_dir) / "options.yaml"
-run = {"trainer": trainer, "model": {"init_args": model}, "data": {"init_args": data}}
+run = {"out": args.output_dir, "trainer": trainer, "model": {"init_args": model}, "data": {"init_args": data}}
 options.write_text(yaml.safe_dump(run), encoding="utf-8")
 overlays = [argument for path in (base, model_overlay, options) for argument in ("-c", str(path))]
-main(["fit", *overlays, *more, *(["--ckpt_path", "last"] if args.resume else [])])
+checkpoints = ["--trainer.callbacks.ModelCheckpoint.every_n_train_steps", str(args.save_steps)]
+main(["fit", *overlays, *checkpoints, *more, *(["--ckpt_path", "last"] if args.resume else [])])

@@ -38,7 +38,7 @@ def calibrate(
     sinks: int = 4,
     seed: int = 0,
 ) -> None:
-    """Measure a model's attention on validation text.
+    """Show a model's modules, and measure its attention on validation text.
 
     Args:
         out: folder for calibrate.json and the pictures.
@@ -65,7 +65,9 @@ def calibrate(
     overall = AttentionDistribution.merged(observer.distributions).summary(SHOWN)
     lifespans = torch.cat([w[..., sinks : window - spec.follow_up] for w in observer.lifespans], dim=-1)
     labels = {str(t): _label_figures(row, spec.follow_up) for t, row in zip(thresholds, lifespans, strict=True)}
-    architecture = {**asdict(lm.architecture), "gates": lm.architecture.gates, "pre_rope_key": site}
+    arch = lm.architecture
+    attention_map = [1, arch.query_heads, window, window]
+    architecture = {**asdict(arch), "gates": arch.gates, "pre_rope_key": site, "attention_map": attention_map}
     folder = Path(out)
     result = write_result(
         folder,
@@ -93,12 +95,14 @@ def calibrate(
         save_picture(_lifespan_picture(lifespans, thresholds, spec.follow_up), folder / "lifespans_by_threshold.png"),
         save_picture(_heatmap(lifespans, thresholds, spec.follow_up), folder / "lifespans_by_head.png"),
     ]
-    arch = lm.architecture
+    console.print(str(lm.model), highlight=False, markup=False)
     console.print(
         f"{model.backbone} ({arch.model_type}): {arch.layers} layers, {arch.query_heads} query heads, "
         f"{arch.kv_heads} KV heads of {arch.head_dim} dims: {arch.gates} gates\n"
         f"pre-RoPE key: output of {site['module']}, (kv_heads, tokens, head_dim) = {tuple(site['shape'])}, "
-        "checked on the module itself",
+        "checked on the module itself\n"
+        f"attention map of a layer: (batch, query_heads, queries, keys) = {tuple(attention_map)}, "
+        "of which only blocks of queries are in memory",
         highlight=False,
     )
     console.print(_attention_table(overall, layers))

@@ -193,12 +193,21 @@ class Conversation:
         return self.turns[-1]
 
     def status(self, ms_per_token: float | None) -> str:
-        """Return a line that compares the cache's bytes with a full cache's."""
+        """Return a line that compares the cache's bytes with a full cache's.
+
+        Slots come in pages. Those of a short text may weigh more than the keys that were evicted: the line then says
+        so, and compares keys.
+        """
         tokens = self.cache.get_seq_length()
         if not tokens:
             return f"reading {len(self.ids):,} tokens …"
         stored, full = self.cache.storage_bytes, full_cache_bytes(self.lm.model, tokens)
-        line = f"KV {_size(stored)} of {_size(full)} full ({stored / full:.0%}) · {tokens:,} tokens".replace("%", " %")
+        if stored <= full:
+            held = f"KV {_size(stored)} of {_size(full)} full ({stored / full:.0%})"
+        else:
+            keys = float(self.cache.live_keys.double().mean()) / tokens
+            held = f"KV {_size(stored)} with spare slots, full {_size(full)}, {keys:.0%} of the keys"
+        line = f"{held} · {tokens:,} tokens".replace("%", " %")
         return line if ms_per_token is None else f"{line} · {ms_per_token:.0f} ms/token"
 
     def token_texts(self) -> list[str]:

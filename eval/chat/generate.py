@@ -1,11 +1,14 @@
 """`python -m eval generate`: complete a text or chat with an evicting cache, and write a page of what it kept."""
 
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -14,26 +17,32 @@ from eval.chat.page import write_page
 from eval.chat.terminal import ask, is_terminal
 from eval.common.options import CalibrationWindows, Model, Sampling
 from eval.common.results import write_result
+from eval.common.score_scale import ScoreScale
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
+from smartkv.gates.pretrained import pretrained_gates
 from smartkv.labels.lifespans import check_window
 from smartkv.metrics.perplexity import full_cache_bytes
+from smartkv.models.architecture import Architecture
 from smartkv.models.backbone import Backbone
-from smartkv.policies.budgets import Calibration, solve
-from smartkv.policies.hybrid import HybridPolicy
+from smartkv.models.key_hooks import read_keys
+from smartkv.policies.budgets import Calibration, policy_of, solve
+from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from smartkv.policies.named import read_policy
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
 
+SHIPPED = "auto"  # gates that come with SmartKV for the model
+
 
 def generate(
     out: str,
-    gates: str | None = None,
+    gates: str | None = SHIPPED,
     prompt: str | None = None,
     prompt_file: str | None = None,
     chat: bool = False,
-    policy: str = "all-gated",
-    footprint: float = 0.2,
+    policy: str | None = None,
+    footprint: float = 0.25,
     price: float | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008 - jsonargparse shows it
     calibration: CalibrationWindows = CalibrationWindows([SourceConfig("builtin")], windows=2),  # noqa: B008
@@ -45,25 +54,30 @@ def generate(
     Without a prompt, lines are read from the terminal: an empty one or Ctrl-D ends, Ctrl-C stops an answer.
 
     Args:
-        out: folder for generate.json and lifespans.html, the text coloured by predicted time to live. Without chat
+        out: folder for generate.json and lifespans.html, the text coloured by what the gates predict. Without chat
             each line is a text of its own, and the last one is written.
-        gates: folder of exported gates, or hub id. Null: only policies without gates.
+        gates: folder of exported gates, hub id, or the name of gates that come with SmartKV. Auto: those that come with
+            SmartKV for this model, none for other models. Null: only policies without gates.
         prompt: text to go on with, or to answer.
         prompt_file: a file that holds it.
         chat: answer by the model's chat template; one cache for the whole conversation.
-        policy: named (all-gated, default, lifespan, window, full) or a YAML file.
-        footprint: share of the full cache that the policy's open windows and price are solved for.
-        price: of a key, in place of the solved one: log4 of the predicted lifespan above which it stays.
+        policy: named (all-gated, default, lifespan, window, full) or a YAML file. Null: the one that is stored with the
+            gates, and all-gated for gates without one.
+        footprint: share of the full cache's keys. Gates that remember prices have one for it; else the policy's open
+            windows and price are solved for it.
+        price: of a key, in place of that: the prediction above which it stays, in the unit of the gates (log4 of tokens
+            for gates that predict lifespans, log of nats for gates that judge for ages).
         sampling: how an answer is generated.
-        calibration: texts on which windows and price are solved.
+        calibration: texts on which open windows and an open price are solved.
         model: the frozen language model.
         seed: of sampling, and of the choice of windows.
     """
     text = _prompt(prompt, prompt_file)
     _check(sampling, min(calibration.window - 1, calibration.windows))
     architecture = model.architecture()
+    gates = _shipped(architecture) if gates == SHIPPED else gates
     bank = GateBank.from_pretrained(gates) if gates else None
-    chosen = _priced(read_policy(policy, architecture.layers), price)
+    chosen = _policy(policy, price, footprint, bank, architecture.layers)
     chosen.check(architecture, bank)
     if chosen.open and not 0 < footprint <= 1:
         raise SmartKVError(f"a footprint is a share of the full cache above 0 and at most 1, got {footprint}")
@@ -80,9 +94,11 @@ def generate(
         check_window(lm.model, calibration.window)
         counts = {"train": calibration.windows}
         plan = plan_windows(calibration.sources, counts, lm.tokenizer, calibration.window, seed=seed, say=_tell)
-        chosen = solve(chosen, footprint, Calibration.measure(lm.model, bank, plan.of_split("train")))
+        chosen = solve(chosen, footprint, _calibration(lm, bank if chosen.gated else None, plan.of_split("train")))
         texts = plan.sources
     torch.manual_seed(seed)
+    scale = ScoreScale.of(bank)
+    _tell(_describe(chosen, scale, gates))
     conversation = _talk(lm, bank, chosen, text, chat, _generation(lm, sampling))
     if conversation is None:
         return
@@ -108,6 +124,7 @@ def generate(
         policy=chosen,
         model=lm.name,
         generated=conversation.generated,
+        scale=scale,
     )
     _tell(str(result))
     print(f"{conversation.status(figures['ms_per_token'])} · {page}", file=sys.stderr)
@@ -138,12 +155,43 @@ def _check(sampling: Sampling, calibration: int) -> None:
         raise SmartKVError("calibration needs at least 1 window of at least 2 tokens")
 
 
-def _priced(policy: HybridPolicy, price: float | None) -> HybridPolicy:
+def _shipped(architecture: Architecture) -> str | None:
+    """Return the name of the gates that come with SmartKV for a model of this architecture; None: there are none."""
+    shape = (architecture.model_type, architecture.layers, architecture.kv_heads, architecture.head_dim)
+    for name in pretrained_gates():
+        made_for = GateBank.from_pretrained(name).fingerprint
+        if shape == (made_for.model_type, made_for.layers, made_for.kv_heads, made_for.head_dim):
+            return name
+    return None
+
+
+def _policy(
+    name: str | None, price: float | None, footprint: float, gates: GateBank | None, layers: int
+) -> HybridPolicy:
+    """Return the policy of a name, else the one stored with the gates, with a price that is given or remembered."""
+    stored = gates.details if gates is not None and name is None else {}
+    if "policy" not in stored:
+        chosen = read_policy(name or "all-gated", layers)
+    elif price is None and gates is not None and stored.get("prices"):
+        return policy_of(gates, footprint)
+    else:
+        chosen = HybridPolicy.from_dict(stored["policy"])
     if price is None:
-        return policy
-    if not policy.gated:
-        raise SmartKVError(f"policy '{policy.name}' asks no gates: it takes no price")
-    return replace(policy, price=price)
+        return chosen
+    if not chosen.gated:
+        raise SmartKVError(f"policy '{chosen.name}' asks no gates: it takes no price")
+    return replace(chosen, price=price)
+
+
+@torch.inference_mode()
+def _calibration(lm: Backbone, gates: GateBank | None, windows: torch.Tensor) -> Calibration:
+    """Read windows `[windows, tokens]` with a full cache; a terminal shows how far it is."""
+    if gates is None:
+        return Calibration.without_gates(lm.architecture.layers, windows.shape[1])
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        shown = progress.track(windows, description="Solving the price")
+        return Calibration.of(gates, [read_keys(lm.model, ids) for ids in shown])
 
 
 def _generation(lm: Backbone, sampling: Sampling) -> GenerationConfig | None:
@@ -177,7 +225,6 @@ def _talk(
     Returns:
         The last conversation; None if no line was entered.
     """
-    _tell(_describe(policy))
     conversation = None
     if text is not None:
         conversation = Conversation(lm, gates, policy, chat)
@@ -195,14 +242,21 @@ def _talk(
     return conversation
 
 
-def _describe(policy: HybridPolicy) -> str:
+def _describe(policy: HybridPolicy, scale: ScoreScale, gates: str | None) -> str:
+    """Return the policy in words, its prices in the unit of the gates."""
+    gated = [rule for rule in policy.rules if rule.rule == "gated"]
     windows = sorted({rule.window for rule in policy.rules if rule.window is not None})
+    prices = sorted({price for rule in gated if (price := _price(rule, policy)) is not None and math.isfinite(price)})
     parts = [f"policy {policy.name}"]
+    if gated:
+        parts.append(f"gates {gates}")
     if windows:
         parts.append(f"window {windows[0]}" if len(windows) == 1 else f"windows {windows[0]}-{windows[-1]}")
-    if policy.gated and policy.price is not None and policy.price > float("-inf"):
-        parts.append(f"price {policy.price:.2f} (a predicted lifespan of {4**policy.price:.0f} tokens)")
-    return ", ".join(parts)
+    return ", ".join([*parts, *map(scale.describe_price, prices)])
+
+
+def _price(rule: LayerRule, policy: HybridPolicy) -> float | None:
+    return policy.price if rule.price is None else rule.price
 
 
 def _figures(conversation: Conversation) -> dict[str, Any]:

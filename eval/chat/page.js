@@ -1,19 +1,26 @@
 "use strict";
 // What the page shows: predictions and expiries of every key, of one head or of several at once, at a time `t`.
 const data = JSON.parse(document.getElementById("data").textContent);
-const { layers, heads, sinks, steps, rules } = data;
+const { layers, heads, sinks, steps, scale, rules } = data;
 const count = data.tokens.length;
 const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
-const predictions = bytes(data.predictions); // [layers, heads, tokens], `steps` a factor of 4; NONE: no gates
+const predictions = bytes(data.predictions); // [layers, heads, tokens], codes of scores, see `score`; NONE: no gates
 const expiry = new Uint16Array(bytes(data.expiry).buffer); // first token that does not see the key
-const NONE = 255, FOR_GOOD = 65535, UNDECIDED = 65534, TOP = 5; // TOP: log4 of 1,024 tokens
+const NONE = 255, FOR_GOOD = 65535, UNDECIDED = 65534;
+const score = (code) => scale.low + code / steps;
+const place = (y) => Math.min(Math.max((y - scale.bottom) / (scale.top - scale.bottom), 0), 1); // of a score in the colours
 const at = (id) => document.getElementById(id);
 const number = (value) => value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 1 : 0 });
+const amount = (y) => { // of a score, with its unit
+  const value = scale.base === null ? y : scale.base ** y, few = { maximumSignificantDigits: 2 };
+  const shown = scale.unit === "tokens" ? number(value) : value.toLocaleString("en", Math.abs(value) < 10 ? few : {});
+  return [shown, scale.unit ? ` ${scale.unit}` : ""];
+};
 const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 
 const state = { layer: "mean", head: "mean", t: count - 1, fade: true };
 let chosen = []; // where the chosen heads' keys begin in `predictions` and `expiry`
-let lifetime = []; // mean log4 prediction of each token over them, NaN without gates
+let predicted = []; // mean score of each token over them, NaN without gates
 let live = []; // their live keys at each time
 let seen = null; // the token that is looked at
 let anchored = null; // what the tip about it stands beside
@@ -33,9 +40,9 @@ const mix = (a, b, share) => a.map((value, place) => value + (b[place] - value) 
 const css = (rgb) => `rgb(${rgb.map(Math.round).join(" ")})`;
 function colour(y) {
   if (Number.isNaN(y)) return theme.none;
-  const last = theme.rgb.length - 1, place = Math.min(Math.max(y / TOP, 0), 1) * last;
-  const below = Math.min(Math.floor(place), last - 1);
-  return mix(theme.rgb[below], theme.rgb[below + 1], place - below);
+  const last = theme.rgb.length - 1, between = place(y) * last;
+  const below = Math.min(Math.floor(between), last - 1);
+  return mix(theme.rgb[below], theme.rgb[below + 1], between - below);
 }
 function luminance(rgb) {
   const [r, g, b] = rgb.map((value) => ((value / 255 + 0.055) / 1.055) ** 2.4);
@@ -61,7 +68,7 @@ function look(y, share) {
 function choose() {
   const all = (chosenOne, total) => (chosenOne === "mean" ? [...Array(total).keys()] : [chosenOne]);
   chosen = all(state.layer, layers).flatMap((l) => all(state.head, heads).map((h) => (l * heads + h) * count));
-  lifetime = Array.from({ length: count }, (_, j) => meanPrediction(chosen, j));
+  predicted = Array.from({ length: count }, (_, j) => meanPrediction(chosen, j));
   const change = new Int32Array(count + 1);
   for (const start of chosen)
     for (let j = 0; j < count; j++) {
@@ -74,7 +81,7 @@ function choose() {
 function meanPrediction(starts, j) {
   let sum = 0, known = 0;
   for (const start of starts)
-    if (predictions[start + j] !== NONE) (sum += predictions[start + j] / steps), known++;
+    if (predictions[start + j] !== NONE) (sum += score(predictions[start + j])), known++;
   return known ? sum / known : NaN;
 }
 function held(j, t) {
@@ -117,7 +124,7 @@ function drawTime() {
   const gone = [];
   for (let j = 0; j < count; j++) {
     const span = spans[j], share = j > t ? 0 : held(j, t), unread = j > t;
-    const [background, ink] = unread ? ["", ""] : look(lifetime[j], fade ? share : 1);
+    const [background, ink] = unread ? ["", ""] : look(predicted[j], fade ? share : 1);
     if (span.look !== background + ink) {
       span.look = background + ink;
       span.style.background = background;
@@ -162,7 +169,7 @@ function drawMap() {
     const change = new Int32Array(size + 1), first = row * step, last = Math.min(first + step, count);
     let sum = 0, known = 0;
     for (let j = first; j < last; j++) {
-      if (!Number.isNaN(lifetime[j])) (sum += lifetime[j]), known++;
+      if (!Number.isNaN(predicted[j])) (sum += predicted[j]), known++;
       for (const start of chosen) {
         change[row]++;
         const end = Math.ceil(expiry[start + j] / step);
@@ -198,7 +205,7 @@ function drawGrid() {
 function headMean(start) {
   let sum = 0, known = 0;
   for (let j = sinks; j < count; j++)
-    if (predictions[start + j] !== NONE) (sum += predictions[start + j] / steps), known++;
+    if (predictions[start + j] !== NONE) (sum += score(predictions[start + j])), known++;
   return known ? sum / known : NaN;
 }
 function drawRule() {
@@ -207,10 +214,14 @@ function drawRule() {
   const price = rule?.price ?? null, show = price !== null;
   at("price").hidden = at("above").hidden = !show;
   if (show) {
-    at("price").style.left = `${Math.min(Math.max(price / TOP, 0), 1) * 100}%`;
-    at("price").title = "the price: a key predicted to live longer stays";
+    at("price").style.left = `${place(price) * 100}%`;
+    at("price").title = `the price, ${amount(price).join("")}: a key above it stays`;
   }
-  const longer = show ? `, for good if predicted to live more than ${number(4 ** price)}` : ", then for its own time";
+  const ages = scale.ages.map((age) => age.toLocaleString("en")).join(", "), above = show && amount(price).join("");
+  const dear = scale.ages.length
+    ? `, then until the first age (${ages}) at which it is ${scale.said} no more than ${above}`
+    : `, for good if ${scale.said} more than ${above}`;
+  const longer = show ? dear : ", then for its own time";
   const words = {
     full: () => "every key is kept",
     window: () => `each key is kept ${rule.window} tokens`,
@@ -222,6 +233,14 @@ function drawRule() {
 function drawAll() {
   readTheme();
   choose();
+  const ends = [scale.ticks[0][1], scale.ticks.at(-1)[1]];
+  at("caption").textContent = scale.caption;
+  at("legend").ariaLabel = `Colours, by ${scale.caption}, from ${ends.join(" to ")}`;
+  at("ticks").replaceChildren(...scale.ticks.map(([where, label]) => {
+    const tick = Object.assign(document.createElement("span"), { textContent: label });
+    tick.style.setProperty("--place", where);
+    return tick;
+  }));
   at("ramp").style.background = `linear-gradient(90deg, ${theme.stops.join(", ")})`;
   at("layer").value = state.layer;
   at("head").value = state.head;
@@ -248,7 +267,7 @@ function inspect(j, anchor = j === null ? null : spans[j]) {
     return whole;
   };
   const origin = data.generated[j] === "1" ? ", generated" : "";
-  const lines = [`token |${j.toLocaleString("en")}|${origin}`, predicted(j), fate(j)]; // strong between bars
+  const lines = [`token |${j.toLocaleString("en")}|${origin}`, judgement(j), fate(j)]; // strong between bars
   tip.replaceChildren(part("b", visible(j)), ...lines.map(line));
   anchored = anchor;
   placeTip();
@@ -261,10 +280,11 @@ function placeTip() {
   tip.style.left = `${Math.min(Math.max(box.left, 12), innerWidth - size.width - 12)}px`;
   tip.style.top = `${below + size.height > bottom ? Math.max(above, 8) : below}px`;
 }
-function predicted(j) {
+function judgement(j) {
   const open = chosen.some((start) => expiry[start + j] === UNDECIDED);
-  if (Number.isNaN(lifetime[j])) return open ? "not predicted yet" : "no gates here";
-  return `predicted to live |${number(4 ** lifetime[j])}| tokens${chosen.length > 1 ? ", on average" : ""}`;
+  if (Number.isNaN(predicted[j])) return open ? "not predicted yet" : "no gates here";
+  const [shown, unit] = amount(predicted[j]), age = scale.ages.length ? ` at age ${scale.ages.at(-1)}` : "";
+  return `${scale.said} |${shown}|${unit}${age}${chosen.length > 1 ? ", on average" : ""}`;
 }
 function fate(j) {
   const ends = chosen.map((start) => expiry[start + j]), evicted = ends.filter((end) => end < UNDECIDED);
@@ -275,5 +295,6 @@ function fate(j) {
     return `held by |${ends.filter((other) => other > state.t).length} of ${ends.length}| heads at token ${now}`;
   if (evicted.length && ends[0] >= count) return `will be evicted at token |${end}`;
   if (ends[0] === UNDECIDED) return "|in the window|, not decided yet";
-  return evicted.length ? `evicted at token |${end}|, after ${(ends[0] - j).toLocaleString("en")}` : "|kept|";
+  const age = (ends[0] - j).toLocaleString("en");
+  return evicted.length ? `evicted at token |${end}|, after ${age}` : "|kept|";
 }

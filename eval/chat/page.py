@@ -1,4 +1,4 @@
-"""An HTML page of a text, coloured by the predicted lifespan of each key and by when it was evicted.
+"""An HTML page of a text, coloured by what gates predict of each key and by when it was evicted.
 
 The page is one file and makes no network request. It is put together from `page.html`, `page.css`, `page.js` (display)
 and `page_controls.js` (input). A content security policy allows that script alone and forbids every request.
@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.common.score_scale import LARGEST_CODE, LIFESPAN, ScoreScale
 from smartkv.errors import SmartKVError
 from smartkv.io.atomic import write_atomically
 from smartkv.policies.hybrid import FOREVER, HybridPolicy, LayerRule
 
 PARTS = Path(__file__).parent
 UNDECIDED = -1  # expiry of a key that is still in its window
-STEPS = 40  # encoded steps of a prediction a factor of 4, that is 3.5 % a step
-NO_PREDICTION, LARGEST_PREDICTION = 255, 254
+NO_PREDICTION = 255
 FOR_GOOD, NOT_DECIDED, LARGEST_EXPIRY = 65535, 65534, 65533
 
 
@@ -36,18 +36,20 @@ def write_page(
     policy: HybridPolicy,
     model: str,
     generated: list[bool] | None = None,
+    scale: ScoreScale = LIFESPAN,
 ) -> Path:
     """Write the page of one text.
 
     Args:
         path: of the HTML file.
         tokens: text of each token, in order; any characters.
-        predictions: float `[layers, kv_heads, tokens]`, log4 of a lifespan in tokens; NaN: no gates there.
+        predictions: float `[layers, kv_heads, tokens]`, scores of the gates; NaN: no gates there.
         expiry: int `[layers, kv_heads, tokens]`, the first position whose query does not see the key; `FOREVER`: for
             ever; `UNDECIDED`: still in its window.
         policy: the policy that decided; its windows, price and sinks are shown.
         model: its name.
         generated: which tokens the model made; None: none.
+        scale: unit and words of the scores.
 
     Returns:
         `path`.
@@ -64,15 +66,18 @@ def write_page(
         )
     if not 0 < count < LARGEST_EXPIRY:
         raise SmartKVError(f"a page shows 1 to {LARGEST_EXPIRY - 1:,} tokens, got {count:,}")
+    rules = [_rule(rule, policy) for rule in policy.by_layer(layers)]
+    scale = scale.fitted(predictions, [rule["price"] for rule in rules if rule["price"] is not None])
     data = {
         "tokens": tokens,
         "generated": "".join("1" if made else "0" for made in generated),
         "layers": layers,
         "heads": kv_heads,
         "sinks": policy.sinks,
-        "steps": STEPS,
-        "rules": [_rule(rule, policy) for rule in policy.by_layer(layers)],
-        "predictions": _base64(encode_predictions(predictions)),
+        "steps": scale.steps,
+        "scale": scale.to_dict(),
+        "rules": rules,
+        "predictions": _base64(encode_predictions(predictions, scale)),
         "expiry": _base64(encode_expiry(expiry)),
     }
     script = "".join((PARTS / name).read_text(encoding="utf-8") for name in ("page.js", "page_controls.js"))
@@ -83,6 +88,7 @@ def write_page(
         "MODEL": html.escape(model),
         "POLICY": html.escape(policy.name),
         "COUNT": f"{count:,}",
+        "JUDGED": html.escape(scale.judged),
         "DATA": json.dumps(data).replace("<", "\\u003c"),  # so that no token can close the element
     }
     template = (PARTS / "page.html").read_text(encoding="utf-8")
@@ -91,9 +97,9 @@ def write_page(
     return path
 
 
-def encode_predictions(predictions: Tensor) -> np.ndarray:
-    """Encode log4 lifespans as uint8, `STEPS` a factor of 4 from 1 token on; NaN becomes `NO_PREDICTION`."""
-    steps = (predictions.double() * STEPS).round().clamp(0, LARGEST_PREDICTION)
+def encode_predictions(predictions: Tensor, scale: ScoreScale = LIFESPAN) -> np.ndarray:
+    """Encode scores as uint8, `scale.steps` a unit from `scale.low` on; NaN becomes `NO_PREDICTION`."""
+    steps = ((predictions.double() - scale.low) * scale.steps).round().clamp(0, LARGEST_CODE)
     return steps.nan_to_num(NO_PREDICTION).to(torch.uint8).cpu().numpy()
 
 

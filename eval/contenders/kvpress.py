@@ -41,6 +41,30 @@ NEEDS = {
 SINKS, WINDOW = 4, 16  # tokens that LifespanPress always keeps
 
 
+def check_press(name: str, gates: GateBank | None) -> Any:
+    """Return the module kvpress, after checking that there is such a press and that it has its gates.
+
+    Args:
+        name: `press:` and one of `NEEDS`.
+        gates: for `lifespan`; None: there are none.
+
+    Raises:
+        SmartKVError: an unknown name, gates that are missing, or kvpress is not installed.
+    """
+    press = name.removeprefix(PREFIX)
+    if press not in NEEDS:
+        raise SmartKVError(f"there is no '{name}': expected {', '.join(PREFIX + known for known in NEEDS)}")
+    if "lifespan" in press and gates is None:
+        raise SmartKVError(f"contender '{name}' needs gates: give --gates")
+    try:
+        import kvpress
+    except ImportError as error:
+        raise SmartKVError(
+            f"contender '{name}' needs kvpress: pip install 'smartkv[kvpress]' in an environment of its own"
+        ) from error
+    return kvpress
+
+
 class PressContender:
     """A press by its name.
 
@@ -62,20 +86,11 @@ class PressContender:
     def __init__(
         self, lm: Backbone, gates: GateBank | None, name: str, windows: Sequence[Tensor], prefill: int
     ) -> None:
+        self.kvpress = check_press(name, gates)
         press = name.removeprefix(PREFIX)
-        if press not in NEEDS:
-            raise SmartKVError(f"there is no '{name}': expected {', '.join(PREFIX + known for known in NEEDS)}")
-        if "lifespan" in press and gates is None:
-            raise SmartKVError(f"contender '{name}' needs gates: give --gates")
-        try:
-            import kvpress
-        except ImportError as error:
-            raise SmartKVError(
-                f"contender '{name}' needs kvpress: pip install 'smartkv[kvpress]' in an environment of its own"
-            ) from error
         self.lm, self.gates, self.name, self.press, self.prefill = lm, gates, name, press, prefill
         self.kind, self.needs = ("ours" if "lifespan" in press else "rule"), NEEDS[press]
-        self.windows, self.kvpress = windows, kvpress
+        self.windows = windows
 
     @torch.no_grad()
     def solved(self, footprint: float) -> Any:

@@ -7,20 +7,22 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from eval.common.options import Model
 from eval.contenders.base import Contender, EvictionProtocol, FullCache
 from eval.contenders.baselines import BASELINES, SEEDS, baseline
-from eval.contenders.kvpress import PREFIX, PressContender
+from eval.contenders.kvpress import PREFIX, PressContender, check_press
 from eval.contenders.policies import PolicyContender
 from eval.contenders.quantised import QuantisedContender
 from eval.contenders.scored import GateScores, ScoredContender, Scores
 from smartkv.baselines.oracles import oracle_labels
 from smartkv.cache.adaptive_cache import AdaptiveCache
-from smartkv.cache.quantized_cache import QuantizedCache
+from smartkv.cache.quantized_cache import QuantizedCache, QuantizedLayer, scheme
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import log4_lifespan
 from smartkv.metrics.nulls import TableNull
 from smartkv.metrics.perplexity import query_before
+from smartkv.models.architecture import Architecture
 from smartkv.models.backbone import Backbone
 from smartkv.policies.budgets import Calibration
 from smartkv.policies.hybrid import HybridPolicy
@@ -30,7 +32,7 @@ from smartkv.quantization.affine import check_bits
 NULLS = ("null:constant", "null:position", "null:token_table")
 ORACLES = ("oracle:lifespan", "oracle:attention")
 QUANTISED = "quant:"
-ADAPTIVE_BY_GATES = "quant:adaptive_gates"
+ADAPTIVE, ADAPTIVE_BY_GATES = "quant:adaptive", "quant:adaptive_gates"
 OWN_POLICY = "gates"  # the policy that is stored with the gates
 DEFAULT = (OWN_POLICY, "window", *BASELINES, *NULLS, *ORACLES)
 WINDOW = 32  # number of latest tokens that nulls and oracles always keep
@@ -58,8 +60,9 @@ def make_contenders(
         prefill: tokens of the prefill, for protocol once.
 
     Raises:
-        SmartKVError: an unknown name, a name that needs gates when there are none, or one of the other protocol.
+        SmartKVError: see `check_contenders`.
     """
+    check_contenders(names, lm.architecture, gates, protocol)
     tokens = len(windows[0])
     counted = prefill if protocol == "once" else query_before(first_token)
     contenders: list[Contender] = [FullCache(lm)]
@@ -77,8 +80,6 @@ def make_contenders(
 
     for name in dict.fromkeys(names):
         if name.startswith(PREFIX):
-            if protocol != "once":
-                raise SmartKVError(f"contender '{name}' compresses once, after the prefill: it is for --protocol once")
             contenders.append(PressContender(lm, gates, name, windows, prefill))
         elif name in BASELINES:
             for seed in SEEDS if name == "random" else SEEDS[:1]:
@@ -92,14 +93,9 @@ def make_contenders(
             contenders.append(
                 scored(name, "oracle", "the text to come", _true_labels(lm, name), name == "oracle:lifespan")
             )
-        elif name.startswith(("null:", "oracle:")):
-            raise SmartKVError(f"there is no contender '{name}': expected {', '.join((*NULLS, *ORACLES))}")
         else:
             name, bits = _without_bits(name)
-            policy = _own_policy(gates) if name == OWN_POLICY else read_policy(name, lm.architecture.layers)
-            if bits and protocol == "once":
-                raise SmartKVError(f"contender '{name}' packs while it reads: it is for --protocol stream")
-            policy.check(lm.architecture, gates)
+            policy = _policy(name, lm.architecture, gates)
             if protocol == "once" and policy.gated:
                 contenders.append(scored(name, "ours", "keys", _gate_scores(lm, gates)))
             elif protocol == "once":
@@ -108,6 +104,65 @@ def make_contenders(
                 kind = "ours" if policy.gated else "rule"
                 contenders.append(PolicyContender(lm, gates, policy, partial(calibrate, policy.gated), kind, bits))
     return contenders
+
+
+def names_or_default(names: Sequence[str] | None, default: Sequence[str], gates: str | None) -> list[str]:
+    """Return the names that are given, else the default ones; without gates none that is a policy stored with them."""
+    return list(names) if names is not None else [name for name in default if gates or name != OWN_POLICY]
+
+
+def check_contenders(
+    names: Sequence[str], model: Architecture, gates: GateBank | None, protocol: EvictionProtocol = "stream"
+) -> None:
+    """Check that all names are those of contenders, before a model or a text is loaded for them.
+
+    Args:
+        names: see `eval.eviction.compare.compare`.
+        model: architecture of the model.
+        gates: None: there are none.
+        protocol: stream or once.
+
+    Raises:
+        SmartKVError: an unknown name, a name that needs gates when there are none, or one of the other protocol.
+    """
+    for name in names:
+        if name.startswith(PREFIX):
+            if protocol != "once":
+                raise SmartKVError(f"contender '{name}' compresses once, after the prefill: it is for --protocol once")
+            check_press(name, gates)
+        elif name.startswith(QUANTISED):
+            if name == ADAPTIVE_BY_GATES and gates is None:
+                raise SmartKVError(f"contender '{name}' needs gates: give --gates")
+            if name not in (ADAPTIVE, ADAPTIVE_BY_GATES):
+                codec, residual = _codec(name)
+                chosen, usual = scheme(codec)
+                QuantizedLayer(chosen, usual if residual is None else residual)
+        elif name.startswith(("null:", "oracle:")):
+            if name not in (*NULLS, *ORACLES):
+                raise SmartKVError(f"there is no contender '{name}': expected {', '.join((*NULLS, *ORACLES))}")
+        elif name not in BASELINES:
+            plain, bits = _without_bits(name)
+            if bits and protocol == "once":
+                raise SmartKVError(f"contender '{name}' packs while it reads: it is for --protocol stream")
+            _policy(plain, model, gates)
+
+
+def load_for(
+    names: Sequence[str], model: Model, gates: str | None, protocol: EvictionProtocol = "stream"
+) -> tuple[Backbone, GateBank | None]:
+    """Load a model and its gates, after checking all names of contenders by the model's config.
+
+    Args:
+        names, protocol: as for `check_contenders`.
+        model: the frozen language model.
+        gates: folder of exported gates, hub id or name; None: no gates.
+
+    Raises:
+        SmartKVError: as `check_contenders`; or a model or gates that cannot be loaded, or do not fit together.
+    """
+    check_contenders(names, model.architecture(), GateBank.from_pretrained(gates) if gates else None, protocol)
+    lm = model.load()
+    return lm, GateBank.from_pretrained(gates, lm.model).to(model.device) if gates else None
 
 
 def _without_bits(name: str) -> tuple[str, tuple[int, int] | None]:
@@ -120,20 +175,28 @@ def _without_bits(name: str) -> tuple[str, tuple[int, int] | None]:
     return plain, (check_bits(int(both or key)), check_bits(int(both or value)))
 
 
-def _quantised(lm: Backbone, gates: GateBank | None, name: str) -> QuantisedContender:
-    scheme = name.removeprefix(QUANTISED)
-    if scheme == "adaptive":
-        return QuantisedContender(lm, name, lambda: AdaptiveCache(lm.model), "attention weights")
-    if name == ADAPTIVE_BY_GATES:
-        if gates is None:
-            raise SmartKVError(f"contender '{name}' needs gates: give --gates")
-        return QuantisedContender(lm, name, lambda: AdaptiveCache(lm.model, gates), "keys")
-    codec, mark, latest = scheme.partition("@")
+def _codec(name: str) -> tuple[str, int | None]:
+    """Split a name such as `quant:kivi2@32` into the codec's name and the number of latest tokens that stay exact."""
+    codec, mark, latest = name.removeprefix(QUANTISED).partition("@")
     if mark and not latest.isdigit():
         raise SmartKVError(f"contender '{name}' has no number of tokens after '@', such as quant:kivi2@32")
-    residual = int(latest) if mark else None
-    QuantizedCache(lm.model, codec, residual)  # refuses an unknown name now and not in the middle of a run
+    return codec, int(latest) if mark else None
+
+
+def _quantised(lm: Backbone, gates: GateBank | None, name: str) -> QuantisedContender:
+    if name == ADAPTIVE:
+        return QuantisedContender(lm, name, lambda: AdaptiveCache(lm.model), "attention weights")
+    if name == ADAPTIVE_BY_GATES:
+        return QuantisedContender(lm, name, lambda: AdaptiveCache(lm.model, gates), "keys")
+    codec, residual = _codec(name)
     return QuantisedContender(lm, name, lambda: QuantizedCache(lm.model, codec, residual))
+
+
+def _policy(name: str, model: Architecture, gates: GateBank | None) -> HybridPolicy:
+    """Return the policy of a name, which fits the model and the gates."""
+    policy = _own_policy(gates) if name == OWN_POLICY else read_policy(name, model.layers)
+    policy.check(model, gates)
+    return policy
 
 
 def _own_policy(gates: GateBank | None) -> HybridPolicy:

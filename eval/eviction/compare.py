@@ -12,13 +12,12 @@ from eval.common.console import make_console, say_once
 from eval.common.options import AdaptedModel, CalibrationTexts, Measure, NamedTexts, Recall
 from eval.common.resume import Measurements, digest, digest_of_model, digests
 from eval.contenders.base import Contender, EvictionProtocol, Reading
-from eval.contenders.registry import ADAPTIVE_BY_GATES, DEFAULT, make_contenders
+from eval.contenders.registry import ADAPTIVE_BY_GATES, DEFAULT, load_for, make_contenders, names_or_default
 from eval.contenders.solving import solved_setting
 from eval.eviction.compare_report import Row, report
 from eval.eviction.frontier import REFERENCE
 from eval.eviction.recall import Trial, trials
 from smartkv.errors import FootprintOutOfReach, SmartKVError
-from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import check_window
 from smartkv.metrics.perplexity import query_before
 from smartkv.texts.sources import SourceConfig
@@ -28,7 +27,7 @@ from smartkv.texts.windows import plan_windows
 def compare(
     out: str,
     gates: str | None = None,
-    contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
+    contenders: list[str] | None = None,
     footprints: list[float] = [0.0625, 0.125, 0.25, 0.5],  # noqa: B006
     others: list[float] | None = None,
     protocol: EvictionProtocol = "stream",
@@ -51,7 +50,8 @@ def compare(
             Oracles: oracle:lifespan, oracle:attention. Quantised caches, in which every key stays: quant:fp16, int8,
             int4, kivi, kivi2, kivi4, adaptive, adaptive_gates; in quant:kivi@32 the latest 32 tokens are exact in place
             of the scheme's own 128. For protocol once also NVIDIA's presses, and gates in them: press:knorm …
-            press:lifespan (see configs/eval/presses.yaml). The full cache is always measured.
+            press:lifespan (see configs/eval/presses.yaml). The full cache is always measured. Null: gates (where there
+            are some), window, and all rules, nulls and oracles.
         footprints: shares of the full cache to keep (protocol once: shares of the prefill's keys).
         others: footprints of contenders that are neither gates nor the sliding window. Null: the same.
         protocol: stream: keys are evicted while the text is read. once: they are evicted when the prefill is over, and
@@ -77,9 +77,9 @@ def compare(
         raise SmartKVError("calibration.windows must be at least 1, and there must be texts or recall trials")
     if protocol == "once" and recall.trials and recall.tokens < prefill:
         raise SmartKVError(f"recall.tokens {recall.tokens} must be at least the prefill of {prefill}")
-    lm = model.load()
+    names = names_or_default(contenders, DEFAULT, gates)
+    lm, bank = load_for(names, model, gates, protocol)
     check_window(lm.model, window)
-    bank = GateBank.from_pretrained(gates, lm.model).to(model.device) if gates else None
 
     say = say_once(console)
 
@@ -116,7 +116,7 @@ def compare(
     }
     with Progress(console=console) as progress:
         prepared = progress.add_task("Calibration", total=None)
-        chosen = make_contenders(contenders, lm, bank, list(learn), first_token, protocol, prefill)
+        chosen = make_contenders(names, lm, bank, list(learn), first_token, protocol, prefill)
         progress.remove_task(prepared)
         cells = Measurements(Path(out) / "compare.cells", provenance)
         runner = Runner(cells, progress, first_token, prefill if protocol == "once" else None, weights, digest(learn))

@@ -1,7 +1,8 @@
-"""`python -m eval baselines`: bytes, errors, speed and perplexity of quantised caches beside each other."""
+"""`python -m eval baselines`: bytes, errors, speed and perplexity of quantised caches, measured and judged."""
 
 import logging
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,10 +20,12 @@ from eval.common.console import make_console
 from eval.common.options import Model
 from eval.common.results import machine, write_result
 from eval.contenders.quantised import QuantisedContender
-from eval.quantization.probe import Probe
+from eval.quantization.judgements import judge
+from eval.quantization.probe import CodecComparison, Probe, synthetic_layer
 from eval.quantization.stand_ins import Loaded, Shape, load_or_stand_in, shape_of
 from smartkv.cache.adaptive_cache import AdaptiveCache
 from smartkv.cache.quantized_cache import QuantizedCache, QuantizedLayer
+from smartkv.cache.ragged import storage_bytes
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import check_window
@@ -51,7 +54,9 @@ def baselines(
     sources: list[SourceConfig] = [SourceConfig("pg19", origins=["local", "hub", "builtin"])],  # noqa: B006, B008
     seed: int = 0,
 ) -> None:
-    """Measure memory, error, speed and perplexity of quantised caches.
+    """Measure memory, error, speed and perplexity of quantised caches, and judge ratios and the order of errors.
+
+    The exit status is 1 where something is not as expected.
 
     Args:
         model: the frozen language model; errors are those against its exact attention. gpt2 and gpt2-medium are
@@ -59,7 +64,8 @@ def baselines(
             and is left out.
         baselines: FP16, INT8, INT4, KIVI (keys in 2 bits, values in 4), KIVI2, KIVI4, SmartKV (bits by importance).
         num_prompts: texts.
-        memory_only: bytes alone, of random keys of the model's shape: no model is loaded.
+        memory_only: no model is loaded: bytes, errors and times are those of random keys of the model's shape, with
+            outlier channels where errors are measured.
         out: folder for <experiment_id>.json and validation.log.
         experiment_id: name of the result. Null: date and time.
         tokens: of a text.
@@ -98,32 +104,41 @@ def baselines(
             log.warning(loaded.stand_in)
     for each, (codec, kept) in codecs.items():
         figures[each] |= _memory(codec, kept, shape, tokens, seed)
-    if loaded is not None:
+    if loaded is None:
+        _synthetic(codecs, figures, shape, tokens, seed)
+    else:
         used = _measure(console, loaded, codecs, figures, gates, sources, num_prompts, tokens, seed)
     table = _table(figures, model.backbone, tokens, loaded)
     console.print(table)
     plain = Console(width=140, file=StringIO())
     plain.print(table)
-    for line in _verdicts(figures):
-        console.print(line)
-        plain.print(line)
+    judgements = judge(figures, budget, tokens)
+    for judgement in judgements:
+        console.print(judgement.line(), highlight=False)
+        plain.print(judgement.line(), highlight=False)
     log.info("\n%s", plain.file.getvalue())  # type: ignore[attr-defined]
     settings = {"model": model.backbone, "device": model.device, "tokens": tokens, "num_prompts": num_prompts}
     settings |= {"seed": seed, "memory_only": memory_only, "dtype": model.dtype, "shape": vars(shape), "gates": gates}
     settings |= {"budget": budget, "residual": {each: kept for each, (_, kept) in codecs.items()}}
     extra = {"stand_in": loaded.stand_in if loaded else None, "sources": used, "machine": machine(model.device)}
+    extra["judgements"] = [vars(judgement) for judgement in judgements]
     result = write_result(folder, name, settings, {"units": UNITS} | extra | {"baselines": figures})
     log.info("written: %s", result)
     console.print(f"  {result}\n  {folder / 'validation.log'}", highlight=False)
+    judged = [judgement.fine for judgement in judgements if judgement.fine is not None]
+    if not all(judged):
+        print(f"{judged.count(False)} of {len(judged)} expectations do not hold", file=sys.stderr)
+        sys.exit(1)
 
 
 UNITS = {
     "ratio_payload": "bits of the codes ÷ those of float16",
     "ratio_stored": "bytes held, scales, zeros and residual included, ÷ those of the same tokens in float16",
+    "ratio_encoded": "the same of the tokens that are encoded alone; null: none is",
     "exact_tokens": "of these, tokens that are not encoded yet: the residual, and a block that is filling up",
     "error_key, error_value, error_output": "‖found − exact‖ ÷ ‖exact‖ (Frobenius), mean over layers and texts, all "
     "encoded; SmartKV's bits by the attention that keys have got when they are encoded, or by gates",
-    "encode_ms, decode_ms": "of all layers' keys and values of the text, median",
+    "encode_ms, decode_ms": "of all layers' keys and values of the text, median; memory_only: one layer's × layers",
     "step_ms": "a forward pass of one token after the text, median",
     "perplexity": "of the texts' last three quarters, read as decoding would; the exact cache's beside it",
 }
@@ -166,9 +181,30 @@ def _memory(codec: Codec, residual: int, shape: Shape, tokens: int, seed: int) -
             layer.importance = new if layer.importance is None else torch.cat([layer.importance, new], dim=2)
         layer.update(key[:, :, part], value[:, :, part])
     full = 2 * key.numel() * 2
-    figures = {"ratio_payload": codec.payload(shape.head_dim), "ratio_stored": layer.storage_bytes / full}
-    figures["exact_tokens"] = layer.keys.shape[2]
-    return figures | {"bytes": layer.storage_bytes * shape.layers, "bytes_float16": full * shape.layers}
+    exact = layer.keys.shape[2]
+    encoded = full * (1 - exact / tokens)
+    return {
+        "ratio_payload": codec.payload(shape.head_dim),
+        "ratio_stored": layer.storage_bytes / full,
+        "ratio_encoded": storage_bytes(list(layer.parts.values())) / encoded if encoded else None,
+        "exact_tokens": exact,
+        "bytes": layer.storage_bytes * shape.layers,
+        "bytes_float16": full * shape.layers,
+    }
+
+
+def _synthetic(
+    codecs: dict[str, tuple[Codec, int]], figures: dict[str, dict[str, Any]], shape: Shape, tokens: int, seed: int
+) -> None:
+    """Add errors and times of a layer of random keys to `figures`; all layers are alike."""
+    comparison = _comparison(codecs)
+    length = tokens // comparison.block * comparison.block
+    with torch.inference_mode():
+        comparison.read(synthetic_layer(shape, length, seed))
+        for name, errors in comparison.errors().items():
+            figures[name] |= errors
+        for name, times in comparison.times(REPEATS).items():
+            figures[name] |= {key: shape.layers * value for key, value in times.items()}
 
 
 def _measure(
@@ -194,18 +230,16 @@ def _measure(
     first_token = tokens // 4
     with Progress(console=console) as progress, torch.inference_mode():
         task = progress.add_task("Errors", total=1 + len(texts) + len(codecs) * (len(texts) + 1))
-        plain = {name: codec for name, (codec, _) in codecs.items()}
-        kept = max((residual for codec, residual in codecs.values() if isinstance(codec, Adaptive)), default=0)
         errors: list[dict[str, dict[str, float]]] = []
         for text in texts:
-            with Probe(lm.model, plain, bank, kept) as probe:
-                length = tokens // probe.block * probe.block
+            with Probe(lm.model, _comparison(codecs), bank) as probe:
+                length = tokens // probe.comparison.block * probe.comparison.block
                 lm.model.base_model(input_ids=text[None, :length].to(lm.model.device), past_key_values=probe)
-            errors.append(probe.errors())
+            errors.append(probe.comparison.errors())
             progress.advance(task)
         for name in codecs:
             figures[name] |= {key: statistics.mean(each[name][key] for each in errors) for key in errors[0][name]}
-        for name, times in probe.times(REPEATS).items():
+        for name, times in probe.comparison.times(REPEATS).items():
             figures[name] |= times
         exact = [window_nll(lm.model, text, first_token) for text in texts]
         progress.advance(task)
@@ -224,6 +258,11 @@ def _measure(
             mean = torch.tensor([nll, exact], dtype=torch.float64).mean(dim=1).exp().tolist()
             figures[name]["perplexity"], figures[name]["perplexity_exact"] = mean
     return plan.sources
+
+
+def _comparison(codecs: dict[str, tuple[Codec, int]]) -> CodecComparison:
+    kept = max((residual for codec, residual in codecs.values() if isinstance(codec, Adaptive)), default=0)
+    return CodecComparison({name: codec for name, (codec, _) in codecs.items()}, kept)
 
 
 def _maker(loaded: Loaded, codec: Codec, residual: int, bank: GateBank | None) -> Callable[[], QuantizedCache]:
@@ -276,27 +315,3 @@ def _table(figures: dict[str, dict[str, Any]], model: str, tokens: int, loaded: 
     elif loaded is not None:
         table.caption = "random weights: no perplexity"
     return table
-
-
-def _verdicts(figures: dict[str, dict[str, Any]]) -> list[str]:
-    """Return lines that say whether errors and bytes are ordered as expected."""
-    lines = []
-
-    def ordered(key: str, *names: str) -> None:
-        if all(key in figures.get(name, {}) for name in names):
-            values = [figures[name][key] for name in names]
-            fine = values == sorted(values)
-            mark, colour = ("as expected", "green") if fine else ("NOT as expected", "red")
-            lines.append(f"[{colour}]{mark}[/]: {key} {' < '.join(names)} ({', '.join(f'{v:.4f}' for v in values)})")
-
-    ordered("error_output", "FP16", "INT8", "INT4")
-    ordered("error_output", "INT8", "SmartKV", "INT4")
-    ordered("error_key", "FP16", "INT8", "INT4")
-    ordered("ratio_stored", "INT4", "SmartKV", "FP16")
-    if "KIVI" in figures and "INT4" in figures and "error_key" in figures["KIVI"]:
-        kivi, int4 = figures["KIVI"], figures["INT4"]
-        lines.append(
-            f"KIVI's keys have 2 bits: their error is {kivi['error_key']:.3f} (INT4 {int4['error_key']:.3f}), that of "
-            f"the output, whose values have 4, {kivi['error_output']:.3f} (INT4 {int4['error_output']:.3f})"
-        )
-    return lines

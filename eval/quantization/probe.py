@@ -1,4 +1,4 @@
-"""A cache that measures the errors of codecs beside the model's exact attention."""
+"""Errors and times of codecs beside exact attention: of a model's own keys, or of synthetic ones."""
 
 import math
 import statistics
@@ -9,34 +9,32 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from eval.quantization.stand_ins import Shape
 from smartkv.cache.adaptive_cache import importance_by
 from smartkv.cache.attached import AttachedCache
 from smartkv.cache.forward_pass import EvictionStep
 from smartkv.gates.bank import GateBank
 from smartkv.quantization.codecs import Adaptive, Codec
 
+OUTLIERS = 16  # of so many channels of a synthetic key one is an outlier
+OUTLIER_SIZE = 6.0  # its standard deviation; that of the others is 1
 
-class Probe(AttachedCache):
-    """Cache that takes one text in one piece and compares each layer's attention with what codecs make of it.
 
-    The model's own output is exact.
+class CodecComparison:
+    """What codecs make of the keys and values of some layers, beside exact attention.
 
     Args:
-        model: of a supported family.
         codecs: name -> codec; every token goes through it, none stays exact.
-        gates: decide which keys are important, for codecs that ask. None: the attention that a key has received until
-            its block is encoded decides.
-        residual: latest tokens that stay exact until then, for codecs that ask for importance.
+        residual: latest tokens that stay exact until a block is encoded, for codecs that ask for importance.
+
+    Attributes:
+        errors_by_layer: name -> error_key, error_value, error_output -> one figure a layer.
+        layers_read: of each layer key, value and the importance that each codec asks for.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, codecs: dict[str, Codec], gates: GateBank | None = None, residual: int = 0
-    ) -> None:
-        layers = DynamicCache(config=model.config).layers
-        super().__init__(model, layers, chunk=2**20)
-        self.codecs, self.gates, self.residual = codecs, gates, residual
+    def __init__(self, codecs: dict[str, Codec], residual: int = 0) -> None:
+        self.codecs, self.residual = codecs, residual
         self.errors_by_layer: dict[str, dict[str, list[float]]] = {name: {} for name in codecs}
-        # of each layer key, value and the importance that each codec asks for
         self.layers_read: list[tuple[Tensor, Tensor, dict[str, Tensor | None]]] = []
 
     @property
@@ -44,16 +42,25 @@ class Probe(AttachedCache):
         """Number of tokens of which the length of a text must be a multiple."""
         return math.lcm(*(codec.block for codec in self.codecs.values()))
 
-    def attend(self, layer: int, step: EvictionStep) -> Tensor:
-        """Return the exact attention, and note each codec's errors of keys, values and output."""
+    def read(self, step: EvictionStep, important: Tensor | None = None) -> Tensor:
+        """Note each codec's errors of keys, values and output.
+
+        Args:
+            step: the inputs of a layer's attention.
+            important: float32 `[batch, kv_heads, tokens]`, for codecs that ask. None: the attention that a key has
+                received until its block is encoded.
+
+        Returns:
+            The exact attention, float32 `[batch, query_heads, tokens, head_dim]`.
+        """
         place = torch.arange(step.key.shape[2], device=step.key.device)
         exact = _attention(step, step.key, step.value)
         importance: dict[str, Tensor | None] = {}
         for name, codec in self.codecs.items():
             if not isinstance(codec, Adaptive):
                 importance[name] = None
-            elif self.gates is not None:
-                importance[name] = importance_by(self.gates, layer, step.pre_rope)
+            elif important is not None:
+                importance[name] = important
             else:  # a block is encoded when it is full and as many tokens have followed as stay exact
                 importance[name] = _received(step, (place // codec.block + 1) * codec.block + self.residual)
             parts = codec.encode(step.key, step.value, importance[name])
@@ -64,7 +71,7 @@ class Probe(AttachedCache):
                 error = float((decoded - original).norm() / original.float().norm())
                 self.errors_by_layer[name].setdefault(f"error_{what}", []).append(error)
         self.layers_read.append((step.key, step.value, importance))
-        return exact.to(step.query.dtype)
+        return exact
 
     def errors(self) -> dict[str, dict[str, float]]:
         """Return each codec's `error_key`, `error_value` and `error_output`: relative (Frobenius), mean over layers."""
@@ -90,9 +97,48 @@ class Probe(AttachedCache):
         }
 
     def _now(self) -> float:
-        if self.model.device.type == "cuda":
+        if self.layers_read[0][0].device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+class Probe(AttachedCache):
+    """Cache that takes one text in one piece and compares each layer's attention with what codecs make of it.
+
+    The model's own output is exact.
+
+    Args:
+        model: of a supported family.
+        comparison: the codecs, and what is noted about them.
+        gates: decide which keys are important, for codecs that ask. None: the attention that they receive does.
+    """
+
+    def __init__(self, model: PreTrainedModel, comparison: CodecComparison, gates: GateBank | None = None) -> None:
+        layers = DynamicCache(config=model.config).layers
+        super().__init__(model, layers, chunk=2**20)
+        self.gates, self.comparison = gates, comparison
+
+    def attend(self, layer: int, step: EvictionStep) -> Tensor:
+        """Return the exact attention, and note each codec's errors of keys, values and output."""
+        important = None if self.gates is None else importance_by(self.gates, layer, step.pre_rope)
+        return self.comparison.read(step, important).to(step.query.dtype)
+
+
+def synthetic_layer(shape: Shape, tokens: int, seed: int) -> EvictionStep:
+    """Return the attention inputs of a layer of random numbers, float32, whose keys have outlier channels.
+
+    Keys of language models have a few channels that are large in every token, which is what quantisation suffers from.
+
+    Args:
+        shape: of the model's cache.
+        tokens: length of the text.
+        seed: of the numbers.
+    """
+    random = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(1, shape.kv_heads, tokens, shape.head_dim, generator=random) for _ in range(3))
+    key[..., ::OUTLIERS] *= OUTLIER_SIZE
+    query[..., ::OUTLIERS] /= OUTLIER_SIZE  # as in a model, whose scores stay in range
+    return EvictionStep(query, key, value, key, None, shape.head_dim**-0.5, None)
 
 
 def _weights(step: EvictionStep, key: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -83,6 +83,7 @@ def decode(
             "contexts, batches, steps, rounds, threads and chunk must be at least 1, some contexts and batches given; "
             f"got {contexts}, {batches}, {steps}, {rounds}, {threads} and {chunk}"
         )
+    chosen = read_policy(policy, model.architecture().layers)
     torch.set_num_threads(threads)
     lm = model.load()
     longest = max(contexts) + steps * rounds
@@ -94,7 +95,6 @@ def decode(
     torch.manual_seed(seed)
     bank = GateBank.from_pretrained(gates, lm.model) if gates else GateBank(lm.fingerprint)
     bank = bank.to(lm.model.device).requires_grad_(False)
-    chosen = read_policy(policy, lm.architecture.layers)
     plan = plan_windows(sources, {"validation": 1}, lm.tokenizer, max(contexts), seed=seed, say=console.print)
     text = plan.of_split("validation")[0].long().to(lm.model.device)
     figures = []

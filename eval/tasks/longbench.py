@@ -17,7 +17,7 @@ from eval.tasks.answers import Sample, continuation_ids, cut_in_the_middle, prom
 from eval.tasks.heatmaps import panels
 from eval.tasks.metrics import METRICS
 from eval.tasks.report import Row, all_lengths, group_table, mean, merged
-from eval.tasks.suite import DEFAULT, Suite
+from eval.tasks.suite import Suite
 from smartkv.errors import SmartKVError
 
 TASKS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -28,7 +28,7 @@ FIELDS = ("input", "context", "answers")
 def longbench(
     out: str,
     gates: str | None = None,
-    contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
+    contenders: list[str] | None = None,
     footprints: list[float] = [0.25],  # noqa: B006
     tasks: list[str] = list(TASKS),  # noqa: B006
     data: str = HUB,
@@ -45,7 +45,8 @@ def longbench(
     Args:
         out: folder for longbench.json and the picture.
         gates: folder of exported gates, hub id, or the name of gates that come with SmartKV. Null: contenders without.
-        contenders: as for `compare`, but only those that decode: policies and quantised caches.
+        contenders: as for `compare`, but only those that decode: policies and quantised caches. Null: gates (where
+            there are some) and window.
         footprints: shares of the full cache to keep, for which prices are solved at about each prompt's length.
         tasks: names of tasks; those in Chinese are left out.
         data: hub id, or a folder with <task>.jsonl in it (fields input, context, answers, all_classes).

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import Progress
 from rich.table import Table
 
 from eval.common.console import make_console
@@ -16,8 +17,9 @@ from eval.common.results import save_picture
 from eval.eviction.recall import Trial, trial
 from eval.tasks.answers import Sample
 from eval.tasks.heatmaps import panels
+from eval.tasks.needle_predictions import predictions
 from eval.tasks.report import Row, counted, full_of, mean, merged, right_where_full_is, score_table, shown
-from eval.tasks.suite import DEFAULT, Suite
+from eval.tasks.suite import Suite
 from smartkv.errors import SmartKVError
 from smartkv.texts.sources import SourceConfig
 
@@ -27,7 +29,7 @@ SPARE = 96  # tokens of a text's length that are reserved for fact, question and
 def needle(
     out: str,
     gates: str | None = None,
-    contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
+    contenders: list[str] | None = None,
     footprints: list[float] = [0.125, 0.25],  # noqa: B006
     lengths: list[int] = [1024, 2048, 4096],  # noqa: B006
     depths: int = 8,
@@ -44,12 +46,14 @@ def needle(
     A fact is stated once in a text. At the text's end the model has to repeat the sentence, of which the last word is
     left out. Small models can do that even if they cannot answer questions. The measures are the word's likelihood
     (`nll`, `rank`; `right`: each of its tokens is the likeliest) and whether the generated text contains the word.
-    Shares are of the needles that the full cache finds.
+    Shares are of the needles that the full cache finds. With gates there is also what they predict of the fact's keys,
+    by layer.
 
     Args:
         out: folder for needle.json and the pictures.
         gates: folder of exported gates, hub id, or the name of gates that come with SmartKV. Null: contenders without.
-        contenders: as for `compare`; those that are simulated by a mask generate nothing.
+        contenders: as for `compare`; those that are simulated by a mask generate nothing. Null: gates (where there are
+            some) and window.
         footprints: shares of the full cache to keep, for which prices are solved at each length.
         lengths: tokens of a sample, question and answer included.
         depths: number of places of the fact, evenly spread.
@@ -74,8 +78,14 @@ def needle(
     rows = suite.run(folder, "needle", by_length, new_tokens, _answer_in_text)
     settings = {"lengths": sorted(set(lengths)), "depths": places, "samples": samples, "split": split}
     settings |= {"new_tokens": new_tokens, "haystack": [source.name for source in haystack]}
-    tables, pictures = [_table(rows, new_tokens > 0)], _pictures(folder, rows, places)
-    suite.leave(folder, "needle", settings, UNITS, rows, tables, pictures)
+    tables, pictures, more = [_table(rows, new_tokens > 0)], _pictures(folder, rows, places), dict[str, Any]()
+    if suite.bank is not None:
+        facts = [sample for group in by_length.values() for sample in group]
+        with Progress(console=console) as progress:
+            predicted = predictions(suite.lm, suite.bank, progress.track(facts, description="Predictions of the facts"))
+        more["predicted"] = predicted.to_dict()
+        tables, pictures = [*tables, predicted.table()], [*pictures, predicted.picture(folder)]
+    suite.leave(folder, "needle", settings, UNITS, rows, tables, pictures, more)
 
 
 UNITS = {
@@ -87,6 +97,8 @@ UNITS = {
     "stored": "bytes held after the prompt ÷ those of its keys and values in float16; null: simulated by a mask",
     "kept": "by layer and KV head, share of the fact's keys that are still held when it is asked for; null: simulated",
     "group": "length in tokens, depth as a share",
+    "predicted": "by layer and KV head, mean score of the gates for the fact's keys and for those of the text around; "
+    "by_layer: the same as amounts in `unit`",
 }
 
 

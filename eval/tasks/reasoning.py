@@ -15,7 +15,7 @@ from eval.tasks.answers import Sample, continuation_ids, prompt_ids
 from eval.tasks.heatmaps import panels
 from eval.tasks.metrics import same_answer
 from eval.tasks.report import Row, all_lengths, counted, full_of, mean, merged, right_where_full_is, score_table, shown
-from eval.tasks.suite import DEFAULT, Suite
+from eval.tasks.suite import Suite
 from smartkv.errors import SmartKVError
 from smartkv.texts.sources import SourceConfig, resolve_source
 
@@ -27,7 +27,7 @@ SETS = {"gsm8k": "\nAnswer: ", "math500": "\nSolution: ", "aime24": "\nSolution:
 def reasoning(
     out: str,
     gates: str | None = None,
-    contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
+    contenders: list[str] | None = None,
     footprints: list[float] = [0.25],  # noqa: B006
     sets: list[str] = list(SETS),  # noqa: B006
     samples: int | None = 20,
@@ -49,7 +49,8 @@ def reasoning(
     Args:
         out: folder for reasoning.json and the picture.
         gates: folder of exported gates, hub id, or the name of gates that come with SmartKV. Null: contenders without.
-        contenders: as for `compare`; those that are simulated by a mask generate nothing.
+        contenders: as for `compare`; those that are simulated by a mask generate nothing. Null: gates (where there are
+            some) and window.
         footprints: shares of the full cache to keep, for which prices are solved at about each problem's length.
         sets: gsm8k, math500, aime24.
         samples: number of problems of each set, its first ones. Null: all.

@@ -13,7 +13,7 @@ from eval.tasks.answers import Sample, continuation_ids, prompt_ids
 from eval.tasks.heatmaps import panels
 from eval.tasks.report import Row, full_of, group_table, mean, merged, right_where_full_is, shown
 from eval.tasks.ruler_generator import FAMILIES, generate, string_match_all, tokens_to_generate
-from eval.tasks.suite import DEFAULT, Suite
+from eval.tasks.suite import Suite
 from smartkv.errors import SmartKVError
 from smartkv.texts.sources import SourceConfig
 
@@ -21,7 +21,7 @@ from smartkv.texts.sources import SourceConfig
 def ruler(
     out: str,
     gates: str | None = None,
-    contenders: list[str] = list(DEFAULT),  # noqa: B006 - jsonargparse shows it; never changed
+    contenders: list[str] | None = None,
     footprints: list[float] = [0.25],  # noqa: B006
     families: list[str] = list(FAMILIES),  # noqa: B006
     lengths: list[int] = [2048, 4096],  # noqa: B006
@@ -43,7 +43,8 @@ def ruler(
     Args:
         out: folder for ruler.json and the pictures.
         gates: folder of exported gates, hub id, or the name of gates that come with SmartKV. Null: contenders without.
-        contenders: as for `compare`; those that are simulated by a mask generate nothing.
+        contenders: as for `compare`; those that are simulated by a mask generate nothing. Null: gates (where there are
+            some) and window.
         footprints: shares of the full cache to keep, for which prices are solved at each length.
         families: families of tasks.
         lengths: tokens of a sample, answer included.

@@ -14,13 +14,11 @@ from eval.common.options import CalibrationTexts, Model
 from eval.common.results import machine, write_result, write_tables
 from eval.common.resume import Measurements, digest, digest_of_model, digests
 from eval.contenders.base import Contender
-from eval.contenders.registry import ADAPTIVE_BY_GATES, make_contenders
+from eval.contenders.registry import ADAPTIVE_BY_GATES, load_for, make_contenders, names_or_default
 from eval.contenders.solving import solved_setting
 from eval.tasks.answers import Sample, answered, counted_from
 from eval.tasks.report import Row
 from smartkv.errors import FootprintOutOfReach, SmartKVError
-from smartkv.gates.bank import GateBank
-from smartkv.models.backbone import Backbone
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
 
@@ -38,13 +36,14 @@ class Suite:
         console: prints tables and progress.
         model: the frozen language model.
         gates: folder of exported gates, hub id or name; None: no gates.
-        names: names of contenders, see `eval.eviction.compare.compare`. The full cache is always measured.
+        names: names of contenders, see `eval.eviction.compare.compare`. The full cache is always measured. None: those
+            of `DEFAULT`.
         footprints: shares of the full cache.
         calibration: texts on which prices are solved.
         seed: of the choice of windows.
 
     Raises:
-        SmartKVError: wrong footprints, or a model or gates that cannot be loaded.
+        SmartKVError: wrong footprints or names, or a model or gates that cannot be loaded.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Suite:
         console: Console,
         model: Model,
         gates: str | None,
-        names: Sequence[str],
+        names: Sequence[str] | None,
         footprints: Sequence[float],
         calibration: CalibrationTexts,
         seed: int,
@@ -61,11 +60,11 @@ class Suite:
             raise SmartKVError(f"footprints are shares of the full cache above 0 and at most 1, got {list(footprints)}")
         if calibration.windows < 1:
             raise SmartKVError(f"calibration.windows must be at least 1, got {calibration.windows}")
-        self.console, self.names, self.footprints, self.seed = console, names, sorted(set(footprints)), seed
+        self.console, self.footprints, self.seed = console, sorted(set(footprints)), seed
+        self.names = names_or_default(names, DEFAULT, gates)
         self.calibration, self.say = calibration, say_once(console)
         self.solved: dict[int, list[tuple[Contender, float, Any]]] = {}  # by length
-        self.lm: Backbone = model.load()
-        self.bank = GateBank.from_pretrained(gates, self.lm.model).to(model.device) if gates else None
+        self.lm, self.bank = load_for(self.names, model, gates)
         self.device = model.device
         self.settings: dict[str, Any] = {
             "backbone": model.backbone,
@@ -73,7 +72,7 @@ class Suite:
             "gates": gates,
             "dtype": str(self.lm.model.dtype).removeprefix("torch."),
             "device": model.device,
-            "contenders": list(names),
+            "contenders": self.names,
             "footprints": self.footprints,
             "calibration": {"windows": calibration.windows, "sources": [s.name for s in calibration.sources]},
             "seed": seed,
@@ -197,6 +196,7 @@ class Suite:
         rows: Sequence[Row],
         tables: Sequence[Table],
         pictures: Sequence[Path],
+        more: dict[str, Any] | None = None,
     ) -> None:
         """Write `<name>.json` and `<name>.md`, and print the tables and the names of all files.
 
@@ -208,8 +208,9 @@ class Suite:
             rows: all rows.
             tables: of the rows.
             pictures: files that are written already.
+            more: further figures.
         """
-        figures = {"machine": machine(self.device), "rows": [vars(row) for row in rows]}
+        figures = {"machine": machine(self.device), **(more or {}), "rows": [vars(row) for row in rows]}
         result = write_result(out, name, self.settings | settings, {"units": units} | figures)
         for table in tables:
             self.console.print(table)

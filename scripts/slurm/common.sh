@@ -1,9 +1,11 @@
 # shellcheck shell=bash
 # Shared by all phases. Set for your cluster: SBATCH_OPTIONS, the options of sbatch (partition, account), and ENVIRONMENT, a
-# file that is sourced to enter the Python environment. MODELS: hub ids. OUT: folder for measurements (adapters go to runs/eit).
+# file that is sourced to enter the Python environment. MODELS: hub ids. OUT: folder for measurements. ADAPTERS: folder of the
+# runs that train, whose adapters are in RUN/final.
 set -euo pipefail
 cd "${SMARTKV_CHECKOUT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)}"
 OUT="${OUT:-runs/eit}"
+ADAPTERS="${ADAPTERS:-runs/eit}"
 MODELS="${MODELS:-Qwen/Qwen3-8B meta-llama/Llama-3.1-8B}"
 PYTHON="${PYTHON:-python}"
 DRY_RUN="${DRY_RUN:-0}"
@@ -31,7 +33,23 @@ unless_there() {
   fi
 }
 
-# print the name of a model's run below runs/eit
+# print the hub id of a short name: of qwen3 and qwen3_trained the same
+id_of() {
+  case "${1%_trained}" in
+    qwen3) echo Qwen/Qwen3-8B ;;
+    llama) echo meta-llama/Llama-3.1-8B ;;
+  esac
+}
+
+# end with status 2 if a name is no short name
+check_name() {
+  if [[ -z "$(id_of "$1")" ]]; then
+    echo "there is no model '$1': expected qwen3, llama, qwen3_trained or llama_trained" >&2
+    exit 2
+  fi
+}
+
+# print the name of a model's run below ADAPTERS
 run_of() {
   case "$1" in
     Qwen/Qwen3-8B) echo qwen3-8b ;;

@@ -4,4 +4,4 @@ source "${SMARTKV_CHECKOUT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/.
 model="$1"
 run="$(run_of "$model")"
 read -r -a configs <<<"$(config_options "$run")"
-unless_there "runs/eit/$run/final/training.json" "" "$PYTHON" main.py fit "${configs[@]}" --ckpt_path last
+unless_there "$ADAPTERS/$run/final/training.json" "" "$PYTHON" main.py fit "${configs[@]}" --out "$ADAPTERS/$run" --ckpt_path last

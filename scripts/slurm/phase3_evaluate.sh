@@ -3,7 +3,7 @@
 source "${SMARTKV_CHECKOUT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}}/scripts/slurm/common.sh"  # SLURM runs a copy of this file
 model="$1"
 run="$(run_of "$model")"
-adapter="runs/eit/$run/final"
+adapter="$ADAPTERS/$run/final"
 out="$OUT/$(name_of "$model")/trained"
 base="$OUT/$(name_of "$model")/base"
 if [[ ! -e "$adapter/training.json" ]]; then

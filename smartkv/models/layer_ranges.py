@@ -1,15 +1,30 @@
-"""Ranges of layers as text, such as `0-2,20-29`, for configs and messages."""
+"""Ranges of layers as text, such as `0-2,20-29` or `early,late`, for configs and messages."""
 
 import re
 
 from smartkv.errors import SmartKVError
 
 
+def depth_ranges(total: int) -> dict[str, range]:
+    """Return the `early`, `middle` and `late` layers of a model, which together are all of its layers.
+
+    Of 24 to 28 layers they are 0-2, 3-19 and those from 20 on; other depths are divided in proportion. A range of a
+    model with few layers may be empty.
+
+    Args:
+        total: Number of layers of the model.
+    """
+    reference = min(max(total, 24), 28)
+    first, last = round(3 * total / reference), round(20 * total / reference)
+    return {"early": range(first), "middle": range(first, last), "late": range(last, total)}
+
+
 def parse_layers(layers: str | None, total: int) -> list[int]:
     """Parse ranges of layers.
 
     Args:
-        layers: Ranges in any order, both ends included: `"0-2,20-29"`. None or `"all"` for every layer.
+        layers: Ranges in any order, both ends included: `"0-2,20-29"`. Parts may be names of `depth_ranges`, such as
+            `"early,late"`. None or `"all"` for every layer.
         total: Number of layers of the model.
 
     Returns:
@@ -21,7 +36,11 @@ def parse_layers(layers: str | None, total: int) -> list[int]:
     if layers is None or layers == "all":
         return list(range(total))
     chosen: set[int] = set()
+    by_depth = depth_ranges(total)
     for part in str(layers).split(","):
+        if part.strip() in by_depth:
+            chosen.update(by_depth[part.strip()])
+            continue
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         if not match:
             raise SmartKVError(f"layers '{layers}' is no list of ranges: write for example '0-2,20-{total - 1}'")

@@ -35,7 +35,8 @@ class LayerRule:
     """The rule of a range of layers.
 
     Attributes:
-        layers: ranges such as "0-2" or "0-2,20-29", or "all".
+        layers: ranges such as "0-2" or "0-2,20-29"; or "early", "middle" or "late", which scale with the model's depth
+            (see `smartkv.models.layer_ranges.depth_ranges`); or "all".
         rule: `window`, `gated` or `full`.
         window: number of latest tokens that always stay, at least 1, since a token sees itself. None: left open, to be
             solved for; or the rule is `full`.

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from smartkv.errors import SmartKVError
-from smartkv.models.layer_ranges import format_layers
+from smartkv.models.layer_ranges import depth_ranges, format_layers
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
 NAMED = ("default", "all-gated", "lifespan", "window", "full")
@@ -42,7 +42,8 @@ def read_policy(name_or_file: str | Path, layers: int) -> HybridPolicy:
 def named_policy(name: str, layers: int) -> HybridPolicy:
     """Return a policy by its name, with the figures that a target footprint decides left open.
 
-    * `default`: short windows in the first layers, gates in the middle, recent keys in the last layers.
+    * `default`: short windows in the first layers, gates in the middle, recent keys in the last layers; the policy of
+      configs/policies/hybrid.yaml.
     * `all-gated`: gates in all layers.
     * `lifespan`: gates in all layers, and each key has its own TTL of `c · 4^y` tokens.
     * `window`: sinks and the most recent keys. It needs no gates.
@@ -61,21 +62,17 @@ def named_policy(name: str, layers: int) -> HybridPolicy:
     if name == "all-gated":
         rules = [LayerRule("all", "gated")]
     elif name == "default":
-        first, last = _depth_ranges(layers)
-        parts = [
-            (range(0, first), LayerRule("", "window", EARLY_WINDOW)),
-            (range(first, last), LayerRule("", "gated")),
-            (range(last, layers), LayerRule("", "window")),
+        parts = depth_ranges(layers)
+        by_depth = [
+            LayerRule("early", "window", EARLY_WINDOW),
+            LayerRule("middle", "gated"),
+            LayerRule("late", "window"),
         ]
-        rules = [replace(rule, layers=format_layers(list(part))) for part, rule in parts if part]
+        rules = [
+            replace(rule, layers=format_layers(list(parts[rule.layers]))) for rule in by_depth if parts[rule.layers]
+        ]
     elif name in NAMED:  # window or full
         rules = [LayerRule("all", "full" if name == "full" else "window")]
     else:
         raise SmartKVError(f"policy '{name}' is unknown: expected one of {', '.join(NAMED)}")
     return HybridPolicy(tuple(rules), name=name)
-
-
-def _depth_ranges(layers: int) -> tuple[int, int]:
-    """Return the first gated layer and the first late one: 3 and 20 for 24 to 28 layers, else in proportion."""
-    reference = min(max(layers, 24), 28)
-    return round(3 * layers / reference), round(20 * layers / reference)

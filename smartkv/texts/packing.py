@@ -101,10 +101,19 @@ class Packer:
 
 
 def shares(weights: list[float], count: int) -> list[int]:
-    """Divide `count` by weights into whole numbers that sum to `count`, by the largest-remainder method."""
+    """Divide `count` by weights into whole numbers that sum to `count`, by the largest-remainder method.
+
+    A part of 0 takes one from a part that was rounded up, if there is such: a source of small weight has a window in a
+    small split too. Every part stays within one of its exact share.
+    """
     exact = [weight / sum(weights) * count for weight in weights]
     rounded = [int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda i: rounded[i] - exact[i])
     for i in by_remainder[: count - sum(rounded)]:
         rounded[i] += 1
+    for i in by_remainder:
+        donors = [j for j in range(len(weights)) if 1 < rounded[j] > exact[j]]
+        if count and not rounded[i] and donors:
+            rounded[max(donors, key=lambda j: rounded[j] - exact[j])] -= 1
+            rounded[i] = 1
     return rounded

@@ -11,6 +11,7 @@ from smartkv import HybridPolicy, LayerRule, load_backbone
 from smartkv.metrics.perplexity import evicted_nll, full_cache_bytes, window_nll
 from smartkv.texts.windows import read_plan
 from tests.lightning_fixtures import (
+    ROOT,
     error_line,
     fit,
     gates_config,
@@ -96,6 +97,15 @@ def test_a_run_that_may_not_be_slowed_measures_once_at_its_end(tmp_path: Path, t
     assert len(found) == 1 and found[0]["step"] == 20
 
 
+def test_each_of_several_policies_is_measured(tmp_path: Path, tiny_shards: Path) -> None:
+    policies = ["all-gated", str(ROOT / "configs/policies/hybrid.yaml")]
+    fit(tiny_shards, tmp_path / "run", trainer={"max_epochs": 1}, callbacks=[callback(policy=policies)])
+    found = last_logged(tmp_path / "run")
+    for name in ("all-gated_0.3", "hybrid_0.3", "all-gated_0.6", "hybrid_0.6"):
+        assert found[f"val_footprint/{name}"] == pytest.approx(float(name[-3:]), abs=0.06)
+        assert f"val_delta_nll/{name}" in found
+
+
 def test_validate_measures_too(tmp_path: Path, tiny_shards: Path) -> None:
     root = tmp_path / "run"
     keep = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(root / "checkpoints"), "save_last": True}}
@@ -131,6 +141,9 @@ def test_two_processes_give_the_figures_of_one(tmp_path: Path, tiny_shards: Path
         ({"score_from": 64}, "below the window of 64 tokens"),
         ({"policy": "nothing"}, "neither one of"),
         ({"policy": "full"}, "leaves nothing open"),
+        ({"policy": ["all-gated", "full"]}, "policy 'full' leaves nothing open"),
+        ({"policy": ["all-gated", "all-gated"]}, "a list of policies with different names"),
+        ({"policy": []}, "a list of policies with different names"),
     ],
 )
 def test_a_mistake_is_told_before_the_model_is_loaded(

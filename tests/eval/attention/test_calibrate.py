@@ -60,6 +60,19 @@ def test_calibrate_leaves_three_pictures(calibrated: Path) -> None:
     assert all(picture.read_bytes().startswith(PNG) for picture in pictures)
 
 
+def test_calibrate_prints_the_module_tree_and_the_shape_of_an_attention_map(
+    tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = write_texts(tmp_path / "texts", files=1)
+    run_eval("calibrate", "--backbone", tiny_backbone, "--out", tmp_path / "out", "--window", "32", "--windows", "1",
+             "--sources", json.dumps([{"name": "mine", "path": str(texts)}]))  # fmt: skip
+    said = capsys.readouterr().out
+    for line in ("(layers): ModuleList(", "(0-1): 2 x", "(k_proj): Linear(in_features=", "(lm_head): Linear("):
+        assert line in said
+    assert "(batch, query_heads, queries, keys) = (1, 4, 32, 32)" in said
+    assert figures(tmp_path / "out/calibrate.json")["architecture"]["attention_map"] == [1, 4, 32, 32]
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "gpt2"])
 def test_calibrate_works_for_every_family(family: str, tmp_path: Path) -> None:
     backbone = save_tiny_backbone(tmp_path / "lm", family)

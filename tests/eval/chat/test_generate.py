@@ -1,17 +1,23 @@
 """`python -m eval generate` on a tiny backbone: text, figures, page, and mistakes."""
 
 import base64
+import io
 import json
 import re
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from rich.console import Console
 
 from eval.__main__ import main
-from smartkv import load_backbone
+from eval.chat import generate as command
+from smartkv import GateBank, HybridPolicy, LayerRule, load_backbone, pretrained_gates
 from smartkv.metrics.perplexity import full_cache_bytes
 from tests.eval.chat.test_conversation import PROMPT, STATUS, lines
 from tests.eval.chat.test_page import embedded
@@ -105,6 +111,74 @@ def test_sampling_follows_the_seed(run: Any) -> None:
 def test_a_price_takes_the_place_of_the_solved_one(run: Any) -> None:
     dear, cheap = (run(prompt=PROMPT * 3, price=price) for price in (99, -99))
     assert dear["arguments"]["policy"]["price"] == 99 and cheap["footprint"] == 1 > dear["footprint"]
+
+
+# -- gates, and what they remember -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def aged(tmp_path: Path, tiny_backbone: Path) -> Path:
+    """Gates that judge for ages and remember a policy and its prices, like those that come with SmartKV."""
+    policy = HybridPolicy((LayerRule("all", "gated", 8),), name="distilled").to_dict()
+    details = {"ages": [8, 24], "target": "log worth", "policy": policy, "prices": [[0.04, 0.2], [0.9, -0.2]]}
+    fingerprint = load_backbone(str(tiny_backbone), "float32").fingerprint
+    torch.manual_seed(0)
+    GateBank(fingerprint, None, 8, 2, details).save_pretrained(tmp_path / "aged")
+    return tmp_path / "aged"
+
+
+def test_gates_that_remember_prices_are_used_at_once(run: Any, aged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "plan_windows", lambda *_, **__: pytest.fail("texts were read to solve a price"))
+    chosen = run(prompt=PROMPT * 3, gates=aged)["arguments"]["policy"]
+    assert chosen["name"] == "distilled" and -0.2 < chosen["price"] < 0.2
+    assert run(prompt=PROMPT * 3, gates=aged, price=9)["arguments"]["policy"]["price"] == 9
+
+
+def test_gates_that_judge_for_ages_are_shown_in_nats_and_by_age(
+    run: Any, aged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "is_terminal", lambda: True)
+    run(prompt=PROMPT * 3, gates=aged, price=-1)
+    said = capsys.readouterr().err
+    assert f"gates {aged}, window 8, price -1.00 (worth 0.37 nats, asked at the ages of 8 and 24 tokens)" in said
+    assert "lifespan of" not in said
+    scale = embedded(tmp_path / "out/lifespans.html")["scale"]
+    assert (scale["unit"], scale["said"], scale["ages"]) == ("nats", "worth", [8, 24])
+    assert "worth at age 24, nats" in scale["caption"]
+    assert "how long later tokens" not in (tmp_path / "out/lifespans.html").read_text().split("<main>")[0]
+
+
+def test_without_a_name_the_shipped_gates_are_those_of_the_model(tiny_backbone: Path) -> None:
+    architecture = load_backbone(str(tiny_backbone), "float32").architecture
+    assert command._shipped(architecture) is None
+    shape = GateBank.from_pretrained("smollm2-135m-instruct").fingerprint
+    same = replace(architecture, layers=shape.layers, kv_heads=shape.kv_heads, head_dim=shape.head_dim)
+    assert command._shipped(same) == "smollm2-135m-instruct"
+
+
+def test_the_config_needs_nothing_that_a_fresh_checkout_lacks() -> None:
+    written = yaml.safe_load((ROOT / "configs/eval/generate.yaml").read_text())
+    assert written["gates"] in pretrained_gates() and written["model"]["backbone"] == "smollm2-135m"
+    remembered = GateBank.from_pretrained(written["gates"])
+    chosen = command._policy(written["policy"], written["price"], written["footprint"], remembered, 30)
+    assert chosen.open is None and chosen.rules == HybridPolicy.from_dict(remembered.details["policy"]).rules
+    defaults = signature(command.generate).parameters
+    assert all(defaults[name].default == written[name] for name in ("policy", "price", "footprint", "seed"))
+
+
+def test_solving_a_price_shows_how_far_it_is(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=80)
+    monkeypatch.setattr(command, "Console", lambda stderr: terminal)
+    run(prompt=PROMPT)
+    assert "Solving the price" in shown.getvalue() and "100%" in shown.getvalue()
+
+
+def test_a_short_text_is_told_to_outweigh_a_full_cache(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = run(prompt="a", max_new_tokens=2)["kv_bytes"]
+    said = capsys.readouterr().err
+    assert sizes["live"] > sizes["full"], "the test shows nothing"
+    assert re.match(r"KV [\d.]+ KiB with spare slots, full [\d.]+ KiB, 100 % of the keys · 2 tokens", said)
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 import re
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from eval.chat.page import UNDECIDED, encode_expiry, encode_predictions, write_page
+from eval.common.score_scale import WORTH
 from smartkv.errors import SmartKVError
 from smartkv.policies.hybrid import FOREVER, HybridPolicy, LayerRule
 from smartkv.policies.named import read_policy
@@ -241,6 +243,19 @@ def test_a_token_tells_what_was_predicted_and_when_it_went(tab: Browser, page: P
         assert words in tab.js("document.getElementById('tip').innerText")
     tab.open(page, f"#layer=2&head=0&token={j}")
     assert "no gates here" in tab.js("document.getElementById('tip').innerText")
+
+
+@needs_chromium
+def test_gates_that_judge_for_ages_are_shown_by_worth(tab: Browser, tmp_path: Path) -> None:
+    policy = replace(POLICY, price=PRICE - 3)
+    path, scale = tmp_path / "worth.html", replace(WORTH, ages=(8, 24), caption="worth at age 24")
+    tab.open(write_page(path, TEXTS, PREDICTIONS - 3, EXPIRY, policy, "m", scale=scale), "#layer=0&head=0&token=20")
+    told = tab.js("document.getElementById('tip').innerText")
+    amount = float(re.search(r"worth ([\d.]+) nats at age 24", told)[1])  # type: ignore[index]
+    assert amount == pytest.approx(math.exp(float(PREDICTIONS[0, 0, 20]) - 3), rel=0.06)
+    shown = {name: tab.js(f"document.getElementById('{name}').textContent") for name in ("caption", "rule")}
+    assert shown["caption"] == "worth at age 24" and "lifespan" not in told and "live" not in told
+    assert "then until the first age (8, 24) at which it is worth no more than 0.37 nats" in shown["rule"]
 
 
 @needs_chromium

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from eval.__main__ import main
 from eval.common.aliases import expand_aliases
+from eval.quantization import baselines as command
 from eval.quantization import stand_ins as models
 from tests.lightning_fixtures import write_texts
 
@@ -30,6 +32,7 @@ def test_memory_alone_needs_no_model_and_gives_nominal_and_stored_ratios(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "load_backbone", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setitem(models.SHAPES, "gpt2", models.Shape(3, 2, 64))
     everything = ["--baselines", "FP16", "INT8", "INT4", "KIVI", "KIVI2", "KIVI4", "SmartKV"]
     main(["baselines", "--memory-only", *everything, "--tokens", "2048", "--out", str(tmp_path)])
     found = result(tmp_path)["baselines"]
@@ -40,9 +43,35 @@ def test_memory_alone_needs_no_model_and_gives_nominal_and_stored_ratios(
     assert stored["INT8"] == 0.5625 and stored["INT4"] == 0.3125 and stored["FP16"] == 1.0
     # residuals of 128 to 160 and 64 to 128 tokens stay in float16
     assert 0.25 < stored["KIVI"] < 0.25 + 160 / 2048 and 0.48 < stored["SmartKV"] < 0.5 + 128 / 2048
-    assert found["INT8"]["bytes_float16"] == 2 * 2 * 12 * 12 * 64 * 2048
+    assert found["INT8"]["bytes_float16"] == 2 * 2 * 3 * 2 * 64 * 2048
     log = (tmp_path / "validation.log").read_text()
     assert "INT4" in log and "written:" in log
+
+
+def test_memory_alone_has_errors_and_times_of_synthetic_keys(tmp_path: Path) -> None:
+    names = ["FP16", "INT8", "INT4", "KIVI", "SmartKV"]
+    main(["baselines", "--memory-only", "--baselines", *names, "--tokens", "256", "--out", str(tmp_path)])
+    found = result(tmp_path)
+    rows = found["baselines"]
+    for what in ("key", "value", "output"):
+        assert rows["FP16"][f"error_{what}"] < rows["INT8"][f"error_{what}"] < rows["INT4"][f"error_{what}"]
+    assert rows["INT8"]["error_output"] < rows["SmartKV"]["error_output"] < rows["INT4"]["error_output"]
+    assert all(row["encode_ms"] > 0 and row["decode_ms"] > 0 for row in rows.values())
+    judged = [judgement["fine"] for judgement in found["judgements"]]
+    assert judged.count(True) > 8 and False not in judged
+
+
+def test_what_is_not_as_expected_gives_a_status_of_its_own_after_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(command.SCHEMES, "int4", command.SCHEMES["int8"])
+    with pytest.raises(SystemExit) as stop:
+        main(["baselines", "--memory-only", "--baselines", "INT8", "INT4", "--tokens", "64", "--out", str(tmp_path)])
+    assert stop.value.code == 1
+    said = capsys.readouterr()
+    assert "NOT as expected: ratio_payload of INT4 is 0.25 (0.5000)" in said.out
+    assert said.err == "5 of 6 expectations do not hold\n"
+    assert [each["fine"] for each in result(tmp_path)["judgements"]].count(False) == 5
 
 
 def test_a_model_is_measured(tmp_path: Path, tiny_backbone: Path, texts: Path) -> None:
@@ -76,6 +105,11 @@ def test_where_gpt2_cannot_be_had_its_shape_stands_in_and_says_so(
     assert "random weights" in found["stand_in"] and "perplexity" not in found["baselines"]["INT8"]
     assert "their perplexity means nothing" in capsys.readouterr().out.replace("\n", " ")
     assert found["baselines"]["INT8"]["error_output"] > 0
+
+
+def test_git_ignores_the_folder_that_results_go_to_by_default() -> None:
+    folder = signature(command.baselines).parameters["out"].default.split("/")[0]
+    assert f"/{folder}/" in (ROOT / ".gitignore").read_text().split()
 
 
 def test_the_old_spelling_is_understood() -> None:

@@ -27,7 +27,10 @@ def test_the_needle_is_read_at_every_depth_and_length_by_everybody(run_task: Any
             assert (sample["kept"] is None) == (row["kind"] in ("full", "quantised") or row["contender"] == "key_norm")
         footprint = float(np.mean([sample["footprint"] for sample in row["samples"]]))
         assert footprint == pytest.approx(1.0 if row["kind"] in ("full", "quantised") else 0.5, abs=0.12)
-    for name in ("needle_right.png", "needle_nll.png", "needle.md"):
+    predicted = found["predicted"]
+    assert predicted["layers"] == [0, 1] and predicted["unit"] == "predicted time to live, tokens"
+    assert [len(heads) for heads in predicted["fact"]] == [2, 2] and len(predicted["by_layer"]["text"]) == 2
+    for name in ("needle_right.png", "needle_nll.png", "needle_predicted.png", "needle.md"):
         assert (tmp_path / name).stat().st_size > 300
 
 

@@ -26,6 +26,13 @@ def test_no_ranges_mean_all_layers(text: str | None) -> None:
     assert parse_layers(text, 4) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(("total", "early", "late"), [(24, "0-2", "20-23"), (28, "0-2", "20-27"), (56, "0-5", "40-55")])
+def test_ranges_by_depth_scale_with_the_model_and_mix_with_numbers(total: int, early: str, late: str) -> None:
+    assert format_layers(parse_layers("early", total)) == early and format_layers(parse_layers("late", total)) == late
+    assert parse_layers("early, middle,late", total) == list(range(total))
+    assert parse_layers("late, 3", total) == [3, *parse_layers("late", total)]
+
+
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "0..2", "1,,2", "0-2-3"])
 def test_what_is_no_range_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(SmartKVError, match=rf"'{text}' is no list of ranges.*'0-2,"):

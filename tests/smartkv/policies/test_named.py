@@ -8,6 +8,7 @@ import yaml
 from smartkv.errors import SmartKVError
 from smartkv.policies.hybrid import HybridPolicy
 from smartkv.policies.named import NAMED, named_policy, read_policy
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -57,6 +58,17 @@ def test_a_file_that_holds_no_policy_says_what_is_wrong(text: str, message: str,
 def test_the_default_scales_with_depth(layers: int, gated: range) -> None:
     rules = named_policy("default", layers).by_layer(layers)
     assert [layer for layer, rule in enumerate(rules) if rule.rule == "gated"] == list(gated)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 12, 24, 28, 30, 36, 80])
+def test_the_hybrid_file_is_the_default_at_any_depth(layers: int) -> None:
+    file = read_policy(ROOT / "configs/policies/hybrid.yaml", layers)
+    assert file.name == "hybrid" and file.price is None and file.sinks == 4
+
+    def rules(policy: HybridPolicy) -> list[tuple[str, int | None, float | None]]:
+        return [(rule.rule, rule.window, rule.price) for rule in policy.by_layer(layers)]
+
+    assert rules(file) == rules(named_policy("default", layers))
 
 
 def test_neither_a_name_nor_a_file_is_refused() -> None:

@@ -200,3 +200,10 @@ def test_each_share_is_within_one_of_the_exact_one(weights: list[float], count: 
     for part, weight in zip(shares(weights, count), weights, strict=True):
         assert part >= 0
         assert abs(part - weight / sum(weights) * count) < 1 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("count", "want"), [(24, [16, 5, 2, 1]), (12, [8, 2, 1, 1]), (128, [90, 26, 10, 2]), (0, [0] * 4)]
+)
+def test_a_source_of_small_weight_has_a_window_in_a_small_split_too(count: int, want: list[int]) -> None:
+    assert shares([0.70, 0.20, 0.08, 0.02], count) == want  # the mix of configs/harvest, whose last is AIME 2024
