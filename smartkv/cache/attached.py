@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 from smartkv.cache.model_patch import EvictionStep, is_evicting, patch_model
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import Architecture
+from smartkv.models.wrappers import language_model
 
 
 class AttachedCache(Cache, ABC):
@@ -30,7 +31,8 @@ class AttachedCache(Cache, ABC):
         if type(chunk) is not int or chunk < 1:
             raise SmartKVError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
         super().__init__(layers=layers)
-        self.model, self.architecture, self.chunk = model, Architecture.of(model.config), chunk
+        self.model = language_model(model)  # inside a wrapper, whose forward and generate call it
+        self.architecture, self.chunk = Architecture.of(self.model.config), chunk
         self.attach()
 
     # -- attach and detach --------------------------------------------------------------------------------------------

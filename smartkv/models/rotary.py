@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smartkv.models.wrappers import input_device
+
 
 class Rotation:
     """The rotary embedding of a model; the identity for a model without one, such as GPT-2.
@@ -17,7 +19,7 @@ class Rotation:
     def __init__(self, model: PreTrainedModel) -> None:
         base: Any = model.base_model
         self.embedding = getattr(base, "rotary_emb", None)
-        self.device = model.device
+        self.device = input_device(model)
 
     def cos_sin(self, position: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the cosines and sines of positions.
