@@ -27,7 +27,7 @@ from smartkv.gates.objectives import objective_of_target
 from smartkv.gates.pretrained import CARD, CONFIG, WEIGHTS, check_details, find_file
 from smartkv.io.atomic import write_atomically
 from smartkv.io.checks import check_type, check_whole, read_dataclass
-from smartkv.models.architecture import Fingerprint
+from smartkv.models.architecture import Fingerprint, check_model
 from smartkv.models.layer_ranges import format_layers
 from smartkv.models.wrappers import key_devices
 
@@ -249,12 +249,15 @@ class GateBank(nn.Module, ModelHubMixin):
 
         Args:
             folder_or_id: A folder written by `save_pretrained`, a name from `smartkv.pretrained_gates()`, or a hub id.
-            model: The model to use the gates with. Its architecture is checked; None checks nothing.
+            model: The model to use the gates with, loaded. Its architecture is checked; None checks nothing.
             revision: Revision of the hub repository.
 
         Raises:
-            SmartKVError: The gates are missing, damaged, or for another architecture (the message names both).
+            SmartKVError: An argument of a wrong type; the gates are missing, damaged, or for another architecture (the
+                message names both).
         """
+        if model is not None:
+            check_model(model)
         config_path = find_file(folder_or_id, CONFIG, revision)
         weights_path = find_file(folder_or_id, WEIGHTS, revision)
         try:

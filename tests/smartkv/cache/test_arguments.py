@@ -176,6 +176,7 @@ SHARE = "footprint must be the share .* above 0 and at most 1, got "
         ({"gates": 0.25}, GATES + "0.25: for a share of the full cache write footprint=0.25"),
         ({"gates": recent(4)}, GATES + "a HybridPolicy: write policy="),
         ({"gates": "window"}, GATES + "'window': this is the name of a policy, write policy='window'"),
+        ({"gates": "", "footprint": 0.25}, GATES + "'': give a name, for example gates='smoll.*, or gates=None"),
         ({"gates": True}, GATES + "True: for example gates='smoll"),
         ({"gates": Path("nowhere"), "footprint": 0.5}, "gates 'nowhere' are neither a local folder"),
         *[({"footprint": wrong}, SHARE) for wrong in (0, 1.5, 25, -0.1, float("nan"), True, "0.25", [0.25])],
