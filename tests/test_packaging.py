@@ -5,6 +5,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_what_a_module_imports_is_installed_with_it(path: Path) -> None:
     functions = {id(node) for body in ast.walk(tree) if isinstance(body, ast.FunctionDef) for node in ast.walk(body)}
     at_once = imported(node for node in ast.walk(tree) if id(node) not in functions)
     assert at_once <= declared(PROJECT["dependencies"] + extra)
-    assert imported(ast.walk(tree)) <= declared(PROJECT["dependencies"] + sum(EXTRAS.values(), []))
+    assert imported(ast.walk(tree)) <= declared([*PROJECT["dependencies"], *chain(*EXTRAS.values())])
 
 
 def test_the_readmes_python_needs_what_its_install_lines_name() -> None:

@@ -101,7 +101,10 @@ def load_backbone(
     tokenizer = load_tokenizer(model, trust_remote_code)
     options = {"dtype": resolve_dtype(dtype, device), "trust_remote_code": trust_remote_code}
     lm = _from_pretrained(AutoModelForCausalLM, model, **options)
-    lm.to(torch.device(device))
+    try:
+        lm.to(torch.device(device))
+    except ValueError as error:  # transformers moves some quantised models only on loading
+        raise SmartKVError(f"model '{model}' cannot be moved to {device}: {str(error).splitlines()[0]}") from error
     return freeze(lm, tokenizer, model)
 
 
@@ -142,6 +145,7 @@ def _from_pretrained(factory: Any, model: str, **options: Any) -> Any:
         return factory.from_pretrained(place, **options)
     except (
         OSError,
+        ImportError,  # the package of a quantised model's format
         ValueError,
         TypeError,
         RuntimeError,

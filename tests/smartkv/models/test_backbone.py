@@ -125,6 +125,23 @@ def test_an_unknown_dtype_is_refused_with_those_known(name: str) -> None:
         resolve_dtype(name)
 
 
+def test_a_quantised_model_without_its_package_says_which_is_missing(tmp_path: Path) -> None:
+    path = save_tiny_backbone(tmp_path) / "config.json"
+    quantised = {"quantization_config": {"quant_method": "torchao", "quant_type": {"default": {}}}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | quantised))
+    with pytest.raises(SmartKVError, match=rf"model '{tmp_path}' could not be loaded: .*torchao"):
+        load_backbone(str(tmp_path))
+
+
+def test_a_model_that_cannot_be_moved_is_named(tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("`.to` is not supported for `8-bit` models.")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.to", refuse)
+    with pytest.raises(SmartKVError, match=r"cannot be moved to cpu: `\.to` is not supported"):
+        load_backbone(str(tiny_backbone))
+
+
 @pytest.mark.parametrize("trusted", [False, True])
 def test_code_that_comes_with_a_model_runs_only_when_asked_for(
     trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
