@@ -20,6 +20,7 @@ from smartkv.distillation.kl_divergence import divergence
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.models.layer_ranges import format_layers
+from smartkv.models.wrappers import input_device
 from smartkv.policies.budgets import Calibration, solve
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
@@ -116,7 +117,7 @@ def measure_trade(
 
 
 def _last_hidden(model: PreTrainedModel, ids: Tensor, cache: LifespanCache | None) -> Tensor:
-    ids = ids.long().to(model.device)[None]
+    ids = ids.long().to(input_device(model))[None]
     output = model.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
     hidden: Tensor = output.last_hidden_state[0]
     return hidden

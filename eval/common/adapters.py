@@ -7,6 +7,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from smartkv.errors import SmartKVError
+from smartkv.io.hub import hub_trouble, is_local, was_downloaded
 from smartkv.models.backbone import Backbone
 
 
@@ -27,6 +28,10 @@ def with_adapter(lm: Backbone, adapter: str | None) -> Backbone:
     """
     if adapter is None:
         return lm
+    if not Path(adapter).is_dir():
+        trouble = f"there is no folder '{adapter}'" if is_local(adapter) else hub_trouble()
+        if trouble and not was_downloaded(adapter, "adapter_config.json"):
+            raise SmartKVError(f"the adapter '{adapter}' cannot be had: {trouble}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")  # it has fewer layers than the model

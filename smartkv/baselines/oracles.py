@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from smartkv.errors import SmartKVError
 from smartkv.labels.lifespans import LabelSpec, LayerLabels, check_window
 from smartkv.models.observation import observe_attention
+from smartkv.models.wrappers import input_device
 
 
 class OracleLabels(NamedTuple):
@@ -58,7 +59,7 @@ def oracle_labels(model: PreTrainedModel, tokens: Tensor, age: int, threshold: f
         raise SmartKVError(f"age must be at least 1 token, got {age}")
     observer = _Observer(LabelSpec((threshold,), (age,), len(tokens)))
     with observe_attention(model, observer):
-        model.base_model(input_ids=tokens.long().to(model.device)[None], use_cache=False)
+        model.base_model(input_ids=tokens.long().to(input_device(model))[None], use_cache=False)
     queries = (len(tokens) - age - torch.arange(len(tokens))).clamp(min=1)  # of each key, from that age on
     lifespan = torch.stack([labels.lifespan[0].cpu() for labels in observer.labels])
     attention = torch.stack([labels.attention_sum[0].cpu() for labels in observer.labels])

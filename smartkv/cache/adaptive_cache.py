@@ -89,6 +89,7 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
         storage = self.storage[layer]
         before, tokens = storage.get_seq_length(), step.key.shape[2]
         real = self.seen_tokens.real(before + tokens)
+        real = None if real is None else real.to(step.key.device)  # the layers of a model may lie on several devices
         new = self._importance(layer, step.pre_rope)
         importance = new if storage.importance is None else torch.cat([storage.importance, new], dim=2)
         storage.importance = importance

@@ -8,14 +8,14 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.gates.pretrained import pretrained_gates
-from smartkv.models.architecture import Architecture
-from smartkv.models.backbone import Backbone
+from smartkv.io.checks import describe
+from smartkv.models.architecture import Architecture, check_model
+from smartkv.models.wrappers import key_devices
 from smartkv.policies.budgets import how_to_solve, policy_of
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from smartkv.policies.named import NAMED, read_policy
@@ -76,25 +76,6 @@ def resolve_arguments(
     return architecture, bank, policy
 
 
-def check_model(model: Any) -> Architecture:
-    """Return the architecture of a loaded model.
-
-    Raises:
-        SmartKVError: `model` is something else (a name, a tokenizer, …), or a model of a family that is not supported.
-    """
-    config = getattr(model, "config", None)
-    if isinstance(model, nn.Module) and hasattr(config, "model_type"):
-        return Architecture.of(config)
-    advice = "load one with AutoModelForCausalLM.from_pretrained(…)"
-    if isinstance(model, str | Path):
-        advice = f"load it with AutoModelForCausalLM.from_pretrained('{model}')"
-    elif isinstance(model, Backbone):
-        advice = "give its attribute .model"
-    elif isinstance(model, PreTrainedTokenizerBase):
-        advice = "give the model that this tokenizer belongs to"
-    raise SmartKVError(f"model must be a loaded transformers model, got {_describe(model)}: {advice}")
-
-
 def resolve_gates(model: PreTrainedModel, gates: Any) -> GateBank | None:
     """Return the gates of a model, loaded where only their name is given.
 
@@ -108,7 +89,7 @@ def resolve_gates(model: PreTrainedModel, gates: Any) -> GateBank | None:
     """
     _check_gates(gates)
     if isinstance(gates, str | Path):
-        return GateBank.from_pretrained(gates, model).to(model.device)
+        return GateBank.from_pretrained(gates, model).to(key_devices(model)[0])
     if gates is not None:
         gates.check(model)
     return gates
@@ -121,17 +102,19 @@ def check_first_query(position: Any) -> int:
         SmartKVError: not a whole number, 0 or more.
     """
     if type(position) is not int or position < 0:
-        raise SmartKVError(f"first_query must be a position in the text, 0 or more, got {_describe(position)}")
+        raise SmartKVError(f"first_query must be a position in the text, 0 or more, got {describe(position)}")
     return position
 
 
 def _check_gates(gates: Any) -> None:
     """Refuse gates of a wrong type, and the name of a policy in their place."""
     misplaced_policy = isinstance(gates, str) and gates in NAMED and not Path(gates).is_dir()
-    if gates is None or (isinstance(gates, GateBank | str | Path) and not misplaced_policy):
+    if gates is None or (isinstance(gates, GateBank | str | Path) and gates != "" and not misplaced_policy):
         return
     advice = f"for example gates='{pretrained_gates()[0]}'"
-    if misplaced_policy:
+    if isinstance(gates, str | Path) and not misplaced_policy:  # ""
+        advice = f"give a name, {advice}, or gates=None for a policy that needs none"
+    elif misplaced_policy:
         advice = f"this is the name of a policy, write policy='{gates}'"
     elif isinstance(gates, HybridPolicy):
         advice = "write policy=… for a policy"
@@ -140,7 +123,7 @@ def _check_gates(gates: Any) -> None:
     elif isinstance(gates, dict):
         advice = "load gates with GateBank.from_pretrained(folder)"
     raise SmartKVError(
-        f"gates must be a GateBank, or the name, folder or hub id of gates, got {_describe(gates)}: {advice}"
+        f"gates must be a GateBank, or the name, folder or hub id of gates, got {describe(gates)}: {advice}"
     )
 
 
@@ -158,7 +141,7 @@ def _check_policy(policy: Any) -> None:
     elif isinstance(policy, GateBank):
         advice = "write gates=… for gates"
     raise SmartKVError(
-        f"policy must be a HybridPolicy, a YAML file or one of {', '.join(NAMED)}, got {_describe(policy)}: {advice}"
+        f"policy must be a HybridPolicy, a YAML file or one of {', '.join(NAMED)}, got {describe(policy)}: {advice}"
     )
 
 
@@ -167,19 +150,12 @@ def _check_footprint(footprint: Any) -> None:
     if footprint is not None and not (_is_number(footprint) and 0 < footprint <= 1):
         raise SmartKVError(
             "footprint must be the share of the full cache's keys to keep, above 0 and at most 1, "
-            f"got {_describe(footprint)}: for a quarter write footprint=0.25"
+            f"got {describe(footprint)}: for a quarter write footprint=0.25"
         )
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _describe(value: Any) -> str:
-    """What an error message calls a value: short ones as Python writes them, others by their class."""
-    if value is None or isinstance(value, bool | Real | str):
-        return repr(value)
-    return f"'{value}'" if isinstance(value, Path) else f"a {type(value).__name__}"
 
 
 def _example_gates(gates: Any) -> str:

@@ -18,6 +18,7 @@ from smartkv.cache.seen_tokens import SeenTokens
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import Architecture
 from smartkv.models.rotary import SwitchingRotary
+from smartkv.models.wrappers import language_model
 
 
 class AttachedCache(Cache, ABC):
@@ -41,8 +42,9 @@ class AttachedCache(Cache, ABC):
         if type(chunk) is not int or chunk < 1:
             raise SmartKVError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
         super().__init__(layers=layers)
-        self.model, self.architecture, self.chunk = model, Architecture.of(model.config), chunk
-        self.seen_tokens, self._rotary = SeenTokens(), SwitchingRotary.of(model.config)
+        self.model = language_model(model)  # inside a wrapper, whose forward and generate call it
+        self.architecture, self.chunk = Architecture.of(self.model.config), chunk
+        self.seen_tokens, self._rotary = SeenTokens(), SwitchingRotary.of(self.model.config)
         self._lock = threading.RLock()
         self.attach()
 

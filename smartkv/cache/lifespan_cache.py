@@ -151,6 +151,8 @@ class LifespanCache(CacheUsage, AttachedCache):
             SmartKVError: another number of rows, or another dtype, than the cache holds.
         """
         storage = self.storage[layer]
+        if step.real is not None:  # the layers of a model may lie on several devices
+            step = step._replace(real=step.real.to(step.key.device))
         output = storage.attend(step, self._judge_of(layer))
         if storage.call_peak_bytes:
             self.note_peak(storage)
@@ -205,7 +207,7 @@ class LifespanCache(CacheUsage, AttachedCache):
         self.settle()
         self.seen_tokens.select(rows)
         for storage in self.storage:
-            storage.select(rows.to(self.model.device))
+            storage.select(rows.to(storage.seen.device))
             self.note_peak(storage)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

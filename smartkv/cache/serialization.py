@@ -17,6 +17,7 @@ ids are unknown, and padding is taken to be on the left. The header names the mo
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,12 @@ from smartkv.cache.seen_tokens import PADDING, UNKNOWN
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.io.atomic import write_atomically
+from smartkv.io.checks import describe
 from smartkv.models.architecture import Fingerprint
+from smartkv.models.wrappers import key_devices, language_model
 from smartkv.policies.hybrid import HybridPolicy
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
 READABLE = (2, 3)
@@ -57,13 +62,14 @@ def save_cache(cache: LifespanCache, path: str | Path) -> None:
     """
     if not isinstance(cache, LifespanCache):
         raise SmartKVError(
-            f"save_cache expected a LifespanCache, got {type(cache).__name__}: other caches have no file format"
+            f"save_cache expected a LifespanCache, got {describe(cache)}: other caches have no file format"
         )
+    path = _path(path, "save_cache(cache, path)")
     if not all(layer.is_initialized for layer in cache.storage):
         raise SmartKVError("the cache has not seen a token yet: there is nothing to save")
     with cache.in_use():
         tensors, header = _contents(cache)
-    write_atomically(Path(path), save(tensors, metadata={"smartkv_cache": json.dumps(header, sort_keys=True)}))
+    write_atomically(path, save(tensors, metadata={"smartkv_cache": json.dumps(header, sort_keys=True)}))
 
 
 def _contents(cache: LifespanCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -95,7 +101,7 @@ def _contents(cache: LifespanCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str | Path | None = None) -> LifespanCache:
-    """Load a cache that `save_cache` wrote, onto the model's device.
+    """Load a cache that `save_cache` wrote, each layer onto the device where the model computes it.
 
     Args:
         path: of the file.
@@ -103,10 +109,11 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str |
         gates: the same gates, given as for `LifespanCache`.
 
     Raises:
-        SmartKVError: the file is missing, damaged, or of another model, dtype or gates.
+        SmartKVError: an argument of a wrong type; the file is missing, damaged, or of another model, dtype or gates.
     """
-    path = Path(path)
+    path = _path(path, "load_cache(path, model, gates)")
     check_model(model)
+    lm, devices = language_model(model), key_devices(model)
     header, tensors = _read(path)
     tokens = tensors.pop("tokens", None)
     try:
@@ -117,20 +124,23 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str |
             )
         fingerprint, here = Fingerprint(**header["fingerprint"]), Fingerprint.of(model)
         here.check(fingerprint, f"the keys in {path}")
-        if fingerprint != here:
+        if not (fingerprint.weight_hash and here.weight_hash):
+            log.warning("%s: the model's weights cannot be read and compared with those that computed its keys", path)
+        elif fingerprint != here:
             raise SmartKVError(f"the keys in {path} were computed by other weights of the same architecture")
         policy = HybridPolicy.from_dict(header["policy"])
         gates = resolve_gates(model, gates)
         if policy.gated and header["gates"] != _digest(gates):
             raise SmartKVError(f"{path} was saved with other gates: give the gates that it was made with")
-        if f"torch.{header['dtype']}" != str(model.dtype):
-            raise SmartKVError(f"{path} holds keys for {header['dtype']}, the model computes in {model.dtype}")
+        if f"torch.{header['dtype']}" != str(lm.dtype):
+            raise SmartKVError(f"{path} holds keys for {header['dtype']}, the model computes in {lm.dtype}")
         cache = LifespanCache(model, gates, policy, header["chunk"], header["count_from"], header["bits"])
         for number, layer in enumerate(cache.storage):
-            own = {name.partition(".")[2]: t.to(model.device) for name, t in tensors.items() if _layer(name) == number}
+            device, stored = devices[number], {n: t for n, t in tensors.items() if _layer(n) == number}
+            own = {name.partition(".")[2]: tensor.to(device) for name, tensor in stored.items()}
             fields = Fields(own["key"], own["value"], own["position"], own["expiry"], own.get("score"))
             _check(path, number, fields, own["counts"], own["seen"])
-            layer.restore(Ragged(fields, own["counts"]), own["seen"], model.dtype)
+            layer.restore(Ragged(fields, own["counts"]), own["seen"], lm.dtype)
             if layer.packed is not None:
                 layer.packed.centre = own["centre"]
                 if own["centre"].shape != (len(own["counts"]), cache.architecture.head_dim):
@@ -159,6 +169,13 @@ def _tokens(path: Path, tokens: Tensor | None, columns: int, seen: Tensor) -> Te
     if tokens.shape != (len(seen), columns):
         raise SmartKVError(f"{path} does not hold a whole cache: its tokens do not fit its {columns} columns")
     return tokens.to(seen.device)
+
+
+def _path(path: Any, call: str) -> Path:
+    """Return the path of a cache's file; `call` is how it should have been given."""
+    if not isinstance(path, str | Path) or not str(path):
+        raise SmartKVError(f"the path of a cache's file must be a str or a Path, got {describe(path)}: write {call}")
+    return Path(path).expanduser()
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

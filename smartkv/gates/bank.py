@@ -27,8 +27,9 @@ from smartkv.gates.objectives import objective_of_target
 from smartkv.gates.pretrained import CARD, CONFIG, WEIGHTS, check_details, find_file
 from smartkv.io.atomic import write_atomically
 from smartkv.io.checks import check_type, check_whole, read_dataclass
-from smartkv.models.architecture import Fingerprint
+from smartkv.models.architecture import Fingerprint, check_model
 from smartkv.models.layer_ranges import format_layers
+from smartkv.models.wrappers import key_devices
 
 log = logging.getLogger(__name__)
 
@@ -109,15 +110,17 @@ class GateBank(nn.Module, ModelHubMixin):
         return [(layer, head) for layer in self.layers for head in range(self.fingerprint.kv_heads)]
 
     def check(self, model: PreTrainedModel) -> None:
-        """Check that the gates fit `model` and are on its device.
+        """Check that the gates fit `model` and are on its device, or on one of the devices of its layers.
 
         Raises:
             SmartKVError: The architecture or the device differs. The message names both.
         """
         Fingerprint.of(model).check(self.fingerprint, "the gates")
-        if self.device != model.device:
+        devices = list(dict.fromkeys(map(str, key_devices(model))))
+        if str(self.device) not in devices:
             raise SmartKVError(
-                f"the gates are on {self.device}, the model is on {model.device}: call gates.to('{model.device}')"
+                f"the gates are on {self.device}, the model is on {' and '.join(devices)}: "
+                f"call gates.to('{devices[0]}')"
             )
 
     def forward(self, keys: Tensor) -> Tensor:
@@ -132,14 +135,17 @@ class GateBank(nn.Module, ModelHubMixin):
         return torch.baddbmm(self.bias2, torch.baddbmm(self.bias1, keys, self.weight1).relu_(), self.weight2)
 
     def predict(self, layer: int, keys: Tensor) -> Tensor:
-        """Predict with the gates of one layer.
+        """Predict with the gates of one layer, on the device of its keys.
+
+        The layers of a model may lie on several devices, the weights of a bank lie on one. Those of the layer are
+        copied where the devices differ: some hundred kilobytes.
 
         Args:
             layer: Index of the layer in the model.
             keys: `[batch, kv_heads, tokens, head_dim]`, before the rotary embedding, any float dtype.
 
         Returns:
-            float32 `[batch, kv_heads, tokens, outputs]`.
+            float32 `[batch, kv_heads, tokens, outputs]`, on the device of the keys.
 
         Raises:
             SmartKVError: The layer has no gates.
@@ -148,8 +154,9 @@ class GateBank(nn.Module, ModelHubMixin):
             raise SmartKVError(f"layer {layer} has no gates: they were trained for layers {format_layers(self.layers)}")
         first_gate = self.layers.index(layer) * self.fingerprint.kv_heads
         gates = slice(first_gate, first_gate + self.fingerprint.kv_heads)
-        hidden = (keys.to(self.weight1.dtype) @ self.weight1[gates] + self.bias1[gates]).relu()
-        return (hidden @ self.weight2[gates] + self.bias2[gates]).float()
+        parameters = (self.weight1, self.bias1, self.weight2, self.bias2)
+        weight1, bias1, weight2, bias2 = (parameter[gates].to(keys.device) for parameter in parameters)
+        return ((keys.to(weight1.dtype) @ weight1 + bias1).relu() @ weight2 + bias2).float()
 
     def score(self, layer: int, keys: Tensor) -> Tensor:
         """Score keys for a policy, which compares the score with its price; a larger score keeps a key longer.
@@ -242,12 +249,15 @@ class GateBank(nn.Module, ModelHubMixin):
 
         Args:
             folder_or_id: A folder written by `save_pretrained`, a name from `smartkv.pretrained_gates()`, or a hub id.
-            model: The model to use the gates with. Its architecture is checked; None checks nothing.
+            model: The model to use the gates with, loaded. Its architecture is checked; None checks nothing.
             revision: Revision of the hub repository.
 
         Raises:
-            SmartKVError: The gates are missing, damaged, or for another architecture (the message names both).
+            SmartKVError: An argument of a wrong type; the gates are missing, damaged, or for another architecture (the
+                message names both).
         """
+        if model is not None:
+            check_model(model)
         config_path = find_file(folder_or_id, CONFIG, revision)
         weights_path = find_file(folder_or_id, WEIGHTS, revision)
         try:
@@ -265,8 +275,11 @@ class GateBank(nn.Module, ModelHubMixin):
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise SmartKVError(f"{config_path} does not describe gates ({type(error).__name__}: {error})") from error
         if model is not None:
-            Fingerprint.of(model).check(fingerprint, f"the gates in {folder_or_id}")
-            if Fingerprint.of(model).weight_hash != fingerprint.weight_hash:
+            here = Fingerprint.of(model)
+            here.check(fingerprint, f"the gates in {folder_or_id}")
+            if not here.weight_hash:
+                log.warning("the gates in %s: the model's weights cannot be read and compared", folder_or_id)
+            elif here.weight_hash != fingerprint.weight_hash:
                 log.warning("the gates in %s were trained on other weights of the same architecture", folder_or_id)
         try:
             data = weights_path.read_bytes()

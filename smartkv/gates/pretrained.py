@@ -1,15 +1,23 @@
 """Finds the files of gates in a folder, among the gates shipped with SmartKV, or on the hub."""
 
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from smartkv.errors import SmartKVError
-from smartkv.io.checks import check_number, check_type, check_whole
-from smartkv.io.hub import connection_error
+from smartkv.io.checks import check_number, check_type, check_whole, describe
+from smartkv.io.hub import connection_error, hub_trouble, is_local
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 PRETRAINED = Path(str(files("smartkv"))) / "pretrained"
@@ -35,8 +43,10 @@ def find_file(folder_or_id: str | Path, name: str, revision: str | None) -> Path
         Its local path. A file of the hub is downloaded first.
 
     Raises:
-        SmartKVError: The file does not exist, or the hub cannot be reached.
+        SmartKVError: This is no name, the file does not exist, or the hub cannot be reached.
     """
+    if not isinstance(folder_or_id, str | Path) or not str(folder_or_id):
+        raise SmartKVError(f"expected {_EXPECTED}, got {describe(folder_or_id)}: for example '{pretrained_gates()[0]}'")
     folder = Path(folder_or_id).expanduser()
     if not folder.is_dir() and str(folder_or_id) in pretrained_gates():
         folder = PRETRAINED / str(folder_or_id)
@@ -44,13 +54,32 @@ def find_file(folder_or_id: str | Path, name: str, revision: str | None) -> Path
         if not (folder / name).is_file():
             raise SmartKVError(f"{folder / name} is missing: '{folder_or_id}' is not a folder of exported gates")
         return folder / name
+    if folder.is_file():
+        raise SmartKVError(f"'{folder_or_id}' is a file: give the folder of exported gates, '{folder.parent}'")
+    if is_local(folder_or_id) or "/" not in str(folder_or_id):  # gates on the hub are always "owner/name"
+        raise _missing(folder_or_id, "")
+    trouble = hub_trouble()
     try:
-        return Path(hf_hub_download(str(folder_or_id), name, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, connection_error()) as error:
-        raise SmartKVError(
-            f"gates '{folder_or_id}' are neither a local folder nor available from the hub: give a folder of exported "
-            f"gates, a hub id, or the name of gates shipped with SmartKV: {', '.join(pretrained_gates())}"
-        ) from error
+        return Path(hf_hub_download(str(folder_or_id), name, revision=revision, local_files_only=trouble is not None))
+    except LocalEntryNotFoundError as error:  # a subclass of several others
+        raise _missing(folder_or_id, trouble or "the hub does not answer") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError) as error:
+        raise _missing(folder_or_id, f"it has no such repository, or none with a {name}") from error
+    except (HfHubHTTPError, OSError, connection_error()) as error:
+        raise _missing(folder_or_id, (str(error).strip() or type(error).__name__).splitlines()[0]) from error
+
+
+_EXPECTED = "a folder of exported gates, a hub id, or the name of gates shipped with SmartKV"
+
+
+def _missing(name: str | Path, reason: str) -> SmartKVError:
+    """Return the error for gates that are nowhere; `reason` is why the hub does not have them."""
+    near = [] if isinstance(name, Path) else get_close_matches(name.lower(), pretrained_gates(), 1, 0.7)
+    return SmartKVError(
+        f"gates '{name}' are neither a local folder nor available from the hub{f' ({reason})' if reason else ''}: "
+        + (f"did you mean '{near[0]}'? Else " if near else "")
+        + f"give {_EXPECTED}: {', '.join(pretrained_gates())}"
+    )
 
 
 def check_details(content: Any) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""Checks of data from outside: tensors for NaN and infinity, JSON values for their type and range.
+"""Checks of data from outside: tensors for NaN and infinity, JSON values for their type and range; values in words.
 
 The checks of JSON values raise a ValueError that names the value, what was expected and what came.
 """
 
 import math
 from dataclasses import fields
+from numbers import Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +23,13 @@ def all_finite(tensor: Tensor) -> bool:
     as long.
     """
     return bool(torch.stack(tensor.aminmax()).isfinite().all())  # a NaN makes both of them NaN
+
+
+def describe(value: Any) -> str:
+    """Return what an error message calls a value: short ones as Python writes them, others by their class."""
+    if value is None or isinstance(value, bool | Real | str):
+        return repr(value)
+    return f"'{value}'" if isinstance(value, Path) else f"a {type(value).__name__}"
 
 
 def check_whole(name: str, value: Any, least: int = 0) -> int:

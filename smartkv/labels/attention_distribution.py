@@ -9,6 +9,7 @@ from torch import Tensor
 from smartkv.labels.lifespans import LabelSpec, LayerLabels
 from smartkv.models.backbone import Backbone
 from smartkv.models.observation import observe_attention
+from smartkv.models.wrappers import input_device
 
 PERCENTILES = (50, 75, 90, 95, 99, 99.9)
 SUGGESTED = 99  # the percentile that is suggested as hit threshold
@@ -163,5 +164,5 @@ class AttentionDistributionObserver:
         """Measure one window, token ids `[tokens]`."""
         self._labels = []
         with observe_attention(backbone.model, self):
-            backbone.model.base_model(input_ids=tokens.long()[None].to(backbone.model.device), use_cache=False)
-        self.lifespans.append(torch.stack([labels.lifespan for labels in self._labels], dim=1).cpu())
+            backbone.model.base_model(input_ids=tokens.long()[None].to(input_device(backbone.model)), use_cache=False)
+        self.lifespans.append(torch.stack([labels.lifespan.cpu() for labels in self._labels], dim=1))

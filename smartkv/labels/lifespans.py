@@ -10,17 +10,20 @@ Definitions, in a window of `L` tokens with a follow-up of `H` tokens:
   `a ≤ i − j < a + H`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
-from smartkv.io.checks import all_finite
-from smartkv.models.architecture import Architecture
+from smartkv.io.checks import all_finite, describe
+from smartkv.models.architecture import Architecture, check_model
 from smartkv.models.observation import observe_attention
+from smartkv.models.wrappers import input_device, language_model
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,22 @@ class LabelSpec:
     follow_up: int = 1024
 
     def __post_init__(self) -> None:
-        if not self.thresholds or not all(0 < t < 1 for t in self.thresholds):
+        for name, example in (("thresholds", 0.05), ("ages", 16)):
+            if not isinstance(value := getattr(self, name), tuple | list):
+                example = value if isinstance(value, int | float) else example
+                raise SmartKVError(f"{name} must be a tuple, got {describe(value)}: write {name}=({example},)")
+        if not self.thresholds or not all(_is_real(t) and 0 < t < 1 for t in self.thresholds):
             raise SmartKVError(
                 f"thresholds must be attention probabilities between 0 and 1, got {list(self.thresholds)}"
             )
-        if not all(a >= 1 for a in self.ages):
-            raise SmartKVError(f"ages must be at least 1 token, got {list(self.ages)}")
-        if self.follow_up < 1:
-            raise SmartKVError(f"follow_up must be at least 1 token, got {self.follow_up}")
+        if not all(type(a) is int and a >= 1 for a in self.ages):
+            raise SmartKVError(f"ages must be whole numbers of at least 1 token, got {list(self.ages)}")
+        if type(self.follow_up) is not int or self.follow_up < 1:
+            raise SmartKVError(f"follow_up must be a whole number of at least 1 token, got {describe(self.follow_up)}")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 class LayerLabels:
@@ -179,29 +190,60 @@ def label_window(
     """Run one window through a frozen LM and label its keys by the model's own attention.
 
     Args:
-        model: A causal LM in evaluation mode. Its head is not run.
-        tokens: Token ids `[tokens]`.
+        model: A causal LM in evaluation mode, or a wrapper of one. Its head is not run.
+        tokens: Token ids `[tokens]`, integers.
         spec: Thresholds, ages and follow-up.
         post_rope: Also return the keys after the rotary embedding.
 
     Raises:
-        SmartKVError: The keys or the attention are not finite, or the window is longer than the model's positions.
+        SmartKVError: An argument of a wrong type or shape, ids that the model lacks, keys or attention that are not
+            finite, or a window that is longer than the model's positions.
     """
-    ids = torch.as_tensor(tokens, dtype=torch.long, device=model.device)[None]
-    check_window(model, ids.shape[1])
+    check_model(model)
+    if not isinstance(spec, LabelSpec):
+        raise SmartKVError(f"spec must be a LabelSpec, got {describe(spec)}: for example LabelSpec()")
+    lm = language_model(model)
+    embeddings: Any = lm.get_input_embeddings()
+    ids = _token_ids(tokens, embeddings.num_embeddings).to(input_device(lm))[None]
+    check_window(lm, ids.shape[1])
     observer = _WindowObserver(spec, post_rope)
-    with observe_attention(model, observer):
-        model.base_model(input_ids=ids, use_cache=False)
+    with observe_attention(lm, observer):
+        lm.base_model(input_ids=ids, use_cache=False)
     length = ids.shape[1]
     return WindowLabels(
         keys=torch.stack(observer.keys),
         keys_post_rope=torch.stack(observer.rotated) if post_rope else None,
-        lifespan=torch.stack([labels.lifespan for labels in observer.labels], dim=1).cpu(),
+        lifespan=torch.stack([labels.lifespan.cpu() for labels in observer.labels], dim=1),
         horizon=torch.arange(length - 1, -1, -1, dtype=torch.int32),
-        future_attention=torch.stack([labels.future_attention() for labels in observer.labels], dim=1).cpu()
+        future_attention=torch.stack([labels.future_attention().cpu() for labels in observer.labels], dim=1)
         if spec.ages
         else None,
     )
+
+
+def _token_ids(tokens: Any, vocabulary: int) -> Tensor:
+    """Return token ids as int64 `[tokens]`.
+
+    Raises:
+        SmartKVError: They are no integers `[tokens]`, or not in the vocabulary.
+    """
+    if isinstance(tokens, str | bytes | Mapping):
+        advice = 'tokenizer(text)["input_ids"]' if isinstance(tokens, str | bytes) else 'its ["input_ids"]'
+        raise SmartKVError(f"tokens must be token ids [tokens], got a {type(tokens).__name__}: give {advice}")
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SmartKVError(f"tokens must be token ids [tokens], got {describe(tokens)}: {error}") from error
+    if ids.dim() != 1 or (ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool)):
+        advice = ": one window at a time, give tokens[0]" if ids.dim() == 2 else ""
+        raise SmartKVError(f"tokens must be token ids [tokens], got {ids.dtype} {list(ids.shape)}{advice}")
+    ids = ids.long()
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise SmartKVError(
+            f"tokens must be ids from 0 to {vocabulary - 1} of this model, got {int(ids.min())} to {int(ids.max())}: "
+            "encode the text with the model's own tokenizer"
+        )
+    return ids
 
 
 def check_window(model: PreTrainedModel, window: int) -> None:

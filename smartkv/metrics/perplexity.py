@@ -12,6 +12,7 @@ from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.models.architecture import Architecture
+from smartkv.models.wrappers import input_device
 from smartkv.policies.hybrid import HybridPolicy
 
 LOGITS_AT_ONCE = 256  # tokens whose logits are in memory together, since vocabularies are large
@@ -61,7 +62,7 @@ def token_losses(
             f"a window of {len(tokens)} tokens has nothing to score from token {first_token} on: "
             f"choose a first token from 1 to {len(tokens) - 1}, or longer windows"
         )
-    ids = tokens.long().to(model.device)
+    ids = tokens.long().to(input_device(model))
     # The last token is left out, because it predicts no scored token.
     output = model.base_model(input_ids=ids[None, :-1], past_key_values=cache, use_cache=cache is not None)
     return losses_after(model, output.last_hidden_state[0, query_before(first_token) :], ids[first_token:])

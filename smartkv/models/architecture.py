@@ -1,16 +1,18 @@
 """The shape of a model's KV cache, the model's fingerprint, and the module that gives the pre-RoPE keys."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smartkv.errors import SmartKVError
+from smartkv.io.checks import describe
 from smartkv.models.rotary import longest_sequence
+from smartkv.models.weight_hash import weight_hash
+from smartkv.models.wrappers import decoder_blocks, language_model
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,12 @@ class Architecture:
         """Read a transformers config.
 
         Raises:
-            SmartKVError: The model's family is not in `KEY_SITES`.
+            SmartKVError: This is no config, or the model's family is not in `KEY_SITES`.
         """
+        if not isinstance(getattr(config, "model_type", None), str):
+            raise SmartKVError(
+                f"expected the config of a transformers model, got {describe(config)}: give model.config"
+            )
         if config.model_type not in KEY_SITES:
             raise SmartKVError(
                 f"model type '{config.model_type}' is not supported: expected one of {', '.join(sorted(KEY_SITES))}"
@@ -104,15 +110,15 @@ class Fingerprint:
     """The identity of a model, stored in the shards and gates that were made from it.
 
     The first four fields must be equal for a model to use them. A different `weight_hash` only warns, because a tuned
-    or quantised copy of a model may use its gates.
+    or quantised copy of a model may use its gates. So does an empty one, of weights that cannot be read.
 
     Attributes:
         model_type: The family, as in a transformers config.
         layers: Number of layers.
         kv_heads: KV heads of a layer.
         head_dim: Dimensions of a head.
-        weight_hash: 16 hexadecimal digits of a SHA-256 over the signs of layer 0's key projection (GPT-2: of its
-            fused projection of query, key and value).
+        weight_hash: 16 hexadecimal digits of a SHA-256 over layer 0's key projection (GPT-2: its fused projection of
+            query, key and value), see `smartkv.models.weight_hash`. Empty if its weights cannot be read.
     """
 
     model_type: str
@@ -125,15 +131,15 @@ class Fingerprint:
     def of(cls, model: PreTrainedModel) -> "Fingerprint":
         """Compute the fingerprint of a loaded model.
 
+        Args:
+            model: A causal LM, or a wrapper of one (see `language_model`).
+
         Raises:
-            SmartKVError: The model's family is not supported.
+            SmartKVError: This is no model, or its family is not supported.
         """
-        arch = Architecture.of(model.config)
-        attention = attention_modules(model)[0]
-        projection = attention.get_submodule("c_attn" if arch.model_type == "gpt2" else "k_proj")
-        # Rounding to another dtype changes no sign, so the hash of the signs is the same in every dtype.
-        signs = projection.get_parameter("weight").detach().signbit().cpu().numpy()
-        digest = hashlib.sha256(numpy.packbits(signs).tobytes()).hexdigest()[:16]
+        arch, lm = check_model(model), language_model(model)
+        projection = getattr(attention_modules(lm)[0], "c_attn" if arch.model_type == "gpt2" else "k_proj", None)
+        digest = "" if projection is None else weight_hash(projection)
         return cls(arch.model_type, arch.layers, arch.kv_heads, arch.head_dim, digest)
 
     def describe(self) -> str:
@@ -154,9 +160,27 @@ class Fingerprint:
             raise SmartKVError(f"{what} are for {other.describe()}, but the model is {self.describe()}")
 
 
+def check_model(model: Any) -> Architecture:
+    """Return the architecture of a loaded model, or of the one that a wrapper holds (see `language_model`).
+
+    Raises:
+        SmartKVError: `model` is something else (a name, a tokenizer, …), or a model of a family that is not supported.
+    """
+    if isinstance(model, PreTrainedModel):
+        Architecture.of(model.config)  # raises for an unsupported family, which may have no decoder
+    if isinstance(model, nn.Module) and any(isinstance(module, PreTrainedModel) for module in model.modules()):
+        return Architecture.of(language_model(model).config)
+    advice = "load one with AutoModelForCausalLM.from_pretrained(…)"
+    if isinstance(model, str | Path):
+        advice = f"load it with AutoModelForCausalLM.from_pretrained('{model}')"
+    elif isinstance(getattr(model, "model", None), nn.Module):  # a Backbone, a pipeline, a Trainer
+        advice = "give its attribute .model"
+    elif isinstance(model, PreTrainedTokenizerBase):
+        advice = "give the model that this tokenizer belongs to"
+    raise SmartKVError(f"model must be a loaded transformers model, got {describe(model)}: {advice}")
+
+
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the self-attention module of each layer, in order."""
-    base: Any = model.base_model
-    if hasattr(base, "h"):  # GPT-2
-        return [block.attn for block in base.h]
-    return [block.self_attn for block in base.layers]
+    """Return the self-attention module of each layer, in order. `model` may be a wrapper (see `language_model`)."""
+    blocks = decoder_blocks(language_model(model))
+    return [block.attn if hasattr(block, "attn") else block.self_attn for block in blocks]  # GPT-2; the others

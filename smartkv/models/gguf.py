@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -10,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smartkv.errors import SmartKVError
+from smartkv.models.architecture import KEY_SITES
+from smartkv.models.gguf_header import read_gguf_header
+
+log = logging.getLogger(__name__)
 
 PACKAGED = "smollm2-135m"
 PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub, not quantised
@@ -38,17 +44,31 @@ def cache_folder() -> Path:
 
 
 def dequantised_folder(gguf: Path) -> Path:
-    """Dequantise a GGUF file into a folder of float32 safetensors with its tokenizer, unless that was done before.
+    """Dequantise a GGUF file into a folder of safetensors with its tokenizer, unless that was done before.
+
+    Weights are stored in float32. Half precision would round most dequantised numbers, and change every loss a little.
+    A tensor that half precision holds exactly is stored so.
 
     Args:
         gguf: Path of the file.
 
     Returns:
         The folder, in `cache_folder()`. Its name ends with a hash of the file's content.
+
+    Raises:
+        SmartKVError: The file is no GGUF file or damaged, its family is not supported, or there is no room to unpack.
     """
     target = cache_folder() / f"{gguf.stem}-{_digest(gguf, gguf.stat().st_mtime_ns)}"
     if (target / "config.json").is_file():
         return target
+    header = read_gguf_header(gguf)
+    if header.architecture not in KEY_SITES:
+        raise SmartKVError(
+            f"model type '{header.architecture}' of {gguf.name} is not supported: "
+            f"expected one of {', '.join(sorted(KEY_SITES))}"
+        )
+    if missing := [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]:
+        raise SmartKVError(f"a GGUF file needs the package {' and '.join(missing)}: pip install 'smartkv[gguf]'")
     options: dict[str, Any] = {"gguf_file": gguf.name}
     try:  # transformers 5.23 and later keep GGUF weights packed by default, earlier ones have no GgufConfig
         from transformers import GgufConfig
@@ -56,20 +76,60 @@ def dequantised_folder(gguf: Path) -> Path:
         options["quantization_config"] = GgufConfig(dequantize=True)
     except ImportError:
         pass
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_room(gguf, header.unpacked_bytes, target.parent)
     building = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(building)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+        for parameter in model.parameters():
+            parameter.data = _smallest(parameter.data)
         model.save_pretrained(building)
         try:
             building.rename(target)  # atomic, so a folder under the final name is complete
         except OSError:  # another process may have finished first
             if not (target / "config.json").is_file():
                 raise
+    except Exception as error:  # each version of transformers has its own for a file that it cannot read
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SmartKVError(f"GGUF file '{gguf}' could not be unpacked: {reason}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return target
+
+
+def _make_room(gguf: Path, needed: int, folder: Path) -> None:
+    """Make the folder of unpacked models, and say what will be written there.
+
+    Raises:
+        SmartKVError: It cannot be written to, or the disk has too little room.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise SmartKVError(
+            f"{folder} cannot be written to ({error.strerror or error}): name another folder in SMARTKV_CACHE"
+        ) from error
+    if free < needed:
+        raise SmartKVError(
+            f"unpacking {gguf.name} needs {_size(needed)} in {folder}, which has {_size(free)} free: "
+            "make room, or name another folder in SMARTKV_CACHE"
+        )
+    log.warning(
+        "unpacking %s (%s) once into %s: it takes %s there (SMARTKV_CACHE names another folder)",
+        gguf.name, _size(gguf.stat().st_size), folder, _size(needed),
+    )  # fmt: skip
+
+
+def _size(count: int) -> str:
+    """Return a number of bytes in words."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
+
+
+def _smallest(weight: Tensor) -> Tensor:
+    """Return a weight in half precision if that holds the same numbers, else as it is."""
+    halves = (weight.to(dtype) for dtype in (torch.bfloat16, torch.float16))
+    return next((half for half in halves if torch.equal(half.float(), weight)), weight)
 
 
 @functools.lru_cache

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from smartkv.models.architecture import KEY_SITES, attention_modules
+from smartkv.errors import SmartKVError
+from smartkv.models.architecture import KEY_SITES, Architecture, attention_modules
+from smartkv.models.wrappers import input_device, language_model
 
 
 def key_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -27,12 +29,22 @@ def register_key_hooks(model: PreTrainedModel, on_keys: Callable[[nn.Module, Ten
 
     Returns:
         One handle a layer. Removing the handles ends the calls.
+
+    Raises:
+        SmartKVError: The model's family is not supported, or a layer has no module that gives its keys.
     """
-    site = KEY_SITES[model.config.model_type]
+    lm = language_model(model)
+    site, modules = KEY_SITES[Architecture.of(lm.config).model_type], attention_modules(lm)
+    for layer, module in enumerate(modules):
+        if not hasattr(module, site.module):
+            raise SmartKVError(
+                f"layer {layer} of this {type(lm).__name__} has no module {site.module}, whose output is the pre-RoPE "
+                "key: load the model without fused or replaced attention modules"
+            )
     return [
         # A partial and not a closure: copy.deepcopy of the model copies its arguments too, the module among them.
         key_module.register_forward_hook(partial(_hand_over, on_keys, site.read, module))
-        for key_module, module in zip(key_modules(model), attention_modules(model), strict=True)
+        for key_module, module in zip(key_modules(lm), modules, strict=True)
     ]
 
 
@@ -63,7 +75,7 @@ def read_keys(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
     """Read the pre-RoPE keys of one window in a forward pass without a cache.
 
     Args:
-        model: A model of a supported family. Its head is not run.
+        model: A model of a supported family, or a wrapper of one. Its head is not run.
         tokens: Token ids `[tokens]`.
 
     Returns:
@@ -71,5 +83,6 @@ def read_keys(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
     """
     keys_by_layer: list[Tensor] = []
     with hook_keys(model, lambda _, keys: keys_by_layer.append(keys)):
-        model.base_model(input_ids=tokens.long().to(model.device)[None], use_cache=False)
+        ids = tokens.long().to(input_device(model))[None]
+        language_model(model).base_model(input_ids=ids, use_cache=False)
     return keys_by_layer

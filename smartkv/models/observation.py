@@ -19,6 +19,7 @@ from smartkv.errors import SmartKVError
 from smartkv.io.checks import all_finite
 from smartkv.models.attention_interface import AttentionInputs, attention_switched_to, register_attention
 from smartkv.models.key_hooks import hook_keys
+from smartkv.models.wrappers import language_model
 
 OBSERVED = "smartkv_observed"
 TILE_ELEMENTS = 2**22  # most probabilities of a tile, over all heads: 16 MiB in float32
@@ -118,7 +119,7 @@ def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> It
     an exception.
 
     Args:
-        model: A model of a supported family.
+        model: A model of a supported family, or a wrapper of one.
         observer: Receives keys and probabilities of every layer.
 
     Raises:
@@ -131,5 +132,6 @@ def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> It
             raise ValueError(f"observe_attention takes one sequence a forward pass, got {keys.shape[0]}")
         observer.on_keys(module.layer_idx, keys[0])  # type: ignore[arg-type]
 
-    with hook_keys(model, on_keys), attention_switched_to(model, OBSERVED, _OBSERVER, observer):
+    lm = language_model(model)
+    with hook_keys(lm, on_keys), attention_switched_to(lm, OBSERVED, _OBSERVER, observer):
         yield

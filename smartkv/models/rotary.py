@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smartkv.models.wrappers import input_device
+
 
 @dataclass(frozen=True)
 class SwitchingRotary:
@@ -69,7 +71,7 @@ class Rotation:
     def __init__(self, model: PreTrainedModel) -> None:
         base: Any = model.base_model
         self.embedding = getattr(base, "rotary_emb", None)
-        self.device = model.device
+        self.device = input_device(model)
 
     def cos_sin(self, position: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the cosines and sines of positions.

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
-from smartkv.models.architecture import Architecture
+from smartkv.models.architecture import check_model
 from smartkv.models.key_hooks import read_keys
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
@@ -51,7 +51,7 @@ class Calibration:
         """Run a model over windows of text with a full cache, and read its keys with the gates.
 
         Args:
-            model: a loaded causal LM of a supported family.
+            model: a loaded causal LM of a supported family, or a wrapper of one.
             gates: the model's gates; None for policies that need none.
             windows: token ids int64 `[tokens]`, all of one length.
             first_query: position of the first counted query. The last counted query is the one that predicts the last
@@ -68,7 +68,7 @@ class Calibration:
             )
         if gates is not None:
             return cls.of(gates, [read_keys(model, ids) for ids in windows], first_query)
-        return cls.without_gates(Architecture.of(model.config).layers, len(windows[0]), first_query)
+        return cls.without_gates(check_model(model).layers, len(windows[0]), first_query)
 
     @classmethod
     def without_gates(cls, layers: int, tokens: int, first_query: int = 0) -> "Calibration":

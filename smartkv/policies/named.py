@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from smartkv.errors import SmartKVError
+from smartkv.io.checks import describe
 from smartkv.models.layer_ranges import depth_ranges, format_layers
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
@@ -25,13 +26,17 @@ def read_policy(name_or_file: str | Path, layers: int) -> HybridPolicy:
     Raises:
         SmartKVError: neither a name nor a file that holds a policy.
     """
+    if not isinstance(name_or_file, str | Path) or not str(name_or_file):
+        raise SmartKVError(f"expected one of {', '.join(NAMED)} or a YAML file, got {describe(name_or_file)}")
     if name_or_file in NAMED:
         return named_policy(str(name_or_file), layers)
-    path = Path(name_or_file)
+    path = Path(name_or_file).expanduser()
     if not path.is_file():
         raise SmartKVError(f"policy '{name_or_file}' is neither one of {', '.join(NAMED)} nor a YAML file")
     try:
         content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SmartKVError(f"{path} cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SmartKVError(f"{path} is no YAML: {str(error).splitlines()[0]}") from error
     if isinstance(content, dict):

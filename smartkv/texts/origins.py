@@ -1,11 +1,9 @@
-"""Read the documents of a source: from the data folder, the hub, a user's own files, or the prose in Python itself.
+"""Read the documents of a source: from the data folder, the hub, or the prose in Python itself.
 
 Splits are by document, never by token. Where a source has splits of its own they are kept. Otherwise a hash of a
 document's id puts it into train (80 %), validation (10 %) or test (10 %).
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +11,9 @@ from typing import Any
 
 from smartkv.errors import SmartKVError
 from smartkv.shards.manifest import SPLITS
-from smartkv.texts.documents import Document
+from smartkv.texts.documents import Document, split_of
 from smartkv.texts.known_sources import KnownSource
+from smartkv.texts.text_files import read_records
 
 DATA_VARIABLE = "SMARTKV_DATA"
 
@@ -47,7 +46,7 @@ def local_documents(known: KnownSource) -> Callable[[str], Iterator[Document]]:
                 yield _text_file(file, file.stem)
         else:
             has_splits = list(paths.values()).count(path) == 1  # else the file serves several splits
-            yield from _of_split(_records(path, *known.fields), known, path.name, split, has_splits)
+            yield from _of_split(read_records(path, *known.fields), known, path.name, split, has_splits)
 
     return documents
 
@@ -90,47 +89,14 @@ def hub_documents(known: KnownSource) -> Callable[[str], Iterator[Document]]:
     return documents
 
 
-def own_documents(path: Path, split: str) -> Iterator[Document]:
-    """Yield the documents of one split of a user's own folder or file.
-
-    A `.txt` file is one document, each line of a `.jsonl` file another, with its text in the field `text`. Subfolders
-    named like splits are the splits. A document's id is its path in the folder.
-
-    Raises:
-        SmartKVError: A line is not JSON in UTF-8, or lacks the field `text`.
-    """
-    has_splits = path.is_dir() and (path / split).is_dir()
-    if path.is_dir() and not has_splits and any((path / other).is_dir() for other in SPLITS):
-        return  # the folder has splits, but not this one
-    root = path / split if has_splits else path
-    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        name = str(file.relative_to(root).with_suffix("")) if root.is_dir() else file.stem
-        if file.suffix == ".txt":
-            documents = iter([_text_file(file, name)])
-        elif file.suffix == ".jsonl":
-            records = enumerate(_records(file, "text"))
-            documents = (Document(f"{name}/{number}", record["text"]) for number, record in records)
-        else:
-            continue
-        yield from (document for document in documents if _belongs(document.id, has_splits, split))
-
-
 def builtin_documents(split: str) -> Iterator[Document]:
     """Yield one split of the language reference that Python carries for `help()`: 79 topics, about 113,000 tokens."""
     from pydoc_data.topics import topics
 
     for name, text in topics.items():
         document = Document(f"python/{name}", text)
-        if _belongs(document.id, False, split):
+        if split_of(document.id) == split:
             yield document
-
-
-def _belongs(document_id: str, has_splits: bool, split: str) -> bool:
-    """Return whether a document belongs to `split`: always if its source has splits, else by a hash of its id."""
-    if has_splits:
-        return True
-    share = int(hashlib.sha256(document_id.encode()).hexdigest()[:8], 16) / 2**32
-    return split == ("train" if share < 0.8 else "validation" if share < 0.9 else "test")
 
 
 def _of_split(
@@ -143,28 +109,8 @@ def _of_split(
             text = known.render(record)
         except KeyError as missing:
             raise SmartKVError(f"{place}, record {number + 1}: the field {missing} is missing") from missing
-        if _belongs(name, has_splits, split):
+        if has_splits or split_of(name) == split:
             yield Document(name, text)
-
-
-def _records(path: Path, *fields: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects in the lines of a .jsonl file, each with strings in `fields`.
-
-    Raises:
-        SmartKVError: A line is not JSON in UTF-8, or has no string in one of the fields.
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except ValueError as error:  # not UTF-8, or not JSON
-                raise SmartKVError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from error
-            if not isinstance(record, dict) or not all(isinstance(record.get(field), str) for field in fields):
-                names = " and ".join(f"'{field}'" for field in fields)
-                raise SmartKVError(f"{path}, line {number}: expected an object with strings in {names}")
-            yield record
 
 
 def _text_file(path: Path, name: str) -> Document:

@@ -38,6 +38,8 @@ class Packer:
     Attributes:
         prefix: Ids that start each window: the BOS token if the tokenizer adds one, else nothing.
         documents: Ids of the documents that were used.
+        read: Number of documents that were read, empty ones included.
+        tokens: Number of their tokens.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Packer:
         self.prefix = opening if opening == [tokenizer.bos_token_id] else []
         self.separator = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
         self.documents: list[str] = []
+        self.read = self.tokens = 0
 
     def pack(self, documents: Iterable[Document], count: int) -> list[Window]:
         """Pack up to `count` windows; fewer if the documents run out."""
@@ -59,6 +62,7 @@ class Packer:
             if len(windows) >= count:
                 break
             ids = self.tokenizer(document.text, add_special_tokens=False)["input_ids"]
+            self.read, self.tokens = self.read + 1, self.tokens + len(ids)
             if not ids:
                 continue
             index = len(self.documents)

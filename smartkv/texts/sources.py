@@ -14,8 +14,8 @@ from smartkv.texts.origins import (
     builtin_documents,
     hub_documents,
     local_documents,
-    own_documents,
 )
+from smartkv.texts.own_texts import OwnTexts
 
 ORIGINS = ("local", "hub", "builtin")
 RECALL = "recall"
@@ -35,8 +35,8 @@ class SourceConfig:
         origins: Where to take the source from, in order of preference: local ($SMARTKV_DATA), hub, builtin (the prose
             that Python itself ships). The first that has the source is used, and printed. If none has it, the run
             stops.
-        path: Your own folder or file: .txt (one document a file) or .jsonl (one document a line, in the field `text`).
-            Subfolders train, validation and test, if present, are the splits.
+        path: Your own folder or file: .txt or .md (one document a file) or .jsonl (one document a line, in the field
+            `text`), also with .gz. Subfolders train, validation and test, if present, are the splits.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Source:
         origin: Where its documents come from: local, hub, builtin or drawn.
         documents: Function that takes a split and yields its documents, in the same order at each call.
         recall: Whether facts are put into its windows, see `smartkv.texts.recall`.
+        own: A user's own texts; None for other sources.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Source:
     origin: str
     documents: Callable[[str], Iterator[Document]]
     recall: bool = False
+    own: OwnTexts | None = None
 
 
 def resolve_source(config: SourceConfig, say: Callable[[str], None]) -> Source:
@@ -93,18 +95,26 @@ def resolve_source(config: SourceConfig, say: Callable[[str], None]) -> Source:
     """
     config.check()
     if config.name == RECALL:
-        text = resolve_source(replace(config, name="text" if config.path else "pg19"), say)
-        return replace(text, name=RECALL, recall=True)
+        return replace(_resolve(config, "pg19", say), name=RECALL, recall=True)
+    return _resolve(config, config.name, say)
+
+
+def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Source:
+    """Find the first origin that has the text of a source. `text` is the name of the known source that has it."""
+    told = f"source '{config.name}'" + ("" if text == config.name or config.path else f" (its text is {text})")
     if config.path is not None:
-        path = Path(config.path).expanduser()
-        if not path.exists():
-            raise SmartKVError(f"source '{config.name}': path {path} does not exist")
-        return Source(config.name, config.weight, "local", lambda split: own_documents(path, split))
+        try:
+            own = OwnTexts.find(Path(config.path).expanduser())
+        except SmartKVError as error:
+            raise SmartKVError(f"{told}: {error}") from error
+        rest = f"; not read: {own.skipped_in_words}" if own.skipped else ""
+        say(f"{told}: {own.count} {'file' if own.count == 1 else 'files'} in {own.path}{rest}")
+        return Source(config.name, config.weight, "local", own.documents, own=own)
     if config.name == BUILTIN:
         return Source(BUILTIN, config.weight, BUILTIN, builtin_documents)
     if config.name == LISTS:
         return Source(LISTS, config.weight, "drawn", lists.documents)
-    known, reasons = KNOWN[config.name], list[str]()
+    known, reasons = KNOWN[text], list[str]()
     for origin in config.origins:
         try:
             if origin == "local":
@@ -113,15 +123,15 @@ def resolve_source(config: SourceConfig, say: Callable[[str], None]) -> Source:
                 documents = hub_documents(known)
             else:
                 say(
-                    f"source '{config.name}' CANNOT BE HAD ({'; '.join(reasons)}): its share is taken from the "
+                    f"{told} CANNOT BE HAD ({'; '.join(reasons)}): its share is taken from the "
                     "built-in prose, the manual of Python itself"
                 )
                 return Source(BUILTIN, config.weight, BUILTIN, builtin_documents)
-            say(f"source '{config.name}': {origin}")
+            say(f"{told}: {origin}")
             return Source(config.name, config.weight, origin, documents)
         except SourceUnavailable as reason:
             reasons.append(f"{origin}: {reason}")
     raise SmartKVError(
-        f"source '{config.name}' cannot be had ({'; '.join(reasons)}): point ${DATA_VARIABLE} at a folder that has it, "
+        f"{told} cannot be had ({'; '.join(reasons)}): point ${DATA_VARIABLE} at a folder that has it, "
         "or add 'builtin' to its origins to take Python's own manual instead"
     )

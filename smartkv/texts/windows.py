@@ -120,21 +120,30 @@ def plan_windows(
     records: list[dict[str, Any]] = [{"name": source.name, "origin": source.origin, "windows": {}} for source in mix]
     for split_index, split in enumerate(SPLITS):
         windows: list[Window] = []
+        lacking: list[str] = []  # why sources have no window at all
         for number, (source, count) in enumerate(zip(mix, shares(weights, counts.get(split, 0)), strict=True)):
             source_seed = _seed(seed, split_index, number)
-            packer: Packer | RecallPacker = Packer(tokenizer, window, windows_per_document, source_seed)
+            packer: Packer | RecallPacker
             if source.recall:
                 packer = RecallPacker(tokenizer, window, windows_per_document, source_seed, split)
+                plain = packer.packer
+            else:
+                packer = plain = Packer(tokenizer, window, windows_per_document, source_seed)
             packed = packer.pack(source.documents(split), count) if count else []
             if len(packed) < count:
-                say(f"source '{source.name}' has only {len(packed)} of {count} {split} windows of {window} tokens")
+                reason = _shortage(source, split, plain)
+                lacking += [] if packed else [f"'{source.name}': {reason}"]
+                say(
+                    f"source '{source.name}' has only {len(packed)} of {count} {split} windows of {window} tokens: "
+                    f"{reason}"
+                )
             windows += [Window(each.tokens, each.document + len(documents)) for each in packed]
             documents += [f"{source.name}/{name}" for name in packer.documents]
             records[number]["windows"][split] = len(packed)
         if counts.get(split, 0) and not windows:
             raise SmartKVError(
-                f"the texts give no {split} window of {window} tokens: they are empty or shorter than that; "
-                "give more text, or a smaller window"
+                f"the texts give no {split} window of {window} tokens ({'; '.join(lacking)}): give more text, "
+                f"a smaller window, or ask for no {split} window"
             )
         order = np.random.default_rng(_seed(seed, split_index, -1)).permutation(len(windows))
         tokens += [windows[i].tokens for i in order]
@@ -147,6 +156,14 @@ def plan_windows(
         documents,
         records,
     )
+
+
+def _shortage(source: Source, split: str, packer: Packer) -> str:
+    """Return why a source gave fewer windows than asked for."""
+    if packer.read:
+        documents = f"{packer.read} document{'' if packer.read == 1 else 's'}"
+        return f"{documents} of split {split} have {packer.tokens} tokens"
+    return f"no document is in split {split}" if source.own is None else source.own.why_none(split)
 
 
 def _merge(sources: list[Source]) -> list[Source]:

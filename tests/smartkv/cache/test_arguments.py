@@ -1,6 +1,7 @@
 """Arguments of the caches: names, files and shares become gates and policies, anything else is refused in a line."""
 
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,9 @@ def test_gates_of_a_folder_are_those_that_were_saved_there(kind: type, tmp_path:
     assert torch.equal(got, want)
 
 
-def test_loaded_gates_move_to_the_models_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loaded_gates_move_to_the_models_device(tmp_path: Path) -> None:
     random_gates(MODEL).save_pretrained(tmp_path)
-    monkeypatch.setattr(type(MODEL), "device", torch.device("meta"))
-    gates = resolve_gates(MODEL, tmp_path)
+    gates = resolve_gates(deepcopy(MODEL).to("meta"), tmp_path)
     assert gates is not None and gates.device.type == "meta"
 
 
@@ -176,6 +176,7 @@ SHARE = "footprint must be the share .* above 0 and at most 1, got "
         ({"gates": 0.25}, GATES + "0.25: for a share of the full cache write footprint=0.25"),
         ({"gates": recent(4)}, GATES + "a HybridPolicy: write policy="),
         ({"gates": "window"}, GATES + "'window': this is the name of a policy, write policy='window'"),
+        ({"gates": "", "footprint": 0.25}, GATES + "'': give a name, for example gates='smoll.*, or gates=None"),
         ({"gates": True}, GATES + "True: for example gates='smoll"),
         ({"gates": Path("nowhere"), "footprint": 0.5}, "gates 'nowhere' are neither a local folder"),
         *[({"footprint": wrong}, SHARE) for wrong in (0, 1.5, 25, -0.1, float("nan"), True, "0.25", [0.25])],

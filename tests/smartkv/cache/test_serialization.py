@@ -138,3 +138,21 @@ def test_tensors_that_do_not_fit_together_are_refused(name: str, damage: str, tm
 def test_another_kind_of_cache_is_not_saved(other: Any, tmp_path: Path) -> None:
     with pytest.raises(SmartKVError, match="expected a LifespanCache, got"):
         save_cache(other, tmp_path / "prompt.safetensors")
+
+
+PATH = "the path of a cache's file must be a str or a Path, got "
+
+
+@pytest.mark.parametrize("path", [3, None, "", ["prompt.safetensors"]])
+def test_a_path_of_a_wrong_type_is_refused_with_the_call(path: Any) -> None:
+    with pytest.raises(SmartKVError, match=PATH + r".*: write save_cache\(cache, path\)"):
+        save_cache(LifespanCache(MODELS["llama"], None, recent(4)), path)
+    with pytest.raises(SmartKVError, match=PATH + r".*: write load_cache\(path, model, gates\)"):
+        load_cache(path, MODELS["llama"])
+
+
+def test_swapped_arguments_are_refused_with_their_order(tmp_path: Path) -> None:
+    with pytest.raises(SmartKVError, match=PATH + r"a LlamaForCausalLM: write load_cache\(path, model, gates\)"):
+        load_cache(MODELS["llama"], tmp_path / "c.safetensors")  # type: ignore[arg-type]
+    with pytest.raises(SmartKVError, match=r"save_cache expected a LifespanCache, got '.*c.safetensors'"):
+        save_cache(tmp_path / "c.safetensors", LifespanCache(MODELS["llama"], None, recent(4)))  # type: ignore[arg-type]

@@ -1,13 +1,17 @@
 """Loading a frozen LM, its architecture and its fingerprint."""
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import GPTNeoXConfig
 
 from smartkv.errors import SmartKVError
+from smartkv.models import backbone as backbone_module
 from smartkv.models.architecture import Fingerprint
 from smartkv.models.backbone import load_backbone, load_tokenizer, read_architecture, resolve_dtype
 from tests.models import FAMILIES, save_tiny_backbone, tiny_tokenizer
@@ -32,6 +36,41 @@ def test_a_model_that_is_not_there_is_named(kind: str, tmp_path: Path) -> None:
         load_backbone(name)
     assert f"'{name}'" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("smollm2", "did you mean 'smollm2-135m'?"), ("nobody/model", "give a hub id")]
+)
+def test_a_hub_that_does_not_answer_is_told_at_once(
+    name: str, advice: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    start = time.monotonic()
+    with pytest.raises(SmartKVError, match=r"not downloaded before, and the hub does not answer: .*refused") as refusal:
+        load_backbone(name)
+    assert time.monotonic() - start < 2 and caplog.text == "" and advice in str(refusal.value)
+
+
+def test_paths_and_files_are_never_taken_for_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone_module, "hub_trouble", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.bin").touch()
+    for name in (Path("nobody/model"), "./model", "runs/no/model", "~/gone"):
+        with pytest.raises(SmartKVError, match=f"model '{name}' could not be loaded: there is no such folder"):
+            load_backbone(name)  # type: ignore[arg-type]
+    with pytest.raises(SmartKVError, match=r"model 'model\.bin' is a file: give its folder"):
+        load_backbone("model.bin")
+
+
+def test_a_folder_may_be_given_as_a_path(tiny_backbone: Path) -> None:
+    assert load_backbone(tiny_backbone).architecture == load_backbone(str(tiny_backbone)).architecture  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [None, "", 3])
+def test_what_is_no_name_is_refused(name: Any) -> None:
+    with pytest.raises(SmartKVError, match=r"model must be a hub id, a local folder, a \.gguf file or .*, got "):
+        load_backbone(name)
 
 
 def test_a_folder_with_cut_off_weights_is_refused_by_name(tmp_path: Path) -> None:
@@ -84,6 +123,23 @@ def test_dtype_names_are_torchs_own() -> None:
 def test_an_unknown_dtype_is_refused_with_those_known(name: str) -> None:
     with pytest.raises(SmartKVError, match=f"'{name}'.*auto, float32, bfloat16, float16"):
         resolve_dtype(name)
+
+
+def test_a_quantised_model_without_its_package_says_which_is_missing(tmp_path: Path) -> None:
+    path = save_tiny_backbone(tmp_path) / "config.json"
+    quantised = {"quantization_config": {"quant_method": "torchao", "quant_type": {"default": {}}}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | quantised))
+    with pytest.raises(SmartKVError, match=rf"model '{tmp_path}' could not be loaded: .*torchao"):
+        load_backbone(str(tmp_path))
+
+
+def test_a_model_that_cannot_be_moved_is_named(tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("`.to` is not supported for `8-bit` models.")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.to", refuse)
+    with pytest.raises(SmartKVError, match=r"cannot be moved to cpu: `\.to` is not supported"):
+        load_backbone(str(tiny_backbone))
 
 
 @pytest.mark.parametrize("trusted", [False, True])

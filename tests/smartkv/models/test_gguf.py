@@ -1,10 +1,14 @@
 """GGUF files: the packaged one, and the folders they are dequantised into."""
 
+import importlib.util
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from gguf import GGUFWriter
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from smartkv.errors import SmartKVError
@@ -54,9 +58,71 @@ def test_a_file_is_dequantised_once_for_each_content(tmp_path: Path, monkeypatch
 def test_a_file_that_cannot_be_converted_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
     path = tmp_path / "damaged.gguf"
     path.write_bytes(b"GGUF, but nothing behind it")
-    with pytest.raises(Exception):  # noqa: B017, each version of transformers has its own
+    with pytest.raises(SmartKVError, match="damaged"):
+        dequantised_folder(path)
+    assert not (tmp_path / "cache").exists()
+    write_gguf(path, tiny(), tiny_tokenizer())
+    path.write_bytes(path.read_bytes()[:-5000])  # the header is whole, the weights are not
+    with pytest.raises(SmartKVError, match=r"damaged\.gguf' could not be unpacked: "):
         dequantised_folder(path)
     assert os.listdir(tmp_path / "cache") == []
+
+
+def test_an_unsupported_family_is_refused_from_the_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("unpacked"))
+    writer = GGUFWriter(str(tmp_path / "m.gguf"), "gemma2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(SmartKVError, match=r"model type 'gemma2' of m\.gguf is not supported: expected one of gpt2"):
+        load_backbone(str(tmp_path / "m.gguf"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_size_and_folder_are_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny(), tiny_tokenizer())
+    monkeypatch.setattr(gguf.tempfile, "mkdtemp", lambda **_: pytest.fail(caplog.text))
+    with pytest.raises(
+        pytest.fail.Exception, match=rf"unpacking tiny\.gguf \(1 MB\) once into {tmp_path}/cache: .* 1 MB"
+    ):
+        dequantised_folder(path)
+
+
+def test_a_disk_without_room_is_refused_with_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny(), tiny_tokenizer())
+    monkeypatch.setattr(gguf.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(SmartKVError, match=r"needs 1 MB in .*/cache, which has 1 MB free: .* SMARTKV_CACHE"):
+        dequantised_folder(path)
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SMARTKV_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(SmartKVError, match=r"file/cache cannot be written to .*SMARTKV_CACHE"):
+        dequantised_folder(write_gguf(tmp_path / "tiny.gguf", tiny(), tiny_tokenizer()))
+
+
+def test_packages_that_are_missing_are_named_with_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny(), tiny_tokenizer())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SmartKVError, match=r"needs the package accelerate and gguf: pip install 'smartkv\[gguf\]'"):
+        dequantised_folder(path)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 2), (torch.float16, 2), (torch.float32, 4)])
+def test_weights_are_stored_in_half_precision_only_where_that_changes_none(
+    dtype: torch.dtype, width: int, tmp_path: Path
+) -> None:
+    model = tiny().to(dtype).float()
+    folder = dequantised_folder(write_gguf(tmp_path / "tiny.gguf", model, tiny_tokenizer()))
+    stored = load_file(folder / "model.safetensors")
+    assert {tensor.element_size() for name, tensor in stored.items() if "proj" in name} == {width}
+    loaded = load_backbone(str(tmp_path / "tiny.gguf"), "float32").model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_the_cache_folder_is_the_user_s_unless_another_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Named policies, and policies in YAML files."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -74,6 +75,12 @@ def test_the_hybrid_file_is_the_default_at_any_depth(layers: int) -> None:
 def test_neither_a_name_nor_a_file_is_refused() -> None:
     with pytest.raises(SmartKVError, match="neither one of"):
         read_policy("no-such-policy", 4)
+
+
+@pytest.mark.parametrize("name", ["", 3, None])
+def test_what_is_no_name_is_refused(name: Any) -> None:
+    with pytest.raises(SmartKVError, match=r"expected one of default, .* or a YAML file, got "):
+        read_policy(name, 4)
 
 
 def test_a_file_without_a_name_is_called_after_itself(tmp_path: Path) -> None:

@@ -19,6 +19,25 @@ def test_the_origin_that_is_used_is_said(local_data: Path) -> None:
     assert lines == ["source 'gsm8k': local"]
 
 
+def test_recall_announces_itself_with_the_text_that_it_uses(local_data: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    assert resolve_source(SourceConfig("recall"), lines.append).name == "recall"
+    assert lines == ["source 'recall' (its text is pg19): local"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.txt").touch()
+    assert resolve_source(SourceConfig("recall", path=str(tmp_path / "mine")), lines.append).recall
+    assert lines[1] == f"source 'recall': 1 file in {tmp_path / 'mine'}"
+
+
+def test_recall_that_cannot_be_had_is_named_so(no_data: None) -> None:
+    with pytest.raises(SmartKVError, match=r"source 'recall' \(its text is pg19\) cannot be had"):
+        resolve_source(SourceConfig("recall", origins=["local"]), quiet)
+    lines: list[str] = []
+    source = resolve_source(SourceConfig("recall", origins=["local", "builtin"]), lines.append)
+    assert "source 'recall' (its text is pg19) CANNOT BE HAD" in lines[0]
+    assert (source.name, source.origin, source.recall) == ("recall", "builtin", True)
+
+
 def test_the_first_origin_that_can_be_had_is_used(local_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert resolve_source(SourceConfig("gsm8k", origins=["hub", "local"]), quiet).origin == "local"

@@ -136,8 +136,30 @@ def test_a_source_with_too_few_windows_is_said(tmp_path: Path) -> None:
 def test_empty_texts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "empty.txt").write_text("")
-    with pytest.raises(SmartKVError, match=f"no train window of {WINDOW} tokens: they are empty or shorter"):
+    message = rf"no train window of {WINDOW} tokens \('mine': 1 document of split train have 0 tokens\)"
+    with pytest.raises(SmartKVError, match=message):
         plan_of([own(tmp_path)], {"train": 1})
+
+
+def test_a_split_that_a_hash_left_empty_is_told_from_short_texts(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(prose(200, seed=0))
+    lines: list[str] = []
+    message = r"no validation window of .* divides its 3 documents into train 3, validation 0, test 0: .*subfolders"
+    with pytest.raises(SmartKVError, match=message):
+        plan_of([own(tmp_path)], {"train": 1, "validation": 1}, say=lines.append)
+    assert any("only 0 of 1 validation windows" in line and "validation 0" in line for line in lines)
+    assert len(plan_of([own(tmp_path)], {"train": 1}).tokens) == 1
+
+
+def test_a_source_that_only_another_split_s_documents_has_is_said_beside_others(tmp_path: Path) -> None:
+    lines: list[str] = []
+    train = write_texts(tmp_path / "train only", splits=["train"])
+    plan = plan_of([own(train), own(write_texts(tmp_path / "both"), "both")], {"validation": 2}, say=lines.append)
+    assert len(plan.tokens) == 1
+    assert any(
+        "'mine' has only 0 of 1 validation windows" in line and "a subfolder 'validation'" in line for line in lines
+    )
 
 
 def test_a_window_longer_than_the_texts_is_refused(tmp_path: Path) -> None:
