@@ -60,6 +60,7 @@ from smartkv.io.locks import lock_folder  # noqa: E402
 from smartkv.shards.manifest import Manifest  # noqa: E402
 
 _TUNING, _LIFESPANS, _DISTILLED = "eviction_tuning/base.yaml", "gates/smollm2.yaml", "gates/distilled.yaml"
+FEW = 8  # processes that any CPU may be asked for
 MOVED_CONFIGS = {  # files of version 0.1 below configs/ -> the base and the overlay that replace them
     "eit/smollm2.yaml": (_TUNING,),
     "eit/smollm2-plain.yaml": (_TUNING, "eviction_tuning/plain.yaml"),
@@ -134,7 +135,7 @@ class CLI(LightningCLI):
         if trainer.fast_dev_run:  # type: ignore[attr-defined] # Lightning writes last.ckpt all the same
             trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, Checkpoint)]  # type: ignore[attr-defined]
         cores = os.cpu_count() or 1
-        if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(2, cores):
+        if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(FEW, cores):
             raise SmartKVError(f"trainer.devices is {trainer.num_devices}, but this machine has {cores} CPU cores")
         return trainer
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from smartkv import GateBank, HybridPolicy, LifespanCache, load_backbone, policy_of
+from smartkv import GateBank, HybridPolicy, load_backbone, policy_of
 from smartkv.gates.model_card import usable_footprint
 from smartkv.policies.budgets import Calibration
 from tests.callbacks.fixtures import EPOCHS, Run, callbacks, run, tensorboard
@@ -73,7 +73,7 @@ def test_gates_are_exported_in_half_precision_and_under_a_name_if_wanted(misled:
     half, whole = (misled.root / name / "model.safetensors" for name in ("named", "export"))
     sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in (half, whole)]
     assert sizes[0] * 2 == sizes[1]
-    assert 'GateBank.from_pretrained("someone/gates"' in (misled.root / "named" / "README.md").read_text()
+    assert 'gates="someone/gates"' in (misled.root / "named" / "README.md").read_text()
 
 
 def test_r2_gets_worse_by_construction_of_this_run(misled: Run) -> None:
@@ -153,13 +153,15 @@ def test_gates_that_no_cache_can_use_get_no_prices(tiny_texts: Path, tiny_backbo
     assert not {"policy", "prices"} & set(GateBank.from_pretrained(tmp_path / "export").details)
 
 
-def test_layers_without_gates_keep_all_in_the_policy(tiny_shards: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+def test_layers_without_gates_keep_all_in_the_policy(tmp_path: Path) -> None:
+    keys = {split: made_keys(2, 128, seed=seed, layers=3) for seed, split in enumerate(("train", "validation"))}
+    lifespans = {split: [lifespan_of(window) for window in windows] for split, windows in keys.items()}
+    shards = write_made_shards(tmp_path / "shards", lifespans, keys)
     export = {"class_path": "GateExport", "init_args": {"out": str(tmp_path / "export")}}
-    fit(tiny_shards, tmp_path / "run", callbacks=[export], data={"layers": "1"}, trainer={"max_epochs": 1})
-    details = GateBank.from_pretrained(tmp_path / "export").details
-    assert [rule.rule for rule in HybridPolicy.from_dict(details["policy"]).by_layer(2)] == ["full", "gated"]
-    footprint = usable_footprint(details["prices"])
-    LifespanCache(load_backbone(str(tiny_backbone)).model, gates=str(tmp_path / "export"), footprint=footprint)
+    fit(shards, tmp_path / "run", callbacks=[export], data={"layers": "1-2"}, trainer={"max_epochs": 1})
+    gates = GateBank.from_pretrained(tmp_path / "export")
+    policy = policy_of(gates, usable_footprint(gates.details["prices"]))
+    assert [rule.rule for rule in policy.by_layer(3)] == ["full", "gated", "gated"]
 
 
 def test_one_file_a_head_is_exported_on_request(tiny: Run) -> None:
@@ -189,7 +191,7 @@ def test_a_resumed_fit_that_gets_no_better_leaves_the_export_alone(
     before = {path.name: path.read_bytes() for path in (root / "export").iterdir()}
     trainer = {"logger": tensorboard(root), "max_epochs": EPOCHS + 1}
     config = gates_config(misled_shards, root, callbacks=[*callbacks(root), WATCHER], trainer=trainer)
-    last = misled.root / "checkpoints" / "last.ckpt"
+    last = root / "checkpoints" / "last.ckpt"
     run_cli("fit", "-c", write_config(tmp_path / "resumed.yaml", config), "--ckpt_path", last)
     assert Watcher.last.steps[-1] > misled.watcher.steps[-1], "nothing was trained"
     assert {path.name: path.read_bytes() for path in (root / "export").iterdir()} == before
