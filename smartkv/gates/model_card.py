@@ -59,7 +59,7 @@ model, inputs = lm.model, lm.tokenizer("Once upon a time", return_tensors="pt")
 """
 
 _CACHE = """\
-cache = LifespanCache(model, gates="NAME", footprint=FOOTPRINT)  # share of a full cache's keys, on a long text
+cache = LifespanCache(model, gates="NAME", footprint=FOOTPRINT)  # share of a full cache's keys
 output = model.generate(**inputs, past_key_values=cache, max_new_tokens=200)"""
 
 

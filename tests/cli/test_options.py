@@ -106,7 +106,7 @@ def test_a_mistyped_option_is_one_line_with_the_nearest_name(
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("modle: {a: 1}", "unknown key modle: did you mean model"),
+        ("modle: {a: 1}", "did you mean model?"),
         ("trainer: {max_epoch: 3}", "unknown key trainer.max_epoch: did you mean trainer.max_epochs"),
         ("trainer: {callbacks: [{class_path: GateExporter}]}", "no class GateExporter: did you mean GateExport"),
         ("data: {init_args: {treshold: 3}}", "unknown key data.treshold: did you mean data.threshold?"),

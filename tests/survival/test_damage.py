@@ -238,7 +238,7 @@ def test_a_hub_that_breaks_off_ends_in_a_line(what: str, tmp_path: Path) -> None
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     quick = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
     quick |= {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HOME": str(tmp_path)}
-    code = "import smartkv; from smartkv.errors import one_line_errors; from smartkv.hub import limit_hub_waiting\n"
+    code = "import smartkv; from smartkv.errors import one_line_errors; from smartkv.io.hub import limit_hub_waiting\n"
     code += f"with one_line_errors():\n    limit_hub_waiting(); smartkv.{what}('someone/thing')"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment | quick, capture_output=True, text=True, timeout=120, check=False
