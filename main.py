@@ -31,7 +31,7 @@ from lightning.pytorch.cli import LightningCLI  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: E402
 
-import callbacks  # noqa: F401, E402 - imported, as the next two, so that configs may name bare classes
+import callbacks  # noqa: E402 - imported, as the next two, so that configs may name bare classes
 import datamodules  # noqa: F401, E402
 import lightning_modules  # noqa: F401, E402
 from lightning_modules.checkpoint_io import AtomicCheckpointIO, read_checkpoint  # noqa: E402
@@ -63,10 +63,11 @@ class CLI(LightningCLI):
     """LightningCLI with one run at a time per folder and checkpoints that are written atomically and run no code."""
 
     def _parse_ckpt_path(self) -> None:
+        # LightningCLI would put the checkpoint's settings in place of those of the config and the command line; here
+        # the module compares them (`Resuming`), so that none is replaced silently
         path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
         if path and Path(path).is_file():
-            read_checkpoint(path)  # LightningCLI reads it next, and would fail with a traceback
-        super()._parse_ckpt_path()
+            read_checkpoint(path)  # a damaged one is told before the model is built
 
     def before_instantiate_classes(self) -> None:
         """Refuse settings that jsonargparse accepts although their type forbids them."""
@@ -165,6 +166,7 @@ def main(args: list[str] | None = None) -> None:
             L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            save_config_callback=callbacks.RunConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             args=args,

@@ -5,6 +5,15 @@ from callbacks.gate_export import GateExport
 from callbacks.harvest_progress import HarvestProgress
 from callbacks.head_dashboard import HeadDashboard
 from callbacks.hybrid_cache_perplexity import HybridCachePerplexity
+from callbacks.run_config import RunConfig
 from callbacks.shard_writer import ShardWriter
 
-__all__ = ["AdapterExport", "GateExport", "HarvestProgress", "HeadDashboard", "HybridCachePerplexity", "ShardWriter"]
+__all__ = [
+    "AdapterExport",
+    "GateExport",
+    "HarvestProgress",
+    "HeadDashboard",
+    "HybridCachePerplexity",
+    "RunConfig",
+    "ShardWriter",
+]

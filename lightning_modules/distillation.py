@@ -59,6 +59,18 @@ class DistilledGates(Resuming):
         trust_remote_code: run code that comes with the model.
     """
 
+    FIT_ONLY = frozenset(
+        {
+            "gates",
+            "temperature",
+            "temperature_end",
+            "scored_tokens",
+            "learning_rate",
+            "warmup_steps",
+            "calibration_windows",
+        }
+    )
+
     def __init__(
         self,
         gates: str,
@@ -186,6 +198,10 @@ class DistilledGates(Resuming):
                 "settings": {k: v for k, v in h.items() if not k.startswith("_")},
             },
         }
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that decide the result, with the dtype that `auto` chose."""
+        return super().settings() | {"dtype": str(self.lm.model.dtype).removeprefix("torch.")}
 
     # -- steps ----------------------------------------------------------------------------------------------------
 

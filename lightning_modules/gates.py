@@ -45,6 +45,8 @@ class LifespanGates(Resuming):
         standardised: the two are computed, bool scalar.
     """
 
+    FIT_ONLY = frozenset({"learning_rate", "weight_decay", "warmup_steps"})
+
     key_mean: Tensor
     key_std: Tensor
     standardised: Tensor

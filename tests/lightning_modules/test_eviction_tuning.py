@@ -19,7 +19,7 @@ from smartkv.sparsity import Linear
 from smartkv.sparsity.dropping import RandomDropping
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import WindowCounts
-from tests.lightning_fixtures import refused, run_cli, run_command, write_config
+from tests.lightning_fixtures import error_line, refused, run_cli, run_command, write_config
 from tests.models import token_ids
 from tests.tuning_fixtures import TOKENS, config, weights, write_long_texts
 
@@ -114,11 +114,18 @@ def test_a_checkpoint_of_another_run_is_refused(
     tuned: Path, tmp_path: Path, tiny_backbone: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dropping = {"class_path": "smartkv.sparsity.dropping.WindowDropping", "init_args": {"window": 12}}
-    other = {"class_path": "smartkv.sparsity.Adaptive"}
-    for change in ({"dropping": dropping}, {"schedule": other}):
-        run = write_config(tmp_path / "run.yaml", config(tmp_path, tiny_backbone, texts, model=change))
-        said = refused(capsys, "fit", "-c", run, "--ckpt_path", tuned / "checkpoints/step=4.ckpt")
-        assert "is of another run" in said
+    nearer = {"class_path": "smartkv.sparsity.dropping.RandomDropping", "init_args": {"recent": 9}}
+    changes = {
+        "dropping RandomDropping, now WindowDropping": {"dropping": dropping},
+        "dropping.recent 8, now 9": {"dropping": nearer},
+        "schedule Linear, now Adaptive": {"schedule": {"class_path": "smartkv.sparsity.Adaptive"}},
+        "ce_weight 1.0, now 0.5; learning_rate 0.01, now 0.1": {"ce_weight": 0.5, "learning_rate": 0.1},
+    }
+    for number, (said, change) in enumerate(changes.items()):
+        run = write_config(tmp_path / "run.yaml", config(tuned, tiny_backbone, texts, model=change))
+        given = "last" if number % 2 else tuned / "checkpoints/step=4.ckpt"
+        told = error_line(refused(capsys, "fit", "-c", run, "--ckpt_path", given))
+        assert f"is of another run: {said}" in told
 
 
 def test_another_seed_is_another_run_on_the_same_texts(
