@@ -177,8 +177,8 @@ class EvictionTuning(Resuming):
                 raise SmartKVError(f"{type(self.schedule).__name__} needs an end: give trainer.max_steps or max_epochs")
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callback that restores the model when the run fails."""
-        return [_Restore()]
+        """Return those of every run, and the callback that restores the model when the run fails."""
+        return [*super().configure_callbacks(), _Restore()]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return AdamW on adapters and trained gates, with warm-up and cosine decay."""

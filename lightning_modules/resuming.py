@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 
+from lightning_modules.resumed_curves import ResumedCurves
 from smartkv.errors import SmartKVError
 from smartkv.io.checks import differences
 from smartkv.io.class_names import bare_class_paths
@@ -19,7 +20,8 @@ class Resuming(L.LightningModule):
     A checkpoint at the end of a batch is saved before the validation that is due at that step, and before the end of
     the epoch if the batch is its last. Lightning counts both as done when it resumes. This module makes the resumed run
     begin with them, in Lightning's own loops, so that every callback sees the same events as in an uninterrupted run.
-    It also restores the logged figures that callbacks monitor, and keeps a run that stopped early stopped.
+    It also restores the logged figures that callbacks monitor, keeps a run that stopped early stopped, and deletes what
+    was logged after the checkpoint.
 
     A resumed run has the settings of its checkpoint: weights, optimiser and schedule come from there, so another value
     would be ignored or mixed in. Other settings are refused. The Trainer's settings, such as its number of epochs, may
@@ -42,6 +44,11 @@ class Resuming(L.LightningModule):
         super().__init__()
         self.ends_a_batch = False
         self.figures: dict[str, float] = {}
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Return the callback that deletes what was logged after a checkpoint."""
+        fitting = self.trainer.state.fn == "fit" and self.trainer.is_global_zero
+        return [ResumedCurves(self.trainer.loggers)] if fitting else []
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that decide the result, as JSON values by their names in a config."""
