@@ -35,6 +35,7 @@ import callbacks  # noqa: E402 - imported, as the next two, so that configs may 
 import datamodules  # noqa: F401, E402
 import lightning_modules  # noqa: F401, E402
 from lightning_modules.checkpoint_io import AtomicCheckpointIO, read_checkpoint  # noqa: E402
+from lightning_modules.trainer_settings import best_checkpoint, check_subcommand, lightning_refusals  # noqa: E402
 from smartkv.errors import SmartKVError, one_line_errors  # noqa: E402
 from smartkv.io.hub import limit_hub_waiting  # noqa: E402
 from smartkv.io.locks import lock_folder  # noqa: E402
@@ -73,6 +74,10 @@ class CLI(LightningCLI):
         """Refuse settings that jsonargparse accepts although their type forbids them."""
         _refuse_misfits("", self.config[str(self.subcommand)])
 
+    def after_instantiate_classes(self) -> None:
+        """Refuse a subcommand that the module has nothing for."""
+        check_subcommand(self.model, str(self.subcommand), self._get(self.config_init, "ckpt_path"))
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the Trainer, with atomic checkpoints unless the config has a checkpoint plugin of its own."""
         trainer = super().instantiate_trainer(**kwargs)
@@ -92,8 +97,14 @@ class CLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
-        if arguments.get("ckpt_path") == "last":
+        given = arguments.get("ckpt_path")
+        newest = self._newest() if given in ("last", "best") else None
+        if newest is None and (given == "best" or (given == "last" and subcommand != "fit")):
+            raise SmartKVError(f"--ckpt_path {given}: the folders of this run have no last checkpoint; give a path")
+        if given == "last":
             arguments["ckpt_path"] = self._last()
+        elif newest is not None:
+            arguments["ckpt_path"] = best_checkpoint(newest, self.trainer.checkpoint_callbacks)
         return arguments
 
     def _last(self) -> str:
@@ -101,13 +112,17 @@ class CLI(LightningCLI):
 
         Lightning's own search for `last` does not look at these files.
         """
-        from_signals = set(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
-        candidates = set(from_signals)
+        newest = self._newest()
+        return newest if newest and Path(newest).name.startswith("hpc_ckpt_") else "last"
+
+    def _newest(self) -> str | None:
+        """Return the path of the newest checkpoint that `last` may mean; None: there is none."""
+        found = set(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
-                candidates |= {Path(path) for path in callback._find_last_checkpoints(self.trainer)}
-        newest = max(candidates, key=os.path.getmtime, default=None)
-        return str(newest) if newest in from_signals else "last"
+                found |= {Path(path) for path in callback._find_last_checkpoints(self.trainer)}
+        newest = max(found, key=os.path.getmtime, default=None)
+        return None if newest is None else str(newest)
 
 
 def _refuse_misfits(name: str, content: Any) -> None:
@@ -158,7 +173,7 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: arguments after the program's name; None: those of the command line.
     """
-    with one_line_errors():
+    with one_line_errors(), lightning_refusals():
         _refuse_moved_configs(sys.argv[1:] if args is None else args)
         limit_hub_waiting()
         CLI(

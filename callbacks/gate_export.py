@@ -16,6 +16,8 @@ from smartkv.io.atomic import delete_partial_files
 class GateExport(L.Callback):
     """Callback that writes safetensors, config and model card after each validation that is the best so far.
 
+    A run without a validation exports its gates at its end.
+
     Args:
         out: folder.
         monitor: logged figure that is compared.
@@ -69,6 +71,11 @@ class GateExport(L.Callback):
         value = self.sign * float(trainer.callback_metrics[self.monitor])
         if self.best is None or value > self.best or not (self.out / "config.json").exists():
             self.best = value if self.best is None else max(self.best, value)
+            self._export(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
+        """Export the gates of a run in which there was no validation."""
+        if self.best is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._export(trainer, pl_module)
 
     @rank_zero_only

@@ -11,6 +11,7 @@ from torch import Tensor
 from datamodules.token_windows import TokenWindows, WindowBatch
 from lightning_modules.lr_schedules import total_steps, warmup_then_cosine
 from lightning_modules.resuming import Resuming
+from lightning_modules.trainer_settings import SINGLE
 from smartkv.distillation.kl_divergence import divergence
 from smartkv.distillation.soft_attention import HIDDEN, soft_eviction
 from smartkv.distillation.soft_keep import footprint, hard_keep, keep_share
@@ -70,6 +71,8 @@ class DistilledGates(Resuming):
             "calibration_windows",
         }
     )
+
+    PRECISIONS = (SINGLE, "64-true")  # autocast would meet the soft mask's float32 inside the attention
 
     def __init__(
         self,

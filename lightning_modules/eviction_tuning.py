@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from datamodules.token_windows import TokenWindows, WindowBatch
 from lightning_modules.lr_schedules import total_steps, warmup_then_cosine
 from lightning_modules.resuming import Resuming
+from lightning_modules.trainer_settings import SINGLE
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.io.class_names import bare_class_paths
@@ -75,6 +76,8 @@ class EvictionTuning(Resuming):
     FIT_ONLY = frozenset(
         {"ce_weight", "kl_weight", "hidden_weight", "learning_rate", "weight_decay", "warmup_steps", "seed"}
     )
+
+    PRECISIONS = (SINGLE, "bf16-mixed", "16-mixed")  # the others would convert the language model too
 
     backbone_: Backbone
     gates: GateBank | None
@@ -173,6 +176,11 @@ class EvictionTuning(Resuming):
             )
         if stage == "fit":
             self.steps = total_steps(self.trainer)
+            if self.trainer.limit_val_batches == 0 and self.schedule.needs_validation:
+                raise SmartKVError(
+                    f"{type(self.schedule).__name__} is decided by validations, which limit_val_batches 0 leaves out: "
+                    "allow them, or give another schedule"
+                )
             if self.schedule.needs_end and not math.isfinite(self.steps):
                 raise SmartKVError(f"{type(self.schedule).__name__} needs an end: give trainer.max_steps or max_epochs")
 

@@ -15,6 +15,7 @@ from lightning_modules.gate_chunks import Predict, in_chunks
 from lightning_modules.head_metrics import HeadMean
 from lightning_modules.lr_schedules import warmup_then_cosine
 from lightning_modules.resuming import Resuming
+from lightning_modules.trainer_settings import SINGLE
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank, head_name
 from smartkv.gates.objectives import Log4Lifespan, Objective
@@ -46,6 +47,8 @@ class LifespanGates(Resuming):
     """
 
     FIT_ONLY = frozenset({"learning_rate", "weight_decay", "warmup_steps"})
+
+    PRECISIONS = (SINGLE, "64-true", "bf16-mixed", "16-mixed")
 
     key_mean: Tensor
     key_std: Tensor

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 
 from lightning_modules.resumed_curves import ResumedCurves
+from lightning_modules.trainer_settings import SINGLE, check_batches, check_precision
 from smartkv.errors import SmartKVError
 from smartkv.io.checks import differences
 from smartkv.io.class_names import bare_class_paths
@@ -25,17 +26,20 @@ class Resuming(L.LightningModule):
 
     A resumed run has the settings of its checkpoint: weights, optimiser and schedule come from there, so another value
     would be ignored or mixed in. Other settings are refused. The Trainer's settings, such as its number of epochs, may
-    change.
+    change, but for its precision.
 
     Attributes:
         FREE: settings that may change, because they decide no result.
         FIT_ONLY: settings that a validation of the checkpoint does not use.
+        PRECISIONS: the Trainer's precisions in which the module is trained well.
         ends_a_batch: the checkpoint was saved at the end of a batch, and what follows that batch is still to be run.
         figures: values of `callback_metrics` when the checkpoint was saved.
     """
 
     FREE: ClassVar[frozenset[str]] = frozenset({"threads", "trust_remote_code"})
     FIT_ONLY: ClassVar[frozenset[str]] = frozenset()
+
+    PRECISIONS: ClassVar[tuple[str, ...]] = (SINGLE,)
 
     hparams: Any  # attributes by the names of __init__'s arguments
     trainer: Any  # with its `datamodule`, which Lightning's Trainer does not declare
@@ -46,17 +50,27 @@ class Resuming(L.LightningModule):
         self.figures: dict[str, float] = {}
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callback that deletes what was logged after a checkpoint."""
-        fitting = self.trainer.state.fn == "fit" and self.trainer.is_global_zero
-        return [ResumedCurves(self.trainer.loggers)] if fitting else []
+        """Return the callback that deletes what was logged after a checkpoint; this is a fit's first hook.
+
+        Raises:
+            SmartKVError: the Trainer has settings that the module cannot work with.
+        """
+        advice = "trained weights are float32; the language model's dtype is model.dtype, where there is one"
+        check_precision(self.trainer, self.PRECISIONS, advice)
+        if self.trainer.state.fn != "fit":
+            return []
+        check_batches(self.trainer)
+        return [ResumedCurves(self.trainer.loggers)] if self.trainer.is_global_zero else []
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that decide the result, as JSON values by their names in a config."""
         hparams = {k: v for k, v in self.hparams.items() if not k.startswith("_") and k not in self.FREE}
         return bare_class_paths(json.loads(json.dumps(hparams)))
 
-    def _classes(self) -> dict[str, str]:
-        return {"model": type(self).__name__, "data": type(self.trainer.datamodule).__name__}
+    def _kind(self) -> dict[str, str]:
+        """Return what else a resumed run must share with its checkpoint."""
+        data, precision = type(self.trainer.datamodule).__name__, self.trainer.precision
+        return {"model": type(self).__name__, "data": data, "precision": precision}
 
     def settings_of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return what `settings` was for a checkpoint, also for one of SmartKV 0.1.0."""
@@ -67,7 +81,7 @@ class Resuming(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the settings, the monitored figures, and whether a validation is due."""
-        checkpoint["settings"] = self._classes() | self.settings()
+        checkpoint["settings"] = self._kind() | self.settings()
         fit = self.trainer.fit_loop
         count = fit.epoch_loop.batch_progress.current
         at_end = count.completed < count.processed  # true while `on_train_batch_end` hooks run
@@ -91,13 +105,15 @@ class Resuming(L.LightningModule):
                 count["completed"] = count["processed"]
 
     def _check(self, checkpoint: dict[str, Any]) -> None:
-        then, now, data = self.settings_of(checkpoint), self._classes() | self.settings(), self.trainer.datamodule
+        then, now, data = self.settings_of(checkpoint), self._kind() | self.settings(), self.trainer.datamodule
         if "_class_path" in then:  # of the command line's, in checkpoints of 0.1.0
             then = then | {"model": then["_class_path"].rpartition(".")[2]}
         if not then:
             raise SmartKVError(f"the checkpoint is not of a {now['model']}: it has no settings")
         fitting = self.trainer.state.fn == "fit"
-        if changed := differences(then, {k: v for k, v in now.items() if fitting or k not in self.FIT_ONLY}):
+        if changed := differences(
+            then, {k: v for k, v in now.items() if fitting or k not in {"precision", *self.FIT_ONLY}}
+        ):
             raise SmartKVError(
                 f"the checkpoint is of another run: {'; '.join(changed)}. Give the checkpoint's settings to go on from "
                 "it, or start a run of its own, in its own folders and without --ckpt_path"

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from smartkv.errors import SmartKVError
 from smartkv.io.checks import all_finite
 from smartkv.models.architecture import Architecture
-from smartkv.models.observation import observe_attention
+from smartkv.models.observation import in_own_dtype, observe_attention
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class LayerLabels:
     def __init__(self, spec: LabelSpec, kv_heads: int, tokens: int, device: torch.device) -> None:
         self.spec = spec
         self.lifespan = torch.ones(len(spec.thresholds), kv_heads, tokens, dtype=torch.int32, device=device)
-        self.attention_sum = torch.zeros(len(spec.ages), kv_heads, tokens, device=device)
+        # float32, whatever torch.set_default_dtype says
+        self.attention_sum = torch.zeros(len(spec.ages), kv_heads, tokens, dtype=torch.float32, device=device)
 
     def update(self, first_query: int, probabilities: Tensor) -> None:
         """Add the next tile of queries.
@@ -157,6 +158,16 @@ class _WindowObserver:
     def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
         self.labels[layer].update(first_query, probabilities)
 
+    def labelled(self, length: int) -> WindowLabels:
+        future = [labels.future_attention() for labels in self.labels] if self.spec.ages else None
+        return WindowLabels(
+            keys=torch.stack(self.keys),
+            keys_post_rope=torch.stack(self.rotated) if self.post_rope else None,
+            lifespan=torch.stack([labels.lifespan for labels in self.labels], dim=1).cpu(),
+            horizon=torch.arange(length - 1, -1, -1, dtype=torch.int32),
+            future_attention=None if future is None else torch.stack(future, dim=1).cpu(),
+        )
+
 
 def _to_half(keys: Tensor, layer: int) -> Tensor:
     """Return the keys as float16 on the CPU.
@@ -178,6 +189,8 @@ def label_window(
 ) -> WindowLabels:
     """Run one window through a frozen LM and label its keys by the model's own attention.
 
+    Neither autocast nor `torch.set_default_dtype` changes the result.
+
     Args:
         model: A causal LM in evaluation mode. Its head is not run.
         tokens: Token ids `[tokens]`.
@@ -190,18 +203,10 @@ def label_window(
     ids = torch.as_tensor(tokens, dtype=torch.long, device=model.device)[None]
     check_window(model, ids.shape[1])
     observer = _WindowObserver(spec, post_rope)
-    with observe_attention(model, observer):
-        model.base_model(input_ids=ids, use_cache=False)
-    length = ids.shape[1]
-    return WindowLabels(
-        keys=torch.stack(observer.keys),
-        keys_post_rope=torch.stack(observer.rotated) if post_rope else None,
-        lifespan=torch.stack([labels.lifespan for labels in observer.labels], dim=1).cpu(),
-        horizon=torch.arange(length - 1, -1, -1, dtype=torch.int32),
-        future_attention=torch.stack([labels.future_attention() for labels in observer.labels], dim=1).cpu()
-        if spec.ages
-        else None,
-    )
+    with in_own_dtype(model.device):
+        with observe_attention(model, observer):
+            model.base_model(input_ids=ids, use_cache=False)
+        return observer.labelled(ids.shape[1])
 
 
 def check_window(model: PreTrainedModel, window: int) -> None:
