@@ -1,5 +1,6 @@
 """Joint training of all gates of a model on labelled keys."""
 
+import copy
 from typing import Any
 
 import torch
@@ -240,7 +241,7 @@ class LifespanGates(Resuming):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the loss history and the running training loss."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["loss_history"] = self.loss_history
+        checkpoint["loss_history"] = copy.deepcopy(self.loss_history)  # of now, also if it is written later
         checkpoint["train_loss_head"] = self.train_loss_head.sums()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
