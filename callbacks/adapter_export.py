@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,24 @@ class AdapterExport(L.Callback):
     merged model is written once its logits are those of the adapter.
 
     Args:
-        out: folder, such as runs/eit/final.
+        out: folder. Null: `final` in the Trainer's `default_root_dir`.
         merged: also write the merged model.
     """
 
-    def __init__(self, out: str, merged: bool = False) -> None:
-        self.out, self.merged = Path(out), merged
+    def __init__(self, out: str | None = None, merged: bool = False) -> None:
+        self.out, self.merged = out, merged
         self.exported = False
+
+    def folder(self, trainer: L.Trainer) -> Path:
+        """Return the folder of the export."""
+        return Path(trainer.default_root_dir) / "final" if self.out is None else Path(self.out)
+
+    def results(self, trainer: L.Trainer) -> list[Path]:
+        """Return the files of an earlier export."""
+        folder = self.folder(trainer)
+        names = (DONE, "schedule.json", "adapter_config.json", "adapter_model.safetensors")
+        parts = [folder / part / name for part in ("gates", "merged") for name in ("config.json", "model.safetensors")]
+        return [file for file in [*(folder / name for name in names), *parts] if file.is_file()]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
         """Forget the export of an earlier fit."""
@@ -54,32 +66,46 @@ class AdapterExport(L.Callback):
         if not self.exported:
             self._export(trainer, pl_module)
 
+    def summary(self, trainer: L.Trainer) -> list[str]:
+        """Return lines for the end of a fit: where the adapter is, what it achieved, and how to measure it."""
+        folder = self.folder(trainer)
+        cost = trainer.callback_metrics.get("val_cost")
+        achieved = "" if cost is None else f" (eviction costs {float(cost):.4f} nats a token on validation windows)"
+        backbone = trainer.lightning_module.hparams["backbone"]
+        options = {"backbone": backbone, "adapter": folder, "out": folder.parent / "compare"}
+        given = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items())
+        return [
+            f"adapter:    {folder}{achieved}",
+            f"measure it: python -m eval compare --config configs/eval/eit.yaml {given}",
+        ]
+
     @rank_zero_only
     def _export(self, trainer: L.Trainer, pl_module: EvictionTuning) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.out.mkdir(parents=True, exist_ok=True)
-        delete_partial_files(self.out)
-        (self.out / DONE).unlink(missing_ok=True)
-        pl_module.student.save_pretrained(str(self.out))
-        pl_module.lm.tokenizer.save_pretrained(self.out)
+        out = self.folder(trainer)
+        out.mkdir(parents=True, exist_ok=True)
+        delete_partial_files(out)
+        (out / DONE).unlink(missing_ok=True)
+        pl_module.student.save_pretrained(str(out))
+        pl_module.lm.tokenizer.save_pretrained(out)
         schedule = {
             "schedule": type(pl_module.schedule).__name__,
             "state": pl_module.schedule.state_dict(),
             "keep_ratio": pl_module.keep_ratio(),
             "step": trainer.global_step,
         }
-        write_atomically(self.out / "schedule.json", json.dumps(schedule, indent=1).encode())
+        write_atomically(out / "schedule.json", json.dumps(schedule, indent=1).encode())
         if (gates := pl_module.tuned_gates()) is not None:
-            gates.save_pretrained(self.out / "gates")
+            gates.save_pretrained(out / "gates")
         if self.merged:
             device = pl_module.lm.model.device  # may lack the memory for a second copy
             student = copy.deepcopy(pl_module.student.cpu())
             pl_module.student.to(device)
             ids = trainer.datamodule.plan.of_split("train")[0][:COMPARED]  # type: ignore[attr-defined]
-            merge(student, ids).save_pretrained(self.out / "merged")
-            pl_module.lm.tokenizer.save_pretrained(self.out / "merged")
-        write_atomically(self.out / DONE, json.dumps(pl_module.described(), indent=1).encode())
+            merge(student, ids).save_pretrained(out / "merged")
+            pl_module.lm.tokenizer.save_pretrained(out / "merged")
+        write_atomically(out / DONE, json.dumps(pl_module.described(), indent=1).encode())
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Export of the best gates so far to a folder that `GateBank.from_pretrained` reads."""
 
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,16 +11,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_modules.distillation import DistilledGates
 from lightning_modules.gates import LifespanGates
 from smartkv.errors import SmartKVError
-from smartkv.io.atomic import delete_partial_files
+from smartkv.gates.bank import CARD, GateBank
+from smartkv.gates.model_card import usable_footprint
+from smartkv.io.atomic import delete_partial_files, write_atomically
 
 
 class GateExport(L.Callback):
     """Callback that writes safetensors, config and model card after each validation that is the best so far.
 
-    A run without a validation exports its gates at its end.
+    A run without a validation exports its gates at its end, a `fast_dev_run` none.
 
     Args:
-        out: folder.
+        out: folder. Null: `export` in the Trainer's `default_root_dir`.
         monitor: logged figure that is compared.
         mode: max: a larger figure is better; min: a smaller one is.
         per_head: also write one file per head, `l{layer}_h{head}.safetensors`, into `out`/heads.
@@ -29,7 +32,7 @@ class GateExport(L.Callback):
 
     def __init__(
         self,
-        out: str,
+        out: str | None = None,
         monitor: str = "val_r2_mean",
         mode: Literal["max", "min"] = "max",
         per_head: bool = False,
@@ -37,7 +40,7 @@ class GateExport(L.Callback):
         name: str | None = None,
     ) -> None:
         self.dtype, self.name = getattr(torch, dtype), name
-        self.out, self.monitor, self.per_head, self.sign = Path(out), monitor, per_head, 1 if mode == "max" else -1
+        self.out, self.monitor, self.per_head, self.sign = out, monitor, per_head, 1 if mode == "max" else -1
         self.best: float | None = None
 
     @property
@@ -53,10 +56,31 @@ class GateExport(L.Callback):
         """Restore the best figure so far."""
         self.best = state_dict["best"]
 
+    def folder(self, trainer: L.Trainer) -> Path:
+        """Return the folder of the export."""
+        return Path(trainer.default_root_dir) / "export" if self.out is None else Path(self.out)
+
+    def results(self, trainer: L.Trainer) -> list[Path]:
+        """Return the files of an earlier export."""
+        folder = self.folder(trainer)
+        files = [folder / name for name in ("model.safetensors", "config.json", "README.md")]
+        return [*filter(Path.is_file, files), *folder.glob("heads/l*_h*.safetensors")]
+
+    def setup(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates, stage: str) -> None:
+        """Check that no other export of this run has the same folder.
+
+        Raises:
+            SmartKVError: one has.
+        """
+        exports = [each for each in trainer.callbacks if isinstance(each, GateExport)]  # type: ignore[attr-defined]
+        if any(each is not self and each.folder(trainer) == self.folder(trainer) for each in exports):
+            raise SmartKVError(f"two GateExports write into {self.folder(trainer)}: give each an 'out' of its own")
+
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
         """Delete what a killed export left half written."""
-        delete_partial_files(self.out)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            delete_partial_files(self.folder(trainer))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
         """Export the gates if the validation is the best so far.
@@ -64,12 +88,12 @@ class GateExport(L.Callback):
         Raises:
             SmartKVError: the monitored figure is not logged.
         """
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self.monitor not in trainer.callback_metrics:
             raise SmartKVError(f"GateExport monitors {self.monitor}, which is not logged here: try val_loss, mode min")
         value = self.sign * float(trainer.callback_metrics[self.monitor])
-        if self.best is None or value > self.best or not (self.out / "config.json").exists():
+        if self.best is None or value > self.best or not (self.folder(trainer) / "config.json").exists():
             self.best = value if self.best is None else max(self.best, value)
             self._export(trainer, pl_module)
 
@@ -79,12 +103,51 @@ class GateExport(L.Callback):
             self._export(trainer, pl_module)
 
     @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
+        """Give the exported gates the prices of footprints, once, since solving them takes seconds."""
+        if not isinstance(pl_module, LifespanGates) or not (self.folder(trainer) / "config.json").is_file():
+            return
+        gates = GateBank.from_pretrained(self.folder(trainer))
+        if trainer.fast_dev_run or gates.details.get("prices"):  # type: ignore[attr-defined]
+            return
+        gates.details |= pl_module.policy_with_prices(gates)
+        self._save(gates.to(self.dtype), self.folder(trainer))
+
+    def summary(self, trainer: L.Trainer) -> list[str]:
+        """Return lines for the end of a fit: where the gates are, what they achieved, how to use them."""
+        folder = self.folder(trainer)
+        if not (folder / "config.json").is_file():
+            return [f"no gates were exported to {folder}: nothing was trained"]
+        gates = GateBank.from_pretrained(folder)
+        details, achieved = gates.details, gates.details["metrics"].get(self.monitor)
+        backbone = shlex.quote(details["training"]["backbone"])
+        lines = [f"gates of the last step, without a validation: {folder}"]
+        if achieved is not None:
+            epoch = details["training"]["epoch"] + 1
+            lines = [f"best gates, of epoch {epoch}: {folder} ({self.monitor} {achieved:.4f})"]
+        if details.get("prices"):
+            footprint = usable_footprint(details["prices"])
+            lines.append(f'use them:     LifespanCache(model, gates="{folder}", footprint={footprint})')
+        if details["inputs"] == "keys" and len(gates.layers) == gates.fingerprint.layers:
+            measure = "python -m eval perplexity --config configs/eval/perplexity.yaml"
+            out = shlex.quote(str(folder.parent / "perplexity"))
+            lines.append(
+                f"measure them: {measure} --gates {shlex.quote(str(folder))} --backbone {backbone} --out {out}"
+            )
+        return lines
+
+    @rank_zero_only
     def _export(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
         gates = pl_module.gates().cpu().to(self.dtype)
         metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if "/" not in k}
         details = pl_module.details()
         details["training"] |= {"epoch": trainer.current_epoch, "step": trainer.global_step}
         gates.details = details | {"metrics": metrics} | ({"name": self.name} if self.name else {})
-        gates.save_pretrained(self.out)
+        self._save(gates, self.folder(trainer))
         if self.per_head:
-            gates.export_heads(self.out / "heads")
+            gates.export_heads(self.folder(trainer) / "heads")
+
+    def _save(self, gates: GateBank, folder: Path) -> None:
+        gates.save_pretrained(folder)
+        if self.name is None:  # the card loads the gates from where they are
+            write_atomically(folder / CARD, gates.card(str(folder)).encode())

@@ -126,18 +126,22 @@ class HeadDashboard(L.Callback):
             settings |= {"threshold": rows.threshold, "inputs": rows.inputs}
             logger.log_hyperparams(settings, metrics=final)
             logger.save()
-        path = Path(trainer.default_root_dir) / "heads.csv"
-        self._write_heads(path, pl_module)
         console = make_console()
         console.print(self._table(pl_module))
-        console.print(f"every head: {path}", highlight=False)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write_heads(_heads_file(trainer), pl_module)
+            console.print(f"every head: {_heads_file(trainer)}", highlight=False)
+
+    def results(self, trainer: L.Trainer) -> list[Path]:
+        """Return the file of an earlier run."""
+        return [file for file in [_heads_file(trainer)] if file.is_file()]
 
     def _columns(self, module: LifespanGates) -> dict[str, torch.Tensor]:
         """Return R² of the last validation and of the nulls, and the first and last epoch's loss: `[gates]` each."""
         columns = {"R²": _last_r2(module), **{f"R² {name}": r2 for name, r2 in self.nulls.items()}}
         epochs = [entry for entry in module.loss_history if "train" in entry]
         for entry in epochs[:1] + epochs[-1:]:
-            columns[f"loss, epoch {entry['epoch']}"] = torch.tensor(entry["train"])
+            columns[f"loss, epoch {entry['epoch'] + 1}"] = torch.tensor(entry["train"])
         return columns
 
     def _write_heads(self, path: Path, module: LifespanGates) -> None:
@@ -160,6 +164,10 @@ class HeadDashboard(L.Callback):
         table.add_section()
         table.add_row("mean", *(f"{float(value.nanmean()):.3f}" for value in columns.values()))
         return table
+
+
+def _heads_file(trainer: L.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "heads.csv"
 
 
 def _last_r2(module: LifespanGates) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Writing of shards during a harvest, and of the manifest at its end."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from smartkv.shards.shard_file import write_shard
 class ShardWriter(BasePredictionWriter):
     """Callback that writes each shard to the datamodule's `out` and keeps none in memory.
 
-    The manifest is written at the end, when all shards are there.
+    The manifest is written at the end, when all shards are there. A `fast_dev_run` writes nothing.
     """
 
     def __init__(self) -> None:
@@ -40,11 +41,15 @@ class ShardWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write one shard."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         data: DocumentWindows = trainer.datamodule  # type: ignore[attr-defined]
         write_shard(data.out / batch.file, prediction, pl_module.header)
 
     def teardown(self, trainer: L.Trainer, pl_module: Harvest, stage: str) -> None:
         """Write the manifest if all shards are there; otherwise print how many are missing."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         # not in on_predict_end, which a process without shards skips
         trainer.strategy.barrier("all shards are written")
         data: DocumentWindows = trainer.datamodule  # type: ignore[attr-defined]
@@ -60,6 +65,8 @@ class ShardWriter(BasePredictionWriter):
                 f"{len(manifest.shards)} shards with {sum(s.tokens for s in manifest.shards):,} tokens "
                 f"of {manifest.fingerprint.layers * manifest.fingerprint.kv_heads} heads in {manifest.folder}"
             )
+            shards, gates = (shlex.quote(str(path)) for path in (manifest.folder, manifest.folder.parent / "gates"))
+            print(f"train gates: python main.py fit -c configs/gates/smollm2.yaml --data.shards {shards} --out {gates}")
         trainer.strategy.barrier("the manifest is written")
 
 

@@ -17,7 +17,7 @@ from smartkv.errors import SmartKVError
 from smartkv.io.checks import differences
 from smartkv.models.backbone import load_tokenizer, read_architecture
 from smartkv.models.gguf import PACKAGED
-from smartkv.shards.manifest import ShardEntry, recorded_shards, shard_entry
+from smartkv.shards.manifest import MANIFEST, ShardEntry, recorded_shards, shard_entry
 from smartkv.shards.shard_file import DamagedFile, digests, open_tensors, read_header, write_shard
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import PLAN, WindowCounts, WindowPlan, plan_windows, read_plan
@@ -31,7 +31,7 @@ class DocumentWindows(L.LightningDataModule):
     """Windows of a weighted mix of texts, for `predict`.
 
     Args:
-        out: folder for the plan and the shards.
+        out: folder for the plan and the shards. Null: the folder of the run, which main.py knows.
         sources: mix of texts.
         windows: windows to harvest per split.
         backbone: hub id, local folder, .gguf file or smollm2-135m; only its tokenizer is used.
@@ -40,13 +40,20 @@ class DocumentWindows(L.LightningDataModule):
         windows_per_shard: windows per shard; a killed run loses at most this many per process.
         seed: seed of the choice and the order of windows.
         trust_remote_code: run code that comes with the tokenizer.
+
+    Attributes:
+        overwrite: replace what another harvest left in `out`.
+
+    Raises:
+        SmartKVError: there is no `out`.
     """
 
     trainer: Any  # None without a run
 
     def __init__(
         self,
-        out: str,
+        out: str | None = None,
+        *,
         sources: list[SourceConfig],
         windows: WindowCounts,
         backbone: str = PACKAGED,
@@ -57,10 +64,13 @@ class DocumentWindows(L.LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        if out is None:
+            raise SmartKVError("there is no folder for the shards: give one with --out")
         self.out, self.backbone, self.sources, self.counts = Path(out), backbone, sources, asdict(windows)
         self.window, self.windows_per_document = window, windows_per_document
         self.windows_per_shard, self.seed, self.trust_remote_code = windows_per_shard, seed, trust_remote_code
         self.allow_zero_length_dataloader_with_multiple_devices = True  # there may be fewer shards than processes
+        self.overwrite = False
         self.plan: WindowPlan = None  # type: ignore[assignment] # until setup
         self.runs: list[WindowRun] = []
         self.faults: dict[str, str] = {}  # reason for making each shard, by file
@@ -72,35 +82,49 @@ class DocumentWindows(L.LightningDataModule):
         names = ("backbone", "counts", "window", "windows_per_document", "windows_per_shard", "seed")
         return {name: getattr(self, name) for name in names} | {"sources": [asdict(s) for s in self.sources]}
 
+    @property
+    def _leaves_nothing(self) -> bool:
+        """Whether this is a `fast_dev_run`, which neither reads nor writes `out`."""
+        return self.trainer is not None and bool(self.trainer.fast_dev_run)
+
     def prepare_data(self) -> None:
         """Plan the windows and save the plan, unless the folder has the same one already.
 
         Raises:
             SmartKVError: an argument is out of range, or the folder holds shards of other windows.
         """
-        if self.windows_per_shard < 1:
-            raise SmartKVError(f"windows_per_shard must be at least 1, got {self.windows_per_shard}")
+        if self._leaves_nothing:
+            return
         path = self.out / PLAN
-        if path.exists() and (saved := _arguments_of(path)) is not None:
+        old = [self.out / MANIFEST, *self.out.glob("*-*.safetensors")] if self.overwrite else []
+        if path.exists() and not self.overwrite and (saved := _arguments_of(path)) is not None:
             if saved == self.arguments:
                 return
             if any(self.out.glob("*-*.safetensors")):  # a plan without shards may be replaced
                 changed = sorted(k for k in self.arguments if saved.get(k) != self.arguments[k])
                 raise SmartKVError(
                     f"{self.out} holds another harvest (it differs in {', '.join(changed)}): "
-                    "give another 'out', or delete that folder"
+                    "give another 'out', or replace it with --overwrite"
                 )
+        plan = self._planned()
+        for file in old:
+            file.unlink(missing_ok=True)
+        header = {"arguments": self.arguments, "documents": plan.documents, "sources": plan.sources}
+        write_shard(path, {"tokens": plan.tokens, "document": plan.document, "split": plan.split}, header)
+
+    def _planned(self) -> WindowPlan:
+        """Choose the windows of all splits."""
+        if self.windows_per_shard < 1:
+            raise SmartKVError(f"windows_per_shard must be at least 1, got {self.windows_per_shard}")
         limit = read_architecture(self.backbone, self.trust_remote_code).max_positions
         if self.window > limit:
             raise SmartKVError(f"window {self.window} is longer than the {limit} positions of '{self.backbone}'")
         tokenizer = load_tokenizer(self.backbone, self.trust_remote_code)
-        plan = plan_windows(self.sources, self.counts, tokenizer, self.window, self.windows_per_document, self.seed)
-        header = {"arguments": self.arguments, "documents": plan.documents, "sources": plan.sources}
-        write_shard(path, {"tokens": plan.tokens, "document": plan.document, "split": plan.split}, header)
+        return plan_windows(self.sources, self.counts, tokenizer, self.window, self.windows_per_document, self.seed)
 
     def setup(self, stage: str) -> None:
         """Read the plan and find the shards that are still to be made."""
-        self.plan = read_plan(self.out)
+        self.plan = self._planned() if self._leaves_nothing else read_plan(self.out)
         self.runs = shard_runs(self.plan, self.windows_per_shard)
         self.entries = {}
         # one process looks for all: another may already be writing when the last one looks
@@ -110,6 +134,8 @@ class DocumentWindows(L.LightningDataModule):
 
     def _faults(self) -> dict[str, str]:
         """Return the fault of each shard that is to be made, by file."""
+        if self._leaves_nothing:
+            return {run.file: MISSING for run in self.runs}
         recorded = recorded_shards(self.out)
         faults = {run.file: self._fault(run, recorded.get(run.file)) for run in WindowRuns(self.plan, self.runs)}
         return {file: fault for file, fault in faults.items() if fault is not None}
@@ -169,7 +195,7 @@ class DocumentWindows(L.LightningDataModule):
                 named = "; ".join(differences(then, now) or changed)
                 raise SmartKVError(
                     f"{path} was harvested with other settings (it differs in {named}): "
-                    "give another 'out', or delete that folder"
+                    "give another 'out', or replace it with --overwrite"
                 )
 
     def clear_away(self) -> None:

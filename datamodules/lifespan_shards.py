@@ -7,6 +7,7 @@ process reads its part of every batch, so the rows of a step do not depend on th
 from typing import Any, Literal
 
 import lightning as L
+from torch import Tensor
 
 from datamodules.block_loader import BlockLoader, BlockReader
 from datamodules.distributed import check_resumed, failing_together, process_of
@@ -14,6 +15,7 @@ from smartkv.errors import SmartKVError
 from smartkv.models.layer_ranges import format_layers
 from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Manifest, RowBlock
+from smartkv.shards.reader import ShardReader
 from smartkv.texts.windows import WindowPlan, read_plan
 
 
@@ -75,6 +77,21 @@ class LifespanShards(L.LightningDataModule):
     def plan(self) -> WindowPlan:
         """The harvested windows."""
         return read_plan(self.rows.manifest.folder)
+
+    def calibration_keys(self, windows: int) -> list[list[Tensor]]:
+        """Return the keys before the rotary embedding of the first training windows, for prices of a policy.
+
+        Args:
+            windows: number of windows, or all where there are fewer.
+
+        Returns:
+            Of each window, of each layer of the model: `[1, kv_heads, tokens, head_dim]`.
+        """
+        manifest, reader = self.rows.manifest, ShardReader(self.rows.manifest.folder)
+        starts = [(entry.file, number) for entry in manifest.of_split("train") for number in range(entry.windows)]
+        length = manifest.window
+        blocks = [RowBlock(file, number, number * length, (number + 1) * length) for file, number in starts[:windows]]
+        return [[layer[None] for layer in reader.read(block, "keys")] for block in blocks]
 
     def blocks(self, split: str) -> list[RowBlock]:
         """Return all blocks of a split, the units of the shuffle."""

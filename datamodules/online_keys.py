@@ -22,6 +22,7 @@ from smartkv.errors import SmartKVError
 from smartkv.labels.lifespans import LabelSpec, check_window, label_window
 from smartkv.models.backbone import Backbone, load_backbone
 from smartkv.models.gguf import PACKAGED
+from smartkv.models.key_hooks import read_keys
 from smartkv.models.layer_ranges import format_layers
 from smartkv.shards.in_memory import InMemoryRows
 from smartkv.shards.labelled_keys import LabelledKeys
@@ -183,6 +184,10 @@ class OnlineKeys(L.LightningDataModule):
         for block in self.rows.blocks(split, min(self.block, self.batch_size)):
             by_window.setdefault(_number(block), []).append(block)
         return [by_window[number] for number in sorted(by_window)]
+
+    def calibration_keys(self, windows: int) -> list[list[Tensor]]:
+        """Return the keys before the rotary embedding of the first training windows, as `LifespanShards` does."""
+        return [read_keys(self.lm.model, ids) for ids in self.tokens["train"][:windows]]
 
     # -- reading ----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,11 @@
 import sys
 from typing import Any
 
+from eval.common.interrupts import STATUS, interrupted_line, quiet_interrupts, typed_command
+
+if __name__ == "__main__":  # before the imports that take seconds
+    quiet_interrupts(resumes=False)
+
 from jsonargparse import auto_cli
 
 from eval.attention.anchors import anchors
@@ -30,6 +35,7 @@ from eval.tasks.ruler import ruler
 from smartkv.errors import one_line_errors
 from smartkv.io.hub import limit_hub_waiting
 
+RESUMED = ("compare", "longbench", "needle", "perplexity", "reasoning", "ruler")  # go on when given again
 COMMANDS: dict[str, Any] = {
     "anchors": anchors,
     "auto": auto,
@@ -66,10 +72,16 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: the command line after `python -m eval`; None: that of this process.
     """
-    with one_line_errors():
-        limit_hub_waiting()
-        expanded = expand_aliases(sys.argv[1:] if args is None else args)
-        auto_cli(COMMANDS, args=expanded, as_positional=False, prog="python -m eval", description=DESCRIPTION)
+    try:
+        with one_line_errors():
+            limit_hub_waiting()
+            expanded = expand_aliases(sys.argv[1:] if args is None else args)
+            auto_cli(COMMANDS, args=expanded, as_positional=False, prog="python -m eval", description=DESCRIPTION)
+    except KeyboardInterrupt:
+        command = typed_command(args, ["python", "-m", "eval"])
+        resumes = any(word in RESUMED for word in command)
+        print(f"\n{interrupted_line(command, resumes)}", file=sys.stderr)
+        sys.exit(STATUS)
 
 
 if __name__ == "__main__":

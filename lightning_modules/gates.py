@@ -22,7 +22,11 @@ from smartkv.gates.bank import GateBank, head_name
 from smartkv.gates.objectives import Log4Lifespan, Objective
 from smartkv.gates.standardization import Moments
 from smartkv.models.layer_ranges import format_layers
+from smartkv.policies.budgets import Calibration, price_curve
+from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
+CALIBRATION_WINDOWS = 4  # training windows on which the prices of exported gates are solved
+RECENT = 16  # latest tokens that the policy of exported gates keeps, as the shipped gates do
 CHUNK = 2**20  # float32 activations per layer and chunk of gates on a CPU; fits its caches
 
 
@@ -171,6 +175,28 @@ class LifespanGates(Resuming):
                 "settings": {k: v for k, v in self.hparams.items() if not k.startswith("_")},
             },
         }
+
+    def policy_with_prices(self, gates: GateBank) -> dict[str, Any]:
+        """Solve prices of footprints on some training windows.
+
+        Layers without gates keep all their keys.
+
+        Args:
+            gates: exported gates of this run.
+
+        Returns:
+            The `policy` and `prices` that `policy_of` reads; nothing for gates that a cache cannot use.
+        """
+        if gates.details["inputs"] != "keys":  # a cache gives gates the keys before the rotary embedding
+            return {}
+        data: LifespanShards | OnlineKeys = self.trainer.datamodule
+        others = sorted(set(range(gates.fingerprint.layers)) - set(gates.layers))
+        rules = [LayerRule(format_layers(gates.layers), "gated", RECENT)]
+        rules += [LayerRule(format_layers(others), "full")] if others else []
+        policy = HybridPolicy(tuple(rules), sinks=gates.details["sinks"], name="gates")
+        keys = [[layer.cpu() for layer in window] for window in data.calibration_keys(CALIBRATION_WINDOWS)]
+        prices = price_curve(policy, Calibration.of(gates, keys, keys[0][0].shape[2] // 4))
+        return {"policy": policy.to_dict(), "prices": prices} if prices else {}
 
     # -- steps ----------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ config = str(Path(__file__).parents[1] / "configs" / "harvest" / "smollm2.yaml")
 options = {
     "model.init_args.backbone": args.model,
     "data.init_args.backbone": args.model,
-    "data.init_args.out": args.out,
+    "out": args.out,
     "data.init_args.windows": f"{{train: {args.num_samples - validation}, validation: {validation}}}",
 }
 main(["predict", "-c", config, *(f"--{key}={value}" for key, value in options.items())])

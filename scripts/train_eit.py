@@ -32,19 +32,10 @@ from main import main  # noqa: E402 - takes seconds, which --help skips
 configs = ROOT / "configs" / "eviction_tuning"
 base, model_overlay = configs / "base.yaml", configs / "qwen2.5-0.5b.yaml"
 batches = max(1, args.num_samples // args.batch_size)
-callbacks = yaml.safe_load(model_overlay.read_text(encoding="utf-8"))["trainer"]["callbacks"]
-for callback in callbacks:
-    if callback["class_path"] == "ModelCheckpoint":
-        callback["init_args"] |= {"dirpath": f"{args.output_dir}/checkpoints", "every_n_train_steps": args.save_steps}
-    elif callback["class_path"] == "AdapterExport":
-        callback["init_args"]["out"] = f"{args.output_dir}/final"
 trainer = {
     "max_steps": max(1, batches // args.gradient_accumulation),
     "accumulate_grad_batches": args.gradient_accumulation,
     "val_check_interval": min(batches, args.save_steps * args.gradient_accumulation),
-    "default_root_dir": args.output_dir,
-    "logger": {"init_args": {"save_dir": args.output_dir, "name": "curves"}},
-    "callbacks": callbacks,
 }
 model = {
     "backbone": args.model,
@@ -62,7 +53,8 @@ data = {
 }
 Path(args.output_dir).mkdir(parents=True, exist_ok=True)
 options = Path(args.output_dir) / "options.yaml"
-run = {"trainer": trainer, "model": {"init_args": model}, "data": {"init_args": data}}
+run = {"out": args.output_dir, "trainer": trainer, "model": {"init_args": model}, "data": {"init_args": data}}
 options.write_text(yaml.safe_dump(run), encoding="utf-8")
 overlays = [argument for path in (base, model_overlay, options) for argument in ("-c", str(path))]
-main(["fit", *overlays, *more, *(["--ckpt_path", "last"] if args.resume else [])])
+checkpoints = ["--trainer.callbacks.ModelCheckpoint.every_n_train_steps", str(args.save_steps)]
+main(["fit", *overlays, *checkpoints, *more, *(["--ckpt_path", "last"] if args.resume else [])])

@@ -5,7 +5,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TOPS = ("smartkv", "datamodules", "lightning_modules", "eval", "callbacks")
+TOPS = ("smartkv", "datamodules", "lightning_modules", "eval", "callbacks", "cli")
 
 
 def module_name(path: Path) -> str:

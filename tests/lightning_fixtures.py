@@ -60,14 +60,15 @@ def run_cli(*args: str | Path) -> None:
         main.main([str(arg) for arg in args])
 
 
-def run_command(*args: str | Path, launcher: Sequence[str] = ()) -> None:
+def run_command(*args: str | Path, launcher: Sequence[str] = ()) -> str:
     """`python main.py …` in a process of its own, one thread each, with a free port for a group of processes.
-    `launcher`: what stands between the two, such as `-m torch.distributed.run` and its options."""
+    `launcher`: what stands between the two, such as `-m torch.distributed.run` and its options. Returns its stderr."""
     command = [sys.executable, *launcher, "main.py", *(str(arg) for arg in args)]
     kept = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK")}
     environment = kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def write_config(path: Path, config: dict[str, Any]) -> Path:

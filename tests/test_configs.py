@@ -22,6 +22,8 @@ SUBCOMMANDS = {
     "DistilledGates": "distil",
     "EvictionTuning": "tune",
 }
+SHORT = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1")
+FOLDER_KEYS = ("out", "default_root_dir", "save_dir", "dirpath")
 FOLDERS = {"harvest", "gates", "lifespans", "distilled", "eviction_tuning"}  # in configs/, of main.py
 
 
@@ -122,7 +124,7 @@ def test_a_harvest_config_runs(
              "model.init_args.backbone": tiny_backbone, "data.init_args.backbone": tiny_backbone}  # fmt: skip
     overrides = [part for name, value in small.items() for part in (f"--{name}", str(value))]
     run_cli("predict", "-c", path, *overrides, "--trainer.accelerator", "cpu")
-    manifest = Manifest.read(tmp_path / load(path)["data"]["init_args"]["out"])
+    manifest = Manifest.read(tmp_path / load(path)["out"])
     assert {split: sum(s.windows for s in manifest.of_split(split)) for split in ("train", "validation")} == {
         "train": 2,
         "validation": 1,
@@ -133,10 +135,9 @@ def test_a_harvest_config_runs(
 @pytest.mark.parametrize("path", runs("fit"))
 def test_a_gates_config_runs(path: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    overrides = ["--data.init_args.shards", shards, "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
+    overrides = ["--data.init_args.shards", shards, *SHORT, "--trainer.accelerator", "cpu"]
     run_cli("fit", *options_of(path), *overrides)
-    export = next(c for c in merged(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
-    assert len(GateBank.from_pretrained(tmp_path / export["init_args"]["out"])) == 4
+    assert len(GateBank.from_pretrained(tmp_path / merged(path)["out"] / "export")) == 4
 
 
 @pytest.mark.parametrize("path", runs("online"))
@@ -148,9 +149,8 @@ def test_an_online_config_runs(
     small = {"window": 256, "windows": '{"train": 2, "validation": 1, "test": 0}', "follow_up": 32, "threads": 1,
              "backbone": tiny_backbone}  # fmt: skip
     overrides = [part for name, value in small.items() for part in (f"--data.init_args.{name}", str(value))]
-    run_cli("fit", *options_of(path), *overrides, "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true")
-    export = next(c for c in merged(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
-    assert len(GateBank.from_pretrained(tmp_path / export["init_args"]["out"])) == 4
+    run_cli("fit", *options_of(path), *overrides, "--trainer.accelerator", "cpu", *SHORT)
+    assert len(GateBank.from_pretrained(tmp_path / merged(path)["out"] / "export")) == 4
 
 
 @pytest.mark.parametrize("path", OBJECTIVES, ids=lambda path: path.stem)
@@ -162,12 +162,11 @@ def test_an_objective_s_overlay_runs_and_changes_the_objective_alone(
     assert printed["data"] == plain["data"]
     changed = {key for key, value in printed["model"]["init_args"].items() if value != plain["model"]["init_args"][key]}
     assert changed == {"objective"} and printed["trainer"]["max_epochs"] == plain["trainer"]["max_epochs"]
-    small = {"data.init_args.shards": shards, "trainer.fast_dev_run": "true", "trainer.accelerator": "cpu"}
+    small = {"data.init_args.shards": shards, "trainer.accelerator": "cpu"}
     if path.stem == "future-attention":
         small["model.init_args.objective.init_args.ages"] = "[8]"  # what the test's shards hold
-    run_cli("fit", *options_of(path), *(part for name, value in small.items() for part in (f"--{name}", value)))
-    export = next(c for c in merged(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
-    assert GateBank.from_pretrained(tmp_path / export["init_args"]["out"]).details["training"]
+    run_cli("fit", *options_of(path), *SHORT, *(part for name, value in small.items() for part in (f"--{name}", value)))
+    assert GateBank.from_pretrained(tmp_path / merged(path)["out"] / "export").details["training"]
 
 
 @pytest.mark.parametrize("path", runs("distil"))
@@ -185,10 +184,10 @@ def test_a_distillation_config_runs_on_a_tiny_model_of_its_family(
     save_random_gates(tiny_backbone, tmp_path / written["gates"])
     small = {"data.init_args.window": 512, "data.init_args.windows": '{"train": 4, "validation": 1, "test": 0}',
              "data.init_args.backbone": tiny_backbone, "model.init_args.backbone": tiny_backbone,
-             "model.init_args.threads": 1, "trainer.accelerator": "cpu", "trainer.fast_dev_run": "true"}  # fmt: skip
-    run_cli("fit", *options_of(path), *(part for name, value in small.items() for part in (f"--{name}", str(value))))
-    export = next(c for c in merged(path)["trainer"]["callbacks"] if c["class_path"] == "GateExport")
-    gates = GateBank.from_pretrained(tmp_path / export["init_args"]["out"])
+             "model.init_args.threads": 1, "trainer.accelerator": "cpu", "trainer.val_check_interval": 1}  # fmt: skip
+    options = [part for name, value in small.items() for part in (f"--{name}", str(value))]
+    run_cli("fit", *options_of(path), *options, *SHORT)
+    gates = GateBank.from_pretrained(tmp_path / merged(path)["out"] / "export")
     assert len(gates) == 4 and gates.details["target"] == "log worth"
 
 
@@ -218,8 +217,7 @@ def test_a_tuning_config_runs_on_a_tiny_model_of_its_family(
         GateBank(fingerprint, None, 16, 2, details).save_pretrained(tmp_path / "gates")
         small["model.init_args.dropping.init_args.gates"] = tmp_path / "gates"
     run_cli("fit", *options_of(path), *(part for name, value in small.items() for part in (f"--{name}", str(value))))
-    export = next(c for c in merged(path)["trainer"]["callbacks"] if c["class_path"] == "AdapterExport")
-    assert (tmp_path / export["init_args"]["out"] / "adapter_model.safetensors").is_file()
+    assert (tmp_path / merged(path)["out"] / "final" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.filterwarnings("ignore:.*no last checkpoint", "ignore:The number of training batches")
@@ -248,8 +246,7 @@ def test_a_harvest_config_names_one_backbone(path: Path) -> None:
 
 @pytest.mark.parametrize("path", runs("distil"))
 def test_a_distillation_config_starts_from_what_a_gates_config_exports_or_what_comes_with_smartkv(path: Path) -> None:
-    callbacks = [c for param in runs("fit") for c in merged(param.values[0])["trainer"]["callbacks"]]
-    exports = [c["init_args"]["out"] for c in callbacks if c["class_path"] == "GateExport"]
+    exports = [f"{merged(param.values[0])['out']}/export" for param in runs("fit")]
     gates = merged(path)["model"]["init_args"]["gates"]
     assert exports.count(gates) == 1 or (ROOT / "smartkv/pretrained" / gates).is_dir()
 
@@ -258,7 +255,7 @@ def test_a_distillation_config_starts_from_what_a_gates_config_exports_or_what_c
 def test_a_gates_config_reads_what_a_harvest_config_writes(path: Path) -> None:
     data = merged(path)["data"]["init_args"]
     harvests = [merged(param.values[0]) for param in runs("predict")]
-    made = [config for config in harvests if config["data"]["init_args"]["out"] == data["shards"]]
+    made = [config for config in harvests if config["out"] == data["shards"]]
     assert len(made) == 1
     labels = made[0]["model"]["init_args"]
     assert data["threshold"] in labels["thresholds"]
@@ -266,15 +263,15 @@ def test_a_gates_config_reads_what_a_harvest_config_writes(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [param for name in SUBCOMMANDS.values() for param in runs(name)])
-def test_a_run_keeps_its_files_below_runs(path: Path) -> None:
-    config = merged(path)
-    names = ("default_root_dir", "save_dir", "dirpath", "out", "shards")
-    folders = [value for name, value in settings(config) if name in names]
-    assert "default_root_dir" in config["trainer"]  # or the CLI leaves its config.yaml where it is started
-    assert all(folder.startswith("runs/") for folder in folders)
-    root = config["trainer"]["default_root_dir"]
-    written = [value for name, value in settings(config) if name in ("dirpath", "out")]
-    assert all(folder.startswith(f"{root}/") for folder in written)  # no two runs write into the same folder
+def test_a_run_names_one_folder_below_runs_and_no_other_for_what_it_writes(path: Path) -> None:
+    folders = [value for name, value in settings(merged(path)) if name in FOLDER_KEYS]
+    assert len(folders) == 1 and folders[0].startswith("runs/")
+
+
+def test_no_two_runs_have_the_same_folder() -> None:
+    folders = [merged(param.values[0])["out"] for name in SUBCOMMANDS.values() for param in runs(name)]
+    folders += [merged(path)["out"] for path in OBJECTIVES]
+    assert len(set(folders)) == len(folders) > 20
 
 
 @pytest.mark.parametrize("path", runs("fit"))

@@ -230,7 +230,7 @@ class GateBank(nn.Module, ModelHubMixin):
         }
         write_atomically(save_directory / WEIGHTS, weights)
         write_atomically(save_directory / CONFIG, json.dumps(config, indent=1, sort_keys=True).encode())
-        write_atomically(save_directory / CARD, self._card().encode())
+        write_atomically(save_directory / CARD, self.card().encode())
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -302,8 +302,14 @@ class GateBank(nn.Module, ModelHubMixin):
             data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
             write_atomically(out / f"l{layer}_h{head}.safetensors", data)
 
-    def _card(self) -> str:
-        return model_card(len(self), self.fingerprint.describe(), format_layers(self.layers), self.details)
+    def card(self, name: str | None = None) -> str:
+        """Write the model card.
+
+        Args:
+            name: What the card's code loads the gates from: a folder or a hub id. None means the name in `details`.
+        """
+        details = self.details if name is None else self.details | {"name": name}
+        return model_card(len(self), self.fingerprint.describe(), format_layers(self.layers), details)
 
 
 def head_name(layer: int, head: int) -> str:

@@ -20,7 +20,7 @@ def model_card(gates: int, model: str, layers: str, details: dict[str, Any]) -> 
         Markdown with the front matter of a hub model card.
     """
     has_prices = bool(details.get("policy") and details.get("prices"))
-    snippet = _CACHE_SNIPPET if has_prices else _PREDICT_SNIPPET
+    snippet = _cache_snippet(details) if has_prices else _PREDICT_SNIPPET
     settings = {name: value for name, value in details.items() if name != "prices"}
     return f"""---
 library_name: smartkv
@@ -51,11 +51,35 @@ gates = GateBank.from_pretrained("NAME", model=model)
 log4_lifespan = gates.predict(layer, keys)  # keys [batch, kv_heads, tokens, head_dim]"""
 
 
-_CACHE_SNIPPET = """\
-from smartkv import LifespanCache
+_LOAD = """\
+from smartkv import LifespanCache, load_backbone
 
-cache = LifespanCache(model, gates="NAME", footprint=0.25)  # a quarter of a full cache's keys
-model.generate(**inputs, past_key_values=cache)"""
+lm = load_backbone("BACKBONE")
+model, inputs = lm.model, lm.tokenizer("Once upon a time", return_tensors="pt")
+"""
+
+_CACHE = """\
+cache = LifespanCache(model, gates="NAME", footprint=FOOTPRINT)  # share of a full cache's keys
+output = model.generate(**inputs, past_key_values=cache, max_new_tokens=200)"""
+
+
+def usable_footprint(prices: list[list[float]]) -> float:
+    """Return a footprint to show in an example: a quarter, or the nearest one that gates have a price for.
+
+    Args:
+        prices: [footprint, price] of each footprint, as gates remember them.
+    """
+    footprints = [footprint for footprint, _ in prices]
+    if min(footprints) <= 0.25 <= max(footprints):
+        return 0.25
+    return min(footprints, key=lambda footprint: abs(footprint - 0.25))
+
+
+def _cache_snippet(details: dict[str, Any]) -> str:
+    backbone = details.get("training", {}).get("backbone")
+    load = "from smartkv import LifespanCache\n\n" if backbone is None else _LOAD.replace("BACKBONE", backbone)
+    show = "" if backbone is None else "\nprint(lm.tokenizer.decode(output[0], skip_special_tokens=True))"
+    return load + _CACHE.replace("FOOTPRINT", str(usable_footprint(details["prices"]))) + show
 
 
 def _price_table(details: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """The exported gates: the best of the run, and what their files say."""
 
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from smartkv import GateBank, load_backbone
+from smartkv import GateBank, HybridPolicy, load_backbone, policy_of
+from smartkv.gates.model_card import usable_footprint
+from smartkv.policies.budgets import Calibration
 from tests.callbacks.fixtures import EPOCHS, Run, callbacks, run, tensorboard
 from tests.lightning_fixtures import (
     WATCHER,
     Watcher,
+    fit,
     gates_config,
+    harvest,
     labelled,
     lifespan_of,
     made_keys,
@@ -67,7 +73,7 @@ def test_gates_are_exported_in_half_precision_and_under_a_name_if_wanted(misled:
     half, whole = (misled.root / name / "model.safetensors" for name in ("named", "export"))
     sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in (half, whole)]
     assert sizes[0] * 2 == sizes[1]
-    assert 'GateBank.from_pretrained("someone/gates"' in (misled.root / "named" / "README.md").read_text()
+    assert 'gates="someone/gates"' in (misled.root / "named" / "README.md").read_text()
 
 
 def test_r2_gets_worse_by_construction_of_this_run(misled: Run) -> None:
@@ -114,6 +120,50 @@ def test_the_export_has_a_model_card_and_nothing_pickled(tiny: Run) -> None:
     assert files == {"model.safetensors", "config.json", "README.md"}
 
 
+def test_a_policy_with_prices_goes_with_the_gates(tiny: Run) -> None:
+    gates = GateBank.from_pretrained(tiny.root / "export")
+    prices = dict(gates.details["prices"])
+    assert len(prices) > 1 and sorted(prices.values(), reverse=True) == [prices[f] for f in sorted(prices)]
+    assert policy_of(gates, min(prices)).price == pytest.approx(prices[min(prices)])
+
+
+def test_the_price_of_a_footprint_keeps_it_on_the_training_windows(tiny: Run, tiny_shards: Path) -> None:
+    gates = GateBank.from_pretrained(tiny.root / "export")
+    shard = load_file(tiny_shards / "train-00000.safetensors")["keys"]
+    windows = [[layer[None, :, start : start + 64] for layer in shard] for start in (0, 64)]
+    second = load_file(tiny_shards / "train-00001.safetensors")["keys"]
+    windows += [[layer[None, :, start : start + 64] for layer in second] for start in (0, 64)]
+    calibration = Calibration.of(gates, windows, 16)
+    for footprint, price in gates.details["prices"]:
+        kept = calibration.footprint(replace(HybridPolicy.from_dict(gates.details["policy"]), price=price))
+        assert footprint - 0.02 < kept <= footprint + 1e-6
+
+
+def test_the_card_s_code_runs(tiny: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    card = (tiny.root / "export" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(code.replace("max_new_tokens=200", "max_new_tokens=3"), {})
+    assert capsys.readouterr().out.startswith("Once upon a time")
+
+
+def test_gates_that_no_cache_can_use_get_no_prices(tiny_texts: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    shards = harvest(tmp_path / "shards", tiny_backbone, tiny_texts, model={"post_rope": True})
+    export = {"class_path": "GateExport", "init_args": {"out": str(tmp_path / "export")}}
+    fit(shards, tmp_path / "run", callbacks=[export], data={"inputs": "keys_post_rope"}, trainer={"max_epochs": 1})
+    assert not {"policy", "prices"} & set(GateBank.from_pretrained(tmp_path / "export").details)
+
+
+def test_layers_without_gates_keep_all_in_the_policy(tmp_path: Path) -> None:
+    keys = {split: made_keys(2, 128, seed=seed, layers=3) for seed, split in enumerate(("train", "validation"))}
+    lifespans = {split: [lifespan_of(window) for window in windows] for split, windows in keys.items()}
+    shards = write_made_shards(tmp_path / "shards", lifespans, keys)
+    export = {"class_path": "GateExport", "init_args": {"out": str(tmp_path / "export")}}
+    fit(shards, tmp_path / "run", callbacks=[export], data={"layers": "1-2"}, trainer={"max_epochs": 1})
+    gates = GateBank.from_pretrained(tmp_path / "export")
+    policy = policy_of(gates, usable_footprint(gates.details["prices"]))
+    assert [rule.rule for rule in policy.by_layer(3)] == ["full", "gated", "gated"]
+
+
 def test_one_file_a_head_is_exported_on_request(tiny: Run) -> None:
     files = {path.name for path in (tiny.root / "export" / "heads").iterdir()}
     assert files == {f"l{layer}_h{head}.safetensors" for layer in range(2) for head in range(2)}
@@ -141,7 +191,7 @@ def test_a_resumed_fit_that_gets_no_better_leaves_the_export_alone(
     before = {path.name: path.read_bytes() for path in (root / "export").iterdir()}
     trainer = {"logger": tensorboard(root), "max_epochs": EPOCHS + 1}
     config = gates_config(misled_shards, root, callbacks=[*callbacks(root), WATCHER], trainer=trainer)
-    last = misled.root / "checkpoints" / "last.ckpt"
+    last = root / "checkpoints" / "last.ckpt"
     run_cli("fit", "-c", write_config(tmp_path / "resumed.yaml", config), "--ckpt_path", last)
     assert Watcher.last.steps[-1] > misled.watcher.steps[-1], "nothing was trained"
     assert {path.name: path.read_bytes() for path in (root / "export").iterdir()} == before

@@ -118,7 +118,7 @@ def test_every_head_is_written_beside_the_nulls_and_its_losses(tiny: Run) -> Non
     assert list(rows) == HEADS
     for place, head in enumerate(HEADS):
         expected = {"R²": tiny.watcher.module.val_r2_head[place], **{name: r2[place] for name, r2 in nulls.items()}}
-        expected |= {f"loss, epoch {e}": tiny.scalars(f"train_loss_head/{head}")[e] for e in range(EPOCHS)}
+        expected |= {f"loss, epoch {e + 1}": tiny.scalars(f"train_loss_head/{head}")[e] for e in range(EPOCHS)}
         found = {name: float(value) for name, value in rows[head].items()}
         assert found == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-5)
 

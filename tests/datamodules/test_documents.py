@@ -33,7 +33,8 @@ def own(path: Path, name: str = "mine", weight: float = 1.0) -> SourceConfig:
 def windows_of(out: Path, backbone: Path, texts: Path, **changes: Any) -> DocumentWindows:
     counts = changes.pop("windows", WindowCounts(4, 2))
     sources = changes.pop("sources", [own(texts)])
-    return DocumentWindows(str(out), sources, counts, str(backbone), **{"window": WINDOW} | changes)
+    settings = {"sources": sources, "windows": counts, "backbone": str(backbone), "window": WINDOW}
+    return DocumentWindows(str(out), **settings | changes)
 
 
 def test_a_plan_reads_back_as_it_was_made(tmp_path: Path, tiny_backbone: Path, tiny_texts: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from smartkv.gates.bank import GateBank
-from smartkv.gates.model_card import model_card
+from smartkv.gates.model_card import model_card, usable_footprint
 from smartkv.gates.pretrained import PRETRAINED, pretrained_gates
 from smartkv.models.architecture import Fingerprint
 
@@ -46,6 +46,18 @@ def test_the_card_of_gates_without_a_policy_or_prices_shows_their_predictions(de
 def test_the_length_of_the_windows_is_told_where_it_is_known(window: int | None) -> None:
     card = model_card(6, "llama", "1-3", PRICED | ({"training": {"window": window}} if window else {}))
     assert ("training windows of 1024 tokens." in card) == (window is not None)
+
+
+def test_the_card_loads_the_model_where_its_name_is_known() -> None:
+    code = snippet(model_card(6, "llama", "1-3", PRICED | {"training": {"backbone": "my-model"}}))
+    assert 'load_backbone("my-model")' in code
+
+
+@pytest.mark.parametrize(
+    ("footprints", "shown"), [([0.125, 0.5], 0.25), ([0.7, 0.5], 0.5), ([0.1, 0.2], 0.2), ([0.354], 0.354)]
+)
+def test_an_example_s_footprint_has_a_price(footprints: list[float], shown: float) -> None:
+    assert usable_footprint([[footprint, 0.0] for footprint in footprints]) == shown
 
 
 @pytest.mark.parametrize("details", [{}, PRICED])
