@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, get_args, get_type_hints
@@ -42,13 +41,14 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
 import lightning as L  # noqa: E402
 from jsonargparse import Namespace  # noqa: E402
 from lightning.pytorch.accelerators import CPUAccelerator  # noqa: E402
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: E402
 
 import lightning_modules  # noqa: F401, E402
-from callbacks import AdapterExport, GateExport, RunConfig  # noqa: E402
+from callbacks import AdapterExport, FitProgress, GateExport, RunConfig  # noqa: E402
+from cli.moved_configs import refuse_moved_configs  # noqa: E402
 from cli.options import Parser, one_line, set_callbacks, split_callback_settings  # noqa: E402
 from cli.run_folder import begin, place_in_folder, root_of  # noqa: E402
 from datamodules import LifespanShards  # noqa: E402
@@ -59,25 +59,7 @@ from smartkv.io.hub import limit_hub_waiting  # noqa: E402
 from smartkv.io.locks import lock_folder  # noqa: E402
 from smartkv.shards.manifest import Manifest  # noqa: E402
 
-_TUNING, _LIFESPANS, _DISTILLED = "eviction_tuning/base.yaml", "gates/smollm2.yaml", "gates/distilled.yaml"
 FEW = 8  # processes that any CPU may be asked for
-MOVED_CONFIGS = {  # files of version 0.1 below configs/ -> the base and the overlay that replace them
-    "eit/smollm2.yaml": (_TUNING,),
-    "eit/smollm2-plain.yaml": (_TUNING, "eviction_tuning/plain.yaml"),
-    "eit/smollm2-random.yaml": (_TUNING, "eviction_tuning/random.yaml"),
-    "eit/smollm2-window.yaml": (_TUNING, "eviction_tuning/window.yaml"),
-    "eit/smollm2-gates.yaml": (_TUNING, "eviction_tuning/gates.yaml"),
-    "eit/qwen2.5-0.5b.yaml": (_TUNING, "eviction_tuning/qwen2.5-0.5b.yaml"),
-    "eit/qwen3-8b.yaml": (_TUNING, "eviction_tuning/qwen3-8b.yaml"),
-    "eit/llama-3.1-8b.yaml": (_TUNING, "eviction_tuning/llama-3.1-8b.yaml"),
-    "gates/books.yaml": (_LIFESPANS, "gates/lifespans/books.yaml"),
-    "gates/books-post-rope.yaml": (_LIFESPANS, "gates/lifespans/books-post-rope.yaml"),
-    "gates/qwen2.5-0.5b.yaml": (_LIFESPANS, "gates/lifespans/qwen2.5-0.5b.yaml"),
-    "gates/qwen3-0.6b.yaml": (_LIFESPANS, "gates/lifespans/qwen3-0.6b.yaml"),
-    "gates/lists.yaml": (_DISTILLED, "gates/distilled/lists.yaml"),
-    "gates/qwen2.5-0.5b-distilled.yaml": (_DISTILLED, "gates/distilled/qwen2.5-0.5b.yaml"),
-    "gates/qwen3-0.6b-distilled.yaml": (_DISTILLED, "gates/distilled/qwen3-0.6b.yaml"),
-}
 
 
 class CLI(LightningCLI):
@@ -130,6 +112,9 @@ class CLI(LightningCLI):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.fast_dev_run:  # type: ignore[attr-defined] # Lightning writes last.ckpt all the same
             trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, Checkpoint)]  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if type(callback) is RichProgressBar:  # Lightning's default, and what configs of version 0.1 name
+                callback.__class__ = FitProgress
         cores = os.cpu_count() or 1
         if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(FEW, cores):
             raise SmartKVError(f"trainer.devices is {trainer.num_devices}, but this machine has {cores} CPU cores")
@@ -266,18 +251,6 @@ def _refuse_misfits(name: str, content: Any) -> None:
         _refuse_misfits(name if key == "init_args" else f"{name}.{key}".lstrip("."), value)
 
 
-def _refuse_moved_configs(args: Sequence[str]) -> None:
-    """Raise SmartKVError with the new `-c` options if a config of version 0.1 is given that has moved."""
-    for option, value in pairwise(["", *args]):
-        path = value.partition("=")[2] if value.startswith(("--config=", "-c=")) else value
-        if path == value and option not in ("-c", "--config"):
-            continue
-        folder, slash, name = Path(path).as_posix().rpartition("configs/")
-        if slash and name in MOVED_CONFIGS and not Path(path).exists():
-            options = " ".join(f"-c {folder}configs/{new}" for new in MOVED_CONFIGS[name])
-            raise SmartKVError(f"{path} has moved: give {options} instead")
-
-
 def main(args: list[str] | None = None) -> None:
     """Run one subcommand of LightningCLI.
 
@@ -299,7 +272,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(args: list[str] | None) -> None:
-    _refuse_moved_configs(sys.argv[1:] if args is None else args)
+    refuse_moved_configs(sys.argv[1:] if args is None else args)
     limit_hub_waiting()
     try:
         CLI(

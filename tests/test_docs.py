@@ -61,8 +61,11 @@ def test_every_page_stands_in_the_sites_table_of_contents(page: Path) -> None:
     assert page.stem == "index" or re.search(rf"^(.*<)?{re.escape(page.stem)}>?$", listed, re.MULTILINE)
 
 
+CODE = ("smartkv", "eval", "lightning_modules", "datamodules", "cli")
+
+
 def test_every_message_that_troubleshooting_explains_is_one_that_the_code_gives() -> None:
-    files = [path for folder in ("smartkv", "eval", "lightning_modules") for path in (ROOT / folder).rglob("*.py")]
+    files = [path for folder in CODE for path in (ROOT / folder).rglob("*.py")]
     source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))  # strings over several lines
     table = (ROOT / "docs/troubleshooting.md").read_text().partition("## Messages")[2].partition("##")[0]
     messages = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)

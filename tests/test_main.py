@@ -1,4 +1,4 @@
-"""The command line: moved configs, settings that no class takes, and the files of a run."""
+"""The command line: settings that no class takes, and the files of a run."""
 
 import shlex
 import signal
@@ -10,18 +10,17 @@ import lightning as L
 import pytest
 import torch
 
-import main
+from callbacks import FitProgress
 from eval.__main__ import main as measurements
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
-from smartkv import LifespanCache, load_backbone
+from smartkv import LifespanCache, Manifest, load_backbone
 from smartkv.io.locks import LOCK
-from tests.configs import FOLDER, files_of
 from tests.lightning_fixtures import (
-    ROOT,
     error_line,
     fit,
     gates_config,
     harvest,
+    harvest_config,
     last_logged,
     refused,
     run_cli,
@@ -31,36 +30,6 @@ from tests.lightning_fixtures import (
 from tests.test_configs import printed_config
 from tests.tuning_fixtures import config as tuning_config
 from tests.tuning_fixtures import write_long_texts
-
-# -- configs of version 0.1 that moved --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("old", main.MOVED_CONFIGS)
-def test_a_config_that_moved_is_gone_and_those_that_replace_it_are_there(old: str) -> None:
-    new = [FOLDER / name for name in main.MOVED_CONFIGS[old]]
-    assert not (FOLDER / old).exists() and files_of(new[-1]) == new
-
-
-@pytest.mark.parametrize("option", [["-c", "{}"], ["--config", "{}"], ["--config={}"]], ids=" ".join)
-@pytest.mark.parametrize("folder", ["", "./", f"{ROOT}/"])
-def test_an_old_path_is_answered_with_the_new_options(
-    option: list[str], folder: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    old = f"{folder}configs/eit/smollm2-window.yaml"
-    line = error_line(refused(capsys, "fit", *(part.format(old) for part in option), "--ckpt_path", "last"))
-    base, overlay = (f"-c {folder}configs/eviction_tuning/{name}.yaml" for name in ("base", "window"))
-    assert f"{old} has moved" in line and f"{base} {overlay}".replace("./", "") in line.replace("./", "")
-
-
-def test_a_file_of_the_user_s_own_with_an_old_name_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    own = tmp_path / "configs/gates/books.yaml"
-    own.parent.mkdir(parents=True)
-    own.write_text("model: {class_path: NoSuchClass}\n")
-    assert "NoSuchClass" in refused(capsys, "fit", "-c", "configs/gates/books.yaml")
-
 
 # -- settings ---------------------------------------------------------------------------------------------------------
 
@@ -165,6 +134,9 @@ class Interrupting(L.Callback):
         if trainer.current_epoch == 1:
             raise KeyboardInterrupt
 
+    def on_predict_batch_end(self, *_: Any) -> None:
+        raise KeyboardInterrupt
+
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
@@ -199,12 +171,36 @@ def test_an_interrupted_fit_says_the_command_that_goes_on(
 
 
 @pytest.mark.usefixtures("interruptible")
+def test_an_interrupted_harvest_goes_on_by_the_same_command(
+    tiny_backbone: Path, tiny_texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = [{"class_path": "ShardWriter"}, {"class_path": "tests.test_main.Interrupting"}]
+    config = harvest_config(tmp_path / "shards", tiny_backbone, tiny_texts, trainer={"callbacks": listed})
+    args = ["predict", "-c", str(write_config(tmp_path / "harvest.yaml", config))]
+    assert interrupted_line_of(capsys, *args, "--overwrite") == args
+    assert len(list((tmp_path / "shards").glob("*-*.safetensors"))) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Interrupting, "on_predict_batch_end", lambda *_: None)
+        run_cli(*args)
+    assert Manifest.read(tmp_path / "shards").shards
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_fit_that_is_interrupted_before_its_first_checkpoint_says_to_begin_again(
     tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     early = {"class_path": "tests.test_main.Interrupting", "init_args": {"early": True}}
     args = ["fit", "-c", str(exporting(tiny_shards, tmp_path / "run", early))]
     assert interrupted_line_of(capsys, *args) == args
+
+
+@pytest.mark.parametrize("callbacks", [[], [{"class_path": "RichProgressBar"}]], ids=["default", "named"])
+def test_lightning_s_progress_bar_counts_epochs_from_one_too(
+    callbacks: list[dict[str, Any]], tiny_shards: Path, tmp_path: Path
+) -> None:
+    trainer = {"max_epochs": 1, "enable_progress_bar": True}
+    bar = fit(tiny_shards, tmp_path / "run", callbacks=callbacks, trainer=trainer).module.trainer.progress_bar_callback
+    assert type(bar) is FitProgress
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
