@@ -126,6 +126,8 @@ def _event_files(folder: Path) -> set[Path]:
 
 def _rewrite(path: Path, drop: Callable[[str, int], bool]) -> None:
     """Write an event file without the points for which `drop(tag, step)` is true; leave it alone if there are none."""
+    if not path.is_file():  # deleted since: a run that begins anew may delete what it replaces
+        return
     content, changed = io.BytesIO(), False
     records = RecordWriter(content)
     for record in RawEventFileLoader(str(path)).Load():

@@ -161,3 +161,11 @@ def test_an_event_file_that_is_cut_off_keeps_what_is_whole(tmp_path: Path) -> No
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 0), (1, 7)]
     assert len(events.Scalars("early")) == 1
+
+
+def test_an_event_file_that_was_deleted_since_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "events.out.tfevents.1").write_bytes(b"")
+    callback = ResumedCurves([TensorBoardLogger(tmp_path, name="", version="")])
+    (tmp_path / "events.out.tfevents.1").unlink()
+    callback.on_train_start(None, None)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
