@@ -42,33 +42,24 @@ import lightning as L  # noqa: E402
 from jsonargparse import Namespace  # noqa: E402
 from lightning.pytorch.accelerators import CPUAccelerator  # noqa: E402
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar  # noqa: E402
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
-from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: E402
 
 import lightning_modules  # noqa: F401, E402
-from callbacks import AdapterExport, FitProgress, GateExport  # noqa: E402
+from callbacks import AdapterExport, FitProgress, GateExport, RunConfig  # noqa: E402
 from cli.moved_configs import refuse_moved_configs  # noqa: E402
 from cli.options import Parser, one_line, set_callbacks, split_callback_settings  # noqa: E402
 from cli.run_folder import begin, place_in_folder, root_of  # noqa: E402
 from datamodules import LifespanShards  # noqa: E402
 from lightning_modules.checkpoint_io import AtomicCheckpointIO, read_checkpoint  # noqa: E402
+from lightning_modules.trainer_settings import best_checkpoint, check_subcommand, lightning_refusals  # noqa: E402
 from smartkv.errors import SmartKVError, one_line_errors  # noqa: E402
 from smartkv.io.hub import limit_hub_waiting  # noqa: E402
 from smartkv.io.locks import lock_folder  # noqa: E402
 from smartkv.shards.manifest import Manifest  # noqa: E402
 
 FEW = 8  # processes that any CPU may be asked for
-
-
-class SaveConfig(SaveConfigCallback):
-    """Callback that saves the config of a run that makes something; a validation leaves that of its fit alone."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Save the config."""
-        if trainer.state.fn in ("fit", "predict"):
-            super().setup(trainer, pl_module, stage)
 
 
 class CLI(LightningCLI):
@@ -92,10 +83,11 @@ class CLI(LightningCLI):
             self.config = parser.parse_args([*rest, "--trainer.callbacks", json.dumps(set_callbacks(listed, settings))])
 
     def _parse_ckpt_path(self) -> None:
+        # LightningCLI would put the checkpoint's settings in place of those of the config and the command line; here
+        # the module compares them (`Resuming`), so that none is replaced silently
         path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
         if path and Path(path).is_file():
-            read_checkpoint(path)  # LightningCLI reads it next, and would fail with a traceback
-        super()._parse_ckpt_path()
+            read_checkpoint(path)  # a damaged one is told before the model is built
 
     def before_instantiate_classes(self) -> None:
         """Refuse settings that jsonargparse accepts although their type forbids them, and give the run its folder."""
@@ -107,6 +99,10 @@ class CLI(LightningCLI):
             place_in_folder(config, root)
         elif self.subcommand == "predict" and "out" in (data := config.data.init_args) and data.out is None:
             raise SmartKVError("there is no folder for the shards: give one with --out")
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse a subcommand that the module has nothing for."""
+        check_subcommand(self.model, str(self.subcommand), self._get(self.config_init, "ckpt_path"))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the Trainer, with atomic checkpoints unless the config has a checkpoint plugin of its own."""
@@ -172,8 +168,14 @@ class CLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
-        if arguments.get("ckpt_path") == "last":
+        given = arguments.get("ckpt_path")
+        newest = self._newest() if given in ("last", "best") else None
+        if newest is None and (given == "best" or (given == "last" and subcommand != "fit")):
+            raise SmartKVError(f"--ckpt_path {given}: the folders of this run have no last checkpoint; give a path")
+        if given == "last":
             arguments["ckpt_path"] = self._last()
+        elif newest is not None:
+            arguments["ckpt_path"] = best_checkpoint(newest, self.trainer.checkpoint_callbacks)
         return arguments
 
     def _last(self) -> str:
@@ -258,7 +260,7 @@ def main(args: list[str] | None = None) -> None:
         args: arguments after the program's name; None: those of the command line.
     """
     try:
-        with one_line_errors():
+        with one_line_errors(), lightning_refusals():
             _run(args)
     except KeyboardInterrupt as interrupt:
         options, resumes = interrupt.command if isinstance(interrupt, Interrupted) else (None, False)
@@ -278,7 +280,7 @@ def _run(args: list[str] | None) -> None:
             L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_callback=SaveConfig,
+            save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_class=Parser,
@@ -288,8 +290,6 @@ def _run(args: list[str] | None) -> None:
         if "Errors:" not in str(error):
             raise
         raise SmartKVError(one_line(str(error), [])) from error
-    except MisconfigurationException as error:  # Lightning's word for a setting that cannot be
-        raise SmartKVError(" ".join(str(error).split())) from error
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from callbacks.gate_export import GateExport
 from callbacks.harvest_progress import HarvestProgress
 from callbacks.head_dashboard import HeadDashboard
 from callbacks.hybrid_cache_perplexity import HybridCachePerplexity
+from callbacks.run_config import RunConfig
 from callbacks.shard_writer import ShardWriter
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "HarvestProgress",
     "HeadDashboard",
     "HybridCachePerplexity",
+    "RunConfig",
     "ShardWriter",
 ]

@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lightning_modules.eviction_tuning import EvictionTuning
+from smartkv.errors import SmartKVError
 from smartkv.io.atomic import delete_partial_files, write_atomically
 
 DONE = "training.json"  # written last, so a folder with this file is complete
+COMPARED = 64  # tokens on which the merged model is compared with the adapter
 
 
 class AdapterExport(L.Callback):
@@ -21,7 +28,8 @@ class AdapterExport(L.Callback):
 
     `checkpoint-N` beside the folder, with N the optimiser step, gets the adapter as peft reads it. The folder gets the
     adapter (safetensors), the tokenizer and `schedule.json`; trained gates in `gates`; on request the model with the
-    adapter merged in, as float32, in `merged`; and last `training.json` with the run's settings.
+    adapter merged in, as float32, in `merged`; and last `training.json` with the run's settings. The merged
+    model is written once its logits are those of the adapter.
 
     Args:
         out: folder. Null: `final` in the Trainer's `default_root_dir`.
@@ -106,11 +114,12 @@ class AdapterExport(L.Callback):
         write_atomically(out / "schedule.json", json.dumps(schedule, indent=1).encode())
         if (gates := pl_module.tuned_gates()) is not None:
             gates.save_pretrained(out / "gates")
-        if self.merged:  # float32: bfloat16 would round away the adapter's small changes
+        if self.merged:
             device = pl_module.lm.model.device  # may lack the memory for a second copy
-            student = copy.deepcopy(pl_module.student.cpu()).float()
+            student = copy.deepcopy(pl_module.student.cpu())
             pl_module.student.to(device)
-            student.merge_and_unload().save_pretrained(out / "merged")
+            ids = trainer.datamodule.plan.of_split("train")[0][:COMPARED]  # type: ignore[attr-defined]
+            merge(student, ids).save_pretrained(out / "merged")
             pl_module.lm.tokenizer.save_pretrained(out / "merged")
         write_atomically(out / DONE, json.dumps(pl_module.described(), indent=1).encode())
 
@@ -118,3 +127,38 @@ class AdapterExport(L.Callback):
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@torch.inference_mode()
+def merge(student: PeftModel, ids: Tensor) -> PreTrainedModel:
+    """Merge adapters into the weights of a model, in place, and compare the logits before and after.
+
+    The result is float32: bfloat16 would round away the adapters' small changes. An output embedding that shares its
+    weight with an adapted module, as in models with tied embeddings, gets a weight of its own first, because an adapter
+    changes the one and not the other.
+
+    Args:
+        student: the model with its adapters, on the CPU.
+        ids: token ids `[tokens]` to compare on.
+
+    Raises:
+        SmartKVError: the logits are not those of the adapters.
+    """
+    student.float()
+    base: Any = student.get_base_model()
+    head, ids = base.get_output_embeddings(), ids.long()[None]
+    adapted = [m.get_base_layer().weight for m in student.modules() if isinstance(m, BaseTunerLayer)]
+    if any(weight is head.weight for weight in adapted):
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
+    expected = student(input_ids=ids, use_cache=False).logits
+    with student.disable_adapter():
+        change = (expected - student(input_ids=ids, use_cache=False).logits).abs().max()
+    merged: PreTrainedModel = student.merge_and_unload()
+    error = (merged(input_ids=ids, use_cache=False).logits - expected).abs().max()
+    if not error <= 0.01 * change + 1e-4 * expected.abs().max():  # float32 rounds far less; NaN fails
+        raise SmartKVError(
+            f"the merged model is not written: its logits are up to {float(error):.2g} off those of the adapter, which "
+            f"changes the model by {float(change):.2g}. The adapter itself is written; give merged: false"
+        )
+    return merged

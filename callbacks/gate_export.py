@@ -19,7 +19,7 @@ from smartkv.io.atomic import delete_partial_files, write_atomically
 class GateExport(L.Callback):
     """Callback that writes safetensors, config and model card after each validation that is the best so far.
 
-    A `fast_dev_run` exports nothing.
+    A run without a validation exports its gates at its end, a `fast_dev_run` none.
 
     Args:
         out: folder. Null: `export` in the Trainer's `default_root_dir`.
@@ -97,6 +97,11 @@ class GateExport(L.Callback):
             self.best = value if self.best is None else max(self.best, value)
             self._export(trainer, pl_module)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
+        """Export the gates of a run in which there was no validation."""
+        if self.best is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._export(trainer, pl_module)
+
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates) -> None:
         """Give the exported gates the prices of footprints, once, since solving them takes seconds."""
@@ -112,11 +117,14 @@ class GateExport(L.Callback):
         """Return lines for the end of a fit: where the gates are, what they achieved, how to use them."""
         folder = self.folder(trainer)
         if not (folder / "config.json").is_file():
-            return [f"no gates were exported to {folder}: there was no validation"]
+            return [f"no gates were exported to {folder}: nothing was trained"]
         gates = GateBank.from_pretrained(folder)
         details, achieved = gates.details, gates.details["metrics"].get(self.monitor)
         backbone = shlex.quote(details["training"]["backbone"])
-        lines = [f"best gates, of epoch {details['training']['epoch'] + 1}: {folder} ({self.monitor} {achieved:.4f})"]
+        lines = [f"gates of the last step, without a validation: {folder}"]
+        if achieved is not None:
+            epoch = details["training"]["epoch"] + 1
+            lines = [f"best gates, of epoch {epoch}: {folder} ({self.monitor} {achieved:.4f})"]
         if details.get("prices"):
             footprint = usable_footprint(details["prices"])
             lines.append(f'use them:     LifespanCache(model, gates="{folder}", footprint={footprint})')

@@ -16,6 +16,7 @@ from callbacks.tensorboard_logging import (
     LEARNING_RATE_TAG,
     SUMMARY_TAGS,
     custom_scalars_layout,
+    logged_step,
     tensorboard_logger,
     tensorboard_writer,
 )
@@ -83,7 +84,7 @@ class HeadDashboard(L.Callback):
         if trainer.is_global_zero and (step == 1 or step % every == 0):
             writer = tensorboard_writer(trainer)
             if writer is not None:
-                writer.add_scalar(LEARNING_RATE_TAG, trainer.optimizers[0].param_groups[0]["lr"], step)
+                writer.add_scalar(LEARNING_RATE_TAG, trainer.optimizers[0].param_groups[0]["lr"], logged_step(trainer))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LifespanGates) -> None:
         """Draw the heatmap of R² and the histograms."""
@@ -94,8 +95,8 @@ class HeadDashboard(L.Callback):
         grid = r2.view(len(pl_module.bank.layers), -1).numpy()
         title = f"R² on validation windows, mean {r2.mean():.3f}"
         figure = heads_heatmap(grid, pl_module.bank.layers, title, "R²")
-        writer.add_figure("heads/r2", figure, trainer.global_step)
-        writer.add_figure("heads/predicted_against_true", self._histograms(trainer, pl_module), trainer.global_step)
+        writer.add_figure("heads/r2", figure, logged_step(trainer))
+        writer.add_figure("heads/predicted_against_true", self._histograms(trainer, pl_module), logged_step(trainer))
 
     @torch.no_grad()
     def _histograms(self, trainer: L.Trainer, module: LifespanGates) -> Figure:

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from callbacks.tensorboard_logging import tensorboard_writer
+from callbacks.tensorboard_logging import logged_step, tensorboard_writer
 from datamodules.lifespan_shards import LifespanShards
 from datamodules.online_keys import OnlineKeys
 from eval.common.footprint_figures import Point, frontier
@@ -122,7 +122,7 @@ class HybridCachePerplexity(L.Callback):
             return
         figures = self._measure(trainer, pl_module)
         for logger in trainer.loggers:
-            logger.log_metrics(figures, trainer.global_step)
+            logger.log_metrics(figures, logged_step(trainer))
 
     def _affordable(self, trainer: L.Trainer) -> bool:
         """Return whether the time allows a measurement; one process decides for all."""
@@ -206,4 +206,4 @@ class HybridCachePerplexity(L.Callback):
                 point = (float(rows[:, 1].mean()), float(delta.mean()), *interval)
                 series.setdefault(name.rpartition("_")[0], []).append(point)
         title = f"{len(self.held_out)} validation windows of {self.held_out.shape[1]:,} tokens"
-        writer.add_figure("eviction/frontier", frontier(series, title), trainer.global_step)
+        writer.add_figure("eviction/frontier", frontier(series, title), logged_step(trainer))

@@ -20,6 +20,11 @@ def tensorboard_writer(trainer: L.Trainer) -> Any:
     return None if logger is None else logger.experiment
 
 
+def logged_step(trainer: L.Trainer) -> int:
+    """Return the step at which Lightning logs what follows the latest optimiser step: it counts from 0."""
+    return max(0, trainer.global_step - 1)
+
+
 def custom_scalars_layout(eviction: bool) -> dict[str, dict[str, list[Any]]]:
     """Return the layout of TensorBoard's custom scalars: one card a question.
 

@@ -8,6 +8,7 @@ import lightning as L
 from torch import Tensor, distributed
 
 from smartkv.errors import SmartKVError
+from smartkv.io.checks import differences
 
 CHUNK = 2**24  # numbers summed in one exchange, which bounds the memory on the device
 
@@ -69,4 +70,8 @@ def check_resumed(then: dict[str, Any], now: dict[str, Any]) -> None:
         SmartKVError: they differ, so the run would continue with other rows.
     """
     if then != now:
-        raise SmartKVError(f"the checkpoint was made with {then}, this run has {now}: the same rows cannot follow")
+        changed = "; ".join(differences(then, now)) or f"{then}, now {now}"
+        raise SmartKVError(
+            f"the checkpoint was made on other data ({changed}): the same rows cannot follow. Give the data of the "
+            "checkpoint, or start a run of its own"
+        )

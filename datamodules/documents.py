@@ -14,6 +14,7 @@ import torch
 from datamodules.distributed import process_of
 from datamodules.shard_plan import WindowRun, WindowRuns, shard_runs
 from smartkv.errors import SmartKVError
+from smartkv.io.checks import differences
 from smartkv.models.backbone import load_tokenizer, read_architecture
 from smartkv.models.gguf import PACKAGED
 from smartkv.shards.manifest import MANIFEST, ShardEntry, recorded_shards, shard_entry
@@ -190,8 +191,10 @@ class DocumentWindows(L.LightningDataModule):
             path = self.out / run.file
             written = {"sinks": header["sinks"]} | read_header(path)
             if changed := sorted(key for key in header if written.get(key) != header[key]):
+                then, now = ({**each, **each.get("arguments", {}), "arguments": None} for each in (written, header))
+                named = "; ".join(differences(then, now) or changed)
                 raise SmartKVError(
-                    f"{path} was harvested with other settings (it differs in {', '.join(changed)}): "
+                    f"{path} was harvested with other settings (it differs in {named}): "
                     "give another 'out', or replace it with --overwrite"
                 )
 

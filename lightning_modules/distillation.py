@@ -11,6 +11,7 @@ from torch import Tensor
 from datamodules.token_windows import TokenWindows, WindowBatch
 from lightning_modules.lr_schedules import total_steps, warmup_then_cosine
 from lightning_modules.resuming import Resuming
+from lightning_modules.trainer_settings import SINGLE
 from smartkv.distillation.kl_divergence import divergence
 from smartkv.distillation.soft_attention import HIDDEN, soft_eviction
 from smartkv.distillation.soft_keep import footprint, hard_keep, keep_share
@@ -58,6 +59,20 @@ class DistilledGates(Resuming):
         threads: CPU threads per process.
         trust_remote_code: run code that comes with the model.
     """
+
+    FIT_ONLY = frozenset(
+        {
+            "gates",
+            "temperature",
+            "temperature_end",
+            "scored_tokens",
+            "learning_rate",
+            "warmup_steps",
+            "calibration_windows",
+        }
+    )
+
+    PRECISIONS = (SINGLE, "64-true")  # autocast would meet the soft mask's float32 inside the attention
 
     def __init__(
         self,
@@ -186,6 +201,10 @@ class DistilledGates(Resuming):
                 "settings": {k: v for k, v in h.items() if not k.startswith("_")},
             },
         }
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that decide the result, with the dtype that `auto` chose."""
+        return super().settings() | {"dtype": str(self.lm.model.dtype).removeprefix("torch.")}
 
     # -- steps ----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from datamodules.token_windows import TokenWindows, WindowBatch
 from lightning_modules.lr_schedules import total_steps, warmup_then_cosine
 from lightning_modules.resuming import Resuming
+from lightning_modules.trainer_settings import SINGLE
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.io.class_names import bare_class_paths
@@ -32,7 +33,6 @@ from smartkv.sparsity.dropping import Dropping, RandomDropping
 from smartkv.sparsity.key_dropout import window_attention
 from smartkv.sparsity.losses import hidden_distance, student_loss
 
-FREE_ON_RESUME = ("threads", "trust_remote_code", "gradient_checkpointing")  # settings that a resumed run may change
 SINKS = 4  # sinks of the sliding window under which every run is validated
 CALIBRATION_WINDOWS = 4  # training windows on which the prices of trained gates are solved
 
@@ -71,6 +71,13 @@ class EvictionTuning(Resuming):
         threads: CPU threads per process.
         trust_remote_code: run code that comes with the model.
     """
+
+    FREE = Resuming.FREE | {"gradient_checkpointing"}
+    FIT_ONLY = frozenset(
+        {"ce_weight", "kl_weight", "hidden_weight", "learning_rate", "weight_decay", "warmup_steps", "seed"}
+    )
+
+    PRECISIONS = (SINGLE, "bf16-mixed", "16-mixed")  # the others would convert the language model too
 
     backbone_: Backbone
     gates: GateBank | None
@@ -169,12 +176,17 @@ class EvictionTuning(Resuming):
             )
         if stage == "fit":
             self.steps = total_steps(self.trainer)
+            if self.trainer.limit_val_batches == 0 and self.schedule.needs_validation:
+                raise SmartKVError(
+                    f"{type(self.schedule).__name__} is decided by validations, which limit_val_batches 0 leaves out: "
+                    "allow them, or give another schedule"
+                )
             if self.schedule.needs_end and not math.isfinite(self.steps):
                 raise SmartKVError(f"{type(self.schedule).__name__} needs an end: give trainer.max_steps or max_epochs")
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callback that restores the model when the run fails."""
-        return [_Restore()]
+        """Return those of every run, and the callback that restores the model when the run fails."""
+        return [*super().configure_callbacks(), _Restore()]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return AdamW on adapters and trained gates, with warm-up and cosine decay."""
@@ -277,12 +289,24 @@ class EvictionTuning(Resuming):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
 
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that decide the result, with the dtype that `auto` chose."""
+        dtype = str(self.lm.model.dtype).removeprefix("torch.")
+        parts = {"dropping": self.dropping.to_dict(), "schedule": self.schedule.to_dict()}
+        return json.loads(json.dumps(parts)) | super().settings() | {"dtype": dtype}
+
+    def settings_of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Return what `settings` was for a checkpoint, also for one of SmartKV 0.1.0."""
+        run = bare_class_paths(checkpoint.get("run", {}))
+        parts = {name: run[name] for name in ("dropping", "schedule") if name in run}
+        return parts | super().settings_of(checkpoint)
+
     def described(self) -> dict[str, Any]:
         """Return the settings and data of this run as JSON values, for its checkpoints and its export."""
-        settings = {k: v for k, v in self.hparams.items() if not k.startswith("_") and k not in FREE_ON_RESUME}
-        parts = {"dropping": self.dropping.to_dict(), "schedule": self.schedule.to_dict(), "settings": settings}
-        plain: dict[str, Any] = json.loads(json.dumps(parts))
-        return plain | {
+        settings = self.settings()
+        parts = {name: settings.pop(name) for name in ("dropping", "schedule")}
+        return parts | {
+            "settings": settings,
             "data": self.trainer.datamodule.state_dict(),
             "steps": self.steps if math.isfinite(self.steps) else None,
         }
@@ -306,15 +330,7 @@ class EvictionTuning(Resuming):
         checkpoint["run"] = self.described()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the schedule.
-
-        Raises:
-            SmartKVError: the checkpoint was made with other settings.
-        """
-        then, now = bare_class_paths(checkpoint["run"]), self.described()  # version 0.1 saved whole paths
-        if changed := [name for name in now if name not in ("data", "steps") and then.get(name) != now[name]]:
-            differences = "; ".join(f"{name} {then.get(name)}, now {now[name]}" for name in changed)
-            raise SmartKVError(f"the checkpoint is of another run: {differences}. Give this run folders of its own")
+        """Restore the schedule."""
         super().on_load_checkpoint(checkpoint)
         self.schedule.load_state_dict(checkpoint["schedule"])
-        self.reached = checkpoint["global_step"], then["steps"]
+        self.reached = checkpoint["global_step"], checkpoint["run"]["steps"]

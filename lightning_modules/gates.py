@@ -1,5 +1,6 @@
 """Joint training of all gates of a model on labelled keys."""
 
+import copy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_modules.gate_chunks import Predict, in_chunks
 from lightning_modules.head_metrics import HeadMean
 from lightning_modules.lr_schedules import warmup_then_cosine
 from lightning_modules.resuming import Resuming
+from lightning_modules.trainer_settings import SINGLE
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank, head_name
 from smartkv.gates.objectives import Log4Lifespan, Objective
@@ -48,6 +50,10 @@ class LifespanGates(Resuming):
         key_std: their standard deviation, float32 `[gates, head_dim]`.
         standardised: the two are computed, bool scalar.
     """
+
+    FIT_ONLY = frozenset({"learning_rate", "weight_decay", "warmup_steps"})
+
+    PRECISIONS = (SINGLE, "64-true", "bf16-mixed", "16-mixed")
 
     key_mean: Tensor
     key_std: Tensor
@@ -261,7 +267,7 @@ class LifespanGates(Resuming):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the loss history and the running training loss."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["loss_history"] = self.loss_history
+        checkpoint["loss_history"] = copy.deepcopy(self.loss_history)  # of now, also if it is written later
         checkpoint["train_loss_head"] = self.train_loss_head.sums()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

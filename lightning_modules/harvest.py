@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from datamodules.shard_plan import WindowRun
+from lightning_modules.trainer_settings import SINGLE, check_precision
 from smartkv.errors import SmartKVError
 from smartkv.labels.lifespans import LabelSpec, check_window, label_window
 from smartkv.models.backbone import Backbone, load_backbone
@@ -51,6 +52,15 @@ class Harvest(L.LightningModule):
         self.backbone, self.dtype_name, self.sinks = backbone, dtype, sinks
         self.post_rope, self.threads, self.trust_remote_code = post_rope, threads, trust_remote_code
         self.frozen: list[Backbone] = []  # in a list, so that DDP and checkpoints do not see a submodule
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Return none; this is the first hook of a run.
+
+        Raises:
+            SmartKVError: the Trainer has a precision of its own.
+        """
+        check_precision(self.trainer, (SINGLE,), "the language model's dtype is model.dtype, labels are float32")
+        return []
 
     @property
     def lm(self) -> Backbone:

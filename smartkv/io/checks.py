@@ -4,6 +4,7 @@ The checks of JSON values raise a ValueError that names the value, what was expe
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import fields
 from numbers import Real
 from pathlib import Path
@@ -103,3 +104,26 @@ def read_dataclass(cls: type[Flat], content: Any, least: int = 0) -> Flat:
         else:
             check_type(field.name, value, str)
     return cls(**content)
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """List the settings that two JSON objects both have with different values, such as `objective.loss huber, now mse`.
+
+    A class in a config, `{"class_path": …, "init_args": …}`, is compared by its name and then argument by argument. A
+    setting that only one of them has is left out: another version of SmartKV may know it.
+
+    Args:
+        then: The earlier settings.
+        now: The present settings.
+    """
+    earlier = dict(_flat(then))
+    return [f"{k} {earlier[k]}, now {v}" for k, v in _flat(now) if k in earlier and earlier[k] != v]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict) and "class_path" in value:
+            yield prefix + name, value["class_path"]
+            yield from _flat(value.get("init_args") or {}, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from smartkv.errors import SmartKVError
 from smartkv.io.checks import all_finite, describe
 from smartkv.models.architecture import Architecture, check_model
-from smartkv.models.observation import observe_attention
+from smartkv.models.observation import in_own_dtype, observe_attention
 from smartkv.models.wrappers import input_device, language_model
 
 
@@ -73,7 +73,8 @@ class LayerLabels:
     def __init__(self, spec: LabelSpec, kv_heads: int, tokens: int, device: torch.device) -> None:
         self.spec = spec
         self.lifespan = torch.ones(len(spec.thresholds), kv_heads, tokens, dtype=torch.int32, device=device)
-        self.attention_sum = torch.zeros(len(spec.ages), kv_heads, tokens, device=device)
+        # float32, whatever torch.set_default_dtype says
+        self.attention_sum = torch.zeros(len(spec.ages), kv_heads, tokens, dtype=torch.float32, device=device)
 
     def update(self, first_query: int, probabilities: Tensor) -> None:
         """Add the next tile of queries.
@@ -168,6 +169,17 @@ class _WindowObserver:
     def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
         self.labels[layer].update(first_query, probabilities)
 
+    def labelled(self, length: int) -> WindowLabels:
+        # on the CPU one by one: the layers of a model may lie on several devices
+        future = [labels.future_attention().cpu() for labels in self.labels] if self.spec.ages else None
+        return WindowLabels(
+            keys=torch.stack(self.keys),
+            keys_post_rope=torch.stack(self.rotated) if self.post_rope else None,
+            lifespan=torch.stack([labels.lifespan.cpu() for labels in self.labels], dim=1),
+            horizon=torch.arange(length - 1, -1, -1, dtype=torch.int32),
+            future_attention=None if future is None else torch.stack(future, dim=1),
+        )
+
 
 def _to_half(keys: Tensor, layer: int) -> Tensor:
     """Return the keys as float16 on the CPU.
@@ -189,6 +201,8 @@ def label_window(
 ) -> WindowLabels:
     """Run one window through a frozen LM and label its keys by the model's own attention.
 
+    Neither autocast nor `torch.set_default_dtype` changes the result.
+
     Args:
         model: A causal LM in evaluation mode, or a wrapper of one. Its head is not run.
         tokens: Token ids `[tokens]`, integers.
@@ -207,18 +221,10 @@ def label_window(
     ids = _token_ids(tokens, embeddings.num_embeddings).to(input_device(lm))[None]
     check_window(lm, ids.shape[1])
     observer = _WindowObserver(spec, post_rope)
-    with observe_attention(lm, observer):
-        lm.base_model(input_ids=ids, use_cache=False)
-    length = ids.shape[1]
-    return WindowLabels(
-        keys=torch.stack(observer.keys),
-        keys_post_rope=torch.stack(observer.rotated) if post_rope else None,
-        lifespan=torch.stack([labels.lifespan.cpu() for labels in observer.labels], dim=1),
-        horizon=torch.arange(length - 1, -1, -1, dtype=torch.int32),
-        future_attention=torch.stack([labels.future_attention().cpu() for labels in observer.labels], dim=1)
-        if spec.ages
-        else None,
-    )
+    with in_own_dtype(input_device(lm)):
+        with observe_attention(lm, observer):
+            lm.base_model(input_ids=ids, use_cache=False)
+        return observer.labelled(ids.shape[1])
 
 
 def _token_ids(tokens: Any, vocabulary: int) -> Tensor:

@@ -15,9 +15,21 @@ from smartkv.models.wrappers import input_device, language_model
 
 
 def key_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the module of each layer whose output holds the pre-RoPE keys, in order."""
-    site = KEY_SITES[model.config.model_type]
-    return [module.get_submodule(site.module) for module in attention_modules(model)]
+    """Return the module of each layer whose output holds the pre-RoPE keys, in order.
+
+    Raises:
+        SmartKVError: The model's family is not supported, or a layer has no such module.
+    """
+    lm = language_model(model)
+    site, found = KEY_SITES[Architecture.of(lm.config).model_type], []
+    for layer, module in enumerate(attention_modules(lm)):
+        if not hasattr(module, site.module):
+            raise SmartKVError(
+                f"layer {layer} of this {type(lm).__name__} has no module {site.module}, whose output is the pre-RoPE "
+                "key: load the model without fused or replaced attention modules"
+            )
+        found.append(module.get_submodule(site.module))
+    return found
 
 
 def register_key_hooks(model: PreTrainedModel, on_keys: Callable[[nn.Module, Tensor], None]) -> list[RemovableHandle]:
@@ -34,13 +46,7 @@ def register_key_hooks(model: PreTrainedModel, on_keys: Callable[[nn.Module, Ten
         SmartKVError: The model's family is not supported, or a layer has no module that gives its keys.
     """
     lm = language_model(model)
-    site, modules = KEY_SITES[Architecture.of(lm.config).model_type], attention_modules(lm)
-    for layer, module in enumerate(modules):
-        if not hasattr(module, site.module):
-            raise SmartKVError(
-                f"layer {layer} of this {type(lm).__name__} has no module {site.module}, whose output is the pre-RoPE "
-                "key: load the model without fused or replaced attention modules"
-            )
+    site, modules = KEY_SITES[lm.config.model_type], attention_modules(lm)
     return [
         # A partial and not a closure: copy.deepcopy of the model copies its arguments too, the module among them.
         key_module.register_forward_hook(partial(_hand_over, on_keys, site.read, module))

@@ -19,7 +19,7 @@ from smartkv.errors import SmartKVError
 from smartkv.io.checks import all_finite
 from smartkv.models.attention_interface import AttentionInputs, attention_switched_to, register_attention
 from smartkv.models.key_hooks import hook_keys
-from smartkv.models.wrappers import language_model
+from smartkv.models.wrappers import input_device, language_model
 
 OBSERVED = "smartkv_observed"
 TILE_ELEMENTS = 2**22  # most probabilities of a tile, over all heads: 16 MiB in float32
@@ -70,7 +70,7 @@ def attention_tiles(
     kv_heads = key.shape[0]
     grouped = query.unflatten(0, (kv_heads, query_heads // kv_heads))
     tile = max(16, min(128, TILE_ELEMENTS // (query_heads * tokens)))
-    future = torch.full((tile, tile), float("-inf"), device=key.device).triu_(1)
+    future = torch.full((tile, tile), float("-inf"), dtype=torch.float32, device=key.device).triu_(1)
     unread = key.new_empty(())  # baddbmm wants an addend; with beta=0 it does not read it
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
@@ -115,8 +115,8 @@ register_attention(OBSERVED, _attend)
 def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> Iterator[None]:
     """Context manager in which forward passes of `model` report to `observer`.
 
-    Each forward pass takes one sequence without padding and without a cache. On exit the model is as before, also after
-    an exception.
+    Each forward pass takes one sequence without padding and without a cache. It is computed in the model's own dtype,
+    whatever autocast and `torch.set_default_dtype` say. On exit the model is as before, also after an exception.
 
     Args:
         model: A model of a supported family, or a wrapper of one.
@@ -133,5 +133,28 @@ def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> It
         observer.on_keys(module.layer_idx, keys[0])  # type: ignore[arg-type]
 
     lm = language_model(model)
-    with hook_keys(lm, on_keys), attention_switched_to(lm, OBSERVED, _OBSERVER, observer):
+    with (
+        hook_keys(lm, on_keys),
+        attention_switched_to(lm, OBSERVED, _OBSERVER, observer),
+        in_own_dtype(input_device(lm)),
+    ):
         yield
+
+
+@contextmanager
+def in_own_dtype(device: torch.device) -> Iterator[None]:
+    """Context manager without autocast, in which new tensors are float32 unless they say otherwise.
+
+    Args:
+        device: Device whose autocast is switched off.
+    """
+    before = torch.get_default_dtype()
+    with torch.autocast(device.type, enabled=False):
+        if before == torch.float32:  # the setting is global: other threads are left alone where nothing changes
+            yield
+            return
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)

@@ -12,9 +12,11 @@ class Schedule(Persisted, ABC):
 
     Attributes:
         needs_end: Whether the ratio depends on the total number of steps.
+        needs_validation: Whether the ratio changes at validations alone.
     """
 
     needs_end = False
+    needs_validation = False
 
     @abstractmethod
     def keep_ratio(self, step: int, steps: int) -> float:
@@ -106,6 +108,8 @@ class Adaptive(Schedule):
     Raises:
         SmartKVError: A share is not between 0 and 1, `end` is above `start`, or the tolerance is below 0.
     """
+
+    needs_validation = True
 
     def __init__(self, start: float = 0.9, end: float = 0.3, change: float = 0.05, tolerance: float = 0.05) -> None:
         _check(start=start, end=end, change=change)

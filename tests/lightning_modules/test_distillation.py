@@ -187,6 +187,27 @@ def test_a_resumed_run_ends_with_the_weights_and_the_export_of_the_uninterrupted
         assert (tmp_path / "export" / name).read_bytes() == (distilled / "export" / name).read_bytes()
 
 
+@pytest.mark.parametrize("by", ["file", "last"])
+def test_another_price_than_the_checkpoints_is_refused_with_both(
+    by: str,
+    tmp_path: Path,
+    distilled: Path,
+    tiny_backbone: Path,
+    texts: Path,
+    start: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = config(distilled, tiny_backbone, texts, start, model={"price_high": 3.0, "learning_rate": 0.1})
+    given = distilled / "checkpoints/step=4.ckpt" if by == "file" else "last"
+    told = error_line(refused(capsys, "fit", "-c", write_config(tmp_path / "run.yaml", other), "--ckpt_path", given))
+    assert "another run: price_high 1.6, now 3.0; learning_rate 0.002, now 0.1. Give" in told
+
+
+def test_a_checkpoint_has_the_dtype_that_auto_chose(distilled: Path, tmp_path: Path) -> None:
+    settings = torch.load(distilled / "checkpoints/last.ckpt", weights_only=True)["settings"]
+    assert settings["dtype"] == "float32" and settings["price_low"] == 0.1 and "threads" not in settings
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

@@ -19,7 +19,7 @@ from smartkv.sparsity import Linear
 from smartkv.sparsity.dropping import RandomDropping
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import WindowCounts
-from tests.lightning_fixtures import refused, run_cli, run_command, write_config
+from tests.lightning_fixtures import error_line, refused, run_cli, run_command, write_config
 from tests.models import token_ids
 from tests.tuning_fixtures import TOKENS, config, weights, write_long_texts
 
@@ -114,11 +114,18 @@ def test_a_checkpoint_of_another_run_is_refused(
     tuned: Path, tmp_path: Path, tiny_backbone: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dropping = {"class_path": "smartkv.sparsity.dropping.WindowDropping", "init_args": {"window": 12}}
-    other = {"class_path": "smartkv.sparsity.Adaptive"}
-    for change in ({"dropping": dropping}, {"schedule": other}):
-        run = write_config(tmp_path / "run.yaml", config(tmp_path, tiny_backbone, texts, model=change))
-        said = refused(capsys, "fit", "-c", run, "--ckpt_path", tuned / "checkpoints/step=4.ckpt")
-        assert "is of another run" in said
+    nearer = {"class_path": "smartkv.sparsity.dropping.RandomDropping", "init_args": {"recent": 9}}
+    other = {"dropping": nearer, "schedule": {"class_path": "smartkv.sparsity.Adaptive"}, "ce_weight": 0.5}
+    said = "dropping.recent 8, now 9; schedule Linear, now Adaptive; ce_weight 1.0, now 0.5. Give"
+    checkpoint = tuned / "checkpoints/step=4.ckpt"
+    changes = [
+        ({"dropping": dropping}, checkpoint, "dropping RandomDropping, now WindowDropping"),
+        (other, "last", said),
+    ]
+    for change, given, expected in changes:
+        run = write_config(tmp_path / "run.yaml", config(tuned, tiny_backbone, texts, model=change))
+        told = error_line(refused(capsys, "fit", "-c", run, "--ckpt_path", given))
+        assert f"is of another run: {expected}" in told
 
 
 def test_another_seed_is_another_run_on_the_same_texts(

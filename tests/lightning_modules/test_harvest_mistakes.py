@@ -23,10 +23,10 @@ ONE = {"train": 1, "validation": 0}
     ("change", "named"),
     [
         ({"model": {"thresholds": [0.02, 0.1]}}, "thresholds"),
-        ({"model": {"ages": [4]}}, "ages"),
+        ({"model": {"ages": [4]}}, r"ages \[8\], now \[4\]"),
         ({"model": {"follow_up": 16}}, "follow_up"),
-        ({"model": {"post_rope": True}}, "arguments"),
-        ({"model": {"dtype": "bfloat16"}}, "arguments"),
+        ({"model": {"post_rope": True}}, "post_rope False, now True"),
+        ({"model": {"dtype": "bfloat16"}}, "dtype float32, now bfloat16"),
         ({"windows": {"train": 8, "validation": 3}}, "counts"),
         ({"data": {"seed": 1}}, "seed"),
     ],

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from smartkv.cache.adaptive_cache import AdaptiveCache
-from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.forward_pass import EvictionStep
+from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.quantized_cache import QuantizedCache
 from smartkv.cache.serialization import load_cache, save_cache
 from smartkv.errors import SmartKVError

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartkv.io.checks import LARGEST, all_finite, check_number, check_type, check_whole, read_dataclass
+from smartkv.io.checks import LARGEST, all_finite, check_number, check_type, check_whole, differences, read_dataclass
 
 
 @given(
@@ -82,3 +82,14 @@ def test_a_dataclass_is_read_from_its_fields() -> None:
 def test_what_does_not_fit_a_dataclass_is_named(content: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_dataclass(Entry, content, least=1)
+
+
+def test_differences_name_each_setting_with_both_values() -> None:
+    then = {"rate": 1, "goal": {"class_path": "Log4", "init_args": {"loss": "huber", "delta": 1.0}}, "gone": 1}
+    now = {"rate": 2, "goal": {"class_path": "Log4", "init_args": {"loss": "mse", "delta": 1}}, "new": 2}
+    assert differences(then, now) == ["rate 1, now 2", "goal.loss huber, now mse"]
+    other = {"goal": {"class_path": "Ranking", "init_args": None}}
+    assert differences(then, other) == ["goal Log4, now Ranking"]
+    assert differences({"windows": {"train": 1}}, {"windows": {"train": 2}}) == [
+        "windows {'train': 1}, now {'train': 2}"
+    ]

@@ -192,6 +192,23 @@ def test_a_models_future_attention_is_that_of_its_eager_attention(family: str) -
 
 
 @by_family
+@pytest.mark.parametrize("setting", ["bfloat16", "float64", "autocast"])
+def test_labels_depend_neither_on_the_default_dtype_nor_on_autocast(family: str, setting: str) -> None:
+    model, ids, spec = FAMILIES[family](), token_ids(TOKENS), LabelSpec(THRESHOLDS, (3,), 8)
+    expected = label_window(model, ids, spec, post_rope=True)
+    before = torch.get_default_dtype()
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
+            torch.set_default_dtype(before if setting == "autocast" else getattr(torch, setting))
+            found = label_window(model, ids, spec, post_rope=True)
+    finally:
+        torch.set_default_dtype(before)
+    for name, tensor in vars(expected).items():
+        assert vars(found)[name].dtype == tensor.dtype, name
+        torch.testing.assert_close(vars(found)[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+@by_family
 def test_a_windows_tensors_keep_their_dtypes_and_shapes(family: str) -> None:
     model = FAMILIES[family]()
     kv_heads = 4 if family == "gpt2" else 2

@@ -273,3 +273,15 @@ def test_observers_of_another_kind_can_look_too() -> None:
     with torch.no_grad(), observe_attention(model, Looker()):
         model(token_ids(8)[None], use_cache=False)
     assert seen == [0, 1]
+
+
+def test_the_default_dtype_is_float32_inside_and_restored_after_an_error() -> None:
+    model, before = llama(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with pytest.raises(ZeroDivisionError), observe_attention(model, Recorder()):
+            assert torch.get_default_dtype() == torch.float32 and not torch.is_autocast_enabled("cpu")
+            raise ZeroDivisionError
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(before)
