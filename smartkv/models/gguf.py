@@ -76,7 +76,11 @@ def dequantised_folder(gguf: Path) -> Path:
         options["quantization_config"] = GgufConfig(dequantize=True)
     except ImportError:
         pass
-    _make_room(gguf, header.unpacked_bytes, target.parent)
+    check_room(f"unpacking {gguf.name}", header.unpacked_bytes, target.parent)
+    log.warning(
+        "unpacking %s (%s) once into %s: it takes %s there (SMARTKV_CACHE names another folder)",
+        gguf.name, _size(gguf.stat().st_size), target.parent, _size(header.unpacked_bytes),
+    )  # fmt: skip
     building = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(building)
@@ -97,8 +101,13 @@ def dequantised_folder(gguf: Path) -> Path:
     return target
 
 
-def _make_room(gguf: Path, needed: int, folder: Path) -> None:
-    """Make the folder of unpacked models, and say what will be written there.
+def check_room(what: str, needed: int, folder: Path) -> None:
+    """Make a folder, and check that the disk has room.
+
+    Args:
+        what: What needs the room, such as "unpacking model.gguf".
+        needed: Bytes.
+        folder: Where they will be written.
 
     Raises:
         SmartKVError: It cannot be written to, or the disk has too little room.
@@ -112,13 +121,9 @@ def _make_room(gguf: Path, needed: int, folder: Path) -> None:
         ) from error
     if free < needed:
         raise SmartKVError(
-            f"unpacking {gguf.name} needs {_size(needed)} in {folder}, which has {_size(free)} free: "
+            f"{what} needs {_size(needed)} in {folder}, which has {_size(free)} free: "
             "make room, or name another folder in SMARTKV_CACHE"
         )
-    log.warning(
-        "unpacking %s (%s) once into %s: it takes %s there (SMARTKV_CACHE names another folder)",
-        gguf.name, _size(gguf.stat().st_size), folder, _size(needed),
-    )  # fmt: skip
 
 
 def _size(count: int) -> str:
