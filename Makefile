@@ -75,7 +75,7 @@ pretrained: install
 
 # Qwen2.5-Coder-0.5B-Instruct (491 MB) into the user's cache folder, as the backbone qwen2.5-coder-0.5b
 qwen: install
-	$(PY) -m smartkv.models.named_backbones qwen2.5-coder-0.5b
+	$(PY) -m smartkv.models.download qwen2.5-coder-0.5b
 
 lint: install
 	$(VENV)/bin/ruff check .
