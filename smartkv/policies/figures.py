@@ -51,7 +51,8 @@ def check_tokens(name: str, value: Any, least: int, unit: str = "tokens") -> Non
         SmartKVError: it is another number, or none.
     """
     if type(value) is not int or value < least:
-        raise SmartKVError(f"{name} must be a number of {unit}, at least {least}, got {describe(value)}")
+        smallest = f"at least {least}" if least else "0 or more"
+        raise SmartKVError(f"{name} must be a number of {unit}, {smallest}, got {describe(value)}")
 
 
 def read_fields(cls: type, content: Any, what: str) -> dict[str, Any]:
