@@ -205,6 +205,11 @@ def solve(policy: HybridPolicy | str | Path, footprint: float, calibration: Cali
             "Calibration.measure(model, gates, windows) with token ids as windows"
         )
     policy = resolve_policy(policy, calibration.layers)
+    if policy.gated and not calibration.predictions:
+        raise SmartKVError(
+            f"policy '{policy.name}' asks gates, but the calibration was measured without any: write "
+            "Calibration.measure(model, gates, windows)"
+        )
     if policy.max_tokens is not None:
         raise SmartKVError(f"policy '{policy.name}' has a cap: it keeps max_tokens, not a share of the cache")
     if policy.open is None:
@@ -222,8 +227,8 @@ def solve(policy: HybridPolicy | str | Path, footprint: float, calibration: Cali
         return _bisect(policy, footprint, calibration, 1e-6, 1e9)
     if policy.open is None:
         return policy
-    low = min((float(prediction.min()) for prediction in calibration.predictions.values()), default=0.0)
-    high = max((float(prediction.max()) for prediction in calibration.predictions.values()), default=0.0)
+    low = min(float(prediction.min()) for prediction in calibration.predictions.values())
+    high = max(float(prediction.max()) for prediction in calibration.predictions.values())
     return _bisect(policy, footprint, calibration, high, math.nextafter(low, -math.inf))  # a lower price keeps more
 
 

@@ -1,5 +1,6 @@
 """What calibration and solving take: gates and policies in every form; anything else is refused in one line."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,12 @@ def test_a_policy_may_be_given_by_its_name() -> None:
     assert solve("all-gated", 0.5, CALIBRATION) == solve(read_policy("all-gated", 2), 0.5, CALIBRATION)
 
 
+def test_open_windows_and_an_open_multiple_are_both_solved() -> None:
+    policy = HybridPolicy((LayerRule("all", "gated"),), price=-math.inf, multiple=None)
+    solved = solve(policy, 0.5, CALIBRATION)
+    assert solved.open is None and 0.45 < CALIBRATION.footprint(solved) <= 0.5
+
+
 def test_a_policy_with_something_open_has_no_footprint() -> None:
     for policy in ("window", "lifespan", HybridPolicy((LayerRule("all", "gated", 3),))):
         with pytest.raises(
@@ -106,7 +113,10 @@ def test_a_policy_with_something_open_has_no_footprint() -> None:
         ({"footprint": True}, "footprint must be the share .* got True"),
         ({"calibration": GATES}, r"calibration must be a Calibration, got a GateBank: write Calibration\.measure\("),
         ({"calibration": [IDS]}, r"calibration must be a Calibration, got a list: write Calibration\.measure\("),
-        ({"calibration": Calibration.without_gates(2, 96)}, "gates layer 0, but there are no gates for it"),
+        (
+            {"calibration": Calibration.without_gates(2, 96)},
+            "policy 'all-gated' asks gates, but the calibration was measured without any",
+        ),
     ],
     ids=str,
 )
