@@ -49,7 +49,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: E402
 import lightning_modules  # noqa: F401, E402
 from callbacks import AdapterExport, FitProgress, GateExport, RunConfig  # noqa: E402
 from cli.moved_configs import refuse_moved_configs  # noqa: E402
-from cli.options import Parser, one_line, set_callbacks, split_callback_settings  # noqa: E402
+from cli.options import Parser, one_line_of_config, set_callbacks, split_callback_settings  # noqa: E402
 from cli.run_folder import begin, place_in_folder, root_of  # noqa: E402
 from datamodules import LifespanShards  # noqa: E402
 from lightning_modules.checkpoint_io import AtomicCheckpointIO, read_checkpoint  # noqa: E402
@@ -289,7 +289,7 @@ def _run(args: list[str] | None) -> None:
     except ValueError as error:  # jsonargparse's word for a class that refused its settings
         if "Errors:" not in str(error):
             raise
-        raise SmartKVError(one_line(str(error), [])) from error
+        raise SmartKVError(one_line_of_config(str(error))) from error
 
 
 if __name__ == "__main__":

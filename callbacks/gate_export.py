@@ -40,7 +40,8 @@ class GateExport(L.Callback):
         name: str | None = None,
     ) -> None:
         self.dtype, self.name = getattr(torch, dtype), name
-        self.out, self.monitor, self.per_head, self.sign = out, monitor, per_head, 1 if mode == "max" else -1
+        self.out, self.monitor, self.per_head = out, monitor, per_head
+        self.mode, self.sign = mode, 1 if mode == "max" else -1
         self.best: float | None = None
 
     @property
@@ -49,8 +50,34 @@ class GateExport(L.Callback):
         return self._generate_state_key(monitor=self.monitor, name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best figure so far."""
-        return {"best": self.best}
+        """Return the best figure so far, and what best means."""
+        return {"best": self.best, "mode": self.mode}
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: LifespanGates | DistilledGates, checkpoint: dict[str, Any]
+    ) -> None:
+        """Check that a resumed fit goes on comparing the same figure in the same way.
+
+        Raises:
+            SmartKVError: another mode, figure or name than the checkpoint's. The best so far would be lost, and worse
+                gates would take the place of the exported ones.
+        """
+        if trainer.state.fn != "fit":
+            return
+        states = checkpoint.get("callbacks", {})
+        then = states.get(self.state_key, {}).get("mode", self.mode)  # version 0.1 did not record it
+        here = {each.state_key for each in trainer.callbacks if isinstance(each, GateExport)}  # type: ignore[attr-defined]
+        gone = [key for key in states if key.startswith(f"{type(self).__qualname__}{{") and key not in here]
+        if then != self.mode:
+            changed = f"GateExport.mode {then}, now {self.mode}"
+        elif self.state_key not in states and gone:
+            changed = f"{gone[0]}, now {self.state_key}"
+        else:
+            return
+        raise SmartKVError(
+            f"the checkpoint is of another run: {changed}. Give the checkpoint's settings to go on from it, or start a "
+            "run of its own, in its own folder and without --ckpt_path"
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best figure so far."""

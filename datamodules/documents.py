@@ -107,6 +107,8 @@ class DocumentWindows(L.LightningDataModule):
                     "give another 'out', or replace it with --overwrite"
                 )
         plan = self._planned()
+        if old and self.trainer is not None:
+            self.trainer.lightning_module.make_ready()  # no mistake in its settings costs the old shards
         for file in old:
             file.unlink(missing_ok=True)
         header = {"arguments": self.arguments, "documents": plan.documents, "sources": plan.sources}

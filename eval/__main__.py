@@ -14,6 +14,7 @@ from eval.attention.anchors import anchors
 from eval.attention.calibrate import calibrate
 from eval.chat.generate import generate
 from eval.common.aliases import expand_aliases
+from eval.common.mistyped import OneLineParser
 from eval.eviction.auto import auto
 from eval.eviction.compare import compare
 from eval.eviction.gains import gains
@@ -76,7 +77,14 @@ def main(args: list[str] | None = None) -> None:
         with one_line_errors():
             limit_hub_waiting()
             expanded = expand_aliases(sys.argv[1:] if args is None else args)
-            auto_cli(COMMANDS, args=expanded, as_positional=False, prog="python -m eval", description=DESCRIPTION)
+            auto_cli(
+                COMMANDS,
+                args=expanded,
+                as_positional=False,
+                parser_class=OneLineParser,
+                prog="python -m eval",
+                description=DESCRIPTION,
+            )
     except KeyboardInterrupt:
         command = typed_command(args, ["python", "-m", "eval"])
         resumes = any(word in RESUMED for word in command)

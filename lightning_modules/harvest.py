@@ -57,8 +57,12 @@ class Harvest(L.LightningModule):
         """Return none; this is the first hook of a run.
 
         Raises:
-            SmartKVError: the Trainer has a precision of its own.
+            SmartKVError: the Trainer has a precision of its own, or a limit that leaves nothing to harvest.
         """
+        if self.trainer.limit_predict_batches == 0:
+            raise SmartKVError(
+                "trainer.limit_predict_batches is 0, so nothing would be harvested: give at least 1, or leave it out"
+            )
         check_precision(self.trainer, (SINGLE,), "the language model's dtype is model.dtype, labels are float32")
         return []
 
@@ -83,11 +87,11 @@ class Harvest(L.LightningModule):
         own = shard_header(self.lm.fingerprint, self.spec, self.trainer.datamodule.window, self.sinks)
         return own | {"arguments": self.arguments}
 
-    def setup(self, stage: str) -> None:
-        """Load the model, and check existing shards against this run.
+    def make_ready(self) -> None:
+        """Check the arguments, and load the model unless that was done before.
 
         Raises:
-            SmartKVError: an argument is out of range, or a shard was made with other settings.
+            SmartKVError: an argument is out of range, or the model cannot be loaded.
         """
         if self.sinks < 0 or self.threads < 1:
             raise SmartKVError(f"sinks must be at least 0 and threads at least 1, got {self.sinks} and {self.threads}")
@@ -108,6 +112,15 @@ class Harvest(L.LightningModule):
             device = self.trainer.strategy.root_device  # `self.device` is still the CPU here
             self.frozen.append(load_backbone(self.backbone, self.dtype_name, device, **options))
         check_window(self.lm.model, data.window)
+
+    def setup(self, stage: str) -> None:
+        """Load the model, and check existing shards against this run.
+
+        Raises:
+            SmartKVError: an argument is out of range, or a shard was made with other settings.
+        """
+        self.make_ready()
+        data = self.trainer.datamodule
         data.check_shards(self.header)
         data.clear_away()
 

@@ -83,12 +83,19 @@ def check_batches(trainer: Any) -> None:
     """Check the Trainer's limits of batches and validations.
 
     Raises:
-        SmartKVError: `overfit_batches` is set, or a callback waits for figures of validations that never come.
+        SmartKVError: `overfit_batches` is set, a limit leaves nothing to train, or a callback waits for figures of
+            validations that never come.
     """
     if trainer.overfit_batches:
         raise SmartKVError(
             f"trainer.overfit_batches must be 0, got {trainer.overfit_batches}: batches are drawn by steps. Give fewer "
             "windows, or limit_train_batches and limit_val_batches"
+        )
+    limits = ("max_epochs", "max_steps", "limit_train_batches")
+    if none := [name for name in limits if getattr(trainer, name) == 0]:
+        raise SmartKVError(
+            f"trainer.{none[0]} is 0, so nothing would be trained: give at least 1, or leave it out; `validate` "
+            "measures without training"
         )
     every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
     if trainer.limit_val_batches == 0:

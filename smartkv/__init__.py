@@ -3,6 +3,7 @@
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from smartkv.cache.adaptive_cache import AdaptiveCache
 from smartkv.cache.lifespan_cache import LifespanCache
@@ -14,6 +15,7 @@ from smartkv.gates.pretrained import pretrained_gates
 from smartkv.labels.lifespans import LabelSpec, label_window
 from smartkv.models.architecture import Architecture, Fingerprint
 from smartkv.models.backbone import Backbone, load_backbone
+from smartkv.moved import moved_line, tell_moved_modules
 from smartkv.policies.budgets import Calibration, policy_of, solve
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from smartkv.policies.named import read_policy
@@ -35,6 +37,13 @@ def _version() -> str:
 
 
 __version__ = _version()
+tell_moved_modules()
+
+if not TYPE_CHECKING:  # or type checkers would take any name for one of this module
+
+    def __getattr__(name: str) -> NoReturn:
+        raise AttributeError(moved_line(name) or f"module 'smartkv' has no attribute '{name}'")
+
 
 __all__ = [
     "AdaptiveCache",

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from smartkv.cache.arguments import check_model, resolve_gates
 from smartkv.cache.attached import AttachedCache
 from smartkv.cache.forward_pass import EvictionStep
 from smartkv.cache.quantized_cache import QuantizedCache, QuantizedLayer
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.gates.objectives import Log4Lifespan, OrdinalAges
+from smartkv.models.architecture import check_model
 from smartkv.models.layer_ranges import format_layers
+from smartkv.policies.arguments import resolve_gates
 from smartkv.quantization.codecs import SCHEMES, Adaptive
 
 SCORE_ELEMENTS = 2**22  # of attention scores that are computed at once

@@ -4,21 +4,16 @@ Everything here runs before a cache touches its model. An argument of the wrong 
 what was expected, what came, and what to write instead.
 """
 
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
-from smartkv.gates.pretrained import pretrained_gates
-from smartkv.io.checks import describe
 from smartkv.models.architecture import Architecture, check_model
-from smartkv.models.wrappers import key_devices
+from smartkv.policies.arguments import check_footprint, check_gates, check_policy, example_gates, resolve_gates
 from smartkv.policies.budgets import how_to_solve, policy_of
-from smartkv.policies.hybrid import HybridPolicy, LayerRule
-from smartkv.policies.named import NAMED, read_policy
+from smartkv.policies.hybrid import HybridPolicy
+from smartkv.policies.named import read_policy
 
 
 def resolve_arguments(
@@ -42,122 +37,44 @@ def resolve_arguments(
             something open, or gates and a policy that do not fit the model.
     """
     architecture = check_model(model)
-    _check_gates(gates)
-    _check_policy(policy)
-    _check_footprint(footprint)
+    check_gates(gates)
+    if policy is not None:
+        check_policy(policy)
+    if footprint is not None:
+        check_footprint(footprint)
     if policy is None and footprint is None:
         raise SmartKVError(
             "expected a policy or a footprint, got neither: for example "
-            f"LifespanCache(model, {_example_gates(gates)}, footprint=0.25) keeps a quarter of the keys"
+            f"LifespanCache(model, {example_gates(gates)}, footprint=0.25) keeps a quarter of the keys"
         )
     if policy is None and gates is None:
         raise SmartKVError(
             f"footprint={footprint:g} needs gates that choose the keys to keep, got none: for example "
-            f"LifespanCache(model, {_example_gates(None)}, footprint={footprint:g})"
+            f"LifespanCache(model, {example_gates(None)}, footprint={footprint:g})"
+            + (", or policy='full', which keeps all of them" if footprint == 1 else "")
         )
     if isinstance(policy, str | Path):
         given, policy = f"read_policy('{policy}', {architecture.layers})", read_policy(policy, architecture.layers)
     else:
         given = "policy"
     if policy is not None and policy.open:
-        raise SmartKVError(
-            f"policy '{policy.name}' leaves its {policy.open} open: give it a value, or solve it on your own text, "
-            f"{how_to_solve(footprint, given, 'None' if gates is None else 'gates')}"
-        )
+        solving = how_to_solve(footprint, given, "None" if gates is None else "gates")
+        advice = f"give it a value, or solve it on your own text, {solving}"
+        if footprint is not None:
+            alone = "" if gates is None else "leave out policy, so that the gates' own policy keeps that share, or "
+            advice = (
+                f"footprint={footprint:g} beside it does not solve it; {alone}leave out footprint and solve the policy "
+                f"on your own text, {solving}"
+            )
+        raise SmartKVError(f"policy '{policy.name}' leaves its {policy.open} open: {advice}")
     if policy is not None and footprint is not None:
         raise SmartKVError(
             f"policy '{policy.name}' already decides what is kept, footprint={footprint:g} cannot change that: "
-            "give one of the two"
+            "give one of the two, so leave out footprint"
+            + ("" if gates is None else ", or leave out policy for the policy that the gates remember")
         )
     bank = resolve_gates(model, gates)
     if policy is None and bank is not None:
         policy = policy_of(bank, footprint)
     policy.check(architecture, bank)
     return architecture, bank, policy
-
-
-def resolve_gates(model: PreTrainedModel, gates: Any) -> GateBank | None:
-    """Return the gates of a model, loaded where only their name is given.
-
-    Args:
-        model: the loaded model that the gates serve.
-        gates: a GateBank on the model's device; or a name of `pretrained_gates()`, a folder or a hub id, from which
-            gates are loaded onto the model's device; or None.
-
-    Raises:
-        SmartKVError: a wrong type, gates that cannot be loaded, or gates of another architecture or on another device.
-    """
-    _check_gates(gates)
-    if isinstance(gates, str | Path):
-        return GateBank.from_pretrained(gates, model).to(key_devices(model)[0])
-    if gates is not None:
-        gates.check(model)
-    return gates
-
-
-def check_first_query(position: Any) -> int:
-    """Return the position of the first counted query.
-
-    Raises:
-        SmartKVError: not a whole number, 0 or more.
-    """
-    if type(position) is not int or position < 0:
-        raise SmartKVError(f"first_query must be a position in the text, 0 or more, got {describe(position)}")
-    return position
-
-
-def _check_gates(gates: Any) -> None:
-    """Refuse gates of a wrong type, and the name of a policy in their place."""
-    misplaced_policy = isinstance(gates, str) and gates in NAMED and not Path(gates).is_dir()
-    if gates is None or (isinstance(gates, GateBank | str | Path) and gates != "" and not misplaced_policy):
-        return
-    advice = f"for example gates='{pretrained_gates()[0]}'"
-    if isinstance(gates, str | Path) and not misplaced_policy:  # ""
-        advice = f"give a name, {advice}, or gates=None for a policy that needs none"
-    elif misplaced_policy:
-        advice = f"this is the name of a policy, write policy='{gates}'"
-    elif isinstance(gates, HybridPolicy):
-        advice = "write policy=… for a policy"
-    elif _is_number(gates):
-        advice = f"for a share of the full cache write footprint={gates}"
-    elif isinstance(gates, dict):
-        advice = "load gates with GateBank.from_pretrained(folder)"
-    raise SmartKVError(
-        f"gates must be a GateBank, or the name, folder or hub id of gates, got {describe(gates)}: {advice}"
-    )
-
-
-def _check_policy(policy: Any) -> None:
-    """Refuse a policy of a wrong type."""
-    if policy is None or isinstance(policy, HybridPolicy | str | Path):
-        return
-    advice = "for example policy='full'"
-    if _is_number(policy):
-        advice = f"for a share of the full cache write footprint={policy}"
-    elif isinstance(policy, dict):
-        advice = "read a mapping with HybridPolicy.from_dict(…)"
-    elif isinstance(policy, LayerRule | list | tuple):
-        advice = "write HybridPolicy((LayerRule(…),)) for rules"
-    elif isinstance(policy, GateBank):
-        advice = "write gates=… for gates"
-    raise SmartKVError(
-        f"policy must be a HybridPolicy, a YAML file or one of {', '.join(NAMED)}, got {describe(policy)}: {advice}"
-    )
-
-
-def _check_footprint(footprint: Any) -> None:
-    """Refuse a footprint that is no share of a cache."""
-    if footprint is not None and not (_is_number(footprint) and 0 < footprint <= 1):
-        raise SmartKVError(
-            "footprint must be the share of the full cache's keys to keep, above 0 and at most 1, "
-            f"got {describe(footprint)}: for a quarter write footprint=0.25"
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _example_gates(gates: Any) -> str:
-    """The gates in an example call."""
-    return "gates" if gates is not None else f"gates='{pretrained_gates()[0]}'"

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from smartkv.cache.arguments import check_first_query, resolve_arguments
+from smartkv.cache.arguments import resolve_arguments
 from smartkv.cache.attached import AttachedCache
 from smartkv.cache.forward_pass import EvictionStep
 from smartkv.cache.layer import Judge, LifespanLayer
 from smartkv.cache.usage import CacheUsage
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
+from smartkv.policies.arguments import check_first_query
 from smartkv.policies.hybrid import HybridPolicy
 from smartkv.policies.lifetimes import FOREVER
 from smartkv.quantization.per_token import Bits

@@ -30,7 +30,7 @@ from smartkv.cache.call_arguments import (
 from smartkv.cache.forward_pass import AttendingCache, ForwardPass, PassConfig, current_pass, in_pass
 from smartkv.cache.no_gradients import refuse_gradients
 from smartkv.cache.seen_tokens import SeenTokens
-from smartkv.cache.uncompiled import uncompiled
+from smartkv.cache.uncompiled import not_compiling, uncompiled
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import attention_modules
 from smartkv.models.key_hooks import key_modules, register_key_hooks
@@ -91,10 +91,11 @@ class Session:
     Attributes:
         original_forward: the forward that it replaced.
         users: number of attached caches and of forward passes on one. Without a user, the model is as it was.
+        active: whether the model is patched. The compiler reads it and compiles anew when it changes, unlike `users`.
     """
 
     def __init__(self, model: PreTrainedModel, evicting: type[Cache]) -> None:
-        self.decoder, self.evicting, self.users = model.base_model, evicting, 0
+        self.decoder, self.evicting, self.users, self.active = model.base_model, evicting, 0, True
         self.original_forward: Callable[..., Any] = self.decoder.forward
         functools.update_wrapper(self, self.original_forward, updated=())  # some callers read a forward's signature
         modules = attention_modules(model)
@@ -115,6 +116,7 @@ class Session:
 
     def undo(self) -> None:
         """Restore the model."""
+        self.active = False
         for handle in self.handles:
             handle.remove()
         for patch in reversed(self.patches):
@@ -138,7 +140,9 @@ class Session:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder, through its evicting cache if it was given one."""
-        if not self.users:  # somebody's patch still calls it, after the last cache has died
+        if not torch.compiler.is_compiling():
+            _restore_unused()  # this model too, if its last cache died while something was compiled
+        if not self.active:  # somebody's patch still calls it, after the last cache has died
             return self.original_forward(*args, **kwargs)
         cache: EvictingCache | None = evicting_cache(kwargs, self.evicting)
         if cache is None:
@@ -203,11 +207,13 @@ def patch_model(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], N
         does nothing.
     """
     with _lock:
-        _settle_users()
         session: Session | None = model.base_model.__dict__.get(_SESSION)
-        if session is None:
-            session = Session(model, evicting)
-        session.users += 1
+        if session is not None:
+            session.users += 1
+    if session is None:
+        with not_compiling(wait=True), _lock:
+            session = model.base_model.__dict__.get(_SESSION) or Session(model, evicting)
+            session.users += 1
     _restore_unused()
     once = iter([session])
 
@@ -245,22 +251,20 @@ def _restore_unused() -> None:
     """Restore the models whose last user has left.
 
     Nobody waits for the lock here, because its holder may be this very thread, interrupted by the garbage collector.
-    Whoever holds it comes by here after releasing it.
+    Whoever holds it comes by here after releasing it. While something is compiled, the models wait for a later call.
     """
-    while _left and _lock.acquire(blocking=False):
+    compiling = False
+    while _left and not compiling and _lock.acquire(blocking=False):
         try:
-            _settle_users()
+            with not_compiling(wait=False) as at_rest:
+                compiling = not at_rest
+                while _left and at_rest:
+                    session = _left.popleft()
+                    session.users -= 1
+                    if not session.users:
+                        session.undo()
         finally:
             _lock.release()
-
-
-def _settle_users() -> None:
-    """Do what `_restore_unused` does, with the lock held."""
-    while _left:
-        session = _left.popleft()
-        session.users -= 1
-        if not session.users:
-            session.undo()
 
 
 # -- a call -----------------------------------------------------------------------------------------------------------

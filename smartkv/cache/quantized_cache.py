@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from smartkv.cache.arguments import check_model
 from smartkv.cache.no_gradients import refuse_backward
 from smartkv.cache.ragged import storage_bytes
 from smartkv.errors import SmartKVError
+from smartkv.models.architecture import check_model
 from smartkv.quantization.codecs import SCHEMES, Codec, Parts
 
 
@@ -201,7 +201,8 @@ class QuantizedCache(Cache):
 
     Args:
         model: a causal LM of a supported family.
-        codec: name of a scheme (fp16, int8, int4, kivi, kivi2, kivi4), or a codec.
+        codec: name of a scheme (fp16, int8, int4, kivi, kivi2, kivi4, adaptive), or a codec. With `adaptive` the bits
+            of a token depend on the range of its channels alone; an `AdaptiveCache` also weighs its importance.
         residual: number of latest tokens that stay exact. None: that of the scheme, or for a codec one group (0 if it
             encodes single tokens).
 

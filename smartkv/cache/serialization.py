@@ -28,7 +28,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from smartkv.cache.arguments import check_model, resolve_gates
 from smartkv.cache.footprint_count import FootprintCount
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.ragged import Fields, Ragged
@@ -37,8 +36,9 @@ from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.io.atomic import write_atomically
 from smartkv.io.checks import describe
-from smartkv.models.architecture import Fingerprint
+from smartkv.models.architecture import Fingerprint, check_model
 from smartkv.models.wrappers import key_devices, language_model
+from smartkv.policies.arguments import resolve_gates
 from smartkv.policies.hybrid import HybridPolicy
 
 log = logging.getLogger(__name__)
@@ -55,10 +55,10 @@ def save_cache(cache: LifespanCache, path: str | Path) -> None:
 
     Args:
         cache: a cache that has seen at least one token.
-        path: of the file.
+        path: of the file. Folders that it names are made where they are missing.
 
     Raises:
-        SmartKVError: the cache has seen no token yet, or the file cannot be written.
+        SmartKVError: an argument of a wrong type, the cache has seen no token yet, or the file cannot be written.
     """
     if not isinstance(cache, LifespanCache):
         raise SmartKVError(

@@ -1,8 +1,13 @@
 """Ranges of layers as text, such as `0-2,20-29` or `early,late`, for configs and messages."""
 
 import re
+from typing import Any
 
 from smartkv.errors import SmartKVError
+from smartkv.io.checks import describe
+
+NAMES = ("early", "middle", "late")
+_RANGE = re.compile(r"[0-9]+(\s*-\s*[0-9]+)?")
 
 
 def depth_ranges(total: int) -> dict[str, range]:
@@ -37,18 +42,41 @@ def parse_layers(layers: str | None, total: int) -> list[int]:
         return list(range(total))
     chosen: set[int] = set()
     by_depth = depth_ranges(total)
-    for part in str(layers).split(","):
-        if part.strip() in by_depth:
-            chosen.update(by_depth[part.strip()])
+    for part in check_ranges(str(layers)):
+        if part in by_depth:
+            chosen.update(by_depth[part])
             continue
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        if not match:
-            raise SmartKVError(f"layers '{layers}' is no list of ranges: write for example '0-2,20-{total - 1}'")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last or last >= total:
-            raise SmartKVError(f"layers '{layers}' asks for {part.strip()}, but the model has layers 0-{total - 1}")
+        first, last = _ends(part)
+        if last >= total:
+            raise SmartKVError(f"layers '{layers}' asks for {part}, but the model has layers 0-{total - 1}")
         chosen.update(range(first, last + 1))
     return sorted(chosen)
+
+
+def check_ranges(layers: Any) -> list[str]:
+    """Return the parts of ranges of layers, as in `parse_layers`, for a model of any depth.
+
+    Raises:
+        SmartKVError: The text is not a list of ranges.
+    """
+    example = "write for example '0-2,20-23', 'early,late' or 'all'"
+    if not isinstance(layers, str):
+        raise SmartKVError(f"layers must be ranges as text, got {describe(layers)}: {example}")
+    parts = [part.strip() for part in layers.split(",")]
+    for part in parts:
+        if part in NAMES or part == "all" == layers:
+            continue
+        if not _RANGE.fullmatch(part):
+            raise SmartKVError(f"layers '{layers}' is no list of ranges: {example}")
+        first, last = _ends(part)
+        if first > last:
+            raise SmartKVError(f"layers '{layers}' has its ends the wrong way round: write '{last}-{first}'")
+    return parts
+
+
+def _ends(part: str) -> tuple[int, int]:
+    first, _, last = part.partition("-")
+    return int(first), int(last or first)
 
 
 def format_layers(layers: list[int]) -> str:

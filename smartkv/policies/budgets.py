@@ -6,9 +6,11 @@ of later layers differ a little from those of the full cache; what a cache reall
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +18,14 @@ from transformers import PreTrainedModel
 
 from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
+from smartkv.io.checks import describe
 from smartkv.models.architecture import check_model
 from smartkv.models.key_hooks import read_keys
+from smartkv.models.wrappers import language_model
+from smartkv.policies.arguments import check_first_query, check_footprint, resolve_gates, resolve_policy
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
+_AS_IDS = "encode a text with tokenizer(text, return_tensors='pt').input_ids[0]"
 STEPS = 32  # of bisection, more than float32 predictions can distinguish
 
 
@@ -32,7 +38,9 @@ class Calibration:
             for ages.
         layers: number of layers of the model.
         tokens: length of a window.
-        first_query, last: the footprint counts the queries `first_query ≤ i < last`.
+        first_query: position of the first counted query.
+        last: position after the last counted query. It is `tokens - 1`: the query at `tokens - 2` predicts the window's
+            last token, and the query of that token predicts none in the window.
         ages: in tokens, for which the gates judge; empty for gates that judge once and for all.
     """
 
@@ -46,29 +54,41 @@ class Calibration:
     @classmethod
     @torch.inference_mode()
     def measure(
-        cls, model: PreTrainedModel, gates: GateBank | None, windows: Iterable[Tensor], first_query: int = 0
+        cls,
+        model: PreTrainedModel,
+        gates: GateBank | str | Path | None,
+        windows: Iterable[Tensor],
+        first_query: int = 0,
     ) -> "Calibration":
         """Run a model over windows of text with a full cache, and read its keys with the gates.
 
         Args:
             model: a loaded causal LM of a supported family, or a wrapper of one.
-            gates: the model's gates; None for policies that need none.
-            windows: token ids int64 `[tokens]`, all of one length.
+            gates: the model's gates, given as for `LifespanCache`; None for policies that need none.
+            windows: token ids, integers `[tokens]`, all of one length; or one tensor `[windows, tokens]`.
             first_query: position of the first counted query. The last counted query is the one that predicts the last
                 token.
 
         Raises:
-            SmartKVError: no window, or no query that counts.
+            SmartKVError: an argument of a wrong type, gates of another model, windows of unequal lengths or longer than
+                the model's positions, no window, or no query that counts.
         """
-        windows = list(windows)
-        if not windows or not 0 <= first_query < len(windows[0]) - 1:
+        architecture, bank = check_model(model), resolve_gates(model, gates)
+        ids = _check_windows(windows, language_model(model).config.vocab_size)
+        tokens = len(ids[0]) if ids else 0
+        if tokens - 1 <= check_first_query(first_query):
             raise SmartKVError(
                 f"calibration needs windows of more than {first_query + 1} tokens, "
-                f"got {f'windows of {len(windows[0])}' if windows else 'none'}"
+                f"got {f'windows of {tokens}' if ids else 'none'}"
             )
-        if gates is not None:
-            return cls.of(gates, [read_keys(model, ids) for ids in windows], first_query)
-        return cls.without_gates(check_model(model).layers, len(windows[0]), first_query)
+        if tokens > architecture.max_positions:
+            raise SmartKVError(
+                f"windows of {tokens} tokens are longer than the model's {architecture.max_positions} positions: "
+                "make them shorter"
+            )
+        if bank is not None:
+            return cls.of(bank, [read_keys(model, window) for window in ids], first_query)
+        return cls.without_gates(architecture.layers, tokens, first_query)
 
     @classmethod
     def without_gates(cls, layers: int, tokens: int, first_query: int = 0) -> "Calibration":
@@ -91,12 +111,22 @@ class Calibration:
         tokens = keys[0][0].shape[2]
         return cls(predictions, gates.fingerprint.layers, tokens, first_query, tokens - 1, gates.ages)
 
-    def footprint(self, policy: HybridPolicy) -> float:
+    def footprint(self, policy: HybridPolicy | str | Path) -> float:
         """Return the share of the full cache's keys that the counted queries see, over layers, heads and windows.
 
+        Args:
+            policy: a policy with nothing open, its name, or a YAML file (see `read_policy`).
+
         Raises:
-            SmartKVError: the policy gates a layer that has no predictions, or leaves its price open.
+            SmartKVError: an argument of a wrong type, a policy that gates a layer without predictions, or one that
+                leaves something open.
         """
+        policy = resolve_policy(policy, self.layers)
+        if policy.open:
+            raise SmartKVError(
+                f"policy '{policy.name}' leaves its {policy.open} open, so it has no footprint yet: give it a value, "
+                "or solve it, solve(policy, 0.25, calibration)"
+            )
         shares = [self._layer(policy, rule, layer) for layer, rule in enumerate(policy.by_layer(self.layers))]
         return sum(shares) / len(shares)
 
@@ -115,14 +145,49 @@ class Calibration:
         return (end - born.clamp(min=self.first_query)).clamp(min=0)
 
 
-def solve(policy: HybridPolicy, footprint: float, calibration: Calibration) -> HybridPolicy:
+def _check_windows(windows: Any, vocabulary: int) -> list[Tensor]:
+    """Return windows of token ids as a list.
+
+    Args:
+        windows: as `Calibration.measure` takes them.
+        vocabulary: number of tokens that the model knows.
+
+    Raises:
+        SmartKVError: they are something else, of unequal lengths, or hold ids that the model does not know.
+    """
+    expected = "windows must be a list of token ids, integer tensors [tokens] of one length"
+    if isinstance(windows, Tensor) and windows.dim() < 2:
+        raise SmartKVError(f"{expected}, got one tensor {list(windows.shape)}: write windows=[ids]")
+    if isinstance(windows, str | Mapping) or not isinstance(windows, Iterable):
+        raise SmartKVError(f"{expected}, got {describe(windows)}: {_AS_IDS}")
+    ids = list(windows)
+    for window in ids:
+        if not isinstance(window, Tensor):
+            raise SmartKVError(f"{expected}, got {describe(window)} among them: {_AS_IDS}")
+        if window.dim() != 1:
+            raise SmartKVError(f"{expected}, got one of shape {list(window.shape)}: give its rows, such as ids[0]")
+        if window.is_floating_point() or window.is_complex() or window.dtype == torch.bool:
+            raise SmartKVError(f"{expected}, got {str(window.dtype).removeprefix('torch.')}: {_AS_IDS}")
+        if len(window) != len(ids[0]):
+            raise SmartKVError(
+                f"{expected}, got {len(ids[0])} and {len(window)} tokens: cut them to the shorter length"
+            )
+        if len(window) and not (int(window.min()) >= 0 and int(window.max()) < vocabulary):
+            raise SmartKVError(
+                f"token ids of this model go from 0 to {vocabulary - 1}, got {int(window.min())} to "
+                f"{int(window.max())}: use the model's own tokenizer"
+            )
+    return ids
+
+
+def solve(policy: HybridPolicy | str | Path, footprint: float, calibration: Calibration) -> HybridPolicy:
     """Give a policy's open figures (windows, price or multiple) the values that keep a target footprint.
 
     Where both windows and the gates' figure are open, the windows get `policy.window_share` of the footprint and the
     gates the rest.
 
     Args:
-        policy: a policy with something open.
+        policy: a policy with something open, its name, or a YAML file (see `read_policy`).
         footprint: share of the full cache's keys to keep, above 0 and at most 1.
         calibration: predictions on the text for which the footprint shall hold.
 
@@ -131,10 +196,20 @@ def solve(policy: HybridPolicy, footprint: float, calibration: Calibration) -> H
 
     Raises:
         FootprintOutOfReach: no value of the open figure gives this footprint.
-        SmartKVError: nothing is open, the policy has a cap, or the footprint is no share.
+        SmartKVError: an argument of a wrong type, nothing is open, the policy has a cap, or the footprint is no share.
     """
-    if not 0 < footprint <= 1:
-        raise SmartKVError(f"a footprint is a share of the full cache above 0 and at most 1, got {footprint}")
+    check_footprint(footprint)
+    if not isinstance(calibration, Calibration):
+        raise SmartKVError(
+            f"calibration must be a Calibration, got {describe(calibration)}: write "
+            "Calibration.measure(model, gates, windows) with token ids as windows"
+        )
+    policy = resolve_policy(policy, calibration.layers)
+    if policy.gated and not calibration.predictions:
+        raise SmartKVError(
+            f"policy '{policy.name}' asks gates, but the calibration was measured without any: write "
+            "Calibration.measure(model, gates, windows)"
+        )
     if policy.max_tokens is not None:
         raise SmartKVError(f"policy '{policy.name}' has a cap: it keeps max_tokens, not a share of the cache")
     if policy.open is None:
@@ -144,7 +219,7 @@ def solve(policy: HybridPolicy, footprint: float, calibration: Calibration) -> H
             return _bisect(policy, footprint, calibration, 1, calibration.tokens)
         # the windows are solved as if the gates kept nothing
         alone = replace(policy, rules=tuple(replace(r, price=None) for r in policy.rules), price=math.inf, multiple=1.0)
-        share = _bisect(alone, policy.window_share * footprint, calibration, 1, calibration.tokens)
+        share = _bisect(alone, footprint, calibration, 1, calibration.tokens, policy.window_share)
         windows = [rule.window for rule in share.rules]
         rules = (replace(rule, window=window) for rule, window in zip(policy.rules, windows, strict=True))
         policy = replace(policy, rules=tuple(rules))
@@ -157,22 +232,28 @@ def solve(policy: HybridPolicy, footprint: float, calibration: Calibration) -> H
     return _bisect(policy, footprint, calibration, high, math.nextafter(low, -math.inf))  # a lower price keeps more
 
 
-def _bisect(policy: HybridPolicy, footprint: float, calibration: Calibration, low: float, high: float) -> HybridPolicy:
-    """Find the value of the open figure that keeps as much as possible and at most `footprint`.
+def _bisect(
+    policy: HybridPolicy, footprint: float, calibration: Calibration, low: float, high: float, share: float = 1.0
+) -> HybridPolicy:
+    """Find the value of the open figure that keeps as much as possible and at most `share` of the footprint.
 
     Footprints grow from `low` to `high`, which need not be the smaller and the larger number.
     """
-    smallest, largest = (calibration.footprint(policy.closed(value)) for value in (low, high))
+    smallest, largest = (calibration.footprint(policy.closed(value)) / share for value in (low, high))
     if not smallest <= footprint <= largest:
+        if footprint < smallest:
+            advice = "give a larger footprint, longer windows of text, or a policy with smaller windows or fewer sinks"
+        else:
+            advice = "give a smaller footprint; policy 'full' keeps everything"
         raise FootprintOutOfReach(
             f"policy '{policy.name}' cannot keep {footprint:.3g} of the cache: "
-            f"with its {policy.open} open it keeps {smallest:.3g} to {largest:.3g}"
+            f"with its {policy.open} open it keeps {smallest:.3g} to {min(largest, 1.0):.3g}; {advice}"
         )
     for _ in range(STEPS):
         if policy.open == "window" and int(low) == int(high):
             break
         middle = math.sqrt(low * high) if policy.open == "multiple" else (low + high) / 2
-        if calibration.footprint(policy.closed(middle)) > footprint:
+        if calibration.footprint(policy.closed(middle)) > share * footprint:
             high = middle
         else:
             low = middle
@@ -195,7 +276,7 @@ def price_curve(policy: HybridPolicy, calibration: Calibration) -> list[list[flo
     return curve
 
 
-def how_to_solve(footprint: float | None = None, policy: str = "policy", gates: str = "gates") -> str:
+def how_to_solve(footprint: float | None = None, policy: str = "'all-gated'", gates: str = "gates") -> str:
     """Return the call that solves a policy on a user's own text, for error messages.
 
     Args:
@@ -225,15 +306,20 @@ def policy_of(gates: GateBank, footprint: float) -> HybridPolicy:
             f"policy_of expected gates, got {type(gates).__name__}: load them with GateBank.from_pretrained, "
             f"or give a cache gates and footprint={footprint!r}"
         )
+    check_footprint(footprint)
     curve = sorted(gates.details.get("prices", []))
+    if footprint == 1:
+        way = "policy='full' keeps all keys, and needs no gates"
+    else:
+        way = f"solve a policy on your own text, {how_to_solve(footprint)}"
     if "policy" not in gates.details or not curve:
-        raise SmartKVError(
-            f"these gates remember no policy with prices: solve a policy on your own text, {how_to_solve(footprint)}"
-        )
+        raise SmartKVError(f"these gates remember no policy with prices: {way}")
     policy = HybridPolicy.from_dict(gates.details["policy"])
-    if not curve[0][0] <= footprint <= curve[-1][0]:
+    least, most = curve[0][0], curve[-1][0]
+    if not least <= footprint <= most:
         raise FootprintOutOfReach(
-            f"these gates have prices for footprints from {curve[0][0]:.3g} to {curve[-1][0]:.3g}, not for {footprint}"
+            f"these gates have prices for footprints from {least:.3g} to {most:.3g}, not for {footprint}: "
+            + (way if footprint == 1 else f"give one of these, or {way}")
         )
     for (low, dear), (high, cheap) in pairwise(curve):
         if footprint <= high:

@@ -12,7 +12,7 @@ follows from the layer's rule and is decided once, at the key's birth:
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,9 +20,11 @@ from torch import Tensor
 
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
+from smartkv.io.checks import describe
 from smartkv.models.architecture import Architecture, Fingerprint
-from smartkv.models.layer_ranges import format_layers, parse_layers
+from smartkv.models.layer_ranges import check_ranges, format_layers, parse_layers
 from smartkv.policies.capacity import Cap
+from smartkv.policies.figures import check_figure, check_tokens, read_fields
 from smartkv.policies.lifetimes import FOREVER
 
 Rule = Literal["window", "gated", "full"]
@@ -52,16 +54,19 @@ class LayerRule:
     price: float | None = None
 
     def __post_init__(self) -> None:
+        if type(self.layers) is int:
+            object.__setattr__(self, "layers", str(self.layers))  # of one layer, which YAML reads as a number
+        check_ranges(self.layers)
         if self.rule not in get_args(Rule):
-            raise SmartKVError(f"rule '{self.rule}' is unknown: expected {', '.join(get_args(Rule))}")
-        if self.window is not None and (isinstance(self.window, bool) or not isinstance(self.window, int)):
-            raise SmartKVError(f"window of layers {self.layers} must be a number of tokens, got {self.window!r}")
-        if self.window is not None and self.window < 1:
-            raise SmartKVError(f"window of layers {self.layers} must be at least 1 token, got {self.window}")
+            raise SmartKVError(f"rule {describe(self.rule)} is unknown: expected {', '.join(get_args(Rule))}")
         if self.rule == "full" and self.window is not None:
             raise SmartKVError(f"layers {self.layers} keep everything: rule full takes no window")
+        if self.window is not None:
+            check_tokens(f"window of layers {self.layers}", self.window, least=1)
         if self.rule != "gated" and self.price is not None:
             raise SmartKVError(f"layers {self.layers} have a price but no gates: rule {self.rule} takes none")
+        if self.price is not None:
+            check_figure(f"price of layers {self.layers}", self.price)
 
 
 @dataclass(frozen=True)
@@ -96,22 +101,39 @@ class HybridPolicy:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        if not self.rules:
-            raise SmartKVError("a policy needs at least one rule")
-        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
-            raise SmartKVError(f"sinks must be a number of tokens, 0 or more, got {self.sinks!r}")
-        if self.multiple is not None and not self.multiple > 0:
-            raise SmartKVError(f"multiple must be above 0, got {self.multiple}")
-        if self.price is not None and math.isnan(self.price):
-            raise SmartKVError("price must be a number, got NaN")
+        self._check_rules()
+        check_tokens("sinks", self.sinks, least=0)
+        if self.price is not None:
+            check_figure("price", self.price)
+        if self.multiple is not None:
+            check_figure("multiple", self.multiple)
+            if self.multiple <= 0:
+                raise SmartKVError(f"multiple must be above 0, got {self.multiple}")
+        check_figure("window_share", self.window_share)
         if not 0 < self.window_share < 1:
             raise SmartKVError(f"window_share must lie between 0 and 1, got {self.window_share}")
-        if self.max_tokens is not None and (type(self.max_tokens) is not int or self.max_tokens < 1):
-            raise SmartKVError(f"max_tokens must be a number of keys, at least 1, got {self.max_tokens!r}")
+        if self.max_tokens is not None:
+            check_tokens("max_tokens", self.max_tokens, least=1, unit="keys")
         if self.max_tokens_per not in ("head", "layer"):
-            raise SmartKVError(f"max_tokens_per must be head or layer, got {self.max_tokens_per!r}")
+            raise SmartKVError(f"max_tokens_per must be head or layer, got {describe(self.max_tokens_per)}")
+        if not isinstance(self.name, str):
+            raise SmartKVError(f"the name of a policy must be text, got {describe(self.name)}: write it in quotes")
         if self.gated and self.price is None and self.multiple is None:
             raise SmartKVError("price and multiple are both open, but only one can be solved for: give one a value")
+
+    def _check_rules(self) -> None:
+        if isinstance(self.rules, LayerRule):
+            raise SmartKVError(
+                "rules must be a tuple, got one LayerRule: write HybridPolicy((LayerRule(…),)), with a comma"
+            )
+        if not isinstance(self.rules, tuple | list):
+            raise SmartKVError(f"rules must be a tuple of LayerRules, got {describe(self.rules)}")
+        if not self.rules:
+            raise SmartKVError("a policy needs at least one rule")
+        if other := [rule for rule in self.rules if not isinstance(rule, LayerRule)]:
+            advice = ": read a mapping with HybridPolicy.from_dict(…)" if isinstance(other[0], dict) else ""
+            raise SmartKVError(f"rules must be LayerRules, got {describe(other[0])} among them{advice}")
+        object.__setattr__(self, "rules", tuple(self.rules))
 
     @property
     def gated(self) -> bool:
@@ -159,15 +181,18 @@ class HybridPolicy:
         """
         if not isinstance(content, dict) or not isinstance(content.get("rules"), list):
             raise SmartKVError("a policy is a mapping with a list of rules, each with layers and rule")
-        try:
-            rules = tuple(LayerRule(**_check_keys(LayerRule, rule, "a rule")) for rule in content["rules"])
-            figures = {k: v for k, v in _check_keys(cls, content, "a policy").items() if k != "rules"}
-            for name in ("price", "multiple", "window_share"):
-                if figures.get(name) is not None:
-                    figures[name] = float(figures[name])
-            return cls(rules, **figures)
-        except (TypeError, ValueError) as error:
-            raise SmartKVError(f"the policy cannot be read: {error}") from error
+        figures = read_fields(cls, content, "a policy")
+        rules = tuple(LayerRule(**read_fields(LayerRule, rule, "a rule")) for rule in content["rules"])
+        return cls(**figures | {"rules": rules})
+
+    @classmethod
+    def read(cls, *_: Any, **__: Any) -> "HybridPolicy":
+        """Refuse the call: this was the name of `read_policy` in version 0.1.
+
+        Raises:
+            SmartKVError: always.
+        """
+        raise SmartKVError("HybridPolicy.read is now smartkv.read_policy(name_or_file, layers)")
 
     # -- applied to a model -------------------------------------------------------------------------------------------
 
@@ -284,13 +309,3 @@ class HybridPolicy:
         """
         longest = torch.as_tensor(ttl, device=position.device).clamp(min=rule.window or FOREVER)
         return torch.where(position < self.sinks, FOREVER, longest)
-
-
-def _check_keys(cls: type, content: Any, what: str) -> dict[str, Any]:
-    """Return `content` if it is a mapping whose keys are all fields of the dataclass `cls`."""
-    if not isinstance(content, dict):
-        raise SmartKVError(f"{what} is a mapping, got {content!r}")
-    names = {field.name for field in fields(cls)}
-    if unknown := sorted(set(map(str, content)) - names):
-        raise SmartKVError(f"{what} has no {', '.join(unknown)}: expected {', '.join(sorted(names))}")
-    return content

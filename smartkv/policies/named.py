@@ -24,8 +24,12 @@ def read_policy(name_or_file: str | Path, layers: int) -> HybridPolicy:
         layers: number of layers of the model, with which the policy `default` scales.
 
     Raises:
-        SmartKVError: neither a name nor a file that holds a policy.
+        SmartKVError: an argument of a wrong type, or neither a name nor a file that holds a policy.
     """
+    if type(layers) is not int or layers < 1:
+        raise SmartKVError(
+            f"layers must be the model's number of layers, got {describe(layers)}: write model.config.num_hidden_layers"
+        )
     if not isinstance(name_or_file, str | Path) or not str(name_or_file):
         raise SmartKVError(f"expected one of {', '.join(NAMED)} or a YAML file, got {describe(name_or_file)}")
     if name_or_file in NAMED:

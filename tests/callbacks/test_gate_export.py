@@ -17,12 +17,14 @@ from tests.callbacks.fixtures import EPOCHS, Run, callbacks, run, tensorboard
 from tests.lightning_fixtures import (
     WATCHER,
     Watcher,
+    error_line,
     fit,
     gates_config,
     harvest,
     labelled,
     lifespan_of,
     made_keys,
+    refused,
     run_cli,
     write_config,
     write_made_shards,
@@ -195,3 +197,44 @@ def test_a_resumed_fit_that_gets_no_better_leaves_the_export_alone(
     run_cli("fit", "-c", write_config(tmp_path / "resumed.yaml", config), "--ckpt_path", last)
     assert Watcher.last.steps[-1] > misled.watcher.steps[-1], "nothing was trained"
     assert {path.name: path.read_bytes() for path in (root / "export").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"mode": "min"}, "GateExport.mode max, now min. Give the checkpoint's settings"),
+        ({"monitor": "val_loss"}, "'monitor': 'val_r2_mean', 'name': None}, now GateExport{'monitor': 'val_loss'"),
+        ({"name": "someone/gates"}, "'name': None}, now GateExport{'monitor': 'val_r2_mean', 'name': 'someone/gates'}"),
+    ],
+    ids=["mode", "monitor", "name"],
+)
+def test_a_resumed_run_goes_on_comparing_the_same_figure(
+    changed: dict[str, str],
+    said: str,
+    tiny: Run,
+    tiny_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    saving, export = callbacks(tmp_path)
+    export["init_args"] |= changed
+    config = gates_config(tiny_shards, tmp_path, trainer={"max_epochs": EPOCHS + 1}, callbacks=[saving, export])
+    options = (
+        "-c",
+        write_config(tmp_path / "fit.yaml", config),
+        "--ckpt_path",
+        tiny.root / "checkpoints" / "last.ckpt",
+    )
+    assert said in error_line(refused(capsys, "fit", *options))
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_resumed_run_may_export_more_than_before(tiny: Run, tiny_shards: Path, tmp_path: Path) -> None:
+    more = {
+        "class_path": "GateExport",
+        "init_args": {"out": str(tmp_path / "more"), "monitor": "val_loss", "mode": "min"},
+    }
+    settings = {"trainer": {"max_epochs": EPOCHS + 1}, "callbacks": [*callbacks(tmp_path), more]}
+    config = write_config(tmp_path / "fit.yaml", gates_config(tiny_shards, tmp_path, **settings))
+    run_cli("fit", "-c", config, "--ckpt_path", tiny.root / "checkpoints" / "last.ckpt")
+    assert (tmp_path / "more" / "model.safetensors").is_file()

@@ -112,6 +112,35 @@ def test_a_setting_that_makes_no_sense_is_refused(
         harvest_by_trainer(tmp_path / "out", tiny_backbone, tiny_texts, **change)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": {"follow_up": 60}}, "follow_up 60 leaves no key"),
+        ({"model": {"thresholds": [5.0]}}, "thresholds must be attention probabilities"),
+        ({"model": {"dtype": "float8"}}, "dtype 'float8' is unknown"),
+        ({"model": {"threads": 0}}, "threads at least 1"),
+        ({"model": {"backbone": "gone"}}, "model.backbone is 'gone', data.backbone"),
+        ({"data": {"window": 513}}, "513"),
+        ({"trainer": {"precision": "bf16-true"}}, "trainer.precision must be 32-true"),
+        ({"trainer": {"limit_predict_batches": 0}}, "trainer.limit_predict_batches is 0, so nothing would be harvest"),
+    ],
+    ids=["follow_up", "thresholds", "dtype", "threads", "backbone", "window", "precision", "limit"],
+)
+def test_a_mistake_costs_no_shard_when_it_comes_with_overwrite(
+    copied: Path,
+    tiny_backbone: Path,
+    tiny_texts: Path,
+    tiny_shards: Path,
+    change: dict[str, Any],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = harvest_config_at(copied, tiny_backbone, tiny_texts, **change)
+    assert said in error_line(refused(capsys, "predict", "-c", config, "--overwrite"))
+    assert shard_bytes(copied) == shard_bytes(tiny_shards)
+    assert (copied / MANIFEST).read_bytes() == (tiny_shards / MANIFEST).read_bytes()
+
+
 def test_a_model_that_cannot_be_had_stops_with_one_line(
     tmp_path: Path, tiny_texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,10 @@ def test_adapters_are_tuned_in_mixed_precision(tmp_path: Path, tiny_backbone: Pa
 @pytest.mark.parametrize(
     ("trainer", "said"),
     [
+        ({"max_epochs": 0}, "trainer.max_epochs is 0, so nothing would be trained: give at least 1, or leave it out"),
+        ({"max_steps": 0}, "trainer.max_steps is 0, so nothing would be trained"),
+        ({"limit_train_batches": 0}, "trainer.limit_train_batches is 0, so nothing would be trained"),
+        ({"limit_train_batches": 0.0}, "trainer.limit_train_batches is 0, so nothing would be trained"),
         ({"overfit_batches": 2}, "trainer.overfit_batches must be 0, got 2: batches are drawn by steps"),
         ({"limit_val_batches": 0}, "with limit_val_batches 0 there is no validation, but callbacks wait"),
         ({"check_val_every_n_epoch": 9}, "with check_val_every_n_epoch 9 in a run of 2 there is no validation"),

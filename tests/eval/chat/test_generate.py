@@ -200,7 +200,7 @@ def test_a_short_text_is_told_to_outweigh_a_full_cache(run: Any, capsys: pytest.
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
         ({"footprint": 0.0}, "a footprint is a share"),
-        ({"footprint": 1e-6}, "cannot keep 6e-07 of the cache"),
+        ({"footprint": 1e-6}, "cannot keep 1e-06 of the cache"),
         ({"policy": "window", "price": 2.0}, "policy 'window' asks no gates"),
         ({"chat": "true"}, "has no chat template"),
         ({"calibration_windows": 0}, "calibration needs at least 1 window"),

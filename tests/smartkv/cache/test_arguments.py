@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from smartkv.cache.adaptive_cache import AdaptiveCache
-from smartkv.cache.arguments import resolve_arguments, resolve_gates
+from smartkv.cache.arguments import resolve_arguments
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.quantized_cache import QuantizedCache
 from smartkv.cache.serialization import load_cache, save_cache
@@ -20,6 +20,7 @@ from smartkv.gates.bank import GateBank
 from smartkv.gates.pretrained import pretrained_gates
 from smartkv.models.architecture import Fingerprint
 from smartkv.models.backbone import Backbone
+from smartkv.policies.arguments import resolve_gates
 from smartkv.policies.budgets import Calibration, policy_of, solve
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from smartkv.policies.named import read_policy
@@ -151,8 +152,23 @@ def test_the_call_that_it_names_works(gates: GateBank | None, policy: Any, footp
     assert LifespanCache(MODEL, gates, solved).policy.open is None
 
 
+def test_a_footprint_beside_an_open_policy_says_what_to_leave_out() -> None:
+    with pytest.raises(SmartKVError, match=r"footprint=0.25 beside it .*; leave out policy, .* or leave out footprint"):
+        LifespanCache(MODEL, gates_with_prices(), "all-gated", footprint=0.25)
+    with pytest.raises(SmartKVError, match=r"footprint=0.25 beside it does not solve it; leave out footprint"):
+        LifespanCache(MODEL, policy="window", footprint=0.25)
+    with pytest.raises(SmartKVError, match=r"leave out footprint, or leave out policy for the policy that the gates"):
+        LifespanCache(MODEL, gates_with_prices(), GATED, footprint=0.25)
+
+
+def test_the_whole_cache_as_a_footprint_is_the_policy_full() -> None:
+    for gates in (None, gates_with_prices(), random_gates(MODEL)):
+        with pytest.raises(SmartKVError, match="policy='full'"):
+            LifespanCache(MODEL, gates, footprint=1)
+
+
 def test_gates_that_remember_no_prices_are_refused_with_the_call_that_solves_a_policy() -> None:
-    with pytest.raises(SmartKVError, match=r"no policy with prices: .*=solve\(policy, 0.3, Calibration\.measure"):
+    with pytest.raises(SmartKVError, match=r"no policy with prices: .*=solve\('all-gated', 0.3, Calibration\.measure"):
         LifespanCache(MODEL, random_gates(MODEL), footprint=0.3)
 
 

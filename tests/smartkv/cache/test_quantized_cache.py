@@ -70,6 +70,18 @@ def test_logits_are_those_of_a_cache_that_works_everything_out_anew(family: str,
         assert not torch.allclose(found, model(ids).logits, atol=1e-5)
 
 
+def test_the_scheme_adaptive_is_its_codec_for_tokens_of_equal_importance() -> None:
+    model, ids = MODELS["llama"], token_ids(TOKENS)[None]
+    assert torch.allclose(
+        fed(model, ids, QuantizedCache(model, ADAPTIVE)), fed(model, ids, naive(model, ADAPTIVE, 8)), atol=1e-5
+    )
+    wide = llama(head_dim=64, num_hidden_layers=1)
+    cache = QuantizedCache(wide, "adaptive")
+    fed(wide, token_ids(128)[None], cache, 128)
+    fed(wide, token_ids(1)[None], cache)
+    assert cache.storage[0].encoded == 64 and cache.storage[0].importance is None
+
+
 @pytest.mark.parametrize("name", CODECS)
 def test_blocks_of_tokens_give_the_logits_of_single_ones(name: str) -> None:
     model, ids = MODELS["llama"], token_ids(TOKENS)[None]

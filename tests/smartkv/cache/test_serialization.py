@@ -75,6 +75,16 @@ def test_a_cache_that_saw_nothing_is_not_saved(tmp_path: Path) -> None:
         save_cache(LifespanCache(MODELS["llama"], None, recent(4)), tmp_path / "c.safetensors")
 
 
+def test_missing_folders_of_a_path_are_made(tmp_path: Path) -> None:
+    cache, path = LifespanCache(MODELS["llama"], None, recent(4)), tmp_path / "prompts" / "long" / "cache.safetensors"
+    with torch.no_grad():
+        MODELS["llama"](token_ids(9)[None], past_key_values=cache)
+    save_cache(cache, path)
+    assert torch.equal(load_cache(path, MODELS["llama"]).live_keys, cache.live_keys)
+    with pytest.raises(SmartKVError, match="could not be written"):
+        save_cache(cache, path / "below_a_file")
+
+
 def test_keys_of_another_architecture_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(SmartKVError, match=r"gpt2.*llama"):
         load_cache(saved(tmp_path, MODELS["gpt2"]), MODELS["llama"])

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from smartkv.cache.lifespan_cache import LifespanCache
+from smartkv.cache.quantized_cache import QuantizedCache
 from smartkv.cache.uncompiled import uncompiled
 from tests.models import token_ids
 from tests.smartkv.cache.fixtures import GATED, MODELS, random_gates
@@ -77,3 +79,83 @@ def test_the_compiler_is_as_it_was_when_the_last_pass_has_ended() -> None:
         assert not compiled_graphs
     double(torch.ones(1))
     assert compiled_graphs
+
+
+# -- a model that is patched or restored meanwhile --------------------------------------------------------------------
+
+
+def compiled_while(model: Any, happens: Callable[[], None]) -> Any:
+    """The model compiled as a whole, with something that happens once, while the compiler works on its first call."""
+    pending = [happens]
+
+    def backend(graph: Any, _: Any) -> Any:
+        if pending:
+            pending.pop()()
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend)
+
+
+def in_another_thread(happens: Callable[[], None]) -> None:
+    thread = threading.Thread(target=happens)
+    thread.start()
+    thread.join(timeout=0.5)  # one that waits for the compiler goes on when it has compiled
+
+
+def is_patched(model: Any) -> bool:
+    return "forward" in model.model.__dict__
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["collector", "thread"])
+def test_a_cache_may_die_while_its_model_is_compiled(by: str) -> None:
+    model, ids = copy.deepcopy(MODELS["llama"]), token_ids(16)[None]
+    plain, alive = model(ids).logits, {"cache": LifespanCache(model, policy="full")}
+    if by == "collector":
+        alive["cache"].itself = alive["cache"]  # type: ignore[attr-defined] # so that the collector alone frees it
+    gc.disable()
+    try:
+        if by == "collector":
+            alive.clear()
+            compiled = compiled_while(model, lambda: (gc.collect(), None)[1])
+        else:
+            compiled = compiled_while(model, lambda: in_another_thread(alive.clear))
+        assert is_patched(model)
+        for _ in range(2):
+            assert torch.allclose(
+                compiled(ids, past_key_values=QuantizedCache(compiled, "fp16")).logits, plain, atol=0.1
+            )
+    finally:
+        gc.enable()
+    assert torch.allclose(model(ids).logits, plain, atol=1e-5)
+    assert not is_patched(model)  # the plain call restored what had to wait
+
+
+@torch.no_grad()
+def test_a_cache_may_be_born_in_another_thread_while_its_model_is_compiled() -> None:
+    model, ids, caches = copy.deepcopy(MODELS["llama"]), token_ids(16)[None], []
+    plain, born = model(ids).logits, threading.Event()
+
+    def bear() -> None:
+        caches.append(LifespanCache(model, policy="full"))
+        born.set()
+
+    compiled = compiled_while(model, lambda: in_another_thread(bear))
+    assert torch.allclose(compiled(ids).logits, plain, atol=1e-5)
+    assert born.wait(timeout=10) and is_patched(model)
+    assert torch.allclose(compiled(ids, past_key_values=caches[0]).logits, plain, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_not_compiled_anew_for_each_cache() -> None:
+    torch._dynamo.reset()
+    model, ids, graphs = copy.deepcopy(MODELS["llama"]), token_ids(16)[None], []
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(1) or graph.forward)
+    caches = [LifespanCache(model, policy="full")]
+    compiled(ids)
+    before = len(graphs)
+    for _ in range(3):
+        caches.append(LifespanCache(model, policy="full"))
+        compiled(ids)
+    assert len(graphs) == before > 0

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartkv.errors import SmartKVError
-from smartkv.models.layer_ranges import format_layers, parse_layers
+from smartkv.models.layer_ranges import check_ranges, format_layers, parse_layers
 
 quick = settings(deadline=None, max_examples=30, derandomize=True)
 
@@ -39,7 +39,18 @@ def test_what_is_no_range_is_refused_with_an_example(text: str) -> None:
         parse_layers(text, 30)
 
 
-@pytest.mark.parametrize(("text", "part"), [("4", "4"), ("0-1,2-4", "2-4"), ("3-1", "3-1")])
+@pytest.mark.parametrize(("text", "part"), [("4", "4"), ("0-1,2-4", "2-4"), ("0-99", "0-99")])
 def test_layers_that_the_model_lacks_are_refused_with_those_it_has(text: str, part: str) -> None:
     with pytest.raises(SmartKVError, match=rf"asks for {part}, but the model has layers 0-3"):
         parse_layers(text, 4)
+
+
+def test_ends_the_wrong_way_round_are_refused_with_the_right_one() -> None:
+    with pytest.raises(SmartKVError, match="'3-1' has its ends the wrong way round: write '1-3'"):
+        parse_layers("3-1", 4)
+
+
+@pytest.mark.parametrize("layers", [None, True, 1.5, [0, 1], "", "a", "-1", "0-", "all,0", "0;1"])
+def test_what_is_no_range_of_any_model_is_refused_before_a_model_is_there(layers: object) -> None:
+    with pytest.raises(SmartKVError, match=r"^layers .* write for example '0-2,20-23', 'early,late' or 'all'$"):
+        check_ranges(layers)

@@ -42,10 +42,10 @@ def test_a_policy_is_the_same_after_a_dict_and_after_yaml(name: str, tmp_path: P
         ("rules: [{layers: all, rule: full, colour: 1}]", "a rule has no colour: expected layers, price, rule, window"),
         ("{rules: [], shade: 1}", "a policy has no shade"),
         ("rules: []", "at least one rule"),
-        ("{rules: [{layers: all, rule: gated}], price: cheap}", "cannot be read"),
+        ("{rules: [{layers: all, rule: gated}], price: cheap}", "price must be a number, got 'cheap'$"),
         ("{rules: [{layers: all, rule: gated}], sinks: some}", "sinks must be a number"),
         ("{rules: [{layers: all, rule: gated}], window_share: 1.0}", "window_share must lie between 0 and 1"),
-        ("rules: [{rule: full}]", "cannot be read"),
+        ("rules: [{rule: full}]", "a rule needs layers, got rule"),
     ],
 )
 def test_a_file_that_holds_no_policy_says_what_is_wrong(text: str, message: str, tmp_path: Path) -> None:
