@@ -143,7 +143,7 @@ def solve(policy: HybridPolicy, footprint: float, calibration: Calibration) -> H
         if not policy.gated:
             return _bisect(policy, footprint, calibration, 1, calibration.tokens)
         # the windows are solved as if the gates kept nothing
-        alone = replace(policy, rules=tuple(replace(r, price=None) for r in policy.rules), price=math.inf, multiple=1.0)
+        alone = replace(policy, rules=tuple(replace(r, price=None) for r in policy.rules), price=math.inf)
         share = _bisect(alone, policy.window_share * footprint, calibration, 1, calibration.tokens)
         windows = [rule.window for rule in share.rules]
         rules = (replace(rule, window=window) for rule, window in zip(policy.rules, windows, strict=True))
@@ -152,9 +152,10 @@ def solve(policy: HybridPolicy, footprint: float, calibration: Calibration) -> H
         return _bisect(policy, footprint, calibration, 1e-6, 1e9)
     if policy.open is None:
         return policy
-    low = min(float(prediction.min()) for prediction in calibration.predictions.values())
-    high = max(float(prediction.max()) for prediction in calibration.predictions.values())
-    return _bisect(policy, footprint, calibration, high, math.nextafter(low, -math.inf))  # a lower price keeps more
+    lowest = torch.stack([prediction.min() for prediction in calibration.predictions.values()]).min()
+    highest = max(float(prediction.max()) for prediction in calibration.predictions.values())
+    below = float(lowest.nextafter(torch.full_like(lowest, -math.inf)))  # all float32 predictions exceed it
+    return _bisect(policy, footprint, calibration, highest, below)  # a lower price keeps more
 
 
 def _bisect(policy: HybridPolicy, footprint: float, calibration: Calibration, low: float, high: float) -> HybridPolicy:
@@ -168,9 +169,9 @@ def _bisect(policy: HybridPolicy, footprint: float, calibration: Calibration, lo
             f"policy '{policy.name}' cannot keep {footprint:.3g} of the cache: "
             f"with its {policy.open} open it keeps {smallest:.3g} to {largest:.3g}"
         )
+    if footprint == largest:
+        return policy.closed(high)
     for _ in range(STEPS):
-        if policy.open == "window" and int(low) == int(high):
-            break
         middle = math.sqrt(low * high) if policy.open == "multiple" else (low + high) / 2
         if calibration.footprint(policy.closed(middle)) > footprint:
             high = middle
@@ -236,7 +237,7 @@ def policy_of(gates: GateBank, footprint: float) -> HybridPolicy:
             f"these gates have prices for footprints from {curve[0][0]:.3g} to {curve[-1][0]:.3g}, not for {footprint}"
         )
     for (low, dear), (high, cheap) in pairwise(curve):
-        if footprint <= high:
+        if footprint < high:
             share = math.log(footprint / low) / math.log(high / low)
             return replace(policy, price=dear + share * (cheap - dear))
     return replace(policy, price=curve[-1][1])
