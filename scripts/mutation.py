@@ -26,9 +26,11 @@ TOO_SLOW = [
 # they write, or collect garbage for half a second in each of thousands of sessions
 PLUGINS_OFF = ["cacheprovider", "unraisableexception", "threadexception"]
 NEEDED = ["smartkv", "tests", "configs"]
+PRELOADED = ["torch", "transformers", "peft", "accelerate", "hypothesis", "pytest", "smartkv", "tests.models"]
 # an error's wording is no promise, so the arguments of a `raise` stay as they are, and so do lines of prose
 WORDING = [r"\braise \w+\(", r"\bwarnings\.warn\(", r"""^\s*\(?f?"[^"]* [^"]* [^"]*"[,)]*$"""]
-KILLED, SURVIVED, UNSEEN = {1, 3}, {0}, {5, 33}  # pytest's and mutmut's exit codes; unseen: no test calls the function
+# exit codes; unseen: no test calls the function; killed too: the tests' modules could not be imported
+KILLED, SURVIVED, UNSEEN = {1, 3, 255}, {0}, {5, 33}
 HEADERS = {"---", "+++", "@@ "}  # of a diff
 COLUMNS = ["killed", "timed out", "survived", "no test", "to do", "score"]
 
@@ -42,7 +44,9 @@ def settings(package: str) -> str:
         "do_not_mutate_patterns": WORDING,
         "pytest_add_cli_args": [f"-pno:{name}" for name in PLUGINS_OFF] + [f"--deselect={name}" for name in TOO_SLOW],
         "pytest_add_cli_args_test_selection": [f"tests/smartkv/{package}"],
-        "process_isolation": "forkserver",  # forks a process that has imported torch and the tests, and has run none
+        "process_isolation": "forkserver",  # forks a process that has imported PRELOADED, and has run no test
+        "forkserver_warmup": "import",  # to collect tests twice in a process changes their names
+        "preload_modules_file": "preloaded.txt",
         "timeout_multiplier": 5.0,  # a mutant times out after 5 × (its tests' time + 5 s)
         "timeout_constant": 5.0,
         "track_dependencies": False,
@@ -61,6 +65,7 @@ def prepare(package: str) -> Path:
         if not (folder / name).is_symlink():
             (folder / name).symlink_to(ROOT / name, target_is_directory=True)
     (folder / "conftest.py").write_text((ROOT / "scripts" / "mutation_conftest.py").read_text())
+    (folder / "preloaded.txt").write_text("\n".join(PRELOADED))
     (folder / "pyproject.toml").write_text(settings(package))
     return folder
 
