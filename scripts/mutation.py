@@ -26,13 +26,12 @@ TOO_SLOW = [
 # they write, or collect garbage for half a second in each of thousands of sessions
 PLUGINS_OFF = ["cacheprovider", "unraisableexception", "threadexception"]
 NEEDED = ["smartkv", "tests", "configs"]
-PRELOADED = ["torch", "transformers", "peft", "accelerate", "hypothesis", "pytest", "smartkv", "tests.models"]
 # an error's wording is no promise, so the arguments of a `raise` stay as they are, and so do lines of prose
 WORDING = [r"\braise \w+\(", r"\bwarnings\.warn\(", r"""^\s*\(?f?"[^"]* [^"]* [^"]*"[,)]*$"""]
-# exit codes; unseen: no test calls the function; killed too: the tests' modules could not be imported
-KILLED, SURVIVED, UNSEEN = {1, 3, 255}, {0}, {5, 33}
+# exit codes of pytest and mutmut; a mutant that crashes Python is killed too, one that no test calls is unseen
+KINDS = KILLED, TIMED_OUT, SURVIVED, UNSEEN = {1, 3, -6, -9, -11}, {24, -24, 152}, {0}, {5, 33}
 HEADERS = {"---", "+++", "@@ "}  # of a diff
-COLUMNS = ["killed", "timed out", "survived", "no test", "to do", "score"]
+COLUMNS = ["killed", "timed out", "survived", "no test", "to do", "score"]  # to do: without a verdict
 
 
 def settings(package: str) -> str:
@@ -44,9 +43,7 @@ def settings(package: str) -> str:
         "do_not_mutate_patterns": WORDING,
         "pytest_add_cli_args": [f"-pno:{name}" for name in PLUGINS_OFF] + [f"--deselect={name}" for name in TOO_SLOW],
         "pytest_add_cli_args_test_selection": [f"tests/smartkv/{package}"],
-        "process_isolation": "forkserver",  # forks a process that has imported PRELOADED, and has run no test
-        "forkserver_warmup": "import",  # to collect tests twice in a process changes their names
-        "preload_modules_file": "preloaded.txt",
+        "process_isolation": "forkserver",  # forks a process that has imported torch and the tests, and has run none
         "timeout_multiplier": 5.0,  # a mutant times out after 5 × (its tests' time + 5 s)
         "timeout_constant": 5.0,
         "track_dependencies": False,
@@ -65,7 +62,6 @@ def prepare(package: str) -> Path:
         if not (folder / name).is_symlink():
             (folder / name).symlink_to(ROOT / name, target_is_directory=True)
     (folder / "conftest.py").write_text((ROOT / "scripts" / "mutation_conftest.py").read_text())
-    (folder / "preloaded.txt").write_text("\n".join(PRELOADED))
     (folder / "pyproject.toml").write_text(settings(package))
     return folder
 
@@ -76,14 +72,16 @@ def results(folder: Path, package: str) -> dict[str, dict[str, int | None]]:
     return {file.name.removesuffix(".py.meta"): json.loads(file.read_text())["exit_code_by_key"] for file in files}
 
 
-def forget_survivors(folder: Path, package: str) -> None:
-    """Have the mutants that no test noticed tested again: for tests that are new or better now."""
+def forget(folder: Path, package: str, survivors: bool) -> None:
+    """Have mutants without a verdict tested again, and on request survivors: for tests that are new or better now."""
+    verdicts = set().union(*(KILLED, TIMED_OUT) if survivors else KINDS)
     for file in (folder / "mutants" / "smartkv" / package).glob("*.meta"):
         meta = json.loads(file.read_text())
         codes = meta["exit_code_by_key"]
-        codes.update({name: None for name, code in codes.items() if code in SURVIVED | UNSEEN})
+        codes.update({name: None for name, code in codes.items() if code not in verdicts})
         file.write_text(json.dumps(meta))
-    (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)  # which test calls which function
+    if survivors:
+        (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)  # which test calls which function
 
 
 def survivors(folder: Path, package: str) -> Iterator[str]:
@@ -106,12 +104,10 @@ def survivors(folder: Path, package: str) -> Iterator[str]:
 def row(codes: dict[str, int | None]) -> list[str]:
     """Return what COLUMNS names, for some mutants; killed and timed out ones count for the score."""
     count = Counter(codes.values())
-    to_do = count[None]
-    killed, survived, unseen = (sum(count[code] for code in kind) for kind in (KILLED, SURVIVED, UNSEEN))
-    timed_out = len(codes) - to_do - killed - survived - unseen
-    judged = len(codes) - to_do
+    killed, timed_out, survived, unseen = (sum(count[code] for code in kind) for kind in KINDS)
+    judged = killed + timed_out + survived + unseen
     score = f"{(killed + timed_out) / judged:.1%}" if judged else "-"
-    return [*map(str, (killed, timed_out, survived, unseen, to_do)), score]
+    return [*map(str, (killed, timed_out, survived, unseen, len(codes) - judged)), score]
 
 
 def summary(package: str) -> None:
@@ -139,8 +135,7 @@ def main() -> None:
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     for package in [args.package] if args.package else PACKAGES:
         folder = prepare(package)
-        if args.again:
-            forget_survivors(folder, package)
+        forget(folder, package, survivors=args.again)
         command = [str(Path(sys.executable).with_name("mutmut")), "run", "--max-children", str(args.workers)]
         code = subprocess.run(command, cwd=folder, env=os.environ | one_thread).returncode
         if code:

@@ -49,10 +49,10 @@ def test_wording_is_left_as_it_is(line: str, is_wording: bool) -> None:
 
 
 def test_killed_and_timed_out_mutants_make_the_score() -> None:
-    codes = {"killed": 1, "crashed": 3, "slow": -24, "survived": 0, "unseen": 33, "open": None}
+    codes = {"killed": 1, "crashed": 3, "slow": -24, "survived": 0, "unseen": 33, "open": None, "tests not found": 255}
     cells = dict(zip(SCRIPT["COLUMNS"], SCRIPT["row"](codes), strict=True))
     assert cells == {
-        "killed": "2", "timed out": "1", "survived": "1", "no test": "1", "to do": "1", "score": "60.0%",
+        "killed": "2", "timed out": "1", "survived": "1", "no test": "1", "to do": "2", "score": "60.0%",
     }  # fmt: skip
 
 
@@ -78,8 +78,12 @@ def test_a_survivor_is_shown_as_the_lines_that_it_changes(folder: Path) -> None:
     assert lines[1:] == ["-    return a + 1", "+    return a - 1"]
 
 
-def test_again_forgets_survivors_alone(folder: Path) -> None:
-    SCRIPT["forget_survivors"](folder, "labels")
-    assert SCRIPT["results"](folder, "labels") == {
-        "m": {"smartkv.labels.m.x_f__mutmut_1": None, "smartkv.labels.m.x_f__mutmut_2": 1}
-    }
+@pytest.mark.parametrize("again", [False, True])
+def test_again_forgets_survivors_and_every_run_what_had_no_verdict(again: bool, folder: Path) -> None:
+    meta = folder / "mutants" / "smartkv" / "labels" / "m.py.meta"
+    data = json.loads(meta.read_text())
+    data["exit_code_by_key"]["smartkv.labels.m.x_f__mutmut_3"] = 255
+    meta.write_text(json.dumps(data))
+    SCRIPT["forget"](folder, "labels", again)
+    codes = SCRIPT["results"](folder, "labels")["m"]
+    assert list(codes.values()) == [None if again else 0, 1, None]

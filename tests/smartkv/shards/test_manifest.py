@@ -14,7 +14,7 @@ from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import LabelSpec
 from smartkv.models.architecture import Fingerprint
-from smartkv.shards.manifest import Manifest, ShardEntry, heads_of, recorded_shards, shard_entry
+from smartkv.shards.manifest import Manifest, ShardEntry, heads_of, recorded_shards, shard_entry, shard_header
 
 quick = settings(deadline=None, max_examples=30, derandomize=True)
 
@@ -35,6 +35,19 @@ def test_a_manifest_reads_as_it_was_written(shards: Manifest) -> None:
     ]  # fmt: skip
     shards.write()
     assert Manifest.read(str(shards.folder)) == shards
+
+
+def test_a_shards_header_has_the_fields_of_the_format() -> None:
+    header = shard_header(Fingerprint("llama", 2, 3, 8, "0"), LabelSpec((0.05, 0.1), (1, 4), 9), window=16, sinks=2)
+    assert header == {
+        "format_version": 1,
+        "fingerprint": {"model_type": "llama", "layers": 2, "kv_heads": 3, "head_dim": 8, "weight_hash": "0"},
+        "thresholds": [0.05, 0.1],
+        "ages": [1, 4],
+        "follow_up": 9,
+        "window": 16,
+        "sinks": 2,
+    }
 
 
 def test_an_entry_holds_the_files_size_and_digest(shard: Path) -> None:
