@@ -17,6 +17,7 @@ from smartkv.labels.lifespans import LabelSpec
 from smartkv.models.architecture import Fingerprint
 from smartkv.shards.manifest import Manifest, ShardEntry, heads_of, recorded_shards, shard_entry, shard_header
 from smartkv.shards.shard_file import read_header, write_shard
+from tests.models import write_tiny_shards
 
 quick = settings(deadline=None, max_examples=30, derandomize=True)
 
@@ -50,6 +51,11 @@ def test_a_shards_header_has_the_fields_of_the_format() -> None:
         "window": 16,
         "sinks": 2,
     }
+
+
+def test_the_shortest_follow_up_and_age_are_1_token(tmp_path: Path) -> None:
+    spec = write_tiny_shards(tmp_path, follow_up=1, ages=(1,)).spec
+    assert (spec.follow_up, spec.ages) == (1, (1,))
 
 
 def test_an_entry_holds_the_files_size_and_digest(shard: Path) -> None:
