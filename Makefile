@@ -1,5 +1,6 @@
 # make demo: from a clean clone to trained gates and pictures.   make test: lint, types, every test.
 # make test-matrix: what depends on transformers, with each of its versions below.   make test-kvpress: what needs kvpress.
+# make mutation: which changes of the code no test notices.
 # make docs: the site, in build/docs.   make pictures: docs/pictures from docs/data, without measuring.   make test-docs: every command and snippet of README and docs, at a tiny size.
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +12,7 @@ PRESSES      := tests/smartkv/test_press.py tests/eval/contenders/test_kvpress.p
 export TOKENIZERS_PARALLELISM := false
 
 MATRIX := $(TRANSFORMERS:%=test-transformers-%)
-.PHONY: demo install pretrained qwen lint test test-slow test-gpu test-matrix test-kvpress test-docs docs pictures bench bench-gpu $(MATRIX) clean-demo
+.PHONY: demo install pretrained qwen lint test test-slow test-gpu test-matrix test-kvpress test-docs mutation docs pictures bench bench-gpu $(MATRIX) clean-demo
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -113,6 +114,11 @@ $(MATRIX): test-transformers-%: .venv-transformers-%/.installed
 test-kvpress: .venv-kvpress/.installed
 	$(<D)/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider $(PRESSES)
 
+# Changes of smartkv/$(PACKAGE) that its tests do not notice: build/mutation/$(PACKAGE). A killed run goes on where it stopped.
+# All four packages without PACKAGE. AGAIN=true also tests the survivors of earlier runs, for tests that are better now.
+mutation: .venv-mutation/.installed
+	$(<D)/bin/python scripts/mutation.py $(PACKAGE:%=--package %) $(AGAIN:true=--again)
+
 # the site; what a page names and is not there ends the build
 docs: .venv-docs/.installed
 	$(<D)/bin/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
@@ -121,9 +127,11 @@ docs: .venv-docs/.installed
 test-docs: install
 	$(PY) -m pytest -m 'slow or not slow' tests/test_docs.py tests/test_docs_commands.py tests/test_docs_snippets.py
 
-.venv-docs/.installed: pyproject.toml constraints.txt
+.venv-docs/.installed: EXTRAS := docs
+.venv-mutation/.installed: EXTRAS := dev,mutation
+.venv-docs/.installed .venv-mutation/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 # an environment with the transformers $(1); tokenizers and huggingface-hub follow transformers, which names the versions

@@ -20,6 +20,7 @@ DOTTED = re.compile(r"^smartkv(?:\.\w+)+$")
 WRITTEN_FOR_OTHERS = ("pip", "tensorboard", "git")  # no commands of this project
 FAST = ("README", "getting_started")  # pages whose commands are parsed by `make test`
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+VARIABLES = set(re.findall(r"\$\((\w+)\b", (ROOT / "Makefile").read_text()))
 ALL = [command for page in PAGES for command in commands(page)]
 
 
@@ -89,7 +90,8 @@ def test_commands_are_read_as_a_shell_reads_them() -> None:
 def test_a_command_of_another_program_is_one_that_the_checkout_has(command: Command) -> None:
     program, *rest = command.words
     if program == "make":
-        assert set(rest) <= TARGETS
+        variables = {word.partition("=")[0] for word in rest if "=" in word}
+        assert {word for word in rest if "=" not in word} <= TARGETS and variables <= VARIABLES
     elif program in ("torchrun", "sbatch"):
         assert "main.py" in rest or any(word.endswith("fit.sh") for word in rest)
     elif program == "pytest":

@@ -227,9 +227,10 @@ def solve(policy: HybridPolicy | str | Path, footprint: float, calibration: Cali
         return _bisect(policy, footprint, calibration, 1e-6, 1e9)
     if policy.open is None:
         return policy
-    low = min(float(prediction.min()) for prediction in calibration.predictions.values())
-    high = max(float(prediction.max()) for prediction in calibration.predictions.values())
-    return _bisect(policy, footprint, calibration, high, math.nextafter(low, -math.inf))  # a lower price keeps more
+    lowest = torch.stack([prediction.min() for prediction in calibration.predictions.values()]).min()
+    highest = max(float(prediction.max()) for prediction in calibration.predictions.values())
+    below = float(lowest.nextafter(torch.full_like(lowest, -math.inf)))  # all float32 predictions exceed it
+    return _bisect(policy, footprint, calibration, highest, below)  # a lower price keeps more
 
 
 def _bisect(
@@ -249,9 +250,9 @@ def _bisect(
             f"policy '{policy.name}' cannot keep {footprint:.3g} of the cache: "
             f"with its {policy.open} open it keeps {smallest:.3g} to {min(largest, 1.0):.3g}; {advice}"
         )
+    if footprint == largest:
+        return policy.closed(high)
     for _ in range(STEPS):
-        if policy.open == "window" and int(low) == int(high):
-            break
         middle = math.sqrt(low * high) if policy.open == "multiple" else (low + high) / 2
         if calibration.footprint(policy.closed(middle)) > share * footprint:
             high = middle
@@ -322,7 +323,7 @@ def policy_of(gates: GateBank, footprint: float) -> HybridPolicy:
             + (way if footprint == 1 else f"give one of these, or {way}")
         )
     for (low, dear), (high, cheap) in pairwise(curve):
-        if footprint <= high:
+        if footprint < high:
             share = math.log(footprint / low) / math.log(high / low)
             return replace(policy, price=dear + share * (cheap - dear))
     return replace(policy, price=curve[-1][1])

@@ -202,7 +202,7 @@ SHARE = "footprint must be the share .* above 0 and at most 1, got "
         ({"policy": recent(4), "bits": "4"}, r"bits must be a whole number, or .* as in \(6, 4\), got '4'"),
         ({"policy": recent(4), "bits": (6, 4, 2)}, r"bits must be a whole number, or .* got \(6, 4, 2\)"),
     ],
-    ids=str,
+    ids=lambda value: str(value).replace("\\", ""),
 )
 def test_a_wrong_argument_is_refused_in_one_line_that_leaves_the_model_alone(
     arguments: dict[str, Any], message: str

@@ -222,7 +222,9 @@ def test_crop_says_that_it_cannot() -> None:
         LifespanCache(MODELS["llama"], None, recent(4)).crop(-1)
 
 
-@pytest.mark.parametrize("guess", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": llama(1)}], ids=str)
+@pytest.mark.parametrize(
+    "guess", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": llama(1)}], ids=["lookup", "assistant"]
+)
 def test_assisted_generation_which_must_go_back_is_refused_before_it_begins(guess: dict[str, Any]) -> None:
     model = MODELS["llama"]
     with refused(model, "cannot be cropped .assisted generation and prompt lookup"):

@@ -12,7 +12,7 @@ from tests.models import llama, tiny_tokenizer, token_ids
 LENGTH, SINKS = 150, 4  # more than a tile of queries
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def measured() -> tuple[AttentionDistributionObserver, np.ndarray]:
     """An observer after one window, and every causal probability of every layer `[layers, pairs]`."""
     model, tokens = llama(), token_ids(LENGTH)
@@ -23,6 +23,13 @@ def measured() -> tuple[AttentionDistributionObserver, np.ndarray]:
         attentions = model(tokens[None], output_attentions=True).attentions
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     return observer, np.stack([attention[0][:, causal].flatten().double().numpy() for attention in attentions])
+
+
+def of(*probabilities: float) -> AttentionDistribution:
+    """The distribution of one query's probabilities."""
+    distribution, row = AttentionDistribution.empty(), torch.tensor(probabilities)[None, None, None]
+    distribution.update(len(probabilities) - 1, row, sinks=1)
+    return distribution
 
 
 @pytest.mark.parametrize("percent", PERCENTILES)
@@ -48,6 +55,55 @@ def test_all_heads_are_the_layers_together(measured: tuple) -> None:
     merged = AttentionDistribution.merged(observer.distributions)
     assert merged.percentile(99) == pytest.approx(np.percentile(pairs, 99), rel=2e-3)
     assert merged.high == max(d.high for d in observer.distributions)
+    assert merged.low == min(d.low for d in observer.distributions)
+    assert merged.rows == 2 * 4 * LENGTH  # layers × query heads × queries
+    assert merged.total == pytest.approx(merged.rows, rel=1e-5)  # rows sum to 1
+    parts = [d.summary([])["share_on_sinks"] for d in observer.distributions]
+    assert merged.summary([])["share_on_sinks"] == pytest.approx(sum(parts) / 2, rel=1e-5)
+
+
+def test_a_few_pairs_in_one_bin_beside_many_in_the_next_keep_their_percentile() -> None:
+    values = [0.5] * 1000 + [0.50049] + [0.9] * 10  # the second lies in the next bin
+    assert of(*values).percentile(100 * 1000.5 / 1011) == pytest.approx(0.5005, rel=1e-3)
+    assert of(*[0.5] * 1000, 0.9).percentile(100 * 999 / 1001) == pytest.approx(0.5, rel=1.1e-3)
+
+
+def test_a_key_in_a_querys_future_is_no_pair() -> None:
+    distribution = AttentionDistribution.empty()
+    distribution.update(0, torch.tensor([[1.0, 0.0], [0.25, 0.75]])[None, None], sinks=1)
+    summary = distribution.summary([])
+    assert (summary["pairs"], summary["min"]) == (3, 0.25)
+    assert distribution.percentile(1) == pytest.approx(0.25, rel=1e-3)
+
+
+def test_a_key_that_a_sliding_window_hides_is_a_pair_of_probability_0() -> None:
+    summary = of(0.0, 0.25, 0.75).summary([0.1])
+    assert (summary["pairs"], summary["min"], summary["max"]) == (3, 0.0, 0.75)
+    assert summary["share_above"]["0.1"]["pairs"] == pytest.approx(2 / 3)
+    assert of(0.0, 0.25, 0.75).percentile(10) == pytest.approx(0.0, abs=1e-30)
+
+
+def test_a_summary_has_the_figures_of_a_report(measured: tuple) -> None:
+    distribution, values = measured[0].distributions[0], measured[1][0]
+    summary = distribution.summary([0.05])
+    assert list(summary) == [
+        *[
+            "pairs",
+            "min",
+            "max",
+            "mean",
+            "median",
+            "percentiles",
+            "suggested_threshold",
+            "share_above",
+            "share_on_sinks",
+        ]
+    ]
+    assert summary["median"] == pytest.approx(np.median(values), rel=1e-3)
+    assert summary["percentiles"] == {f"{p:g}": distribution.percentile(p) for p in PERCENTILES}
+    assert summary["share_above"] == {
+        f"{t:.4g}": distribution.share_above(t) for t in (0.05, summary["suggested_threshold"])
+    }
 
 
 @pytest.mark.parametrize("threshold", [0.02, 0.05, 0.1])

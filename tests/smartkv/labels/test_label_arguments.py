@@ -23,7 +23,7 @@ from tests.models import llama, token_ids
         ({"follow_up": 12.5}, r"follow_up must be a whole number of at least 1 token, got 12\.5"),
         ({"follow_up": None}, "follow_up must be a whole number .*, got None"),
     ],
-    ids=str,
+    ids=lambda value: str(value).replace("\\", ""),
 )
 def test_settings_of_a_wrong_type_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SmartKVError, match=message):
@@ -46,7 +46,7 @@ def test_settings_of_a_wrong_type_are_refused(settings: dict[str, Any], message:
         ([-1, 3], "ids from 0 to 63 of this model, got -1 to 3"),
         ([], "at least 1 token, got 0"),
     ],
-    ids=str,
+    ids=lambda value: str(value).replace("\\", ""),
 )
 def test_what_is_no_window_of_ids_is_refused(tokens: Any, message: str) -> None:
     with pytest.raises(SmartKVError, match=message) as refusal:

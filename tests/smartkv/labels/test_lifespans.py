@@ -208,6 +208,16 @@ def test_labels_depend_neither_on_the_default_dtype_nor_on_autocast(family: str,
         torch.testing.assert_close(vars(found)[name], tensor, rtol=0, atol=0, equal_nan=True)
 
 
+def test_future_attention_is_summed_in_float32_whatever_the_default_dtype() -> None:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        labels = LayerLabels(LabelSpec((0.05,), (1,), 2), 2, 5, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(before)
+    assert labels.future_attention().dtype == torch.float32
+
+
 @by_family
 def test_a_windows_tensors_keep_their_dtypes_and_shapes(family: str) -> None:
     model = FAMILIES[family]()
@@ -283,6 +293,7 @@ def test_keys_beyond_float16_are_refused() -> None:
 def test_a_window_longer_than_the_positions_is_refused_naming_both(family: str) -> None:
     model = FAMILIES[family](max_position_embeddings=32)
     check_window(model, 32)
+    check_window(model, 1)
     with pytest.raises(SmartKVError, match=r"33 tokens.* 32 positions"):
         label_window(model, token_ids(33), LabelSpec())
 

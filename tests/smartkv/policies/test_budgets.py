@@ -73,6 +73,16 @@ def test_the_footprint_of_gates_that_judge_for_ages_is_a_plain_count() -> None:
     assert calibration.footprint(policy) == pytest.approx(visible / full, abs=1e-12)
 
 
+@pytest.mark.parametrize("first", [0, FIRST])
+def test_without_gates_the_footprint_is_a_plain_count_too(first: int) -> None:
+    policy = HybridPolicy((LayerRule("0", "window", 6), LayerRule("1", "full")), sinks=2)
+    counted_from = Calibration(random_calibration().predictions, 2, TOKENS, first, TOKENS - 1)
+    calibration = Calibration.without_gates(2, TOKENS, *([first] if first else []))  # all queries by default
+    assert calibration.footprint(policy) == pytest.approx(counted(policy, counted_from), abs=1e-12)
+    with pytest.raises(SmartKVError, match="gates layer 0, but there are no gates for it"):
+        calibration.footprint(HybridPolicy((GATED,), price=0.0))
+
+
 @pytest.mark.parametrize("target", [0.4, 0.6])
 @pytest.mark.parametrize("figures", [{"price": None}, {"price": -math.inf, "multiple": None}])
 def test_solving_comes_up_to_the_target_within_one_key(figures: dict[str, float | None], target: float) -> None:
@@ -90,6 +100,28 @@ def test_a_solved_window_is_the_largest_that_fits() -> None:
     assert calibration.footprint(policy.closed(window)) <= 0.5 < calibration.footprint(policy.closed(window + 1))
 
 
+@pytest.mark.parametrize("window", [1, 7])
+def test_a_window_that_keeps_exactly_the_target_is_the_one(window: int) -> None:
+    calibration, policy = random_calibration(), HybridPolicy((LayerRule("all", "window"),), sinks=1)
+    assert solve(policy, calibration.footprint(policy.closed(window)), calibration).rules[0].window == window
+
+
+@pytest.mark.parametrize(
+    "figures", [{"price": None}, {"price": -math.inf, "multiple": None}, {"rules": (LayerRule("all", "window"),)}]
+)
+def test_the_whole_cache_can_be_the_target(figures: dict[str, Any]) -> None:
+    calibration, policy = random_calibration(), HybridPolicy(**{"rules": (GATED,), "sinks": 1} | figures)
+    assert calibration.footprint(solve(policy, 1.0, calibration)) == 1.0
+
+
+def test_a_multiple_far_below_1_is_found() -> None:
+    calibration = random_calibration()
+    calibration.predictions.update({layer: values + 5 for layer, values in calibration.predictions.items()})
+    policy = solve(HybridPolicy((GATED,), sinks=1, price=-math.inf, multiple=None), 0.4, calibration)
+    assert policy.multiple is not None and policy.multiple < 0.1
+    assert calibration.footprint(policy) == pytest.approx(0.4, abs=0.01)
+
+
 def test_a_range_with_a_price_of_its_own_keeps_it() -> None:
     policy = HybridPolicy((LayerRule("0", "gated", 3, price=0.9), LayerRule("1", "gated", 3)))
     solved = solve(policy, 0.65, random_calibration())
@@ -97,10 +129,11 @@ def test_a_range_with_a_price_of_its_own_keeps_it() -> None:
     assert solved.price is not None
 
 
+@pytest.mark.parametrize("figures", [{"price": None}, {"price": -math.inf, "multiple": None}])
 @pytest.mark.parametrize("share", [0.3, 0.6])
-def test_open_windows_take_their_share_and_gates_the_rest(share: float) -> None:
+def test_open_windows_take_their_share_and_gates_the_rest(share: float, figures: dict[str, float | None]) -> None:
     calibration, target = random_calibration(), 0.7
-    open_both = HybridPolicy((LayerRule("all", "gated"),), sinks=1, window_share=share)
+    open_both = HybridPolicy((LayerRule("all", "gated"),), sinks=1, window_share=share, **figures)
     policy = solve(open_both, target, calibration)
 
     def windows_only(window: int) -> float:
@@ -110,6 +143,13 @@ def test_open_windows_take_their_share_and_gates_the_rest(share: float) -> None:
     assert window is not None
     assert windows_only(window) <= share * target < windows_only(window + 1)
     assert calibration.footprint(policy) == pytest.approx(target, abs=0.02)
+
+
+def test_open_windows_take_their_share_beside_gates_with_a_price_of_their_own() -> None:
+    calibration, policy = random_calibration(), HybridPolicy((LayerRule("all", "window"),), sinks=1)
+    least = calibration.footprint(policy.closed(1))
+    priced = HybridPolicy((LayerRule("all", "gated", price=-9.0),), sinks=1, window_share=0.5)
+    assert solve(priced, 2 * least, calibration).rules[0].window == 1
 
 
 @pytest.mark.parametrize(
@@ -162,6 +202,21 @@ def test_gates_remember_prices_and_give_their_policy_at_a_footprint() -> None:
         policy_of(gates, 0.9)
     with pytest.raises(SmartKVError, match="remember no policy with prices"):
         policy_of(GateBank(gates.fingerprint), 0.5)
+
+
+def test_prices_are_remembered_for_what_can_be_kept_also_where_the_largest_share_cannot() -> None:
+    rules = (LayerRule("0", "window", 1), LayerRule("1", "gated", 1))
+    footprints = [footprint for footprint, _ in price_curve(HybridPolicy(rules, sinks=1), random_calibration())]
+    assert footprints and max(footprints) < 0.7
+
+
+def test_gates_with_one_price_give_it_and_gates_with_half_of_what_it_takes_are_refused() -> None:
+    fingerprint, policy = Fingerprint("llama", 2, 2, 4, ""), HybridPolicy((GATED,), sinks=1)
+    gates = GateBank(fingerprint, details={"policy": policy.to_dict(), "prices": [[0.5, 1.25]]})
+    assert policy_of(gates, 0.5) == policy.closed(1.25)
+    for details in ({"policy": policy.to_dict()}, {"prices": [[0.5, 1.25]]}):
+        with pytest.raises(SmartKVError, match="remember no policy with prices"):
+            policy_of(GateBank(fingerprint, details=details), 0.5)
 
 
 @pytest.mark.parametrize("gates", ["smollm2-135m-instruct", None])

@@ -15,7 +15,9 @@ from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.models.architecture import Architecture, Fingerprint
 from smartkv.policies.budgets import Calibration, solve
+from smartkv.policies.capacity import Cap
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
+from smartkv.policies.lifetimes import HOLE
 from tests.models import FAMILIES, token_ids
 from tests.smartkv.cache.fixtures import MODELS, Injected, fed, padding, random_gates, random_ttl, recent, sliding
 from tests.smartkv.cache.masked_reference import drop_over_cap, masked_logits, visibility
@@ -76,6 +78,34 @@ def test_logits_are_those_of_keys_dropped_token_by_token(
         )
     want = masked_logits(model, ids, masks, real)
     torch.testing.assert_close(got[real], want[real], atol=1e-4, rtol=0)
+
+
+def one_by_one(cap: Cap, position: list[int], expiry: list[int], score: list[int], start: int, steps: int) -> list[int]:
+    """The first query that does not see each key of one pool, query by query; a key's index stands for its head."""
+    ends = list(expiry)
+    for query in range(start, start + steps):
+        past = [k for k, j in enumerate(position) if j >= cap.sinks and query - j >= cap.window and ends[k] > query]
+        past.sort(key=lambda k: (expiry[k], position[k], score[k], -k))
+        for k in past[: max(0, len(past) - cap.room)]:
+            ends[k] = query
+    return ends
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), steps=st.integers(1, 6), heads=st.integers(1, 3), room=st.integers(0, 6))
+def test_ends_are_those_of_keys_dropped_query_by_query(seed: int, steps: int, heads: int, room: int) -> None:
+    """With holes, ties, lives that nothing cuts short, and keys that enter at the first query."""
+    random = torch.Generator().manual_seed(seed)
+    keys, start = 8, int(torch.randint(4, 9, (1,), generator=random))
+    cap = Cap(room, heads, window=int(torch.randint(1, 4, (1,), generator=random)), sinks=seed % 3)
+    position = torch.stack([torch.randperm(start + steps, generator=random)[:keys] for _ in range(heads)])
+    position = position[:, :keys].masked_fill(torch.rand(position.shape, generator=random) < 0.2, HOLE)
+    score = torch.randint(0, 2, position.shape, generator=random).float()
+    expiry = torch.randint(1, 4, position.shape, generator=random) * 40 + start
+    found = cap.ends(position, expiry, score, torch.full((heads,), start), steps)
+    want = one_by_one(cap, *(x.flatten().int().tolist() for x in (position, expiry, score)), start, steps)
+    real = position != HOLE
+    assert found[real].tolist() == torch.tensor(want).view(position.shape)[real].tolist()
 
 
 @pytest.mark.parametrize("per", ["head", "layer"])
@@ -144,6 +174,12 @@ def test_a_budget_without_room_for_sinks_and_window_is_refused_with_what_it_take
     assert [cap.room for cap in replace(recent(8, 4), max_tokens=12).caps(Architecture.of(model.config)) if cap] == [
         0
     ] * 2
+
+
+def test_a_cap_on_rules_without_a_window_takes_room_for_sinks_and_the_token_itself() -> None:
+    policy = HybridPolicy((LayerRule("all", "full"),), sinks=4, max_tokens=4)
+    with pytest.raises(SmartKVError, match="give at least 5"):
+        policy.caps(Architecture.of(MODELS["llama"].config))
 
 
 def test_a_cap_and_a_footprint_exclude_each_other() -> None:

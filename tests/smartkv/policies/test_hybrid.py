@@ -31,7 +31,15 @@ def test_a_rule_that_means_nothing_is_refused(figures: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize(
-    "figures", [{"price": math.nan}, {"multiple": 0.0}, {"sinks": -1}, {"price": None, "multiple": None}]
+    "figures",
+    [
+        {"price": math.nan},
+        {"multiple": 0.0},
+        {"sinks": -1},
+        {"price": None, "multiple": None},
+        {"window_share": 0.0},
+        {"window_share": 1.0},
+    ],
 )
 def test_figures_that_mean_nothing_are_refused(figures: dict[str, Any]) -> None:
     with pytest.raises(SmartKVError):
@@ -66,6 +74,17 @@ def test_a_gated_ttl_follows_the_formula(multiple: float, own: float | None) -> 
     for y, found in zip(prediction.flatten().tolist(), ttl.flatten().tolist(), strict=True):
         lives = FOREVER if math.isinf(multiple) else math.ceil(multiple * 4.0**y)
         assert found == (lives if y > price else 0)
+
+
+@pytest.mark.parametrize("multiple", [math.inf, 1.5])
+def test_a_key_worth_its_price_exactly_goes(multiple: float) -> None:
+    rule = LayerRule("all", "gated", 8)
+    assert HybridPolicy((rule,), price=0.5, multiple=multiple).times_to_live(rule, torch.tensor([0.5])).tolist() == [0]
+
+
+def test_an_open_window_is_closed_in_every_range_that_leaves_it_open() -> None:
+    rules = (LayerRule("0", "window"), LayerRule("1", "full"), LayerRule("2", "window", 5), LayerRule("3", "gated"))
+    assert [rule.window for rule in HybridPolicy(rules).closed(8.9).rules] == [8, None, 5, 8]
 
 
 def test_gates_that_judge_for_ages_keep_a_key_until_the_first_at_which_it_is_not_worth_its_price() -> None:

@@ -1,5 +1,6 @@
 """Named policies, and policies in YAML files."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import yaml
 
 from smartkv.errors import SmartKVError
-from smartkv.policies.hybrid import HybridPolicy
+from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from smartkv.policies.named import NAMED, named_policy, read_policy
 from tests.conftest import ROOT
 
@@ -15,6 +16,28 @@ from tests.conftest import ROOT
 @pytest.mark.parametrize("name", NAMED)
 def test_a_named_policy_covers_each_layer_of_any_depth_once(name: str) -> None:
     assert all(len(named_policy(name, layers).by_layer(layers)) == layers for layers in range(1, 81))
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "figures"),
+    [
+        ("all-gated", LayerRule("all", "gated"), {}),
+        ("lifespan", LayerRule("all", "gated", 32), {"price": -math.inf, "multiple": None}),
+        ("window", LayerRule("all", "window"), {}),
+        ("full", LayerRule("all", "full"), {}),
+    ],
+)
+def test_a_name_stands_for_one_rule_in_all_layers(name: str, rule: LayerRule, figures: dict[str, Any]) -> None:
+    assert named_policy(name, 4) == HybridPolicy((rule,), name=name, **figures)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_name_is_read_before_a_file(name: str) -> None:
+    assert read_policy(name, 24) == named_policy(name, 24)
+
+
+def test_the_default_names_the_layers_of_this_model() -> None:
+    assert [rule.layers for rule in named_policy("default", 24).rules] == ["0-2", "3-19", "20-23"]
 
 
 @pytest.mark.parametrize("layers", range(24, 29))
@@ -70,6 +93,14 @@ def test_the_hybrid_file_is_the_default_at_any_depth(layers: int) -> None:
         return [(rule.rule, rule.window, rule.price) for rule in policy.by_layer(layers)]
 
     assert rules(file) == rules(named_policy("default", layers))
+
+
+def test_figures_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "some.yaml").write_text(
+        "{price: 1e-3, multiple: 2e0, window_share: 5e-1, rules: [{layers: all, rule: gated}]}"
+    )
+    policy = read_policy(tmp_path / "some.yaml", 4)
+    assert (policy.price, policy.multiple, policy.window_share) == (0.001, 2.0, 0.5)
 
 
 def test_neither_a_name_nor_a_file_is_refused() -> None:

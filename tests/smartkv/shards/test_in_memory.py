@@ -72,6 +72,13 @@ def test_what_is_kept_does_not_change_with_the_window_it_came_from(shards: Manif
     assert before.abs().max() > 0 and torch.equal(rows.read(block, "keys"), before)
 
 
+def test_the_rest_of_the_window_takes_no_memory(shards: Manifest) -> None:
+    rows, blocks = filled(shards)
+    for name in NAMES:
+        tensor = rows.read(blocks[0], name)
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+
+
 def test_an_empty_row_block_reads_as_no_rows_of_each_tensor(shards: Manifest) -> None:
     rows, empty = InMemoryRows(shards.fingerprint, shards.spec), RowBlock(shards.shards[0].file, 0, 0, 0)
     reader = ShardReader(shards.folder)

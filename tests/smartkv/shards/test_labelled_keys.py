@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from smartkv.errors import SmartKVError
+from smartkv.labels.lifespans import WindowLabels
+from smartkv.shards.in_memory import InMemoryRows
 from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Manifest, RowBlock
 from smartkv.shards.shard_file import write_shard
@@ -72,6 +74,29 @@ def test_a_follow_up_that_leaves_no_key_is_refused_with_the_limit(follow_up: int
     assert LabelledKeys(shards, follow_up=13).blocks("train")
     with pytest.raises(SmartKVError, match=rf"follow_up {follow_up} .* less than 14"):
         LabelledKeys(shards, follow_up=follow_up)
+
+
+def test_a_follow_up_of_1_token_is_the_shortest(shards: Manifest) -> None:
+    assert LabelledKeys(shards, follow_up=1).blocks("train")[0].stop == 15
+
+
+def test_labels_of_shards_without_ages_are_lifespans_alone(tmp_path: Path) -> None:
+    rows = LabelledKeys(write_tiny_shards(tmp_path))
+    blocks = rows.blocks("train")
+    labels = rows.labels(*blocks)
+    assert torch.equal(labels.log4_lifespan, rows.target(*blocks))
+    assert labels.future_attention is None and labels.ages == ()
+
+
+def test_keys_are_read_from_memory_where_they_are_given_so(shards: Manifest) -> None:
+    want, memory = LabelledKeys(shards), InMemoryRows(shards.fingerprint, shards.spec)
+    block = want.blocks("train", 5)[0]
+    whole = load_file(shards.folder / block.file)
+    names = ("keys", "lifespan", "horizon", "future_attention", "keys_post_rope")
+    memory.hold([block], WindowLabels(**{name: whole[name] for name in names}), whole["token"])
+    expected = want.keys(block)
+    (shards.folder / block.file).unlink()
+    assert torch.equal(LabelledKeys(shards, reader=memory).keys(block), expected)
 
 
 def test_unknown_inputs_are_refused_with_those_known(shards: Manifest) -> None:

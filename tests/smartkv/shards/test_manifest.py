@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import LabelSpec
 from smartkv.models.architecture import Fingerprint
-from smartkv.shards.manifest import Manifest, ShardEntry, heads_of, recorded_shards, shard_entry
+from smartkv.shards.manifest import Manifest, ShardEntry, heads_of, recorded_shards, shard_entry, shard_header
+from smartkv.shards.shard_file import read_header, write_shard
+from tests.models import write_tiny_shards
 
 quick = settings(deadline=None, max_examples=30, derandomize=True)
 
@@ -35,6 +38,24 @@ def test_a_manifest_reads_as_it_was_written(shards: Manifest) -> None:
     ]  # fmt: skip
     shards.write()
     assert Manifest.read(str(shards.folder)) == shards
+
+
+def test_a_shards_header_has_the_fields_of_the_format() -> None:
+    header = shard_header(Fingerprint("llama", 2, 3, 8, "0"), LabelSpec((0.05, 0.1), (1, 4), 9), window=16, sinks=2)
+    assert header == {
+        "format_version": 1,
+        "fingerprint": {"model_type": "llama", "layers": 2, "kv_heads": 3, "head_dim": 8, "weight_hash": "0"},
+        "thresholds": [0.05, 0.1],
+        "ages": [1, 4],
+        "follow_up": 9,
+        "window": 16,
+        "sinks": 2,
+    }
+
+
+def test_the_shortest_follow_up_and_age_are_1_token(tmp_path: Path) -> None:
+    spec = write_tiny_shards(tmp_path, follow_up=1, ages=(1,)).spec
+    assert (spec.follow_up, spec.ages) == (1, (1,))
 
 
 def test_an_entry_holds_the_files_size_and_digest(shard: Path) -> None:
@@ -103,6 +124,75 @@ def test_a_damaged_shard_entry_is_refused(changes: dict[str, Any], shards: Manif
     change_manifest(shards.folder, shards=[{key: value for key, value in entry.items() if value is not ...}])
     with pytest.raises(SmartKVError, match=r"manifest\.json"):
         Manifest.read(shards.folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("window", 0, "window"),
+        ("window", 1.5, "window"),
+        ("sinks", -1, "sinks"),
+        ("sources", {}, "sources"),
+        ("documents", "a", "documents"),
+        ("arguments", [], "arguments"),
+        ("shards", {}, "shards"),
+        ("spec", {"thresholds": ["a"], "ages": [], "follow_up": 4}, "thresholds"),
+        ("spec", {"thresholds": [0.05], "ages": [0], "follow_up": 4}, "ages"),
+        ("spec", {"thresholds": [0.05], "ages": [], "follow_up": 0}, "follow_up"),
+        (
+            "fingerprint",
+            {"model_type": "llama", "layers": 0, "kv_heads": 2, "head_dim": 4, "weight_hash": ""},
+            "layers",
+        ),
+    ],
+)
+def test_a_value_that_no_harvest_writes_is_refused_by_its_name(
+    key: str, value: Any, named: str, shards: Manifest
+) -> None:
+    change_manifest(shards.folder, **{key: value})
+    with pytest.raises(SmartKVError, match=rf"manifest\.json is damaged .*: {named} must be "):
+        Manifest.read(shards.folder)
+
+
+def change_first_entry(folder: Path, **changes: Any) -> None:
+    entries = json.loads((folder / "manifest.json").read_text())["shards"]
+    change_manifest(folder, shards=[entries[0] | changes, *entries[1:]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 33}, "has tokens 32, its manifest says 33"),
+        ({"split": "test"}, "has split 0, its manifest says 2"),
+        ({"windows": 1}, r"has keys of shape \[2, 2, 32, \d+\], its manifest says \[2, 2, 16, \d+\]"),
+    ],
+)
+def test_an_entry_that_is_not_as_its_shard_is_refused_naming_both(
+    changes: dict[str, Any], message: str, shards: Manifest
+) -> None:
+    change_first_entry(shards.folder, **changes)
+    with pytest.raises(SmartKVError, match=message):
+        Manifest.read(shards.folder)
+
+
+@pytest.mark.parametrize(("lacks", "message"), [("keys", "has keys of shape None"), ("split", "has split None")])
+def test_a_shard_without_its_tensors_is_refused_by_what_it_lacks(lacks: str, message: str, shards: Manifest) -> None:
+    path = shards.folder / shards.shards[0].file
+    tensors = load_file(path)
+    del tensors[lacks]
+    write_shard(path, tensors, read_header(path))
+    change_first_entry(shards.folder, bytes=path.stat().st_size)
+    with pytest.raises(SmartKVError, match=message):
+        Manifest.read(shards.folder)
+
+
+def test_a_shard_of_an_early_version_has_no_sinks_in_its_header(shards: Manifest) -> None:
+    path = shards.folder / shards.shards[0].file
+    header = read_header(path)
+    del header["sinks"]
+    write_shard(path, load_file(path), header)
+    change_first_entry(shards.folder, bytes=path.stat().st_size)
+    assert Manifest.read(shards.folder).sinks == 2
 
 
 def test_a_threshold_that_was_not_harvested_is_refused_with_those_that_were(shards: Manifest) -> None:

@@ -94,11 +94,12 @@ def test_a_missing_shard_is_told_as_missing(shard: Path) -> None:
         read_header(shard)
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"smartkv": "{"}])
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"smartkv": "{"}, {"smartkv": "[]"}])
 def test_a_safetensors_file_of_others_is_refused(metadata: dict[str, str] | None, shard: Path) -> None:
     save_file({"keys": torch.zeros(1)}, shard, metadata=metadata)
-    with pytest.raises(SmartKVError, match="not one that SmartKV wrote"):
-        read_header(shard)
+    for read in (read_header, digests):
+        with pytest.raises(SmartKVError, match=r"shard\.safetensors is .* not one that SmartKV wrote"):
+            read(shard)
 
 
 def test_a_damaged_file_is_told_apart_from_a_missing_one(shard: Path) -> None:
