@@ -33,12 +33,15 @@ class AttachedCache(Cache, ABC):
 
     Attributes:
         seen_tokens: which tokens the cache has seen.
+        interrupted: whether an exception left only some of a pass's tokens in it.
 
     Raises:
         SmartKVError: a chunk that is no number of tokens, or a family that is not supported.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: list[Any], chunk: int) -> None:
+    interrupted = False
+
+    def __init__(self, model: PreTrainedModel, layers: list[Any], chunk: int = 1024) -> None:
         if type(chunk) is not int or chunk < 1:
             raise SmartKVError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
         super().__init__(layers=layers)
@@ -141,11 +144,31 @@ class AttachedCache(Cache, ABC):
         forward_pass = current_pass()
         if forward_pass is not None and forward_pass.cache is self:
             raise SmartKVError("the model was called with this cache inside a forward pass on it: use another cache")
-        if any(self.get_seq_length(layer) != self.get_seq_length() for layer in range(len(self.layers))):
-            raise SmartKVError("a forward pass was interrupted, only some layers hold its tokens: call cache.reset()")
+        self.check_whole()
         self.seen_tokens.keep(self.get_seq_length())
         self.check_length(self.get_seq_length() + tokens)
         self._check_rotary(self.get_seq_length(), self.get_seq_length() + tokens)
+
+    def check_whole(self) -> None:
+        """Check that no forward pass was interrupted.
+
+        Raises:
+            SmartKVError: one was.
+        """
+        if self.interrupted:
+            raise SmartKVError(
+                "a forward pass was interrupted, the cache may hold only some of its tokens: call cache.reset()"
+            )
+
+    @contextmanager
+    def interruption_noted(self) -> Iterator[None]:
+        """Note inside the context whether an exception leaves only some of a pass's tokens in the cache."""
+        before = self.get_seq_length()
+        try:
+            yield
+        except BaseException:
+            self.interrupted = any(self.get_seq_length(layer) != before for layer in range(len(self.layers)))
+            raise
 
     def check_answer(self, prompt: int | None, tokens: int) -> None:
         """Check an answer of `generate` before it begins.
@@ -185,6 +208,7 @@ class AttachedCache(Cache, ABC):
         with self.in_use():
             super().reset()
             self.seen_tokens.reset()
+            self.interrupted = False
 
     def check_length(self, tokens: int) -> None:
         """Check that the model has positions for `tokens` tokens, those in the cache included.
@@ -211,8 +235,12 @@ class AttachedCache(Cache, ABC):
             raise self._other_model()
         return key_states, value_states
 
+    def __reduce__(self) -> Any:
+        raise SmartKVError(f"a {type(self).__name__} cannot be pickled: write a LifespanCache with save_cache")
+
     def _other_model(self) -> SmartKVError:
         return SmartKVError(
             "the cache was made for another model than the one it was given to: "
-            f"make a cache for this model, {type(self).__name__}(model, …)"
+            f"make a cache for this model, {type(self).__name__}(model, …). If it is the same model, a layer was "
+            "called by itself, or the decoder was compiled or lost a hook while caches lived: detach them all"
         )

@@ -31,8 +31,10 @@ def tokens_of(kwargs: dict[str, Any]) -> Tensor:
     inputs = next((kwargs[name] for name in ("inputs_embeds", "input_ids") if kwargs.get(name) is not None), None)
     if inputs is None:
         raise SmartKVError("the model was given neither input_ids nor inputs_embeds")
-    if inputs.dim() < 2:
-        raise SmartKVError(f"the model takes input_ids [batch, tokens], got {tuple(inputs.shape)}")
+    if inputs.dim() < 2 or not inputs.shape[1]:
+        raise SmartKVError(
+            f"the model takes input_ids [batch, tokens], got {tuple(inputs.shape)}: at least one token of one row"
+        )
     return inputs
 
 
@@ -44,10 +46,10 @@ def check_options(decoder: nn.Module, kwargs: dict[str, Any], cache: Any) -> Non
     """
     config, name = decoder.config, type(cache).__name__
     if kwargs.get("use_cache") is False:
-        raise SmartKVError(f"use_cache=False was given together with a {name}, which is always used: leave one out")
+        raise SmartKVError(f"use_cache=False was given together with the {name}, which is always used: leave one out")
     output_attentions = kwargs.get("output_attentions")
     if getattr(config, "output_attentions", False) if output_attentions is None else output_attentions:
-        raise SmartKVError(f"output_attentions=True cannot be given with a {name}, which keeps no attention weights")
+        raise SmartKVError(f"output_attentions=True cannot be given with the {name}, which keeps no attention weights")
     dropout = next((value for field in DROPOUTS if (value := getattr(config, field, None))), 0)
     if decoder.training and dropout:
         raise SmartKVError(f"the model is in training mode with attention dropout {dropout}: call model.eval()")
@@ -74,7 +76,7 @@ def prepare_cache(
     cache = evicting_cache(model_kwargs, evicting)
     if cache is not None:
         if generation_config.use_cache is False:
-            raise SmartKVError(f"use_cache=False was given together with a {type(cache).__name__}: leave one out")
+            raise SmartKVError(f"use_cache=False was given together with the {type(cache).__name__}: leave one out")
         if generation_mode == GenerationMode.ASSISTED_GENERATION:  # it crops rejected tokens
             cache.check_can_go_back()
         tokens, answer = max_cache_length + 1, generation_config.max_new_tokens
@@ -96,9 +98,12 @@ def generate(original: Callable[..., Any], evicting: type[Cache], *args: Any, **
     ids = args[0] if args else next((kwargs[n] for n in ("inputs", "input_ids") if kwargs.get(n) is not None), None)
     prompt, mask = kwargs.get("inputs_embeds", ids), kwargs.get("attention_mask")
     with cache.in_use():
+        cache.check_whole()
+        cache.seen_tokens.keep(cache.get_seq_length())
         if isinstance(prompt, Tensor) and prompt.dim() >= 2:
             whole = not isinstance(mask, Tensor) or mask.shape[-1] <= prompt.shape[1]  # else ids are new tokens alone
-            cache.seen_tokens.check_prompt(ids if prompt is ids else None, prompt.shape[1], whole)
+            if whole:
+                cache.seen_tokens.check_prompt(prompt, cache.model.get_input_embeddings())
         return original(*args, **kwargs)
 
 
@@ -111,7 +116,7 @@ def refuse_batches(original: Callable[..., Any], evicting: type[Cache], *args: A
     cache = evicting_cache(kwargs, evicting)
     if cache is not None:
         raise SmartKVError(
-            f"generate_batch has a paged cache of its own and would ignore a {type(cache).__name__}: "
+            f"generate_batch has a paged cache of its own and would ignore the {type(cache).__name__}: "
             "call model.generate with a padded batch"
         )
     return original(*args, **kwargs)

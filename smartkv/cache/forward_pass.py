@@ -57,12 +57,14 @@ class ForwardPass:
     Attributes:
         real: bool `[batch, tokens]` of the tokens that go through the decoder now, False for padding; None: no padding.
         keys: pre-RoPE keys by attention module, from the hook that reads them until attention takes them.
+        attended: layers whose attention the cache has computed for these tokens.
     """
 
     def __init__(self, decoder: nn.Module, cache: AttendingCache) -> None:
         self.decoder, self.cache = decoder, cache
         self.real: Tensor | None = None
         self.keys: dict[nn.Module, Tensor] = {}
+        self.attended: set[int] = set()
 
 
 class _Current(threading.local):
@@ -147,6 +149,7 @@ def _attend(inputs: AttentionInputs) -> Tensor:
         )
     pre_rope, window = forward_pass.keys.pop(inputs.module), inputs.sliding_window
     step = EvictionStep(inputs.query, inputs.key, inputs.value, pre_rope, forward_pass.real, inputs.scaling, window)
+    forward_pass.attended.add(inputs.layer)
     return forward_pass.cache.attend(inputs.layer, step)
 
 

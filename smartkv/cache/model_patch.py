@@ -9,10 +9,12 @@ stays.
 """
 
 import functools
+import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +36,7 @@ from smartkv.cache.uncompiled import not_compiling, uncompiled
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import attention_modules
 from smartkv.models.key_hooks import key_modules, register_key_hooks
+from smartkv.models.layer_ranges import format_layers
 
 TOKEN_INPUTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "token_type_ids")
 _SESSION = "_smartkv_session"
@@ -43,6 +46,9 @@ class EvictingCache(AttendingCache, Protocol):
     """Interface of the caches that a patched model takes."""
 
     seen_tokens: SeenTokens
+
+    def interruption_noted(self) -> AbstractContextManager[None]:
+        """Note inside the context whether an exception leaves only some of a pass's tokens in the cache."""
 
     def in_use(self) -> AbstractContextManager[None]:
         """Keep other threads from using the cache inside the context."""
@@ -98,11 +104,9 @@ class Session:
         self.decoder, self.evicting, self.users, self.active = model.base_model, evicting, 0, True
         self.original_forward: Callable[..., Any] = self.decoder.forward
         functools.update_wrapper(self, self.original_forward, updated=())  # some callers read a forward's signature
-        modules = attention_modules(model)
-        views = {id(m.config): PassConfig(m.config, self.decoder) for m in modules}
-        self.model, self.key_modules, self.handles = model, key_modules(model), register_key_hooks(model, self.on_keys)
-        self.patches = [InstancePatch(module, "config", views[id(module.config)]) for module in modules]
-        self.patches += [InstancePatch(self.decoder, _SESSION, self), InstancePatch(self.decoder, "forward", self)]
+        self.model = model
+        self._patch_layers()
+        self.patches = [InstancePatch(self.decoder, _SESSION, self), InstancePatch(self.decoder, "forward", self)]
         wrappers = {
             "_prepare_cache_for_generation": prepare_cache,
             "generate": generate,
@@ -117,26 +121,60 @@ class Session:
     def undo(self) -> None:
         """Restore the model."""
         self.active = False
-        for handle in self.handles:
-            handle.remove()
+        self._restore_layers()
         for patch in reversed(self.patches):
             patch.undo()
 
-    def follow_key_modules(self) -> None:
-        """Read keys where the model computes them now: an adapter may have taken the place of a projection."""
-        here = key_modules(self.model)
-        if all(module is before for module, before in zip(here, self.key_modules, strict=True)):
+    def _patch_layers(self) -> None:
+        """Let each layer's attention follow the pass of its thread, and read its pre-RoPE keys.
+
+        Raises:
+            SmartKVError: an attention module is hidden in a module around it.
+        """
+        modules = attention_modules(self.model)
+        for layer, module in enumerate(modules):
+            if "config" not in module.__dict__:
+                raise SmartKVError(
+                    f"the attention of layer {layer} is inside a {type(module).__name__}, into which a cache does not "
+                    "look: use the model without this wrapper (peft: leave attention out of modules_to_save)"
+                )
+        views = {id(m.config): PassConfig(m.config, self.decoder) for m in modules}
+        self.modules = [*modules, *key_modules(self.model)]
+        self.handles = register_key_hooks(self.model, self.on_keys)
+        self.layer_patches = [InstancePatch(module, "config", views[id(module.config)]) for module in modules]
+
+    def _restore_layers(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for patch in reversed(self.layer_patches):
+            patch.undo()
+
+    def follow_layers(self) -> None:
+        """Patch the layers that the model has now: an adapter or another layer may have taken the place of one."""
+        here = [*attention_modules(self.model), *key_modules(self.model)]
+        if len(here) == len(self.modules) and all(map(operator.is_, here, self.modules)):
             return
         with _lock:
-            for handle in self.handles:
-                handle.remove()
-            self.key_modules, self.handles = here, register_key_hooks(self.model, self.on_keys)
+            self._restore_layers()
+            self._patch_layers()
 
     def on_keys(self, module: nn.Module, keys: Tensor) -> None:
         """Keep a layer's pre-RoPE keys for its attention, during a pass of this thread through this decoder."""
         forward_pass = current_pass()
         if forward_pass is not None and forward_pass.decoder is self.decoder:
             forward_pass.keys[module] = keys
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({name: deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise SmartKVError(
+            "a model cannot be pickled while a cache is attached to it: call cache.detach() first, "
+            "or write it with model.save_pretrained"
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder, through its evicting cache if it was given one."""
@@ -163,17 +201,19 @@ class Session:
         """Run the decoder on an evicting cache."""
         inputs = tokens_of(kwargs)
         check_options(self.decoder, kwargs, cache)
-        with _used(self), cache.in_use(), uncompiled(), torch.inference_mode(False), torch.no_grad():
-            # the cache may be changed later outside `torch.inference_mode`, so its tensors are not created in it
+        with _used(self), cache.in_use(), uncompiled():
             cache.check_call(self.decoder, inputs.shape[1])
-            self.follow_key_modules()
             real = cache.seen_tokens.check_mask(kwargs.get("attention_mask"), inputs)
-            kwargs["attention_mask"] = _no_mask(inputs)  # `real` holds its content
-            output = self._run(cache, kwargs, inputs, real)
+            with cache.interruption_noted():
+                self.follow_layers()
+                kwargs["attention_mask"] = _no_mask(inputs)  # `real` holds its content
+                # the cache may be changed later outside `torch.inference_mode`, so its tensors are not created in it
+                with torch.inference_mode(False), torch.no_grad():
+                    output = self._attend(cache, kwargs, inputs, real)
         return refuse_gradients(output, self.decoder, inputs, type(cache).__name__)
 
-    def _run(self, cache: EvictingCache, kwargs: dict[str, Any], inputs: Tensor, real: Tensor | None) -> Any:
-        """Run a forward pass some tokens at a time, and join the outputs."""
+    def _attend(self, cache: EvictingCache, kwargs: dict[str, Any], inputs: Tensor, real: Tensor | None) -> Any:
+        """Run a forward pass in which the cache attends, some tokens at a time, and join the outputs."""
         forward_pass = ForwardPass(self.decoder, cache)
         tokens, chunk, outputs = inputs.shape[1], cache.chunk_of_call(inputs.shape[1]), []
         for start in range(0, tokens, chunk):
@@ -184,8 +224,14 @@ class Session:
             own = None if real is None else real[:, start : start + chunk]
             forward_pass.real = None if own is None or bool(own.all()) else own
             cache.seen_tokens.append(inputs[:, start : start + chunk], forward_pass.real)
+            forward_pass.attended.clear()
             with in_pass(forward_pass):
                 outputs.append(self.original_forward(**here))
+            if missing := sorted(set(range(len(self.layer_patches))) - forward_pass.attended):
+                raise SmartKVError(
+                    f"the attention of layers {format_layers(missing)} did not go through the {type(cache).__name__}: "
+                    "something replaced it in the model's layers; call cache.reset(), and use the model without that"
+                )
         return outputs[0] if len(outputs) == 1 else _join(outputs)
 
 

@@ -25,7 +25,7 @@ class RefuseBackward(torch.autograd.Function):
             SmartKVError: always.
         """
         raise SmartKVError(
-            f"no gradient flows through a {ctx.cache}: compute a loss without a cache "
+            f"no gradient flows through the {ctx.cache}: compute a loss without a cache "
             "(training with evicted keys is in docs/eviction_tuning.md)"
         )
 

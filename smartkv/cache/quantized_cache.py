@@ -82,6 +82,11 @@ class QuantizedLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.dtype != key_states.dtype or len(self.keys) != len(key_states):
+            raise SmartKVError(
+                f"the cache holds {len(self.keys)} rows in {self.dtype}, "
+                f"the model was given {len(key_states)} rows and computes in {key_states.dtype}"
+            )
         if self.residual:
             self._encode(self.residual)
         self.keys = torch.cat([self.keys, key_states.detach()], dim=2)
@@ -164,6 +169,8 @@ class QuantizedLayer(CacheLayerMixin):
         Raises:
             SmartKVError: encoded tokens would have to be dropped, of a codec that keeps the latest tokens exact.
         """
+        if not isinstance(tokens, int):
+            raise SmartKVError(f"crop takes a number of tokens, minus how many to drop, got {tokens!r}")
         held = self.get_seq_length()
         keep = min(held, tokens) if tokens > 0 else max(0, held + tokens)
         if keep == held:

@@ -3,6 +3,7 @@
 A cache cannot go back. So a mask or a prompt that tells another past than the cache has seen is refused.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -108,31 +109,35 @@ class SeenTokens:
             )
         return None if all_real else real
 
-    def check_prompt(self, ids: Tensor | None, prompt: int, whole: bool) -> None:
-        """Check the prompt of `generate`, before any token is computed.
+    def check_prompt(self, prompt: Tensor, embed: Callable[[Tensor], Tensor]) -> None:
+        """Check the whole conversation that `generate` was given, before any token is computed.
 
         Args:
-            ids: of the prompt, `[batch, tokens]`; None: embeddings were given.
-            prompt: number of tokens of the prompt.
-            whole: whether the prompt is the whole conversation; else only what comes after the tokens in the cache.
+            prompt: ids `[batch, tokens]`, or embeddings `[batch, tokens, hidden]`.
+            embed: the model's embedding of ids. Tokens that the cache was given as embeddings are not compared.
 
         Raises:
             SmartKVError: the prompt is no longer than what the cache holds, or has another beginning.
         """
-        held = self.ids.shape[1]
-        if not held or not whole:
+        held, tokens = self.ids.shape[1], prompt.shape[1]
+        if not held:
             return
         advice = (
             "give the whole conversation, which begins with the tokens in the cache, "
             "or call cache.reset() before another prompt"
         )
-        if prompt <= held:
-            raise SmartKVError(f"the cache holds {held} tokens already, and the prompt has {prompt}: {advice}")
-        if ids is None or self._rows % len(ids):
+        if tokens <= held:
+            raise SmartKVError(f"the cache holds {held} tokens already, and the prompt has {tokens}: {advice}")
+        if self._rows % len(prompt):
             return
-        mine = self.ids
-        begin = ids[:, :held].to(mine.device).repeat_interleave(self._rows // len(ids), dim=0)
-        differs = ((begin != mine) & (mine >= 0)).any(dim=0)
+        mine, known = self.ids, self.ids >= 0
+        begin = prompt[:, :held].to(mine.device).repeat_interleave(self._rows // len(prompt), dim=0)
+        if begin.dim() == 2:
+            differs = begin != mine
+        else:
+            with torch.no_grad():
+                differs = (embed(mine.clamp(min=0)).to(begin.device) != begin).any(dim=-1)
+        differs = (differs & known).any(dim=0)
         if bool(differs.any()):
             raise SmartKVError(
                 f"the cache holds {held} tokens of another text: the prompt differs from token "

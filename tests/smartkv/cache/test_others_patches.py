@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,19 @@ from torch import Tensor
 
 from smartkv.cache.adaptive_cache import AdaptiveCache
 from smartkv.cache.lifespan_cache import LifespanCache
+from smartkv.cache.quantized_cache import QuantizedCache
+from smartkv.errors import SmartKVError
 from tests.models import token_ids
 from tests.smartkv.cache.fixtures import GATED, MODELS, Recording, random_gates, recent, state
 
 IDS = token_ids(12).clamp(min=1)[None]
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def fresh() -> Any:
+    """A copy of a model to which no cache is attached."""
+    gc.collect()
+    return copy.deepcopy(MODELS["llama"])
 
 
 class Calls(ModelHook):
@@ -74,7 +83,7 @@ PLACES: list[tuple[Callable[[Any], Any], str]] = [
 @pytest.mark.parametrize("place", range(len(PLACES)), ids=[f"{name}{i}" for i, (_, name) in enumerate(PLACES)])
 @pytest.mark.parametrize("when", ["before", "while", "while, and taken off after", "between two"])
 def test_a_patch_stays_and_works(place: int, when: str) -> None:
-    model = copy.deepcopy(MODELS["llama"])
+    model = fresh()
     want = model(IDS).logits, cached(model), generated(model)
     gc.collect()
     first = None if when == "before" else LifespanCache(model, None, recent(3))
@@ -99,7 +108,7 @@ def test_a_patch_stays_and_works(place: int, when: str) -> None:
 
 @pytest.mark.parametrize("when", ["before", "while"])
 def test_an_accelerate_hook_on_the_decoder_stays_and_can_be_removed(when: str) -> None:
-    model = copy.deepcopy(MODELS["llama"])
+    model = fresh()
     want, want_cached, clean = model(IDS).logits, cached(model), state(model)
     gc.collect()
     cache = None if when == "before" else LifespanCache(model, None, recent(3))
@@ -118,7 +127,7 @@ def test_an_accelerate_hook_on_the_decoder_stays_and_can_be_removed(when: str) -
 
 
 def test_a_config_that_is_replaced_while_a_cache_lives_stays() -> None:
-    model = copy.deepcopy(MODELS["llama"])
+    model = fresh()
     cache = LifespanCache(model, None, recent(3))
     mine = copy.deepcopy(model.config)
     model.model.layers[0].self_attn.config = mine
@@ -131,7 +140,7 @@ def test_a_config_that_is_replaced_while_a_cache_lives_stays() -> None:
 def test_an_adapter_that_is_added_while_a_cache_lives_is_read_by_the_gates() -> None:
     decided = []
     for cache_first in (False, True):
-        model = copy.deepcopy(MODELS["llama"])
+        model = fresh()
         keep = LifespanCache(model, None, recent(3)) if cache_first else None
         torch.manual_seed(0)
         get_peft_model(model, LoraConfig(r=4, target_modules=["k_proj"], init_lora_weights=False)).eval()
@@ -143,3 +152,55 @@ def test_an_adapter_that_is_added_while_a_cache_lives_is_read_by_the_gates() -> 
     MODELS["llama"](IDS, past_key_values=plain)
     assert torch.equal(*decided)
     assert not torch.equal(decided[0], torch.cat([ttl for layer in plain.decided.values() for ttl in layer]))
+
+
+LIVE: dict[str, Callable[[Any], Any]] = {
+    "lifespan": lambda model: LifespanCache(model, policy="full"),
+    "adaptive": AdaptiveCache,
+    "quantized": lambda model: QuantizedCache(model, "fp16"),
+}
+
+
+@pytest.mark.parametrize("part", ["layer", "attention"])
+@pytest.mark.parametrize("name", LIVE)
+def test_a_layer_that_is_replaced_while_caches_live_attends_through_them(name: str, part: str) -> None:
+    model = fresh()
+    cache, layer = LIVE[name](model), model.model.layers[0]
+    if part == "layer":
+        model.model.layers[0] = copy.deepcopy(layer)
+    else:
+        layer.self_attn = copy.deepcopy(layer.self_attn)
+    with torch.no_grad():
+        for each in (cache, LIVE[name](model)):
+            got = [model(ids, past_key_values=each).logits for ids in IDS.split(7, dim=1)]
+            assert torch.allclose(torch.cat(got, dim=1), model(IDS).logits, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["lifespan", "adaptive"])
+def test_attention_that_is_hidden_in_another_module_is_refused(name: str) -> None:
+    model = fresh()
+    get_peft_model(model, LoraConfig(r=4, target_modules=["up_proj"], modules_to_save=["self_attn"]))
+    with pytest.raises(SmartKVError, match=r"layer 0 is inside a .*modules_to_save"):
+        LIVE[name](model)
+    assert not hasattr(model.model, "_smartkv_session")
+
+
+def test_attention_that_does_not_reach_the_cache_is_never_silent() -> None:
+    model = fresh()
+    cache, attention = LifespanCache(model, policy="full"), model.model.layers[1].self_attn
+    attention.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(SmartKVError, match="attention of layers 1 did not go through the LifespanCache"):
+        model(IDS, past_key_values=cache)
+    with pytest.raises(SmartKVError, match="interrupted"):
+        model(IDS, past_key_values=cache)
+
+
+def test_pickling_a_patched_model_or_a_cache_says_what_to_do_and_copying_works() -> None:
+    model = fresh()
+    want = model(IDS).logits
+    with LifespanCache(model, policy="full") as cache:
+        for thing, advice in ((model, "detach"), (cache, "save_cache")):
+            with pytest.raises(SmartKVError, match=advice):
+                pickle.dumps(thing)
+        assert torch.equal(copy.deepcopy(model)(IDS).logits, want)
+    assert pickle.loads(pickle.dumps(model))(IDS).logits.equal(want)

@@ -174,6 +174,15 @@ def test_embeddings_that_are_no_longer_than_the_cache_are_refused(cache: Attache
     )
 
 
+def test_embeddings_are_compared_with_the_ids_that_the_cache_holds(cache: AttachedCache) -> None:
+    embed = MODEL.get_input_embeddings()
+    first = generate(IDS[:1], cache)
+    other = token_ids(20, 5).clamp(min=1)[None]
+    call: dict[str, Any] = {"past_key_values": cache, **GREEDY}
+    refused_before(cache, "another text", lambda: MODEL.generate(inputs_embeds=embed(other), **call))
+    MODEL.generate(inputs_embeds=embed(torch.cat([first, IDS[1:]], dim=1)), **call)
+
+
 def test_several_answers_to_one_prompt_are_compared_with_it(cache: AttachedCache) -> None:
     first = generate(IDS[:1], cache, do_sample=True, num_return_sequences=3)
     assert cache.seen_tokens.ids.shape == (3, 11)
