@@ -75,12 +75,7 @@ class Calibration:
         """
         architecture, bank = check_model(model), resolve_gates(model, gates)
         ids = _check_windows(windows, language_model(model).config.vocab_size)
-        tokens = len(ids[0]) if ids else 0
-        if tokens - 1 <= check_first_query(first_query):
-            raise SmartKVError(
-                f"calibration needs windows of more than {first_query + 1} tokens, "
-                f"got {f'windows of {tokens}' if ids else 'none'}"
-            )
+        tokens = _check_counted([len(window) for window in ids], first_query)
         if tokens > architecture.max_positions:
             raise SmartKVError(
                 f"windows of {tokens} tokens are longer than the model's {architecture.max_positions} positions: "
@@ -92,7 +87,12 @@ class Calibration:
 
     @classmethod
     def without_gates(cls, layers: int, tokens: int, first_query: int = 0) -> "Calibration":
-        """Return a calibration for policies without gates, which keep the same in every window of `tokens`."""
+        """Return a calibration for policies without gates, which keep the same in every window of `tokens`.
+
+        Raises:
+            SmartKVError: no query that counts.
+        """
+        _check_counted([tokens], first_query)
         return cls({}, layers, tokens, first_query, tokens - 1)
 
     @classmethod
@@ -104,11 +104,16 @@ class Calibration:
             gates: the model's gates.
             keys: of each window, of each layer `[1, kv_heads, tokens, head_dim]`.
             first_query: as in `measure`.
+
+        Raises:
+            SmartKVError: something else than gates, no window, or no query that counts.
         """
+        if not isinstance(gates, GateBank):
+            raise SmartKVError(f"gates must be a GateBank here, got {describe(gates)}: give their name to `measure`")
+        tokens = _check_counted([window[0].shape[2] for window in keys], first_query)
         predictions = {
             layer: torch.cat([gates.score(layer, window[layer]).cpu() for window in keys]) for layer in gates.layers
         }
-        tokens = keys[0][0].shape[2]
         return cls(predictions, gates.fingerprint.layers, tokens, first_query, tokens - 1, gates.ages)
 
     def footprint(self, policy: HybridPolicy | str | Path) -> float:
@@ -143,6 +148,15 @@ class Calibration:
     def _queries(self, born: Tensor, end: Tensor) -> Tensor:
         """Return the number of counted queries in `[born, end)`."""
         return (end - born.clamp(min=self.first_query)).clamp(min=0)
+
+
+def _check_counted(lengths: list[int], first_query: int) -> int:
+    """Return the length of windows, in tokens, after checking that a query of them counts."""
+    check_first_query(first_query)
+    if not lengths or lengths[0] - 1 <= first_query:
+        got = f"windows of {lengths[0]}" if lengths else "none"
+        raise SmartKVError(f"calibration needs windows of more than {first_query + 1} tokens, got {got}")
+    return lengths[0]
 
 
 def _check_windows(windows: Any, vocabulary: int) -> list[Tensor]:

@@ -72,6 +72,20 @@ def test_other_arguments_of_a_calibration_are_refused_too(arguments: dict[str, A
         Calibration.measure(**{"model": MODEL, "gates": GATES, "windows": [IDS]} | arguments)
 
 
+def test_a_calibration_of_keys_or_of_no_gates_needs_a_query_that_counts() -> None:
+    keys = [[torch.zeros(1, 2, 9, 8)] * 2]
+    for wrong in (
+        lambda: Calibration.of(GATES, []),
+        lambda: Calibration.of(GATES, keys, 8),
+        lambda: Calibration.without_gates(2, 9, 8),
+        lambda: Calibration.without_gates(2, 0),
+    ):
+        with pytest.raises(SmartKVError, match="calibration needs windows of more than"):
+            wrong()
+    with pytest.raises(SmartKVError, match="gates must be a GateBank here, got 'gates'"):
+        Calibration.of("gates", keys)  # type: ignore[arg-type]
+
+
 def test_a_calibration_takes_gates_of_a_folder_and_windows_in_one_tensor(tmp_path: Path) -> None:
     GATES.save_pretrained(tmp_path)
     windows = torch.stack([IDS, IDS.flip(0)])
