@@ -161,6 +161,10 @@ def test_the_latest_exact_tokens_can_be_cropped_and_no_others() -> None:
         fed(model, ids, cache, 4)
         cache.crop(TOKENS - 3)
         assert cache.get_seq_length() == TOKENS - 3
+        for layer in cache.storage:
+            key, value = layer.read()
+            assert key.shape == value.shape and key.shape[2] == TOKENS - 3
+            assert layer.importance is None or layer.importance.shape[2] == layer.keys.shape[2]
         with pytest.raises(SmartKVError, match="encoded"):
             cache.crop(4)
 
@@ -173,7 +177,7 @@ CROPPED: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", CROPPED)
-@pytest.mark.parametrize(("crop", "left"), [(0, 10), (-3, 7), (-10, 0), (-99, 0), (6, 6), (99, 10)])
+@pytest.mark.parametrize(("crop", "left"), [(0, 10), (-3, 7), (-10, 0), (-99, 0), (1, 1), (6, 6), (99, 10)])
 def test_crop_means_what_it_means_in_transformers(name: str, crop: int, left: int) -> None:
     """0 drops nothing and −n drops the last n tokens, as transformers calls it; n keeps n, as transformers 5.2 did."""
     model, ids = MODELS["llama"], token_ids(14)[None]
