@@ -1,6 +1,7 @@
 """Saved caches continue bit for bit, and files that do not fit are refused."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,23 @@ def test_values_of_another_width_than_their_keys_are_refused(tmp_path: Path) -> 
     save_file(tensors, path, metadata={"smartkv_cache": json.dumps(header)})
     with pytest.raises(SmartKVError, match="layer 0 do not fit together"):
         load_cache(path, MODELS["llama"])
+
+
+def test_a_centre_of_packed_keys_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    model, path = MODELS["llama"], tmp_path / "c.safetensors"
+    cache = LifespanCache(model, None, recent(9), bits=8)
+    model(token_ids(20)[None], past_key_values=cache)
+    save_cache(cache, path)
+    tensors, header = load_file(path), header_of(path)
+    tensors["0.centre"] = tensors["0.centre"][:-1].clone()
+    save_file(tensors, path, metadata={"smartkv_cache": json.dumps(header)})
+    with pytest.raises(SmartKVError, match="centre of layer 0 does not fit"):
+        load_cache(path, model)
+
+
+def test_a_file_names_its_gates_by_16_hex_digits(tmp_path: Path) -> None:
+    path = saved(tmp_path, MODELS["llama"], gates_of(MODELS["llama"]))
+    assert re.fullmatch("[0-9a-f]{16}", header_of(path)["gates"])
 
 
 def test_the_file_holds_the_live_keys_and_little_else(tmp_path: Path) -> None:
