@@ -59,8 +59,8 @@ def prepare(package: str) -> Path:
     folder = FOLDER / package
     folder.mkdir(parents=True, exist_ok=True)
     for name in NEEDED:
-        if not (folder / name).is_symlink():
-            (folder / name).symlink_to(ROOT / name, target_is_directory=True)
+        (folder / name).unlink(missing_ok=True)  # the folder may have been copied from another checkout
+        (folder / name).symlink_to(ROOT / name, target_is_directory=True)
     (folder / "conftest.py").write_text((ROOT / "scripts" / "mutation_conftest.py").read_text())
     (folder / "pyproject.toml").write_text(settings(package))
     return folder

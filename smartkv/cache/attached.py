@@ -39,9 +39,10 @@ class AttachedCache(Cache, ABC):
         SmartKVError: a chunk that is no number of tokens, or a family that is not supported.
     """
 
+    attached = False
     interrupted = False
 
-    def __init__(self, model: PreTrainedModel, layers: list[Any], chunk: int = 1024) -> None:
+    def __init__(self, model: PreTrainedModel, layers: list[Any], chunk: int) -> None:
         if type(chunk) is not int or chunk < 1:
             raise SmartKVError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
         super().__init__(layers=layers)
@@ -54,19 +55,21 @@ class AttachedCache(Cache, ABC):
     # -- attach and detach --------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Patch the model, so that it takes this cache. The constructor does it."""
+        """Patch the model, so that it takes this cache. The constructor does it. A second call does nothing."""
+        if self.attached:
+            return
         self._undo = patch_model(self.model, AttachedCache)
         self._finalizer = weakref.finalize(self, self._undo)
         self.attached = True
 
     def detach(self) -> None:
         """Restore the model, unless other caches are attached to it. Stored keys stay. A second call does nothing."""
-        self.attached = False
-        self._finalizer()
+        if self.attached:  # else there is nothing to undo, or this is a copy of a detached cache
+            self.attached = False
+            self._finalizer()
 
     def __enter__(self) -> Self:
-        if not self.attached:
-            self.attach()
+        self.attach()
         return self
 
     def __exit__(

@@ -204,7 +204,9 @@ class LifespanCache(CacheUsage, AttachedCache):
 
     @_outside_autograd
     def select_rows(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, int64 `[rows]`, which may repeat."""
+        """Keep these rows of the batch, int64 `[rows]`, which may repeat. A cache without tokens has no rows yet."""
+        if not self._rows:
+            return
         self.settle()
         self.seen_tokens.select(rows)
         for storage in self.storage:
@@ -217,7 +219,8 @@ class LifespanCache(CacheUsage, AttachedCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch: indices int64 `[rows]`, or a mask bool `[batch]`."""
-        self.select_rows(torch.arange(self._rows, device=indices.device)[indices])
+        if self._rows:
+            self.select_rows(torch.arange(self._rows, device=indices.device)[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""

@@ -141,23 +141,24 @@ class QuantizedLayer(CacheLayerMixin):
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, int64 `[rows]`, which may repeat."""
-        if not self.is_initialized:
-            return
         self.parts = {name: tensor.index_select(0, rows) for name, tensor in self.parts.items()}
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
         self.importance = None if self.importance is None else self.importance.index_select(0, rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows that beam search goes on with, int64 `[rows]`."""
-        self.select(beam_idx.to(self.device))
+        if self.is_initialized:  # else it has no rows yet
+            self.select(beam_idx.to(self.device))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch: indices int64 `[rows]`, or a mask bool `[batch]`."""
-        self.select(torch.arange(len(self.keys), device=self.device)[indices.to(self.device)])
+        if self.is_initialized:
+            self.select(torch.arange(len(self.keys), device=self.device)[indices.to(self.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
-        self.select(torch.arange(len(self.keys), device=self.device).repeat_interleave(repeats))
+        if self.is_initialized:
+            self.select(torch.arange(len(self.keys), device=self.device).repeat_interleave(repeats))
 
     def crop(self, tokens: int) -> None:
         """Drop the latest tokens.

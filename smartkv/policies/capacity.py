@@ -61,8 +61,8 @@ class Cap:
             order = score.reshape(position.shape).argsort(dim=1, descending=True, stable=True)
         rank = ((expiry << 31) + position.clamp(min=0)).masked_fill(~counts, -1)
         order = order.gather(1, rank.gather(1, order).argsort(dim=1, descending=True, stable=True))
-        # index of the query from which on a key is past its window: −1 before `start`, `steps` after all queries
-        entry = (position + self.window - start).clamp(-1, steps).masked_fill(~counts, steps).gather(1, order)
+        # index of the query from which on a key is past its window, `steps` for what is no key that counts
+        entry = (position + self.window - start).masked_fill(~counts, steps).gather(1, order)
         best, rest = entry[:, : self.room], entry[:, self.room :]  # only the rest can be outranked by `room` keys
         if not rest.shape[1]:
             return expiry.view(shape)

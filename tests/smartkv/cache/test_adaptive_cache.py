@@ -1,13 +1,14 @@
 """AdaptiveCache: importance by attention or by gates, the budget, and what it refuses."""
 
 import gc
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from smartkv.cache.adaptive_cache import AdaptiveCache
+from smartkv.cache.adaptive_cache import AdaptiveCache, importance_by
 from smartkv.cache.ragged import storage_bytes
 from smartkv.errors import SmartKVError
 from smartkv.models.observation import observe_attention
@@ -90,3 +91,11 @@ def test_gates_of_another_model_or_device_or_lacking_a_layer_are_refused() -> No
     ):
         with pytest.raises(SmartKVError, match=message):
             AdaptiveCache(model, gates)
+
+
+@pytest.mark.parametrize(("target", "base"), [("log4 lifespan", 4.0), ("log future attention", math.e)])
+def test_importance_by_gates_is_in_the_unit_of_their_target(target: str, base: float) -> None:
+    gates = random_gates(MODELS["llama"])
+    gates.details["target"] = target
+    keys = torch.randn(1, 2, 6, gates.fingerprint.head_dim, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(importance_by(gates, 1, keys), base ** gates.score(1, keys))

@@ -161,3 +161,32 @@ def test_a_copy_goes_on_by_itself_with_the_same_model() -> None:
     del twin, fresh
     gc.collect()
     assert state(model) == before
+
+
+def test_a_copy_of_a_detached_cache_is_detached_and_can_be_attached() -> None:
+    model = MODELS["llama"]
+    before, cache = state(model), LifespanCache(model, None, recent(4))
+    cache.detach()
+    twin = copy.deepcopy(cache)
+    twin.detach()
+    assert not twin.attached and state(model) == before
+    with twin:
+        assert twin.attached and not cache.attached and state(model) != before
+    assert state(model) == before
+
+
+def test_attaching_and_detaching_twice_is_as_once() -> None:
+    model = MODELS["llama"]
+    before, cache = state(model), LifespanCache(model, None, recent(4))
+    cache.attach()
+    cache.detach()
+    cache.detach()
+    assert state(model) == before
+
+
+def test_detaching_a_copy_leaves_the_cache_attached() -> None:
+    model, ids = MODELS["llama"], token_ids(12)[None]
+    cache = LifespanCache(model, None, recent(4))
+    copy.deepcopy(cache).detach()
+    model(ids, past_key_values=cache)
+    assert cache.attached and cache.get_seq_length() == 12

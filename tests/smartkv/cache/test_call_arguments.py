@@ -9,6 +9,7 @@ import torch
 
 from smartkv.cache.adaptive_cache import AdaptiveCache
 from smartkv.cache.attached import AttachedCache
+from smartkv.cache.call_arguments import refuse_batches
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.errors import SmartKVError
 from tests.models import FAMILIES, llama, token_ids
@@ -82,3 +83,16 @@ def test_assisted_generation_goes_back_in_an_adaptive_cache(guess: dict[str, Any
     ids = IDS.repeat(1, 2)
     want = model.generate(ids, past_key_values=AdaptiveCache(model), **GREEDY)
     assert torch.equal(model.generate(ids, past_key_values=AdaptiveCache(model), **guess, **GREEDY), want)
+
+
+def test_whether_a_cache_can_go_back_is_asked_without_going_back() -> None:
+    model = MODELS["llama"]
+    cache = AdaptiveCache(model)
+    model(IDS, past_key_values=cache)
+    cache.check_can_go_back()
+    assert cache.get_seq_length() == IDS.shape[1]
+
+
+def test_batches_without_our_cache_are_generated_as_they_were_asked_for() -> None:
+    found = refuse_batches(lambda *args, **kwargs: (args, kwargs), AttachedCache, [1, 2], 3, max_new_tokens=4)
+    assert found == (([1, 2], 3), {"max_new_tokens": 4})

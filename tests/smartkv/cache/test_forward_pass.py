@@ -182,6 +182,10 @@ def test_the_view_of_a_config_is_the_config_but_for_the_attention_function() -> 
         assert view._attn_implementation == "eager"
         twin = copy.deepcopy(view)
         assert twin.note == 1 and twin.to_dict() == config.to_dict()
+        assert copy.copy(view).note == 1
+        other = copy.deepcopy(model)
+        other.config.note = 2
+        assert other.model.layers[0].self_attn.config.note == 2 and view.note == 1
     assert attention.config is config
 
 

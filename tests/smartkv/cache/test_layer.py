@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from smartkv.cache.layer import Judge, LifespanLayer
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.paged import MAX_SPARE
+from smartkv.cache.quantized_cache import QuantizedCache
 from smartkv.policies.hybrid import FOREVER, HybridPolicy, LayerRule
 from tests.models import FAMILIES, llama, token_ids
 from tests.smartkv.cache.fixtures import MODELS, Injected, fed, kv_heads, padding, random_ttl, recent, sliding
@@ -126,3 +128,14 @@ def test_attention_may_leave_its_output_in_another_order(monkeypatch: pytest.Mon
     turned = lambda *a, **k: plain(*a, **k).transpose(1, 2).contiguous().transpose(1, 2)  # noqa: E731
     monkeypatch.setattr(F, "scaled_dot_product_attention", turned)
     assert torch.equal(one_by_one(model, ttl, 8, 2, ids, real), expected)
+
+
+@pytest.mark.parametrize("make", [LifespanCache, lambda model, *_: QuantizedCache(model, "int8")])
+def test_a_layer_tells_transformers_that_it_sees_all_tokens_and_has_no_limit(make: Any) -> None:
+    """A number of new tokens today; their positions in transformers 5.2, which also had another name for the limit."""
+    model = MODELS["llama"]
+    cache = make(model, None, recent(2))
+    model(token_ids(5)[None], past_key_values=cache)
+    layer = cache.layers[0]
+    assert layer.get_mask_sizes(3) == layer.get_mask_sizes(torch.arange(5, 8)) == (8, 0)
+    assert layer.get_max_length() == layer.get_max_cache_shape() == -1

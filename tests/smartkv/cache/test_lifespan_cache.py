@@ -223,3 +223,20 @@ def test_a_mask_made_for_few_queries_at_a_time_hides_the_same_keys(side: str, mo
     masks = [visibility(layer, 5, 2, real) for layer in ttl]
     got = fed(model, cache, ids, real, [])
     torch.testing.assert_close(got[real], masked_logits(model, ids, masks, real)[real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("ages", [None, (), (4, 9, 20)], ids=["no gates", "a price", "ages"])
+def test_heads_that_share_a_cap_keep_to_it_whatever_ranks_their_keys(ages: tuple[int, ...] | None) -> None:
+    model = MODELS["llama"]
+    rule = LayerRule("all", "window", 3) if ages is None else LayerRule("all", "gated", 3)
+    policy = HybridPolicy((rule,), sinks=1, price=None if ages is None else 0.0, max_tokens=12, max_tokens_per="layer")
+    torch.manual_seed(2)
+    details = {"ages": ages} if ages else {}
+    gates = None if ages is None else GateBank(Fingerprint.of(model), outputs=len(ages) or 1, details=details)
+    parts = []
+    for cuts in ([], list(range(15, 40))):
+        cache = LifespanCache(model, gates, policy, chunk=8)
+        parts.append(fed(model, cache, token_ids(40)[None], torch.ones(1, 40, dtype=torch.bool), cuts))
+        cache.settle()
+        assert int(cache.live_keys.sum(dim=2).max()) <= 12
+    torch.testing.assert_close(parts[0], parts[1], atol=1e-4, rtol=0)

@@ -11,12 +11,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from smartkv.cache.adaptive_cache import AdaptiveCache
+from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.quantized_cache import QuantizedCache
 from smartkv.cache.ragged import storage_bytes
 from smartkv.errors import SmartKVError
 from smartkv.quantization.codecs import Codec, Half, Kivi, Uniform
 from tests.models import FAMILIES, llama, token_ids
-from tests.smartkv.cache.fixtures import random_gates
+from tests.smartkv.cache.fixtures import random_gates, recent
 from tests.smartkv.cache.quantized_fixtures import ADAPTIVE, MODELS, TOKENS, fed
 
 CODECS: dict[str, tuple[Codec, int]] = {
@@ -166,6 +167,38 @@ def test_a_row_with_padding_has_the_logits_of_the_row_alone(name: str) -> None:
     assert torch.allclose(found[0, 5:], alone[0], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("choose", "rows"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 1, 0])), [1, 1, 0]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([False, True, True])), [1, 2]),
+    ],
+)
+@pytest.mark.parametrize("make", [lambda model: QuantizedCache(model, Kivi(4, 4, group=4), 8), AdaptiveCache])
+def test_rows_that_are_chosen_go_on_as_they_would_have(make: Any, choose: Any, rows: list[int]) -> None:
+    model, ids, more = MODELS["llama"], token_ids(60).view(3, 20), token_ids(18, 1).view(3, 6)
+    cache, whole = make(model), make(model)
+    for each in (cache, whole):
+        fed(model, ids, each, 4)
+    choose(cache)
+    torch.testing.assert_close(fed(model, more[rows], cache), fed(model, more, whole)[rows], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda model: QuantizedCache(model, "int8"), AdaptiveCache, lambda model: LifespanCache(model, None, recent(4))],
+)
+def test_a_cache_without_tokens_has_no_rows_to_choose(make: Any) -> None:
+    cache = make(MODELS["llama"])
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0]))
+    fed(MODELS["llama"], token_ids(6).view(3, 2), cache, 2)
+    assert cache.get_seq_length() == 2
+
+
 def test_the_latest_exact_tokens_can_be_cropped_and_no_others() -> None:
     model, ids = MODELS["llama"], token_ids(TOKENS)[None]
     for make in (lambda: QuantizedCache(model, Kivi(4, 4, group=4), 8), lambda: AdaptiveCache(model, None, ADAPTIVE)):
@@ -173,6 +206,10 @@ def test_the_latest_exact_tokens_can_be_cropped_and_no_others() -> None:
         fed(model, ids, cache, 4)
         cache.crop(TOKENS - 3)
         assert cache.get_seq_length() == TOKENS - 3
+        for layer in cache.storage:
+            key, value = layer.read()
+            assert key.shape == value.shape and key.shape[2] == TOKENS - 3
+            assert layer.importance is None or layer.importance.shape[2] == layer.keys.shape[2]
         with pytest.raises(SmartKVError, match="encoded"):
             cache.crop(4)
 
@@ -185,7 +222,7 @@ CROPPED: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", CROPPED)
-@pytest.mark.parametrize(("crop", "left"), [(0, 10), (-3, 7), (-10, 0), (-99, 0), (6, 6), (99, 10)])
+@pytest.mark.parametrize(("crop", "left"), [(0, 10), (-3, 7), (-10, 0), (-99, 0), (1, 1), (6, 6), (99, 10)])
 def test_crop_means_what_it_means_in_transformers(name: str, crop: int, left: int) -> None:
     """0 drops nothing and −n drops the last n tokens, as transformers calls it; n keeps n, as transformers 5.2 did."""
     model, ids = MODELS["llama"], token_ids(14)[None]

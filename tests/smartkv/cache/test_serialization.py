@@ -1,6 +1,7 @@
 """Saved caches continue bit for bit, and files that do not fit are refused."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,76 @@ def test_a_loaded_cache_goes_on_bit_for_bit(family: str, policy: HybridPolicy, t
     assert torch.equal(loaded.live_keys, cache.live_keys)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_keys_go_on_bit_for_bit(bits: int, tmp_path: Path) -> None:
+    model, prompt, more = MODELS["llama"], token_ids(30)[None], token_ids(25, 1)[None]
+    cache = LifespanCache(model, None, recent(9), bits=bits)
+    with torch.inference_mode():
+        model(prompt, past_key_values=cache)
+    save_cache(cache, tmp_path / "c.safetensors")
+    loaded = load_cache(tmp_path / "c.safetensors", model)
+    assert loaded.bits == bits and loaded.storage_bytes == cache.storage_bytes
+    assert torch.equal(go_on(model, loaded, more), go_on(model, cache, more))
+
+
+def padded(folder: Path) -> tuple[Path, LifespanCache]:
+    """The file of a cache of two rows, the first with 3 tokens of padding, and the cache."""
+    model, mask = MODELS["llama"], torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    cache = LifespanCache(model, None, recent(4))
+    model(token_ids(24).view(2, 12), attention_mask=mask, past_key_values=cache)
+    save_cache(cache, folder / "c.safetensors")
+    return folder / "c.safetensors", cache
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_loaded_cache_knows_which_tokens_were_padding(early: bool, tmp_path: Path) -> None:
+    """Also from a file of an early version, which has no ids of tokens."""
+    path, cache = padded(tmp_path)
+    if early:
+        tensors, header = load_file(path), header_of(path)
+        del tensors["tokens"]
+        save_file(tensors, path, metadata={"smartkv_cache": json.dumps(header | {"format_version": 2})})
+    loaded = load_cache(path, MODELS["llama"])
+    want = [[False] * 3 + [True] * 9, [True] * 12]
+    assert loaded.seen_tokens.real(12).tolist() == cache.seen_tokens.real(12).tolist() == want
+    with pytest.raises(SmartKVError, match="do not agree which of these are padding"):
+        loaded.seen_tokens.check_mask(torch.ones(2, 13), torch.zeros(2, 1))
+    if not early:
+        assert torch.equal(loaded.seen_tokens.ids, cache.seen_tokens.ids)
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    return json.loads(json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]["smartkv_cache"])
+
+
+def test_values_of_another_width_than_their_keys_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, MODELS["llama"])
+    tensors, header = load_file(path), header_of(path)
+    tensors["0.value"] = tensors["0.value"][:, :-1].clone()
+    save_file(tensors, path, metadata={"smartkv_cache": json.dumps(header)})
+    with pytest.raises(SmartKVError, match="layer 0 do not fit together"):
+        load_cache(path, MODELS["llama"])
+
+
+def test_a_centre_of_packed_keys_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    model, path = MODELS["llama"], tmp_path / "c.safetensors"
+    cache = LifespanCache(model, None, recent(9), bits=8)
+    model(token_ids(20)[None], past_key_values=cache)
+    save_cache(cache, path)
+    tensors, header = load_file(path), header_of(path)
+    tensors["0.centre"] = tensors["0.centre"][:-1].clone()
+    save_file(tensors, path, metadata={"smartkv_cache": json.dumps(header)})
+    with pytest.raises(SmartKVError, match="centre of layer 0 does not fit"):
+        load_cache(path, model)
+
+
+def test_a_file_names_its_gates_by_16_hex_digits(tmp_path: Path) -> None:
+    path = saved(tmp_path, MODELS["llama"], gates_of(MODELS["llama"]))
+    assert re.fullmatch("[0-9a-f]{16}", header_of(path)["gates"])
+
+
 def test_the_file_holds_the_live_keys_and_little_else(tmp_path: Path) -> None:
     model, cache = MODELS["llama"], LifespanCache(MODELS["llama"], None, recent(16))
     model(token_ids(200)[None], past_key_values=cache)
@@ -86,7 +157,7 @@ def test_missing_folders_of_a_path_are_made(tmp_path: Path) -> None:
 
 
 def test_keys_of_another_architecture_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(SmartKVError, match=r"gpt2.*llama"):
+    with pytest.raises(SmartKVError, match=r"(?s)c\.safetensors.*gpt2.*llama"):
         load_cache(saved(tmp_path, MODELS["gpt2"]), MODELS["llama"])
 
 
@@ -133,8 +204,7 @@ def test_a_safetensors_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
 def test_tensors_that_do_not_fit_together_are_refused(name: str, damage: str, tmp_path: Path) -> None:
     path = saved(tmp_path, MODELS["llama"])
     tensors = load_file(path)
-    length = int.from_bytes(path.read_bytes()[:8], "little")
-    metadata = json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]
+    metadata = {"smartkv_cache": json.dumps(header_of(path))}
     if damage == "missing":
         del tensors[name]
     else:

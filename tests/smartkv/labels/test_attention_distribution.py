@@ -73,6 +73,7 @@ def test_a_key_in_a_querys_future_is_no_pair() -> None:
     distribution.update(0, torch.tensor([[1.0, 0.0], [0.25, 0.75]])[None, None], sinks=1)
     summary = distribution.summary([])
     assert (summary["pairs"], summary["min"]) == (3, 0.25)
+    assert distribution.counts[0] == 0 and distribution.counts.min() == 0
     assert distribution.percentile(1) == pytest.approx(0.25, rel=1e-3)
 
 

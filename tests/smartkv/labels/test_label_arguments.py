@@ -14,11 +14,14 @@ from tests.models import llama, token_ids
     ("settings", "message"),
     [
         ({"thresholds": 0.05}, r"thresholds must be a tuple, got 0\.05: write thresholds=\(0\.05,\)"),
-        ({"thresholds": "0.05"}, r"thresholds must be a tuple, got '0\.05'"),
+        ({"thresholds": 0.2}, r"write thresholds=\(0\.2,\)"),
+        ({"thresholds": "0.2"}, r"thresholds must be a tuple, got '0\.2': write thresholds=\(0\.05,\)"),
         ({"thresholds": ("0.05",)}, "between 0 and 1"),
         ({"thresholds": (float("nan"),)}, "between 0 and 1"),
         ({"thresholds": (True,)}, "between 0 and 1"),
         ({"ages": 16}, r"ages must be a tuple, got 16: write ages=\(16,\)"),
+        ({"ages": 32}, r"write ages=\(32,\)"),
+        ({"ages": "32"}, r"write ages=\(16,\)"),
         ({"ages": (1.5,)}, "ages must be whole numbers of at least 1 token"),
         ({"follow_up": 12.5}, r"follow_up must be a whole number of at least 1 token, got 12\.5"),
         ({"follow_up": None}, "follow_up must be a whole number .*, got None"),
@@ -39,7 +42,7 @@ def test_settings_of_a_wrong_type_are_refused(settings: dict[str, Any], message:
         ([[1, 2], [3, 4]], r"got torch\.int64 \[2, 2\]: one window"),
         (torch.tensor(3), r"got torch\.int64 \[\]"),
         ([0.5, 1.5], r"got torch\.float32 \[2\]"),
-        ([True, False], r"got torch\.bool \[2\]"),
+        ([True, False], r"got torch\.bool \[2\]$"),
         ([None], "got a list"),
         (None, "got None"),
         ([1, 64], "ids from 0 to 63 of this model, got 1 to 64"),
@@ -57,3 +60,7 @@ def test_what_is_no_window_of_ids_is_refused(tokens: Any, message: str) -> None:
 def test_labels_without_a_spec_are_refused() -> None:
     with pytest.raises(SmartKVError, match=r"spec must be a LabelSpec, got 0\.05"):
         label_window(llama(), token_ids(8), 0.05)  # type: ignore[arg-type]
+
+
+def test_a_window_of_one_token_again_and_again_is_a_window() -> None:
+    assert label_window(llama(), [5, 5, 5], LabelSpec()).horizon.tolist() == [2, 1, 0]

@@ -10,7 +10,7 @@ from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.models.architecture import Fingerprint
-from smartkv.policies.budgets import Calibration, policy_of, price_curve, solve
+from smartkv.policies.budgets import Calibration, how_to_solve, policy_of, price_curve, solve
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from tests.models import llama, token_ids
 
@@ -208,6 +208,12 @@ def test_prices_are_remembered_for_what_can_be_kept_also_where_the_largest_share
     rules = (LayerRule("0", "window", 1), LayerRule("1", "gated", 1))
     footprints = [footprint for footprint, _ in price_curve(HybridPolicy(rules, sinks=1), random_calibration())]
     assert footprints and max(footprints) < 0.7
+
+
+def test_the_advice_is_the_call_that_solves() -> None:
+    assert how_to_solve().startswith("policy=solve(policy, 0.25, Calibration.measure(model, gates, windows)) ")
+    own = how_to_solve(0.5, policy="mine", gates="bank")
+    assert own.startswith("policy=solve(mine, 0.5, Calibration.measure(model, bank, windows)) ")
 
 
 def test_gates_with_one_price_give_it_and_gates_with_half_of_what_it_takes_are_refused() -> None:

@@ -58,6 +58,19 @@ def test_the_shortest_follow_up_and_age_are_1_token(tmp_path: Path) -> None:
     assert (spec.follow_up, spec.ages) == (1, (1,))
 
 
+def test_a_model_of_one_layer_with_one_head_is_a_model(tmp_path: Path) -> None:
+    fingerprint = write_tiny_shards(tmp_path, layers=1, kv_heads=1).fingerprint
+    assert (fingerprint.layers, fingerprint.kv_heads) == (1, 1)
+
+
+def test_equal_manifests_are_equal_bytes_in_any_order_of_arguments(shards: Manifest) -> None:
+    written = []
+    for arguments in ({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 3, "c": 2}, "a": 1}):
+        replace(shards, arguments=arguments).write()
+        written.append((shards.folder / "manifest.json").read_bytes())
+    assert written[0] == written[1]
+
+
 def test_an_entry_holds_the_files_size_and_digest(shard: Path) -> None:
     entry = shard_entry(shard, "train", 2, 32)
     assert entry.file == "shard.safetensors"
