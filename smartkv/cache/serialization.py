@@ -28,6 +28,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smartkv.cache.first_tokens import differing_layer
 from smartkv.cache.footprint_count import FootprintCount
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.ragged import Fields, Ragged
@@ -149,6 +150,11 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str |
             layer.set_sliding_window(header["sliding_window"][number])
             layer.columns = header["columns"]
         cache.seen_tokens.restore(_tokens(path, tokens, header["columns"], cache.storage[0].seen))
+        if (differs := differing_layer(cache)) is not None:
+            raise SmartKVError(
+                f"the keys in {path} were computed by other weights of the same architecture, or with another adapter: "
+                f"from layer {differs} on this model computes others"
+            )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise SmartKVError(f"{path} does not hold a whole cache ({type(error).__name__}: {error})") from error
     return cache

@@ -25,7 +25,7 @@ def weight_hash(projection: nn.Module) -> str:
     """
     while isinstance(inner := getattr(projection, "base_layer", None), nn.Module):  # an adapter of peft
         projection = inner
-    with weights_loaded(projection):
+    with torch.inference_mode(False), weights_loaded(projection):  # torchao's tensors cannot be read in that mode
         weight = getattr(projection, "weight", None)
         if isinstance(weight, Tensor) and weight.dtype in SIGNED and not hasattr(weight, "__tensor_flatten__"):
             if weight.is_meta:
