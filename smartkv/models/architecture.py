@@ -1,57 +1,20 @@
-"""The shape of a model's KV cache, the model's fingerprint, and the module that gives the pre-RoPE keys."""
+"""The shape of a model's KV cache, and the model's fingerprint."""
 
-from collections.abc import Callable
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import transformers
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smartkv.errors import SmartKVError
 from smartkv.io.checks import describe
+from smartkv.models.key_sites import KEY_SITES, refusal
 from smartkv.models.rotary import longest_sequence
 from smartkv.models.weight_hash import weight_hash
-from smartkv.models.wrappers import decoder_blocks, language_model
-
-
-@dataclass(frozen=True)
-class KeySite:
-    """The place in a model family's attention module where the key just before the rotary embedding is read.
-
-    Attributes:
-        module: Name of the submodule of the attention module whose output holds the key.
-        read: Function of (that output, the attention module) that returns keys `[batch, kv_heads, tokens, head_dim]`.
-        rotary: Whether the model applies a rotary embedding after this point.
-    """
-
-    module: str
-    read: Callable[[Tensor, nn.Module], Tensor]
-    rotary: bool = True
-
-
-def _read_projection(output: Tensor, attention: nn.Module) -> Tensor:
-    """Split the output of `k_proj`, `[batch, tokens, kv_heads · head_dim]`, into heads."""
-    return output.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-
-def _read_norm(output: Tensor, attention: nn.Module) -> Tensor:
-    """Transpose the output of Qwen3's `k_norm`, `[batch, tokens, kv_heads, head_dim]`."""
-    return output.transpose(1, 2)
-
-
-def _read_fused(output: Tensor, attention: nn.Module) -> Tensor:
-    """Take the key out of GPT-2's `c_attn`, query, key and value side by side: `[batch, tokens, 3 · hidden]`."""
-    return output.chunk(3, dim=-1)[1].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-
-KEY_SITES = {
-    "llama": KeySite("k_proj", _read_projection),
-    "mistral": KeySite("k_proj", _read_projection),
-    "qwen2": KeySite("k_proj", _read_projection),
-    "qwen3": KeySite("k_norm", _read_norm),
-    "gpt2": KeySite("c_attn", _read_fused, rotary=False),
-}
+from smartkv.models.wrappers import decoder_blocks, language_model, self_attention
 
 
 @dataclass(frozen=True)
@@ -79,16 +42,14 @@ class Architecture:
         """Read a transformers config.
 
         Raises:
-            SmartKVError: This is no config, or the model's family is not in `KEY_SITES`.
+            SmartKVError: This is no config, or the model cannot be served (see `refusal`).
         """
         if not isinstance(getattr(config, "model_type", None), str):
             raise SmartKVError(
                 f"expected the config of a transformers model, got {describe(config)}: give model.config"
             )
-        if config.model_type not in KEY_SITES:
-            raise SmartKVError(
-                f"model type '{config.model_type}' is not supported: expected one of {', '.join(sorted(KEY_SITES))}"
-            )
+        if reason := refusal(config):
+            raise SmartKVError(reason)
         query_heads = config.num_attention_heads
         return cls(
             model_type=config.model_type,
@@ -117,8 +78,8 @@ class Fingerprint:
         layers: Number of layers.
         kv_heads: KV heads of a layer.
         head_dim: Dimensions of a head.
-        weight_hash: 16 hexadecimal digits of a SHA-256 over layer 0's key projection (GPT-2: its fused projection of
-            query, key and value), see `smartkv.models.weight_hash`. Empty if its weights cannot be read.
+        weight_hash: 16 hexadecimal digits of a SHA-256 over layer 0's key projection (GPT-2 and Phi-3: their fused
+            projection of query, key and value), see `smartkv.models.weight_hash`. Empty if its weights cannot be read.
     """
 
     model_type: str
@@ -138,7 +99,7 @@ class Fingerprint:
             SmartKVError: This is no model, or its family is not supported.
         """
         arch, lm = check_model(model), language_model(model)
-        projection = getattr(attention_modules(lm)[0], "c_attn" if arch.model_type == "gpt2" else "k_proj", None)
+        projection = getattr(attention_modules(lm)[0], KEY_SITES[arch.model_type].projection, None)
         digest = "" if projection is None else weight_hash(projection)
         return cls(arch.model_type, arch.layers, arch.kv_heads, arch.head_dim, digest)
 
@@ -181,6 +142,17 @@ def check_model(model: Any) -> Architecture:
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the self-attention module of each layer, in order. `model` may be a wrapper (see `language_model`)."""
-    blocks = decoder_blocks(language_model(model))
-    return [block.attn if hasattr(block, "attn") else block.self_attn for block in blocks]  # GPT-2; the others
+    """Return the self-attention module of each layer, in order. `model` may be a wrapper (see `language_model`).
+
+    Raises:
+        SmartKVError: The modules compute attention by themselves, and would never call a registered function.
+    """
+    lm = language_model(model)
+    modules = [self_attention(block) for block in decoder_blocks(lm)]
+    if not hasattr(sys.modules[type(modules[0]).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        raise SmartKVError(
+            f"the {type(modules[0]).__name__} of this {lm.config.model_type} computes attention by itself, and not "
+            f"through transformers' attention functions: use the model's own classes of a newer transformers than "
+            f"{transformers.__version__}"
+        )
+    return modules
