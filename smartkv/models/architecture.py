@@ -1,6 +1,7 @@
 """The shape of a model's KV cache, and the model's fingerprint."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ class Architecture:
         kv_heads: KV heads of a layer.
         head_dim: Dimensions of a head.
         max_positions: Tokens of the longest sequence that the model was made for (see `longest_sequence`).
+        sliding_windows: The model's own window in each layer, in tokens, None where a layer sees everything. Empty
+            unless the model has both kinds of layers.
     """
 
     model_type: str
@@ -36,6 +39,7 @@ class Architecture:
     kv_heads: int
     head_dim: int
     max_positions: int
+    sliding_windows: tuple[int | None, ...] = ()
 
     @classmethod
     def of(cls, config: Any) -> "Architecture":
@@ -58,12 +62,40 @@ class Architecture:
             kv_heads=getattr(config, "num_key_value_heads", None) or query_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // query_heads,
             max_positions=longest_sequence(config),
+            sliding_windows=_sliding_windows(config),
         )
 
     @property
+    def gated_layers(self) -> list[int]:
+        """The layers whose keys gates judge: all, or those that see everything where the others slide."""
+        return gated_layers(self.layers, self.sliding_windows)
+
+    @property
     def gates(self) -> int:
-        """Number of gates: one for each KV head of each layer."""
-        return self.layers * self.kv_heads
+        """Number of gates: one for each KV head of each of the `gated_layers`."""
+        return len(self.gated_layers) * self.kv_heads
+
+    def keys_of_full_cache(self, tokens: int) -> int:
+        """Return how many keys a full cache holds after a sequence of `tokens`, over layers and KV heads."""
+        windows = self.sliding_windows or [None] * self.layers
+        return self.kv_heads * sum(min(tokens, own or tokens) for own in windows)
+
+
+def gated_layers(layers: int, sliding_windows: Sequence[int | None]) -> list[int]:
+    """Return the layers whose keys gates judge, ascending.
+
+    Args:
+        layers: Number of layers of the model.
+        sliding_windows: As in `Architecture`.
+    """
+    return [layer for layer in range(layers) if not sliding_windows or sliding_windows[layer] is None]
+
+
+def _sliding_windows(config: Any) -> tuple[int | None, ...]:
+    """Return `Architecture.sliding_windows` of a transformers config."""
+    kinds = (getattr(config, "layer_types", None) or [])[: config.num_hidden_layers]
+    window = config.sliding_window if getattr(config, "use_sliding_window", True) and len(set(kinds)) > 1 else None
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds) if window else ()
 
 
 @dataclass(frozen=True)

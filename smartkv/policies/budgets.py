@@ -6,7 +6,7 @@ of later layers differ a little from those of the full cache; what a cache reall
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -19,6 +19,7 @@ from smartkv.gates.bank import GateBank
 from smartkv.models.architecture import check_model
 from smartkv.models.key_hooks import read_keys
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
+from smartkv.policies.lifetimes import FOREVER
 
 STEPS = 32  # of bisection, more than float32 predictions can distinguish
 
@@ -34,6 +35,7 @@ class Calibration:
         tokens: length of a window.
         first_query, last: the footprint counts the queries `first_query ≤ i < last`.
         ages: in tokens, for which the gates judge; empty for gates that judge once and for all.
+        sliding_windows: of the model itself, as in `Architecture`.
     """
 
     predictions: dict[int, Tensor]
@@ -42,6 +44,7 @@ class Calibration:
     first_query: int
     last: int
     ages: tuple[int, ...] = ()
+    sliding_windows: Sequence[int | None] = ()
 
     @classmethod
     @torch.inference_mode()
@@ -66,30 +69,42 @@ class Calibration:
                 f"calibration needs windows of more than {first_query + 1} tokens, "
                 f"got {f'windows of {len(windows[0])}' if windows else 'none'}"
             )
+        architecture = check_model(model)
+        own = architecture.sliding_windows
         if gates is not None:
-            return cls.of(gates, [read_keys(model, ids) for ids in windows], first_query)
-        return cls.without_gates(check_model(model).layers, len(windows[0]), first_query)
+            return cls.of(gates, [read_keys(model, ids) for ids in windows], first_query, own)
+        return cls.without_gates(architecture.layers, len(windows[0]), first_query, own)
 
     @classmethod
-    def without_gates(cls, layers: int, tokens: int, first_query: int = 0) -> "Calibration":
+    def without_gates(
+        cls, layers: int, tokens: int, first_query: int = 0, sliding_windows: Sequence[int | None] = ()
+    ) -> "Calibration":
         """Return a calibration for policies without gates, which keep the same in every window of `tokens`."""
-        return cls({}, layers, tokens, first_query, tokens - 1)
+        return cls({}, layers, tokens, first_query, tokens - 1, sliding_windows=sliding_windows)
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, gates: GateBank, keys: list[list[Tensor]], first_query: int = 0) -> "Calibration":
+    def of(
+        cls,
+        gates: GateBank,
+        keys: list[list[Tensor]],
+        first_query: int = 0,
+        sliding_windows: Sequence[int | None] = (),
+    ) -> "Calibration":
         """Return a calibration from pre-RoPE keys that were read before.
 
         Args:
             gates: the model's gates.
             keys: of each window, of each layer `[1, kv_heads, tokens, head_dim]`.
             first_query: as in `measure`.
+            sliding_windows: of the model itself, as in `Architecture`.
         """
         predictions = {
             layer: torch.cat([gates.score(layer, window[layer]).cpu() for window in keys]) for layer in gates.layers
         }
         tokens = keys[0][0].shape[2]
-        return cls(predictions, gates.fingerprint.layers, tokens, first_query, tokens - 1, gates.ages)
+        layers, last = gates.fingerprint.layers, tokens - 1
+        return cls(predictions, layers, tokens, first_query, last, gates.ages, sliding_windows)
 
     def footprint(self, policy: HybridPolicy) -> float:
         """Return the share of the full cache's keys that the counted queries see, over layers, heads and windows.
@@ -97,18 +112,21 @@ class Calibration:
         Raises:
             SmartKVError: the policy gates a layer that has no predictions, or leaves its price open.
         """
-        shares = [self._layer(policy, rule, layer) for layer, rule in enumerate(policy.by_layer(self.layers))]
-        return sum(shares) / len(shares)
+        rules = policy.rules_for(self.layers, self.sliding_windows)
+        counts = [self._layer(policy, rule, layer) for layer, rule in enumerate(rules)]
+        return sum(visible for visible, _ in counts) / sum(full for _, full in counts)
 
-    def _layer(self, policy: HybridPolicy, rule: LayerRule, layer: int) -> float:
+    def _layer(self, policy: HybridPolicy, rule: LayerRule, layer: int) -> tuple[float, float]:
+        """Return the keys that the counted queries see in a layer, mean over heads and windows, and in a full cache."""
         position = torch.arange(self.tokens)
         if rule.rule == "gated" and layer not in self.predictions:
             raise SmartKVError(f"policy '{policy.name}' gates layer {layer}, but there are no gates for it")
         ttl = policy.times_to_live(rule, self.predictions.get(layer), self.ages)
-        lifetime = policy.lifetime(rule, ttl, position)
+        own = (self.sliding_windows[layer] if self.sliding_windows else None) or FOREVER
+        lifetime = policy.lifetime(rule, ttl, position).clamp(max=own)
         visible = self._queries(position, (position + lifetime).clamp(max=self.last))
-        full = self._queries(position, torch.tensor(self.last))
-        return float(visible.double().reshape(-1, self.tokens).mean(dim=0).sum() / full.sum())
+        full = self._queries(position, (position + own).clamp(max=self.last))
+        return float(visible.double().reshape(-1, self.tokens).mean(dim=0).sum()), float(full.sum())
 
     def _queries(self, born: Tensor, end: Tensor) -> Tensor:
         """Return the number of counted queries in `[born, end)`."""

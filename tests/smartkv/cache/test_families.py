@@ -14,17 +14,20 @@ from transformers import DynamicCache, PreTrainedModel
 
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.serialization import load_cache, save_cache
+from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import LabelSpec, label_window
 from smartkv.models import observation
+from smartkv.models.architecture import Architecture, Fingerprint
 from smartkv.models.backbone import freeze
 from smartkv.models.key_hooks import read_keys
 from smartkv.models.key_site_check import check_key_site
-from smartkv.models.rotary import Rotation
+from smartkv.policies.budgets import Calibration
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
+from smartkv.policies.lifetimes import FOREVER
 from smartkv.sparsity.masked_attention import sparse_attention, sparse_mask
 from tests.families import FORMS, make, sliding_windows
 from tests.models import tiny_tokenizer, token_ids
-from tests.smartkv.cache.fixtures import GATED, Injected, Recording, fed, padding, random_gates, random_ttl, recent
+from tests.smartkv.cache.fixtures import GATED, Injected, Recording, fed, padding, random_ttl, recent
 from tests.smartkv.cache.masked_reference import masked_logits, positions, visibility
 from tests.smartkv.labels.test_lifespans import naive_lifespan, same
 
@@ -80,7 +83,9 @@ def test_with_nothing_evicted_it_is_the_models_own_cache(form: str) -> None:
 @by_form
 def test_saved_gates_decisions_go_on_bit_for_bit(form: str, tmp_path: Path) -> None:
     model, ids = model_of(form), token_ids(2 * TOKENS, 3).view(2, TOKENS)
-    gates, real = random_gates(model), torch.ones(2, TOKENS, dtype=torch.bool)
+    torch.manual_seed(1)
+    gates = GateBank(Fingerprint.of(model), Architecture.of(model.config).gated_layers)
+    real = torch.ones(2, TOKENS, dtype=torch.bool)
     straight, first = (LifespanCache(model, gates, GATED, chunk=6) for _ in range(2))
     with torch.inference_mode():
         want = torch.cat([model(part, past_key_values=straight).logits for part in ids.split([11, 8], dim=1)], dim=1)
@@ -92,7 +97,11 @@ def test_saved_gates_decisions_go_on_bit_for_bit(form: str, tmp_path: Path) -> N
     fed(model, recorded, ids, real, [])
     masks = []
     for layer, own in enumerate(sliding_windows(model)):
-        masks.append(visibility(recorded.decided[layer][0], GATED.rules[0].window or 0, GATED.sinks, real, own))
+        ttl = recorded.decided[layer][0]
+        if layer not in gates.layers:
+            assert ttl == FOREVER and own  # no gate: all that the layer's own window lets it see
+            ttl = torch.full((2, Fingerprint.of(model).kv_heads, TOKENS), FOREVER)
+        masks.append(visibility(ttl, GATED.rules[0].window or 0, GATED.sinks, real, own))
     torch.testing.assert_close(want, masked_logits(model, ids, masks, real), atol=2e-4, rtol=0)
 
 
@@ -119,9 +128,39 @@ def test_labels_are_those_of_a_plain_loop_over_the_models_own_attention(
 def test_attention_without_dropped_keys_is_that_under_a_mask(form: str) -> None:
     """What eviction tuning trains under."""
     model, ids, real = model_of(form), token_ids(2 * TOKENS, 5).view(2, TOKENS), padding(2, TOKENS, "right", 5)
-    arch = Rotation(model).lm.config
-    stays = torch.rand(2, 2, arch.num_key_value_heads, TOKENS, generator=torch.Generator().manual_seed(5)) < 0.4
+    stays = torch.rand(2, 2, Fingerprint.of(model).kv_heads, TOKENS, generator=torch.Generator().manual_seed(5)) < 0.4
     masks = [sparse_mask(stays[layer], 3, real, own) for layer, own in enumerate(sliding_windows(model))]
     with torch.no_grad(), sparse_attention(model, lambda layer: stays[layer], 3, real):
         got = model(ids, position_ids=positions(real), use_cache=False).logits
     torch.testing.assert_close(got[real], masked_logits(model, ids, masks, real)[real], atol=2e-4, rtol=0)
+
+
+# -- a model in which some layers slide and others see everything ------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_the_footprint_counts_what_a_full_cache_of_that_model_would_hold() -> None:
+    """Gemma 3: layer 0 slides over 6 tokens, layer 1 is gated, and its gates keep nothing past 3 tokens."""
+    model, policy = model_of("gemma3_text, sliding"), HybridPolicy((LayerRule("all", "gated", 3),), sinks=0, price=99.0)
+    architecture = Architecture.of(model.config)
+    assert architecture.sliding_windows == (6, None) and architecture.gated_layers == [1]
+    assert architecture.gates == 2 and architecture.keys_of_full_cache(TOKENS) == 2 * (6 + TOKENS)
+    gates = GateBank(Fingerprint.of(model), [1])
+    with LifespanCache(model, gates, policy) as cache:
+        model(token_ids(TOKENS)[None], past_key_values=cache)
+
+    def keys(queries: int, *windows: int) -> int:
+        return sum(min(query + 1, window) for query in range(queries) for window in windows)
+
+    assert cache.footprint == pytest.approx(keys(TOKENS, 6, 3) / keys(TOKENS, 6, TOKENS))
+    calibrated = Calibration.measure(model, gates, [token_ids(TOKENS)])  # the last query predicts none of its tokens
+    assert calibrated.footprint(policy) == pytest.approx(keys(TOKENS - 1, 6, 3) / keys(TOKENS - 1, 6, TOKENS))
+
+
+def test_a_policy_for_all_layers_asks_no_gates_of_those_that_slide() -> None:
+    model = model_of("gemma3_text, sliding")
+    architecture, both = Architecture.of(model.config), HybridPolicy((LayerRule("all", "gated", 3),), price=0.0)
+    rules = both.check(architecture, GateBank(Fingerprint.of(model), [1]))
+    assert [rule.rule for rule in rules] == ["full", "gated"]
+    window = HybridPolicy((LayerRule("all", "window", 3),))  # windows shorter than its own are the user's to choose
+    assert [rule.rule for rule in window.check(architecture, None)] == ["window", "window"]
