@@ -9,10 +9,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from smartkv.cache.adaptive_cache import AdaptiveCache
 from smartkv.cache.lifespan_cache import LifespanCache
+from smartkv.cache.quantized_cache import QuantizedCache
 from smartkv.cache.serialization import load_cache, save_cache
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import LabelSpec, label_window
@@ -25,7 +28,8 @@ from smartkv.policies.budgets import Calibration
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from smartkv.policies.lifetimes import FOREVER
 from smartkv.sparsity.masked_attention import sparse_attention, sparse_mask
-from tests.families import FORMS, make, sliding_windows
+from tests.families import FORMS, make, sliding_windows, table
+from tests.imports import ROOT
 from tests.models import tiny_tokenizer, token_ids
 from tests.smartkv.cache.fixtures import GATED, Injected, Recording, fed, padding, random_ttl, recent
 from tests.smartkv.cache.masked_reference import masked_logits, positions, visibility
@@ -81,6 +85,30 @@ def test_with_nothing_evicted_it_is_the_models_own_cache(form: str) -> None:
 
 
 @by_form
+def test_it_generates_what_the_models_own_cache_generates(form: str) -> None:
+    model, ids, mask = model_of(form), token_ids(24, 8).view(2, 12), padding(2, 12, "left", 8).long()
+    call = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    everything = HybridPolicy((LayerRule("all", "full"),))
+    with LifespanCache(model, None, everything, chunk=5) as cache:
+        got = model.generate(ids, past_key_values=cache, **call)
+    assert torch.equal(got, model.generate(ids, **call))
+
+
+@by_form
+def test_quantised_caches_that_encode_nothing_yet_are_the_models_own_cache(form: str) -> None:
+    model, ids = model_of(form), token_ids(2 * TOKENS, 9).view(2, TOKENS)
+    caches = [DynamicCache(config=model.config), QuantizedCache(model, "int8", residual=64)]
+    caches.append(AdaptiveCache(model, None, residual=64))
+    with torch.inference_mode():
+        own, *others = (
+            torch.cat([model(part, past_key_values=each).logits for part in ids.split([11, 1, 7], dim=1)], dim=1)
+            for each in caches
+        )
+    for logits in others:
+        torch.testing.assert_close(logits, own, atol=2e-4, rtol=0)
+
+
+@by_form
 def test_saved_gates_decisions_go_on_bit_for_bit(form: str, tmp_path: Path) -> None:
     model, ids = model_of(form), token_ids(2 * TOKENS, 3).view(2, TOKENS)
     torch.manual_seed(1)
@@ -133,6 +161,13 @@ def test_attention_without_dropped_keys_is_that_under_a_mask(form: str) -> None:
     with torch.no_grad(), sparse_attention(model, lambda layer: stays[layer], 3, real):
         got = model(ids, position_ids=positions(real), use_cache=False).logits
     torch.testing.assert_close(got[real], masked_logits(model, ids, masks, real)[real], atol=2e-4, rtol=0)
+
+
+def test_the_table_of_the_docs_is_what_the_models_say() -> None:
+    if not hasattr(transformers, "MinistralConfig") or transformers.__version__.startswith("5.2."):
+        pytest.skip("this transformers lacks a family")
+    said = (ROOT / "docs" / "families.md").read_text()
+    assert table() in said, "print it by python -m tests.families"
 
 
 # -- a model in which some layers slide and others see everything ------------------------------------------------------
