@@ -17,6 +17,7 @@ from smartkv.cache.adaptive_cache import AdaptiveCache
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.quantized_cache import QuantizedCache
 from smartkv.cache.serialization import load_cache, save_cache
+from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import LabelSpec, label_window
 from smartkv.models import observation
@@ -199,3 +200,9 @@ def test_a_policy_for_all_layers_asks_no_gates_of_those_that_slide() -> None:
     assert [rule.rule for rule in rules] == ["full", "gated"]
     window = HybridPolicy((LayerRule("all", "window", 3),))  # windows shorter than its own are the user's to choose
     assert [rule.rule for rule in window.check(architecture, None)] == ["window", "window"]
+
+
+def test_router_logits_which_a_prompt_in_chunks_would_lose_are_refused() -> None:
+    model = model_of("mixtral")
+    with LifespanCache(model, None, recent(4)) as cache, pytest.raises(SmartKVError, match="output_router_logits=True"):
+        model(token_ids(8)[None], past_key_values=cache, output_router_logits=True)
