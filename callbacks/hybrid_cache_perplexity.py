@@ -95,7 +95,7 @@ class HybridCachePerplexity(L.Callback):
         with torch.device("meta"):  # the gates of the run, without weights, so that no random numbers are drawn here
             gates = GateBank(fingerprint, rows.layers, details={"inputs": rows.inputs})
         for policy in self.policies:
-            policy.check(fingerprint, gates)
+            policy.check(fingerprint, gates, rows.manifest.sliding_windows)
             if policy.open is None:
                 raise SmartKVError(
                     f"policy '{policy.name}' leaves nothing open that a footprint could decide: "
@@ -137,7 +137,8 @@ class HybridCachePerplexity(L.Callback):
         if self.lm is None:
             self._prepare(trainer, pl_module)
         gates = pl_module.gates().to(pl_module.device).eval()
-        calibration = Calibration.of(gates, self.keys, query_before(self.first_token))
+        own = trainer.datamodule.rows.manifest.sliding_windows  # type: ignore[attr-defined]
+        calibration = Calibration.of(gates, self.keys, query_before(self.first_token), own)
         measured = {"full": self.full, **self.reference}
         for policy, footprint in product(self.policies, self.footprints):
             try:
@@ -157,7 +158,8 @@ class HybridCachePerplexity(L.Callback):
         self.keys = [read_keys(self.lm.model, window) for window in self.learn]
         self.full = self._windows(trainer, None, None)
         tokens, layers = self.held_out.shape[1], manifest.fingerprint.layers
-        calibration = Calibration.without_gates(layers, tokens, query_before(self.first_token))
+        own = manifest.sliding_windows
+        calibration = Calibration.without_gates(layers, tokens, query_before(self.first_token), own)
         self.reference = {}
         for footprint in self.footprints:
             policy = solve(named_policy("window", layers), footprint, calibration)
@@ -178,7 +180,7 @@ class HybridCachePerplexity(L.Callback):
             else:
                 bank = gates if policy.gated else None
                 window = evicted_nll(model, bank, policy, tokens, self.first_token, self.chunk)
-                row = (window.nll, float(window.footprint.mean()), window.peak_bytes)
+                row = (window.nll, window.overall, window.peak_bytes)
             rows[number] = torch.tensor(row, dtype=torch.float64)
         return trainer.strategy.reduce(rows, reduce_op="sum").cpu()
 

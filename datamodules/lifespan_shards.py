@@ -27,7 +27,7 @@ class LifespanShards(L.LightningDataModule):
         threshold: attention probability above which a query hits a key; one of the harvest's thresholds.
         follow_up: tokens; keys with a shorter horizon are left out, and lifespans are capped here. Null: the harvest's.
         inputs: what gates read: keys (before the rotary embedding) or keys_post_rope (if harvested).
-        layers: ranges of layers that get gates, such as "3-19"; null: all.
+        layers: ranges of layers that get gates, such as "3-19"; null: all, or those that do not slide where some do.
         batch_size: keys per head and optimiser step over all processes, rounded down to whole blocks.
         block: consecutive keys read together; smaller blocks shuffle better, larger ones read faster.
         seed: seed of the order of blocks.

@@ -46,7 +46,7 @@ class OnlineKeys(L.LightningDataModule):
         follow_up: tokens; keys with a shorter horizon are left out, and lifespans are capped here.
         sinks: tokens at the start of a window that are left out.
         inputs: what gates read: keys (before the rotary embedding) or keys_post_rope.
-        layers: ranges of layers that get gates, such as "3-19"; null: all.
+        layers: ranges of layers that get gates, such as "3-19"; null: all, or those that do not slide where some do.
         buffer: training windows in memory at once, over all processes; batches are drawn from them.
         passes: number of times each key is drawn in an epoch.
         batch_size: keys per head and optimiser step over all processes, rounded down to whole blocks.
@@ -136,7 +136,9 @@ class OnlineKeys(L.LightningDataModule):
             for split in ("train", "validation")
             for number in range(len(self.plan.of_split(split)))
         ]
-        arguments = {"backbone": self.backbone, "dtype": str(self.lm.model.dtype).removeprefix("torch.")}
+        arguments: dict[str, Any] = {"backbone": self.backbone}
+        arguments["dtype"] = str(self.lm.model.dtype).removeprefix("torch.")
+        arguments["sliding_windows"] = list(self.lm.architecture.sliding_windows)
         return Manifest(
             Path("online"),
             self.lm.fingerprint,

@@ -127,6 +127,11 @@ class DistilledGates(Resuming):
         self.frozen.append(load_backbone(h.backbone, h.dtype, device, trust_remote_code=h.trust_remote_code))
         self.lm.model.requires_grad_(False)
         start = single_output(GateBank.from_pretrained(h.gates, self.lm.model)).to(device)
+        if self.lm.architecture.sliding_windows:
+            raise SmartKVError(
+                "distillation is for models in which every layer sees everything: some layers of this "
+                f"{self.lm.architecture.model_type} have a sliding window; use gates of lifespans (main.py fit)"
+            )
         if start.ages and start.ages != tuple(h.ages):
             raise SmartKVError(f"the gates in {h.gates} judge for ages {list(start.ages)}, not for {list(h.ages)}")
         if start.outputs not in (1, len(h.ages)) or len(start.layers) != self.lm.architecture.layers:

@@ -319,7 +319,7 @@ class EvictionTuning(Resuming):
         gates = copy.deepcopy(self.gates).requires_grad_(False)
         texts = self.trainer.datamodule.plan.of_split("train")[:CALIBRATION_WINDOWS]
         keys = [read_keys(self.lm.model, ids) for ids in texts]
-        calibration = Calibration.of(gates, keys, len(texts[0]) // 4)
+        calibration = Calibration.of(gates, keys, len(texts[0]) // 4, self.lm.architecture.sliding_windows)
         gates.details |= {"prices": price_curve(HybridPolicy.from_dict(gates.details["policy"]), calibration)}
         return gates.cpu()
 

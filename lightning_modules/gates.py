@@ -190,12 +190,13 @@ class LifespanGates(Resuming):
         if gates.details["inputs"] != "keys":  # a cache gives gates the keys before the rotary embedding
             return {}
         data: LifespanShards | OnlineKeys = self.trainer.datamodule
+        own = data.rows.manifest.sliding_windows
         others = sorted(set(range(gates.fingerprint.layers)) - set(gates.layers))
         rules = [LayerRule(format_layers(gates.layers), "gated", RECENT)]
         rules += [LayerRule(format_layers(others), "full")] if others else []
         policy = HybridPolicy(tuple(rules), sinks=gates.details["sinks"], name="gates")
         keys = [[layer.cpu() for layer in window] for window in data.calibration_keys(CALIBRATION_WINDOWS)]
-        prices = price_curve(policy, Calibration.of(gates, keys, keys[0][0].shape[2] // 4))
+        prices = price_curve(policy, Calibration.of(gates, keys, keys[0][0].shape[2] // 4, own))
         return {"policy": policy.to_dict(), "prices": prices} if prices else {}
 
     # -- steps ----------------------------------------------------------------------------------------------------

@@ -74,7 +74,9 @@ class Harvest(L.LightningModule):
     @property
     def arguments(self) -> dict[str, Any]:
         """Arguments that decide the bytes of a shard, besides the windows."""
-        return {
+        own = self.lm.architecture.sliding_windows
+        sliding = {"sliding_windows": list(own)} if own else {}
+        return sliding | {
             "backbone": self.backbone,
             "dtype": str(self.lm.model.dtype).removeprefix("torch."),
             "post_rope": self.post_rope,

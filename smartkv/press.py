@@ -29,6 +29,8 @@ except ImportError as error:
         "because kvpress needs transformers below 5.3"
     ) from error
 
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # whose keys before the rotary embedding kvpress reads
+
 
 @dataclass
 class LifespanPress(ScorerPress):
@@ -48,7 +50,8 @@ class LifespanPress(ScorerPress):
             own, set it to 0.
 
     Raises:
-        SmartKVError: There are no gates, the gates belong to another model, or a number is below 0.
+        SmartKVError: There are no gates, the gates belong to another model, kvpress cannot read the keys of its family,
+            or a number is below 0.
     """
 
     gates: GateBank | Path | str | None = None
@@ -74,6 +77,11 @@ class LifespanPress(ScorerPress):
 
     def _check(self, config: Any) -> None:
         arch, expected = Architecture.of(config), self.bank.fingerprint
+        if arch.model_type not in FAMILIES:
+            raise SmartKVError(
+                f"kvpress cannot read the keys of the family {arch.model_type}: a press takes {', '.join(FAMILIES)}, "
+                "a LifespanCache takes it too"
+            )
         model = Fingerprint(arch.model_type, arch.layers, arch.kv_heads, arch.head_dim, expected.weight_hash)
         model.check(expected, "the gates of this press")
 

@@ -127,4 +127,5 @@ def stored_share(lm: Backbone, cache: LifespanCache | QuantizedCache, tokens: in
         tokens: number of tokens that it has read.
     """
     wider = cache.exact_bytes * (1 - 2 / lm.model.dtype.itemsize)
-    return (cache.storage_bytes - wider) / (2 * lm.architecture.gates * lm.architecture.head_dim * 2 * tokens)
+    full = 2 * lm.architecture.keys_of_full_cache(tokens) * lm.architecture.head_dim * 2
+    return (cache.storage_bytes - wider) / full

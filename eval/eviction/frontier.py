@@ -74,7 +74,7 @@ class Point:
         return cls(
             policy.name,
             target,
-            float(heads.mean()),
+            sum(window.overall for window in windows) / len(windows),
             float(delta.mean()),
             bootstrap(len(delta), lambda weight: mean_over(weight, delta)),
             math.exp(float(nll.mean())),

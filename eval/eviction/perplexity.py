@@ -148,10 +148,14 @@ class _Runner:
             window = evicted_nll(
                 self.lm.model, gates, policy, tokens, self.settings["score_from"], self.settings["chunk"]
             )
-            return {"nll": window.nll, "footprint": window.footprint.tolist(), "peak_bytes": window.peak_bytes}
+            share = {"footprint": window.footprint.tolist(), "share": window.overall}
+            return {"nll": window.nll, **share, "peak_bytes": window.peak_bytes}
 
         cells = [self._measured(policy.to_dict(), number, measure) for number in range(len(self.windows))]
-        windows = [EvictedWindow(c["nll"], torch.tensor(c["footprint"]).double(), c["peak_bytes"]) for c in cells]
+        windows = [
+            EvictedWindow(c["nll"], torch.tensor(c["footprint"]).double(), c["peak_bytes"], c.get("share"))
+            for c in cells
+        ]
         full_bytes = full_cache_bytes(self.lm.model, self.windows.shape[1] - 1)
         return Point.of(policy, target, self.nll, windows, full_bytes)
 

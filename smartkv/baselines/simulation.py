@@ -69,7 +69,7 @@ class Simulation:
             A tensor like `query`.
         """
         output, seen_per_tile = torch.empty_like(query), []
-        live = LiveKeys(layer, key.shape[0], scaling, self.rotation, self.method.needs)
+        live = LiveKeys(layer, key.shape[0], scaling, self.rotation.of_layer(layer), self.method.needs)
         for start, stop, budget in self.schedule.tiles(query.shape[1]):
             queries = query[:, start:stop].unflatten(0, (key.shape[0], -1))
             live.add(queries, key[:, start:stop], value[:, start:stop])

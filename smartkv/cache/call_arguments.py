@@ -42,7 +42,8 @@ def check_options(decoder: nn.Module, kwargs: dict[str, Any], cache: Any) -> Non
     """Refuse options of a forward pass that an evicting cache would not honour.
 
     Raises:
-        SmartKVError: the cache shall not be used, attention weights are asked for, or attention has dropout.
+        SmartKVError: the cache shall not be used, attention weights or router logits are asked for, or attention has
+            dropout.
     """
     config, name = decoder.config, type(cache).__name__
     if kwargs.get("use_cache") is False:
@@ -50,6 +51,8 @@ def check_options(decoder: nn.Module, kwargs: dict[str, Any], cache: Any) -> Non
     output_attentions = kwargs.get("output_attentions")
     if getattr(config, "output_attentions", False) if output_attentions is None else output_attentions:
         raise SmartKVError(f"output_attentions=True cannot be given with the {name}, which keeps no attention weights")
+    if kwargs.get("output_router_logits"):  # a long prompt is read in chunks, and only the last would be reported
+        raise SmartKVError(f"output_router_logits=True cannot be given with the {name}: leave it out")
     dropout = next((value for field in DROPOUTS if (value := getattr(config, field, None))), 0)
     if decoder.training and dropout:
         raise SmartKVError(f"the model is in training mode with attention dropout {dropout}: call model.eval()")

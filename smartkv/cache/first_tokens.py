@@ -8,7 +8,6 @@ from transformers import DynamicCache
 
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.ragged import Ragged
-from smartkv.models.architecture import KEY_SITES
 from smartkv.models.key_hooks import key_modules
 from smartkv.models.wrappers import input_device
 
@@ -61,4 +60,4 @@ def _comparable(cache: LifespanCache) -> bool:
     """Return whether a model computes the same values of a token in every call: floats, without learned positions."""
     weights = [getattr(module, "weight", None) for module in key_modules(cache.model)]
     plain = all(type(weight) is nn.Parameter and weight.is_floating_point() for weight in weights)
-    return plain and KEY_SITES[cache.architecture.model_type].rotary
+    return plain and hasattr(cache.model.base_model, "rotary_emb")

@@ -82,7 +82,7 @@ class LifespanCache(CacheUsage, AttachedCache):
         footprint: float | None = None,
     ) -> None:
         architecture, self.gates, self.policy = resolve_arguments(model, gates, policy, footprint)
-        self.rules = self.policy.by_layer(architecture.layers)
+        self.rules = self.policy.rules_for(architecture.layers, architecture.sliding_windows)
         self.first_query, self.bits = check_first_query(first_query), bits
         self.storage = [
             LifespanLayer(cap.window if cap else rule.window or FOREVER, cap, first_query, bits)

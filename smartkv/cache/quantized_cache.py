@@ -256,7 +256,7 @@ class QuantizedCache(Cache):
         if not self.get_seq_length():
             raise SmartKVError("the cache has not seen a token yet")
         rows, arch = len(self.storage[0].keys), self.architecture
-        half = 2 * arch.gates * arch.head_dim * 2 * self.get_seq_length() * rows
+        half = 2 * arch.layers * arch.kv_heads * arch.head_dim * 2 * self.get_seq_length() * rows
         return self.storage_bytes / half
 
 

@@ -94,10 +94,13 @@ class CacheUsage:
     def footprint(self) -> float:
         """Share of a full cache's keys that the counted queries saw, over all KV heads.
 
+        A full cache of a model whose layers slide holds no more than their windows there.
+
         Raises:
             SmartKVError: the cache has seen no counted query yet.
         """
-        return float(self.footprint_by_head.mean())
+        share, full = self.footprint_by_head, torch.stack([layer.counted().full.sum().cpu() for layer in self.storage])
+        return float((share.mean(dim=1) * full).sum() / full.sum())
 
     def _check_used(self) -> None:
         if not all(layer.is_initialized for layer in self.storage):

@@ -105,11 +105,19 @@ class EvictedWindow:
         nll: Mean NLL of the scored tokens, in nats.
         footprint: Footprint of each head over the queries that predict a scored token, float64 `[layers, kv_heads]`.
         peak_bytes: Largest storage in bytes, with the chunk being written.
+        share: Footprint over all layers and heads. None: their mean, as in a model whose layers would hold equally many
+            keys in a full cache.
     """
 
     nll: float
     footprint: Tensor
     peak_bytes: int
+    share: float | None = None
+
+    @property
+    def overall(self) -> float:
+        """Footprint over all layers and heads."""
+        return float(self.footprint.mean()) if self.share is None else self.share
 
 
 def evicted_nll(
@@ -135,7 +143,7 @@ def evicted_nll(
     """
     with LifespanCache(model, gates, policy, chunk, first_query=query_before(first_token)) as cache:
         nll = window_nll(model, tokens, first_token, cache)
-    return EvictedWindow(nll, cache.footprint_by_head, cache.peak_bytes)
+    return EvictedWindow(nll, cache.footprint_by_head, cache.peak_bytes, cache.footprint)
 
 
 def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
@@ -149,4 +157,4 @@ def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
         SmartKVError: The model's family is not supported.
     """
     arch = Architecture.of(model.config)
-    return 2 * arch.gates * tokens * arch.head_dim * model.dtype.itemsize
+    return 2 * arch.keys_of_full_cache(tokens) * arch.head_dim * model.dtype.itemsize

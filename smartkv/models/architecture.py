@@ -1,57 +1,21 @@
-"""The shape of a model's KV cache, the model's fingerprint, and the module that gives the pre-RoPE keys."""
+"""The shape of a model's KV cache, and the model's fingerprint."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import transformers
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smartkv.errors import SmartKVError
 from smartkv.io.checks import describe
+from smartkv.models.key_sites import KEY_SITES, refusal
 from smartkv.models.rotary import longest_sequence
 from smartkv.models.weight_hash import weight_hash
-from smartkv.models.wrappers import decoder_blocks, language_model
-
-
-@dataclass(frozen=True)
-class KeySite:
-    """The place in a model family's attention module where the key just before the rotary embedding is read.
-
-    Attributes:
-        module: Name of the submodule of the attention module whose output holds the key.
-        read: Function of (that output, the attention module) that returns keys `[batch, kv_heads, tokens, head_dim]`.
-        rotary: Whether the model applies a rotary embedding after this point.
-    """
-
-    module: str
-    read: Callable[[Tensor, nn.Module], Tensor]
-    rotary: bool = True
-
-
-def _read_projection(output: Tensor, attention: nn.Module) -> Tensor:
-    """Split the output of `k_proj`, `[batch, tokens, kv_heads · head_dim]`, into heads."""
-    return output.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-
-def _read_norm(output: Tensor, attention: nn.Module) -> Tensor:
-    """Transpose the output of Qwen3's `k_norm`, `[batch, tokens, kv_heads, head_dim]`."""
-    return output.transpose(1, 2)
-
-
-def _read_fused(output: Tensor, attention: nn.Module) -> Tensor:
-    """Take the key out of GPT-2's `c_attn`, query, key and value side by side: `[batch, tokens, 3 · hidden]`."""
-    return output.chunk(3, dim=-1)[1].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-
-KEY_SITES = {
-    "llama": KeySite("k_proj", _read_projection),
-    "mistral": KeySite("k_proj", _read_projection),
-    "qwen2": KeySite("k_proj", _read_projection),
-    "qwen3": KeySite("k_norm", _read_norm),
-    "gpt2": KeySite("c_attn", _read_fused, rotary=False),
-}
+from smartkv.models.wrappers import decoder_blocks, language_model, self_attention
 
 
 @dataclass(frozen=True)
@@ -65,6 +29,8 @@ class Architecture:
         kv_heads: KV heads of a layer.
         head_dim: Dimensions of a head.
         max_positions: Tokens of the longest sequence that the model was made for (see `longest_sequence`).
+        sliding_windows: The model's own window in each layer, in tokens, None where a layer sees everything. Empty
+            unless the model has both kinds of layers.
     """
 
     model_type: str
@@ -73,22 +39,21 @@ class Architecture:
     kv_heads: int
     head_dim: int
     max_positions: int
+    sliding_windows: tuple[int | None, ...] = ()
 
     @classmethod
     def of(cls, config: Any) -> "Architecture":
         """Read a transformers config.
 
         Raises:
-            SmartKVError: This is no config, or the model's family is not in `KEY_SITES`.
+            SmartKVError: This is no config, or the model cannot be served (see `refusal`).
         """
         if not isinstance(getattr(config, "model_type", None), str):
             raise SmartKVError(
                 f"expected the config of a transformers model, got {describe(config)}: give model.config"
             )
-        if config.model_type not in KEY_SITES:
-            raise SmartKVError(
-                f"model type '{config.model_type}' is not supported: expected one of {', '.join(sorted(KEY_SITES))}"
-            )
+        if reason := refusal(config):
+            raise SmartKVError(reason)
         query_heads = config.num_attention_heads
         return cls(
             model_type=config.model_type,
@@ -97,12 +62,40 @@ class Architecture:
             kv_heads=getattr(config, "num_key_value_heads", None) or query_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // query_heads,
             max_positions=longest_sequence(config),
+            sliding_windows=_sliding_windows(config),
         )
 
     @property
+    def gated_layers(self) -> list[int]:
+        """The layers whose keys gates judge: all, or those that see everything where the others slide."""
+        return gated_layers(self.layers, self.sliding_windows)
+
+    @property
     def gates(self) -> int:
-        """Number of gates: one for each KV head of each layer."""
-        return self.layers * self.kv_heads
+        """Number of gates: one for each KV head of each of the `gated_layers`."""
+        return len(self.gated_layers) * self.kv_heads
+
+    def keys_of_full_cache(self, tokens: int) -> int:
+        """Return how many keys a full cache holds after a sequence of `tokens`, over layers and KV heads."""
+        windows = self.sliding_windows or [None] * self.layers
+        return self.kv_heads * sum(min(tokens, own or tokens) for own in windows)
+
+
+def gated_layers(layers: int, sliding_windows: Sequence[int | None]) -> list[int]:
+    """Return the layers whose keys gates judge, ascending.
+
+    Args:
+        layers: Number of layers of the model.
+        sliding_windows: As in `Architecture`.
+    """
+    return [layer for layer in range(layers) if not sliding_windows or sliding_windows[layer] is None]
+
+
+def _sliding_windows(config: Any) -> tuple[int | None, ...]:
+    """Return `Architecture.sliding_windows` of a transformers config."""
+    kinds = (getattr(config, "layer_types", None) or [])[: config.num_hidden_layers]
+    window = config.sliding_window if getattr(config, "use_sliding_window", True) and len(set(kinds)) > 1 else None
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds) if window else ()
 
 
 @dataclass(frozen=True)
@@ -117,8 +110,8 @@ class Fingerprint:
         layers: Number of layers.
         kv_heads: KV heads of a layer.
         head_dim: Dimensions of a head.
-        weight_hash: 16 hexadecimal digits of a SHA-256 over layer 0's key projection (GPT-2: its fused projection of
-            query, key and value), see `smartkv.models.weight_hash`. Empty if its weights cannot be read.
+        weight_hash: 16 hexadecimal digits of a SHA-256 over layer 0's key projection (GPT-2 and Phi-3: their fused
+            projection of query, key and value), see `smartkv.models.weight_hash`. Empty if its weights cannot be read.
     """
 
     model_type: str
@@ -138,7 +131,7 @@ class Fingerprint:
             SmartKVError: This is no model, or its family is not supported.
         """
         arch, lm = check_model(model), language_model(model)
-        projection = getattr(attention_modules(lm)[0], "c_attn" if arch.model_type == "gpt2" else "k_proj", None)
+        projection = getattr(attention_modules(lm)[0], KEY_SITES[arch.model_type].projection, None)
         digest = "" if projection is None else weight_hash(projection)
         return cls(arch.model_type, arch.layers, arch.kv_heads, arch.head_dim, digest)
 
@@ -181,6 +174,17 @@ def check_model(model: Any) -> Architecture:
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the self-attention module of each layer, in order. `model` may be a wrapper (see `language_model`)."""
-    blocks = decoder_blocks(language_model(model))
-    return [block.attn if hasattr(block, "attn") else block.self_attn for block in blocks]  # GPT-2; the others
+    """Return the self-attention module of each layer, in order. `model` may be a wrapper (see `language_model`).
+
+    Raises:
+        SmartKVError: The modules compute attention by themselves, and would never call a registered function.
+    """
+    lm = language_model(model)
+    modules = [self_attention(block) for block in decoder_blocks(lm)]
+    if not hasattr(sys.modules[type(modules[0]).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        raise SmartKVError(
+            f"the {type(modules[0]).__name__} of this {lm.config.model_type} computes attention by itself, and not "
+            f"through transformers' attention functions: use the model's own classes of a newer transformers than "
+            f"{transformers.__version__}"
+        )
+    return modules

@@ -10,6 +10,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import attention_modules
+from smartkv.models.key_sites import KEY_SITES
 
 WITHOUT_EFFECT = frozenset(  # arguments of a model's call that reach attention functions, and mean nothing to them
     {
@@ -18,6 +19,7 @@ WITHOUT_EFFECT = frozenset(  # arguments of a model's call that reach attention 
         "use_cache",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "return_dict",
         "num_items_in_batch",
         "token_type_ids",
@@ -87,6 +89,8 @@ def register_attention(name: str, attend: Callable[[AttentionInputs], Tensor]) -
         _refuse_unknown(name, others)
         scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
         layer: int = module.layer_idx  # type: ignore[assignment]
+        if sliding_window is None:
+            sliding_window = KEY_SITES[module.config.model_type].own_window(module)  # type: ignore[union-attr, index]
         output = attend(AttentionInputs(module, layer, query, key, value, dropout, scaling, sliding_window))
         return output.transpose(1, 2).contiguous(), None  # no probabilities
 

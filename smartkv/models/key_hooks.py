@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
-from smartkv.models.architecture import KEY_SITES, Architecture, attention_modules
+from smartkv.models.architecture import Architecture, attention_modules
+from smartkv.models.key_sites import KEY_SITES
 from smartkv.models.wrappers import input_device, language_model
 
 
@@ -21,8 +22,9 @@ def key_modules(model: PreTrainedModel) -> list[nn.Module]:
         SmartKVError: The model's family is not supported, or a layer has no such module.
     """
     lm = language_model(model)
-    site, found = KEY_SITES[Architecture.of(lm.config).model_type], []
+    family, found = KEY_SITES[Architecture.of(lm.config).model_type], []
     for layer, module in enumerate(attention_modules(lm)):
+        site = family.of(module)
         if not hasattr(module, site.module):
             raise SmartKVError(
                 f"layer {layer} of this {type(lm).__name__} has no module {site.module}, whose output is the pre-RoPE "
@@ -49,7 +51,7 @@ def register_key_hooks(model: PreTrainedModel, on_keys: Callable[[nn.Module, Ten
     site, modules = KEY_SITES[lm.config.model_type], attention_modules(lm)
     return [
         # A partial and not a closure: copy.deepcopy of the model copies its arguments too, the module among them.
-        key_module.register_forward_hook(partial(_hand_over, on_keys, site.read, module))
+        key_module.register_forward_hook(partial(_hand_over, on_keys, site.of(module).read, module))
         for key_module, module in zip(key_modules(lm), modules, strict=True)
     ]
 

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from smartkv.errors import SmartKVError
-from smartkv.models.architecture import KEY_SITES
+from smartkv.models.architecture import attention_modules
 from smartkv.models.backbone import Backbone
+from smartkv.models.key_sites import KEY_SITES
 from smartkv.models.observation import observe_attention
+from smartkv.models.rotary import Rotation
 
 
 class _KeySiteObserver:
@@ -32,24 +34,25 @@ class _KeySiteObserver:
 def check_key_site(backbone: Backbone, tokens: int = 16) -> dict[str, Any]:
     """Check on a loaded model that the tensor read as the pre-RoPE key is that key.
 
-    In every layer its shape must be `[kv_heads, tokens, head_dim]`, and the model's own rotary embedding must turn it
-    into the key that attention uses.
+    In every layer its shape must be `[kv_heads, tokens, head_dim]`, and the model's own rotary embedding, with a norm
+    after it if the family has one, must turn it into the key that attention uses.
 
     Args:
         backbone: The model to check.
         tokens: Length of the sequence that is run.
 
     Returns:
-        `module` (the submodule's name), `rotary`, `shape`, and `difference_after_rotation`: the largest difference,
-        relative to the layer's largest key element.
+        `module` (the submodule's name), `rotary` (whether any layer has such an embedding), `shape`, and
+        `difference_after_rotation`: the largest difference, relative to the layer's largest key element.
 
     Raises:
         SmartKVError: Shape or values do not fit.
     """
     model, arch = backbone.model, backbone.architecture
     base: Any = model.base_model
-    site, observer = KEY_SITES[arch.model_type], _KeySiteObserver()
-    ids = (torch.arange(tokens, device=model.device) % model.config.vocab_size)[None]
+    attention, observer = attention_modules(model), _KeySiteObserver()
+    site, position = KEY_SITES[arch.model_type].of(attention[0]), torch.arange(tokens, device=model.device)
+    ids = (position % model.config.vocab_size)[None]
     with observe_attention(model, observer):
         base(input_ids=ids, use_cache=False)
     expected = (arch.kv_heads, tokens, arch.head_dim)
@@ -57,11 +60,11 @@ def check_key_site(backbone: Backbone, tokens: int = 16) -> dict[str, Any]:
     for layer, (key, used) in enumerate(zip(observer.keys, observer.rotated, strict=True)):
         if tuple(key.shape) != expected:
             raise SmartKVError(f"layer {layer}: the key has shape {list(key.shape)}, expected {list(expected)}")
-        if site.rotary:
-            cos, sin = base.rotary_emb(key, torch.arange(tokens, device=key.device)[None])
-            first, second = key.chunk(2, dim=-1)
-            key = key * cos + torch.cat([-second, first], dim=-1) * sin
+        key = Rotation(model, layer).rotate(key, position)
+        if site.norm_after is not None:
+            key = attention[layer].get_submodule(site.norm_after)(key.to(used.dtype))
         worst = max(worst, float((key - used).abs().max() / used.abs().max()))
     if len(observer.keys) != arch.layers or worst > 0.02:  # bfloat16 rounds by up to 0.4 %
         raise SmartKVError(f"{site.module} of '{backbone.name}' is not the pre-RoPE key: it is off by {worst:.3g}")
-    return {"module": site.module, "rotary": site.rotary, "shape": list(expected), "difference_after_rotation": worst}
+    rotary = any(map(site.rotary, attention))
+    return {"module": site.module, "rotary": rotary, "shape": list(expected), "difference_after_rotation": worst}

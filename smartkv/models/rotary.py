@@ -1,5 +1,6 @@
 """A model's rotary embedding (RoPE, Su et al. 2021): undo it, or average it over positions."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from smartkv.models.wrappers import input_device
+from smartkv.errors import SmartKVError
+from smartkv.models.key_sites import KEY_SITES
+from smartkv.models.wrappers import decoder_blocks, input_device, language_model, self_attention
 
 
 @dataclass(frozen=True)
@@ -62,31 +65,60 @@ def _original_length(config: Any, rope: dict[str, Any]) -> int:
 
 
 class Rotation:
-    """The rotary embedding of a model; the identity for a model without one, such as GPT-2.
+    """The rotary embedding of one layer of a model; the identity for a layer without one.
 
-    The embedding rotates each element of a head's first half together with the same element of the second half, as
-    Llama, Qwen and Mistral do.
+    Which elements turn together, and how many of them, differs between families. So the family's own function rotates.
+
+    Args:
+        model: A model of a supported family, or a wrapper of one.
+        layer: Index of the layer.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        base: Any = model.base_model
-        self.embedding = getattr(base, "rotary_emb", None)
+    def __init__(self, model: PreTrainedModel, layer: int = 0) -> None:
+        self.model, self.lm = model, language_model(model)
+        config, attention = self.lm.config, self_attention(decoder_blocks(self.lm)[layer])
+        site, base = KEY_SITES[config.model_type], self.lm.base_model
+        self.embedding: Any = base.rotary_emb if site.rotary(attention) else None
+        self.normed_after = site.norm_after is not None
         self.device = input_device(model)
+        rope = getattr(config, "rope_parameters", None) or {}
+        by_kind = any(isinstance(value, dict) for value in rope.values())
+        self.kind = (config.layer_types[layer],) if by_kind else ()  # then each kind of layer has its own angles
+        if self.embedding is not None:
+            self.apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+
+    def of_layer(self, layer: int) -> "Rotation":
+        """Return the rotary embedding of another layer of the same model."""
+        return Rotation(self.model, layer)
 
     def cos_sin(self, position: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the cosines and sines of positions.
+        """Return the cosines and sines of positions, as the model's embedding gives them.
 
         Args:
             position: Integers `[positions]`.
 
         Returns:
-            Cosines and sines, float32 `[positions, head_dim]` each. None if the model has no rotary embedding.
+            Cosines and sines, float32 `[positions, rotated]` each, `rotated` the number of elements of a head that
+            turn. None if the layer has no rotary embedding.
         """
         if self.embedding is None:
             return None
         like = torch.zeros(1, device=self.device)
-        cos, sin = self.embedding(like, position[None].to(self.device))
+        cos, sin = self.embedding(like, position[None].to(self.device), *self.kind)
         return cos[0].float(), sin[0].float()
+
+    def rotate(self, vector: Tensor, position: Tensor) -> Tensor:
+        """Apply the rotary embedding.
+
+        Args:
+            vector: Queries or keys before the embedding, `[..., positions, head_dim]`.
+            position: Their positions, `[positions]`.
+
+        Returns:
+            The queries or keys after the embedding, float32 of the same shape.
+        """
+        cos_sin = self.cos_sin(position)
+        return vector.float() if cos_sin is None else self._turn(vector.float(), *cos_sin)
 
     def unrotate(self, rotated: Tensor, position: Tensor) -> Tensor:
         """Undo the rotary embedding.
@@ -97,13 +129,22 @@ class Rotation:
 
         Returns:
             The queries or keys before the embedding, float32 of the same shape.
+
+        Raises:
+            SmartKVError: The model normalises queries and keys after the embedding.
         """
+        if self.normed_after:
+            raise SmartKVError(
+                f"the rotary embedding of a {self.lm.config.model_type} cannot be undone, because it normalises "
+                "queries and keys afterwards: choose a method that needs no queries before the embedding"
+            )
         cos_sin = self.cos_sin(position)
         if cos_sin is None:
             return rotated.float()
         cos, sin = cos_sin
+        turned, width = self._turn(rotated.float(), cos, -sin), cos.shape[-1]
         # Some embeddings (YaRN) scale by a factor s too: then cos² + sin² is s², and not 1.
-        return (rotated.float() * cos - _rotate_half(rotated.float()) * sin) / (cos.square() + sin.square())
+        return torch.cat([turned[..., :width] / (cos.square() + sin.square()), turned[..., width:]], dim=-1)
 
     def mean_matrix(self, position: Tensor, head_dim: int) -> Tensor:
         """Return the mean over positions of the matrix R in `rotated = R @ vector`.
@@ -119,11 +160,12 @@ class Rotation:
         identity = torch.eye(head_dim, device=self.device)
         if cos_sin is None:
             return identity
-        cos, sin = (values.mean(dim=0)[:, None] for values in cos_sin)
-        return cos * identity + sin * _rotate_half(identity.T).T
+        cos, sin = (values.mean(dim=0).expand(head_dim, -1) for values in cos_sin)
+        return self._turn(identity, cos, sin).T
 
-
-def _rotate_half(vector: Tensor) -> Tensor:
-    """Map the halves `(x, y)` of the last axis to `(−y, x)`."""
-    x, y = vector.chunk(2, dim=-1)
-    return torch.cat([-y, x], dim=-1)
+    def _turn(self, vector: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate `[..., positions, head_dim]` by `[positions, rotated]`; what lies beyond `rotated` stays."""
+        width = cos.shape[-1]
+        turning = vector[..., :width].reshape(1, -1, len(cos), width)  # [batch, heads, positions, rotated]
+        turned, _ = self.apply(turning, turning, cos[None], sin[None])
+        return torch.cat([turned.reshape(vector[..., :width].shape), vector[..., width:]], dim=-1)

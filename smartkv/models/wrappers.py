@@ -21,6 +21,12 @@ def decoder_blocks(model: nn.Module) -> Any:
     return getattr(base, "h", None) or getattr(base, "layers", None)  # GPT-2; every other family
 
 
+def self_attention(block: Any) -> nn.Module:
+    """Return the self-attention module of a decoder block."""
+    module: nn.Module = block.attn if hasattr(block, "attn") else block.self_attn  # GPT-2; every other family
+    return module
+
+
 def language_model(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model that a module is, or that it wraps.
 

@@ -3,9 +3,12 @@
 One of a wrong type is refused in one line that says what was expected, what came, and what to write instead.
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
@@ -16,6 +19,8 @@ from smartkv.models.wrappers import key_devices
 from smartkv.policies.figures import is_number
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from smartkv.policies.named import NAMED, read_policy
+
+_AS_IDS = "encode a text with tokenizer(text, return_tensors='pt').input_ids[0]"
 
 
 def resolve_gates(model: PreTrainedModel, gates: Any) -> GateBank | None:
@@ -125,3 +130,47 @@ def check_first_query(position: Any) -> int:
 def example_gates(gates: Any) -> str:
     """Return the gates in the example call of a message."""
     return "gates" if gates is not None else f"gates='{pretrained_gates()[0]}'"
+
+
+def check_counted(lengths: list[int], first_query: int) -> int:
+    """Return the length of windows, in tokens, after checking that a query of them counts."""
+    check_first_query(first_query)
+    if not lengths or lengths[0] - 1 <= first_query:
+        got = f"windows of {lengths[0]}" if lengths else "none"
+        raise SmartKVError(f"calibration needs windows of more than {first_query + 1} tokens, got {got}")
+    return lengths[0]
+
+
+def check_windows(windows: Any, vocabulary: int) -> list[Tensor]:
+    """Return windows of token ids as a list.
+
+    Args:
+        windows: as `Calibration.measure` takes them.
+        vocabulary: number of tokens that the model knows.
+
+    Raises:
+        SmartKVError: they are something else, of unequal lengths, or hold ids that the model does not know.
+    """
+    expected = "windows must be a list of token ids, integer tensors [tokens] of one length"
+    if isinstance(windows, Tensor) and windows.dim() < 2:
+        raise SmartKVError(f"{expected}, got one tensor {list(windows.shape)}: write windows=[ids]")
+    if isinstance(windows, str | Mapping) or not isinstance(windows, Iterable):
+        raise SmartKVError(f"{expected}, got {describe(windows)}: {_AS_IDS}")
+    ids = list(windows)
+    for window in ids:
+        if not isinstance(window, Tensor):
+            raise SmartKVError(f"{expected}, got {describe(window)} among them: {_AS_IDS}")
+        if window.dim() != 1:
+            raise SmartKVError(f"{expected}, got one of shape {list(window.shape)}: give its rows, such as ids[0]")
+        if window.is_floating_point() or window.is_complex() or window.dtype == torch.bool:
+            raise SmartKVError(f"{expected}, got {str(window.dtype).removeprefix('torch.')}: {_AS_IDS}")
+        if len(window) != len(ids[0]):
+            raise SmartKVError(
+                f"{expected}, got {len(ids[0])} and {len(window)} tokens: cut them to the shorter length"
+            )
+        if len(window) and not (int(window.min()) >= 0 and int(window.max()) < vocabulary):
+            raise SmartKVError(
+                f"token ids of this model go from 0 to {vocabulary - 1}, got {int(window.min())} to "
+                f"{int(window.max())}: use the model's own tokenizer"
+            )
+    return ids

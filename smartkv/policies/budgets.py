@@ -6,11 +6,10 @@ of later layers differ a little from those of the full cache; what a cache reall
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +21,16 @@ from smartkv.io.checks import describe
 from smartkv.models.architecture import check_model
 from smartkv.models.key_hooks import read_keys
 from smartkv.models.wrappers import language_model
-from smartkv.policies.arguments import check_first_query, check_footprint, resolve_gates, resolve_policy
+from smartkv.policies.arguments import (
+    check_counted,
+    check_footprint,
+    check_windows,
+    resolve_gates,
+    resolve_policy,
+)
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
+from smartkv.policies.lifetimes import FOREVER
 
-_AS_IDS = "encode a text with tokenizer(text, return_tensors='pt').input_ids[0]"
 STEPS = 32  # of bisection, more than float32 predictions can distinguish
 
 
@@ -42,6 +47,7 @@ class Calibration:
         last: position after the last counted query. It is `tokens - 1`: the query at `tokens - 2` predicts the window's
             last token, and the query of that token predicts none in the window.
         ages: in tokens, for which the gates judge; empty for gates that judge once and for all.
+        sliding_windows: of the model itself, as in `Architecture`.
     """
 
     predictions: dict[int, Tensor]
@@ -50,6 +56,7 @@ class Calibration:
     first_query: int
     last: int
     ages: tuple[int, ...] = ()
+    sliding_windows: Sequence[int | None] = ()
 
     @classmethod
     @torch.inference_mode()
@@ -74,47 +81,58 @@ class Calibration:
                 the model's positions, no window, or no query that counts.
         """
         architecture, bank = check_model(model), resolve_gates(model, gates)
-        ids = _check_windows(windows, language_model(model).config.vocab_size)
-        tokens = _check_counted([len(window) for window in ids], first_query)
+        ids = check_windows(windows, language_model(model).config.vocab_size)
+        tokens = check_counted([len(window) for window in ids], first_query)
         if tokens > architecture.max_positions:
             raise SmartKVError(
                 f"windows of {tokens} tokens are longer than the model's {architecture.max_positions} positions: "
                 "make them shorter"
             )
+        own = architecture.sliding_windows
         if bank is not None:
-            return cls.of(bank, [read_keys(model, window) for window in ids], first_query)
-        return cls.without_gates(architecture.layers, tokens, first_query)
+            return cls.of(bank, [read_keys(model, window) for window in ids], first_query, own)
+        return cls.without_gates(architecture.layers, tokens, first_query, own)
 
     @classmethod
-    def without_gates(cls, layers: int, tokens: int, first_query: int = 0) -> "Calibration":
+    def without_gates(
+        cls, layers: int, tokens: int, first_query: int = 0, sliding_windows: Sequence[int | None] = ()
+    ) -> "Calibration":
         """Return a calibration for policies without gates, which keep the same in every window of `tokens`.
 
         Raises:
             SmartKVError: no query that counts.
         """
-        _check_counted([tokens], first_query)
-        return cls({}, layers, tokens, first_query, tokens - 1)
+        check_counted([tokens], first_query)
+        return cls({}, layers, tokens, first_query, tokens - 1, sliding_windows=sliding_windows)
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, gates: GateBank, keys: list[list[Tensor]], first_query: int = 0) -> "Calibration":
+    def of(
+        cls,
+        gates: GateBank,
+        keys: list[list[Tensor]],
+        first_query: int = 0,
+        sliding_windows: Sequence[int | None] = (),
+    ) -> "Calibration":
         """Return a calibration from pre-RoPE keys that were read before.
 
         Args:
             gates: the model's gates.
             keys: of each window, of each layer `[1, kv_heads, tokens, head_dim]`.
             first_query: as in `measure`.
+            sliding_windows: of the model itself, as in `Architecture`.
 
         Raises:
             SmartKVError: something else than gates, no window, or no query that counts.
         """
         if not isinstance(gates, GateBank):
             raise SmartKVError(f"gates must be a GateBank here, got {describe(gates)}: give their name to `measure`")
-        tokens = _check_counted([window[0].shape[2] for window in keys], first_query)
+        tokens = check_counted([window[0].shape[2] for window in keys], first_query)
         predictions = {
             layer: torch.cat([gates.score(layer, window[layer]).cpu() for window in keys]) for layer in gates.layers
         }
-        return cls(predictions, gates.fingerprint.layers, tokens, first_query, tokens - 1, gates.ages)
+        layers, last = gates.fingerprint.layers, tokens - 1
+        return cls(predictions, layers, tokens, first_query, last, gates.ages, sliding_windows)
 
     def footprint(self, policy: HybridPolicy | str | Path) -> float:
         """Return the share of the full cache's keys that the counted queries see, over layers, heads and windows.
@@ -132,66 +150,25 @@ class Calibration:
                 f"policy '{policy.name}' leaves its {policy.open} open, so it has no footprint yet: give it a value, "
                 "or solve it, solve(policy, 0.25, calibration)"
             )
-        shares = [self._layer(policy, rule, layer) for layer, rule in enumerate(policy.by_layer(self.layers))]
-        return sum(shares) / len(shares)
+        rules = policy.rules_for(self.layers, self.sliding_windows)
+        counts = [self._layer(policy, rule, layer) for layer, rule in enumerate(rules)]
+        return sum(visible for visible, _ in counts) / sum(full for _, full in counts)
 
-    def _layer(self, policy: HybridPolicy, rule: LayerRule, layer: int) -> float:
+    def _layer(self, policy: HybridPolicy, rule: LayerRule, layer: int) -> tuple[float, float]:
+        """Return the keys that the counted queries see in a layer, mean over heads and windows, and in a full cache."""
         position = torch.arange(self.tokens)
         if rule.rule == "gated" and layer not in self.predictions:
             raise SmartKVError(f"policy '{policy.name}' gates layer {layer}, but there are no gates for it")
         ttl = policy.times_to_live(rule, self.predictions.get(layer), self.ages)
-        lifetime = policy.lifetime(rule, ttl, position)
+        own = (self.sliding_windows[layer] if self.sliding_windows else None) or FOREVER
+        lifetime = policy.lifetime(rule, ttl, position).clamp(max=own)
         visible = self._queries(position, (position + lifetime).clamp(max=self.last))
-        full = self._queries(position, torch.tensor(self.last))
-        return float(visible.double().reshape(-1, self.tokens).mean(dim=0).sum() / full.sum())
+        full = self._queries(position, (position + own).clamp(max=self.last))
+        return float(visible.double().reshape(-1, self.tokens).mean(dim=0).sum()), float(full.sum())
 
     def _queries(self, born: Tensor, end: Tensor) -> Tensor:
         """Return the number of counted queries in `[born, end)`."""
         return (end - born.clamp(min=self.first_query)).clamp(min=0)
-
-
-def _check_counted(lengths: list[int], first_query: int) -> int:
-    """Return the length of windows, in tokens, after checking that a query of them counts."""
-    check_first_query(first_query)
-    if not lengths or lengths[0] - 1 <= first_query:
-        got = f"windows of {lengths[0]}" if lengths else "none"
-        raise SmartKVError(f"calibration needs windows of more than {first_query + 1} tokens, got {got}")
-    return lengths[0]
-
-
-def _check_windows(windows: Any, vocabulary: int) -> list[Tensor]:
-    """Return windows of token ids as a list.
-
-    Args:
-        windows: as `Calibration.measure` takes them.
-        vocabulary: number of tokens that the model knows.
-
-    Raises:
-        SmartKVError: they are something else, of unequal lengths, or hold ids that the model does not know.
-    """
-    expected = "windows must be a list of token ids, integer tensors [tokens] of one length"
-    if isinstance(windows, Tensor) and windows.dim() < 2:
-        raise SmartKVError(f"{expected}, got one tensor {list(windows.shape)}: write windows=[ids]")
-    if isinstance(windows, str | Mapping) or not isinstance(windows, Iterable):
-        raise SmartKVError(f"{expected}, got {describe(windows)}: {_AS_IDS}")
-    ids = list(windows)
-    for window in ids:
-        if not isinstance(window, Tensor):
-            raise SmartKVError(f"{expected}, got {describe(window)} among them: {_AS_IDS}")
-        if window.dim() != 1:
-            raise SmartKVError(f"{expected}, got one of shape {list(window.shape)}: give its rows, such as ids[0]")
-        if window.is_floating_point() or window.is_complex() or window.dtype == torch.bool:
-            raise SmartKVError(f"{expected}, got {str(window.dtype).removeprefix('torch.')}: {_AS_IDS}")
-        if len(window) != len(ids[0]):
-            raise SmartKVError(
-                f"{expected}, got {len(ids[0])} and {len(window)} tokens: cut them to the shorter length"
-            )
-        if len(window) and not (int(window.min()) >= 0 and int(window.max()) < vocabulary):
-            raise SmartKVError(
-                f"token ids of this model go from 0 to {vocabulary - 1}, got {int(window.min())} to "
-                f"{int(window.max())}: use the model's own tokenizer"
-            )
-    return ids
 
 
 def solve(policy: HybridPolicy | str | Path, footprint: float, calibration: Calibration) -> HybridPolicy:

@@ -21,7 +21,7 @@ from torch import Tensor
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.io.checks import describe
-from smartkv.models.architecture import Architecture, Fingerprint
+from smartkv.models.architecture import Architecture, Fingerprint, gated_layers
 from smartkv.models.layer_ranges import check_ranges, format_layers, parse_layers
 from smartkv.policies.capacity import Cap
 from smartkv.policies.figures import check_figure, check_tokens, read_fields
@@ -212,17 +212,45 @@ class HybridPolicy:
             raise SmartKVError(f"policy '{self.name}' has no rule for layers {format_layers(missing)}")
         return [rule_of[layer] for layer in range(layers)]
 
-    def check(self, model: Architecture | Fingerprint, gates: GateBank | None) -> list[LayerRule]:
+    def rules_for(self, layers: int, sliding_windows: Sequence[int | None] = ()) -> list[LayerRule]:
+        """Return the rule of each layer of a model some of whose layers may slide.
+
+        A layer that slides where others see everything has no gates. Where the policy would ask them, the layer keeps
+        all that its own window lets it see.
+
+        Args:
+            layers: number of layers of the model.
+            sliding_windows: as in `Architecture`.
+
+        Raises:
+            SmartKVError: as for `by_layer`.
+        """
+        asked = set(gated_layers(layers, sliding_windows))
+        keeps = LayerRule("all", "full")
+        return [
+            keeps if rule.rule == "gated" and layer not in asked else rule
+            for layer, rule in enumerate(self.by_layer(layers))
+        ]
+
+    def check(
+        self,
+        model: Architecture | Fingerprint,
+        gates: GateBank | None,
+        sliding_windows: Sequence[int | None] | None = None,
+    ) -> list[LayerRule]:
         """Return the rule of each layer, after checking that model, gates and policy fit together.
 
         Args:
             model: architecture or fingerprint of the model.
             gates: the model's gates; None: there are none.
+            sliding_windows: as in `Architecture`; None: those of `model`, of which a fingerprint knows none.
 
         Raises:
             SmartKVError: a layer without a rule or without its gates, or gates that read or predict something else.
         """
-        rules = self.by_layer(model.layers)
+        if sliding_windows is None:
+            sliding_windows = getattr(model, "sliding_windows", ())
+        rules = self.rules_for(model.layers, sliding_windows)
         gated = [layer for layer, rule in enumerate(rules) if rule.rule == "gated"]
         if gated and gates is None:
             raise SmartKVError(f"policy '{self.name}' gates layers {format_layers(gated)}, but no gates were given")
@@ -253,7 +281,7 @@ class HybridPolicy:
             return [None] * model.layers
         heads = model.kv_heads if self.max_tokens_per == "layer" else 1
         caps: list[Cap | None] = []
-        for rule in self.by_layer(model.layers):
+        for rule in self.rules_for(model.layers, model.sliding_windows):
             # where keys do not expire, the oldest are dropped first: the cap acts as a window, so it is pinned as one
             window = rule.window or max(1, self.max_tokens // heads - self.sinks)
             room = self.max_tokens - heads * (self.sinks + window)

@@ -7,6 +7,7 @@ from smartkv.errors import SmartKVError
 from smartkv.io.checks import all_finite
 from smartkv.labels.key_labels import Labels
 from smartkv.labels.lifespans import log4_lifespan
+from smartkv.models.architecture import gated_layers
 from smartkv.models.layer_ranges import parse_layers
 from smartkv.shards.in_memory import InMemoryRows
 from smartkv.shards.manifest import Manifest, RowBlock
@@ -26,7 +27,8 @@ class LabelledKeys:
         threshold: Attention probability that counts as a hit; one of those harvested.
         follow_up: Follow-up in tokens, at which lifespans are capped. None means that of the harvest.
         inputs: What gates read: "keys" (before the rotary embedding) or "keys_post_rope".
-        layers: Ranges of layers such as "0-2,20-29". None means all.
+        layers: Ranges of layers such as "0-2,20-29". None means all; of a model of which some layers slide, those that
+            see everything.
         reader: Source of the keys and labels. None means the manifest's folder.
 
     Raises:
@@ -51,7 +53,8 @@ class LabelledKeys:
                 f"follow_up {self.follow_up} leaves no key of a window of {manifest.window} tokens: "
                 f"choose less than {manifest.window - manifest.sinks}"
             )
-        self.layers = parse_layers(layers, manifest.fingerprint.layers)
+        total = manifest.fingerprint.layers
+        self.layers = parse_layers(layers, total) if layers else gated_layers(total, manifest.sliding_windows)
         self.gates = len(self.layers) * manifest.fingerprint.kv_heads
         self._threshold_row = manifest.threshold_index(threshold)
         self._layers = None if len(self.layers) == manifest.fingerprint.layers else self.layers

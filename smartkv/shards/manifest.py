@@ -96,6 +96,11 @@ class Manifest:
     arguments: dict[str, Any]
     shards: list[ShardEntry]
 
+    @property
+    def sliding_windows(self) -> tuple[int | None, ...]:
+        """The model's own window in each layer, as in `Architecture.sliding_windows`."""
+        return tuple(self.arguments.get("sliding_windows", ()))
+
     def write(self) -> None:
         """Write `manifest.json`, as the last step of a harvest."""
         data = {"format_version": FORMAT_VERSION, **asdict(self)}

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from smartkv import GateBank, SmartKVError
 from smartkv.models.architecture import Fingerprint, attention_modules
 from smartkv.models.key_hooks import read_keys
+from tests.families import make
 from tests.models import FAMILIES, token_ids
 from tests.smartkv.cache.fixtures import MODELS
 
@@ -43,11 +44,11 @@ def scores_in_kvpress(model: PreTrainedModel, press: Any, ids: Tensor) -> list[T
 
 @needs_kvpress
 @pytest.mark.parametrize("ages", [(), AGES])
-@pytest.mark.parametrize("family", PRESSED)
+@pytest.mark.parametrize("family", [*PRESSED, "phi3"])
 def test_a_score_is_what_the_gates_say_of_the_key_and_ends_are_pinned(family: str, ages: tuple[int, ...]) -> None:
     from smartkv.press import LifespanPress
 
-    model, ids = MODELS[family], token_ids(40)
+    model, ids = make(family), token_ids(40)
     bank = gates_of(model, ages)
     got = scores_in_kvpress(model, LifespanPress(0.5, bank, sinks=3, window=5), ids)
     for layer, keys in enumerate(read_keys(model, ids)):
@@ -158,6 +159,15 @@ def test_gates_may_be_named_by_their_folder(as_text: bool, tmp_path: Path) -> No
     bank.save_pretrained(tmp_path)
     got = LifespanPress(0.5, str(tmp_path) if as_text else tmp_path).bank
     assert all(torch.equal(got.state_dict()[name], weight) for name, weight in bank.state_dict().items())
+
+
+@needs_kvpress
+def test_a_family_whose_keys_kvpress_cannot_read_is_refused() -> None:
+    from smartkv.press import LifespanPress
+
+    model = make("olmo2")
+    with pytest.raises(SmartKVError, match="kvpress cannot read the keys of the family olmo2"):
+        scores_in_kvpress(model, LifespanPress(0.5, gates_of(model)), token_ids(8))
 
 
 @needs_kvpress

@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
-from smartkv.models.architecture import KEY_SITES, Architecture, Fingerprint, attention_modules
-from tests.models import FAMILIES
+from smartkv.models.architecture import Architecture, Fingerprint, attention_modules
+from smartkv.models.key_sites import KEY_SITES
+from tests.models import FAMILIES, llama
 
 QWEN25 = Qwen2Config(
     num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, hidden_size=896, intermediate_size=4864
@@ -96,3 +97,10 @@ def test_check_refuses_a_difference_in_each_part_of_the_architecture(field: str)
 
 def test_check_accepts_other_weights_of_the_same_architecture() -> None:
     Fingerprint("llama", 30, 3, 64, "a").check(Fingerprint("llama", 30, 3, 64, "b"), "it")
+
+
+def test_attention_that_no_registered_function_reaches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    monkeypatch.delattr("transformers.models.llama.modeling_llama.ALL_ATTENTION_FUNCTIONS")
+    with pytest.raises(SmartKVError, match="LlamaAttention of this llama computes attention by itself"):
+        attention_modules(model)

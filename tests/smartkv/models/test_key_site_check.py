@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from smartkv.errors import SmartKVError
-from smartkv.models.architecture import KEY_SITES
 from smartkv.models.backbone import freeze
 from smartkv.models.key_site_check import check_key_site
+from smartkv.models.key_sites import KEY_SITES
 from tests.models import FAMILIES, llama, qwen3, tiny_tokenizer
 
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from smartkv.errors import SmartKVError
 from smartkv.models.key_hooks import read_keys
 from smartkv.models.observation import observe_attention
 from smartkv.models.rotary import Rotation, SwitchingRotary, longest_sequence
-from tests.models import FAMILIES, gpt2, llama, token_ids
+from tests.families import make
+from tests.models import gpt2, llama, token_ids
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -30,17 +32,19 @@ class RotatedKeys:
     def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None: ...
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "yarn"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "mistral", "yarn", "cohere", "glm", "phi", "olmo3, sliding"]
+)
 def test_a_rotary_embedding_is_taken_back(family: str) -> None:
     """YaRN scales what it rotates, too."""
-    model = llama(rope_parameters=YARN) if family == "yarn" else FAMILIES[family]()
+    model = llama(rope_parameters=YARN) if family == "yarn" else make(family)
     ids, rotated = token_ids(20), RotatedKeys()
     before = read_keys(model, ids)
     with torch.inference_mode(), observe_attention(model, rotated):
         model(input_ids=ids[None], use_cache=False)
-    for keys, key in zip(before, rotated.keys, strict=True):
+    for layer, (keys, key) in enumerate(zip(before, rotated.keys, strict=True)):
         assert not torch.allclose(key, keys[0], atol=1e-2)
-        plain = Rotation(model).unrotate(key, torch.arange(20))
+        plain = Rotation(model).of_layer(layer).unrotate(key, torch.arange(20))
         torch.testing.assert_close(plain, keys[0], atol=1e-5, rtol=1e-4)
 
 
@@ -50,6 +54,20 @@ def test_the_mean_rotation_is_the_mean_of_rotations() -> None:
     turned, _ = apply_rotary_pos_emb(vector.expand(1, 1, 20, 8), vector.expand(1, 1, 20, 8), cos, sin)
     matrix = Rotation(model).mean_matrix(position, 8)
     torch.testing.assert_close(matrix @ vector, turned[0, 0].mean(dim=0), atol=1e-5, rtol=1e-4)
+
+
+def test_the_mean_rotation_of_a_part_leaves_the_rest() -> None:
+    model, vectors, position = make("glm"), torch.randn(20, 8), torch.arange(5, 25)
+    rotation = Rotation(model)
+    matrix = rotation.mean_matrix(position, 8)
+    want = rotation.rotate(vectors[:1].expand(20, 8), position).mean(dim=0)
+    torch.testing.assert_close(matrix @ vectors[0], want, atol=1e-5, rtol=1e-4)
+    assert torch.equal(matrix[4:], torch.eye(8)[4:])
+
+
+def test_a_rotation_before_a_norm_cannot_be_taken_back() -> None:
+    with pytest.raises(SmartKVError, match="rotary embedding of a hunyuan_v1_dense cannot be undone"):
+        Rotation(make("hunyuan_v1_dense")).unrotate(torch.zeros(1, 4, 8), torch.arange(4))
 
 
 def test_a_model_without_a_rotary_embedding_has_the_identity() -> None:

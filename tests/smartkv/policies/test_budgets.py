@@ -211,7 +211,7 @@ def test_prices_are_remembered_for_what_can_be_kept_also_where_the_largest_share
 
 
 def test_the_advice_is_the_call_that_solves() -> None:
-    assert how_to_solve().startswith("policy=solve(policy, 0.25, Calibration.measure(model, gates, windows)) ")
+    assert how_to_solve().startswith("policy=solve('all-gated', 0.25, Calibration.measure(model, gates, windows)) ")
     own = how_to_solve(0.5, policy="mine", gates="bank")
     assert own.startswith("policy=solve(mine, 0.5, Calibration.measure(model, bank, windows)) ")
 
