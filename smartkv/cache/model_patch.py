@@ -126,18 +126,8 @@ class Session:
             patch.undo()
 
     def _patch_layers(self) -> None:
-        """Let each layer's attention follow the pass of its thread, and read its pre-RoPE keys.
-
-        Raises:
-            SmartKVError: an attention module is hidden in a module around it.
-        """
+        """Let each layer's attention follow the pass of its thread, and read its pre-RoPE keys."""
         modules = attention_modules(self.model)
-        for layer, module in enumerate(modules):
-            if "config" not in module.__dict__:
-                raise SmartKVError(
-                    f"the attention of layer {layer} is inside a {type(module).__name__}, into which a cache does not "
-                    "look: use the model without this wrapper (peft: leave attention out of modules_to_save)"
-                )
         views = {id(m.config): PassConfig(m.config, self.decoder) for m in modules}
         self.modules = [*modules, *key_modules(self.model)]
         self.handles = register_key_hooks(self.model, self.on_keys)

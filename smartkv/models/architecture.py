@@ -177,11 +177,18 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """Return the self-attention module of each layer, in order. `model` may be a wrapper (see `language_model`).
 
     Raises:
-        SmartKVError: The modules compute attention by themselves, and would never call a registered function.
+        SmartKVError: A module is hidden in another one, or the modules compute attention by themselves and would never
+            call a registered function.
     """
     lm = language_model(model)
     modules = [self_attention(block) for block in decoder_blocks(lm)]
-    if not hasattr(sys.modules[type(modules[0]).__module__], "ALL_ATTENTION_FUNCTIONS"):
+    for layer, module in enumerate(modules):
+        if "config" not in module.__dict__:
+            raise SmartKVError(
+                f"the attention of layer {layer} is in a {type(module).__name__}, which SmartKV does not look into: "
+                "use the model without this wrapper (peft: leave attention out of modules_to_save)"
+            )
+    if not hasattr(sys.modules[type(modules[0]).forward.__module__], "ALL_ATTENTION_FUNCTIONS"):
         raise SmartKVError(
             f"the {type(modules[0]).__name__} of this {lm.config.model_type} computes attention by itself, and not "
             f"through transformers' attention functions: use the model's own classes of a newer transformers than "

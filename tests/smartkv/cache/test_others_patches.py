@@ -180,9 +180,18 @@ def test_a_layer_that_is_replaced_while_caches_live_attends_through_them(name: s
 def test_attention_that_is_hidden_in_another_module_is_refused(name: str) -> None:
     model = fresh()
     get_peft_model(model, LoraConfig(r=4, target_modules=["up_proj"], modules_to_save=["self_attn"]))
-    with pytest.raises(SmartKVError, match=r"layer 0 is inside a .*modules_to_save"):
+    with pytest.raises(SmartKVError, match=r"layer 0 is in a .*modules_to_save"):
         LIVE[name](model)
     assert not hasattr(model.model, "_smartkv_session")
+
+
+def test_a_subclass_of_the_familys_attention_is_taken() -> None:
+    model = fresh()
+    attention = model.model.layers[0].self_attn
+    attention.__class__ = type("Mine", (type(attention),), {"__module__": __name__})
+    with torch.no_grad():
+        got = model(IDS, past_key_values=LifespanCache(model, policy="full")).logits
+        torch.testing.assert_close(got, model(IDS).logits, atol=1e-5, rtol=0)
 
 
 def test_attention_that_does_not_reach_the_cache_is_never_silent() -> None:
