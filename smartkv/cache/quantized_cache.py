@@ -42,6 +42,7 @@ class QuantizedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    is_croppable = True  # transformers 5.24 asks; the tokens of the last call can always be dropped
     keys: Tensor
     values: Tensor
     parts: Parts
