@@ -25,7 +25,7 @@ TOO_SLOW = [
 ]
 # they write, or collect garbage for half a second in each of thousands of sessions
 PLUGINS_OFF = ["cacheprovider", "unraisableexception", "threadexception"]
-NEEDED = ["smartkv", "tests", "configs"]
+NEEDED = ["smartkv", "tests", "configs", "docs"]
 # an error's wording is no promise, so the arguments of a `raise` stay as they are, and so do lines of prose
 WORDING = [r"\braise \w+\(", r"\bwarnings\.warn\(", r"""^\s*\(?f?"[^"]* [^"]* [^"]*"[,)]*$"""]
 # exit codes of pytest and mutmut; a mutant that crashes Python is killed too, one that no test calls is unseen
