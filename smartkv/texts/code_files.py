@@ -21,6 +21,7 @@ NO_CODE = frozenset(("__pycache__", "node_modules", "site-packages", "dist-packa
 LONGEST_FILE = 400_000  # characters; longer ones are tables
 LONGEST_LINE = 1_000  # characters; longer ones are data or minified
 LETTERS = 0.55  # least share of letters in what is not space; tables of figures have fewer
+TABLE = 500  # characters that are not space; with less a file is not taken for a table
 _GENERATED = re.compile(  # a comment that says so, or the beginning of a line
     r"^(\s*(#|//|/\*|\*|--|<!--|;|%).*|\W*)"
     r"(@generated|\bdo not edit|\b(auto[- ]?|automatically |machine[- ])generated)\b"
@@ -62,7 +63,7 @@ def why_not(text: str | None) -> str | None:
     if len(text) > LONGEST_FILE or max(map(len, text.split("\n"))) > LONGEST_LINE:
         return "of data or minified"
     letters, ink = len(re.findall("[^\\W\\d_]", text)), len(re.findall("\\S", text))
-    return "of data or minified" if letters < LETTERS * ink else None
+    return "of data or minified" if ink > TABLE and letters < LETTERS * ink else None
 
 
 def in_turns(names: Mapping[str, Iterable[str]]) -> Iterator[str]:

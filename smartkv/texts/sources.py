@@ -114,7 +114,7 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
     told = f"source '{config.name}'" + ("" if text == config.name or config.path else f" (its text is {text})")
     if config.path is not None:
         try:
-            own = OwnTexts.find(Path(config.path).expanduser(), code=config.name == CODE)
+            own = OwnTexts.find(Path(config.path).expanduser(), code=text == CODE)
         except SmartKVError as error:
             raise SmartKVError(f"{told}: {error}") from error
         rest = f"; not read: {own.skipped_in_words}" if own.skipped else ""
@@ -124,10 +124,10 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
         return Source(BUILTIN, config.weight, BUILTIN, builtin_documents)
     if config.name == LISTS:
         return Source(LISTS, config.weight, "drawn", lists.documents)
-    if config.name == CODE:
+    if text == CODE:
         code = InstalledCode.find()
         say(f"{told}: {code.count} files of {len(code.files)} installed packages and modules")
-        return Source(CODE, config.weight, "installed", code.documents, about={"packages": len(code.files)})
+        return Source(config.name, config.weight, "installed", code.documents, about={"packages": len(code.files)})
     reasons = list[str]()
     for origin, choice in product(config.origins, ALTERNATIVES.get(text, (text,))):
         try:

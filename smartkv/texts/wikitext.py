@@ -137,11 +137,11 @@ def _sentences(words: list[str]) -> Iterator[list[str]]:
 
 
 def _needs_unknown(words: list[str]) -> bool:
-    """Whether an unknown word is no mere attribute or apposition, judged by the words beside it."""
+    """Whether an unknown word is no attribute of what follows and no part of a name, judged by the words beside it."""
     known = [word for number, word in enumerate(words) if word != UNKNOWN or words[number - 1 : number] != [UNKNOWN]]
     for before, word, after in zip(["", *known], known, [*known[1:], ""], strict=False):
         if word == UNKNOWN and (
-            (_is_small(before) and _is_small(after))
+            (_is_small(after) and (_is_small(before) or before.islower()))
             or before.startswith("@")
             or after.startswith(("@", "'"))
             or (after.islower() and (not before[:1].isalnum() or _CLAUSES.fullmatch(before.lower())))
