@@ -22,6 +22,7 @@ class KnownSource:
         id: Field of a record that identifies it. None if a record has only its number.
         fields: Fields that must be strings in a record of a local file.
         assemble: Function that puts the records of a file or of a split together to others. None if each is a document.
+        use_all: Whether validation also takes what a hash gives to test, in a file for training and validation alone.
     """
 
     hub: tuple[str, str | None, dict[str, str]]
@@ -30,6 +31,7 @@ class KnownSource:
     id: str | None = None
     fields: tuple[str, ...] = ()
     assemble: Callable[[Iterable[dict[str, Any]]], Iterator[dict[str, Any]]] | None = None
+    use_all: bool = False
 
 
 def _problem(record: dict[str, Any]) -> str:
@@ -111,6 +113,7 @@ KNOWN: dict[str, KnownSource] = {
         lambda record: record["text"],
         "title",
         assemble=articles,
+        use_all=True,
     ),
     "news": KnownSource(
         ("abisee/cnn_dailymail", "3.0.0", {split: split for split in SPLITS}),

@@ -110,7 +110,10 @@ def _of_split(
             text = known.render(record)
         except KeyError as missing:
             raise SmartKVError(f"{place}, record {number + 1}: the field {missing} is missing") from missing
-        if has_splits or split_of(name) == split:
+        hashed = split_of(name)
+        if known.use_all and hashed == "test":
+            hashed = "validation"
+        if has_splits or hashed == split:
             yield Document(name, text)
 
 
