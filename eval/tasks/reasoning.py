@@ -15,7 +15,7 @@ from eval.tasks.answers import Sample, continuation_ids, prompt_ids
 from eval.tasks.heatmaps import panels
 from eval.tasks.metrics import same_answer
 from eval.tasks.report import Row, all_lengths, counted, full_of, mean, merged, right_where_full_is, score_table, shown
-from eval.tasks.suite import Suite
+from eval.tasks.suite import Part, Suite
 from smartkv.errors import SmartKVError
 from smartkv.texts.sources import SourceConfig, resolve_source
 
@@ -70,19 +70,19 @@ def reasoning(
     if samples is not None and samples < 1:
         raise SmartKVError(f"samples must be at least 1, got {samples}")
     suite = Suite(console, model, gates, contenders, footprints, calibration, seed)
-    folder, rows = Path(out), []
+    folder = Path(out)
     asked = {
         name: suite.by_length(_samples(suite, name, split, samples, examples[name], chat, origins)) for name in sets
     }
     for name in sets:  # a problem that is too long ends the run before anything is measured
         suite.check_lengths(asked[name], to_generate[name])
-    for name in sets:
-        rows += suite.run(folder, "reasoning", asked[name], to_generate[name], _scored)
+    rows = suite.run(folder, "reasoning", [Part(asked[name], to_generate[name]) for name in sets], _scored)
     settings: dict[str, Any] = {"sets": sets, "samples": samples, "shots": examples, "new_tokens": to_generate}
     settings |= {"chat": chat, "split": split}
     together = all_lengths(rows)
     tables, pictures = [_table(together, sets, max(to_generate.values()) > 0)], [_picture(folder, together, sets)]
-    suite.leave(folder, "reasoning", settings, UNITS, merged(rows), tables, pictures)
+    paired = ({"score": "solved"} if max(to_generate.values()) else {}) | {"nll": "NLL"}
+    suite.leave(folder, "reasoning", settings, UNITS, merged(rows), tables, pictures, paired=paired, compared=together)
 
 
 UNITS = {
