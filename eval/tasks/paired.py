@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from eval.tasks.report import Row, full_of, mean, shown
+from eval.tasks.report import Row, counted, full_of, mean, shown
 from smartkv.metrics.bootstrap import bootstrap, mean_over
 
 LOSSES = ("nll",)  # less is better, and a ratio says nothing
@@ -81,7 +81,7 @@ def all_beside_full(rows: Sequence[Row], keys: Sequence[str]) -> list[dict[str, 
 
 
 def paired_table(title: str, compared: Sequence[dict[str, Any]], names: dict[str, str]) -> Table:
-    """Make a table of what `all_beside_full` returns, a line for each contender, footprint and length with figures.
+    """Make a table of what `all_beside_full` returns, a line for each contender, footprint, length and known figure.
 
     Args:
         title: of the table.
@@ -89,35 +89,26 @@ def paired_table(title: str, compared: Sequence[dict[str, Any]], names: dict[str
         names: key of a figure -> its name in the table.
     """
     table = Table(title=title)
-    for number, name in enumerate(("", "tokens", "samples")):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    for key, name in names.items():
-        parts = ("− full",) if key in LOSSES else ("÷ full", "− full", "kept")
-        for part in parts:
-            table.add_column(f"{name} {part}", justify="right")
+    for number, name in enumerate(("", "tokens", "figure", "samples", "full", "own", "÷ full", "− full", "kept")):
+        table.add_column(name, justify="right" if number not in (0, 2) else "left", no_wrap=True)
     for line in compared:
-        known = [line[key] for key in names if line[key]]
-        if not known:
-            continue
         label = f"{line['contender']} {line['target']:g}" if line["target"] < 1 else line["contender"]
-        cells = [label, f"{line['length']:,}" if line["length"] else "all"]
-        cells.append(str(max(figures["samples"] for figures in known)))
-        for key in names:
-            cells += _cells(line[key], key in LOSSES)
-        table.add_row(*cells)
+        for key, name in names.items():
+            if line[key] is not None:
+                table.add_row(label, f"{line['length']:,}" if line["length"] else "all", name, *_cells(line[key], key))
+                label = ""
+        table.add_section()
     return table
 
 
-def _cells(figures: dict[str, Any] | None, loss: bool) -> list[str]:
-    if figures is None:
-        return [""] if loss else ["", "", ""]
-    digits = 3 if loss else 2
+def _cells(figures: dict[str, Any], key: str) -> list[str]:
+    digits = 3 if key in LOSSES else 2
+    ratio = kept = ""
+    if figures["ratio"] is not None:
+        ratio = f"{shown(figures['ratio'])} ({' to '.join(shown(edge) for edge in figures['ratio_95'])})"
+    if key not in LOSSES:
+        kept = counted(figures["kept_where_full_is"], figures["of"])
     low, high = figures["difference_95"]
     difference = f"{figures['difference']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
-    if loss:
-        return [difference]
-    ratio = ""
-    if figures["ratio"] is not None:
-        ratio = f"{shown(figures['ratio'])} ({shown(figures['ratio_95'][0])} to {shown(figures['ratio_95'][1])})"
-    kept = f"{round((figures['kept_where_full_is'] or 0) * figures['of'])} of {figures['of']}"
-    return [ratio, difference, kept]
+    means = (shown(figures[name], digits) for name in ("full", "mean"))
+    return [str(figures["samples"]), *means, ratio, difference, kept]

@@ -236,15 +236,19 @@ class Suite:
                 "these are: leave it out"
             )
 
-    def by_length(self, samples: Sequence[Sample]) -> dict[int, list[Sample]]:
+    def by_length(self, samples: Sequence[Sample], more: int = 0) -> dict[int, list[Sample]]:
         """Group samples by the length for which prices are solved: their own, rounded up.
 
         A share of the cache is then the same share for short and for long samples.
+
+        Args:
+            samples: all of them.
+            more: tokens that are expected to be generated, where samples have no reference answer.
         """
         groups: dict[int, list[Sample]] = {}
         most = self.lm.architecture.max_positions
         for sample in samples:
-            tokens = len(sample.prompt) + len(sample.answer)
+            tokens = len(sample.prompt) + len(sample.answer) + more
             groups.setdefault(min(-(-tokens // ROUNDED) * ROUNDED, max(most, tokens)), []).append(sample)
         return dict(sorted(groups.items()))
 

@@ -50,7 +50,9 @@ def test_a_share_of_the_prompt_stays_and_later_tokens_read_it_alone(name: str, t
 def test_a_rule_that_keeps_everything_is_the_full_cache(tiny_lm: Any) -> None:
     tokens = token_ids(40, 2)
     with torch.inference_mode():
-        cache = compressing_rule("snapkv", tiny_lm, 100).compress(SETTING | {"share": 1.0}, tokens[:30].tolist(), 0, None)
+        cache = compressing_rule("snapkv", tiny_lm, 100).compress(
+            SETTING | {"share": 1.0}, tokens[:30].tolist(), 0, None
+        )
         found = tiny_lm.model(tokens[None, 30:], past_key_values=cache).logits
         assert torch.allclose(found, tiny_lm.model(tokens[None]).logits[:, 30:], atol=1e-4)
         assert cache.footprint == cache.stored == 1.0
