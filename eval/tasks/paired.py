@@ -89,7 +89,7 @@ def paired_table(title: str, compared: Sequence[dict[str, Any]], names: dict[str
         names: key of a figure -> its name in the table.
     """
     table = Table(title=title)
-    for number, name in enumerate(("", "tokens", "figure", "samples", "full", "own", "÷ full", "− full", "kept")):
+    for number, name in enumerate(("", "tokens", "figure", "n", "full", "÷ full", "− full", "kept")):
         table.add_column(name, justify="right" if number not in (0, 2) else "left", no_wrap=True)
     for line in compared:
         label = f"{line['contender']} {line['target']:g}" if line["target"] < 1 else line["contender"]
@@ -105,10 +105,9 @@ def _cells(figures: dict[str, Any], key: str) -> list[str]:
     digits = 3 if key in LOSSES else 2
     ratio = kept = ""
     if figures["ratio"] is not None:
-        ratio = f"{shown(figures['ratio'])} ({' to '.join(shown(edge) for edge in figures['ratio_95'])})"
+        ratio = f"{shown(figures['ratio'])} [{', '.join(shown(edge) for edge in figures['ratio_95'])}]"
     if key not in LOSSES:
         kept = counted(figures["kept_where_full_is"], figures["of"])
     low, high = figures["difference_95"]
-    difference = f"{figures['difference']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
-    means = (shown(figures[name], digits) for name in ("full", "mean"))
-    return [str(figures["samples"]), *means, ratio, difference, kept]
+    difference = f"{figures['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return [str(figures["samples"]), shown(figures["full"], digits), ratio, difference, kept]

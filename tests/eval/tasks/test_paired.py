@@ -60,7 +60,7 @@ def test_the_table_has_a_line_for_each_contender_with_figures() -> None:
     compared = all_beside_full([FULL, row("gates", [1.0, 0.0, 0.25, 0.0]), none], ["score"])
     assert [line["contender"] for line in compared] == ["gates", "mask"] and compared[1]["score"] is None
     table = paired_table("t", compared, {"score": "said"})
-    assert cells(table, 0) == ["gates 0.25"] and cells(table, 2) == ["said"] and cells(table, 8) == ["1 of 2"]
-    assert cells(table, 6)[0].startswith("0.50 (") and cells(table, 7)[0].startswith("-0.31 (")
+    assert cells(table, 0) == ["gates 0.25"] and cells(table, 2) == ["said"] and cells(table, 7) == ["1 of 2"]
+    assert cells(table, 5)[0].startswith("0.50 [") and cells(table, 6)[0].startswith("-0.31 [")
     zero = paired_table("t", all_beside_full([row("full", [0.0], 1.0), row("x", [0.0])], ["score"]), {"score": "said"})
-    assert cells(zero, 6) == [""] and cells(zero, 8) == ["0 of 0"]
+    assert cells(zero, 5) == [""] and cells(zero, 7) == ["0 of 0"]

@@ -37,8 +37,7 @@ def test_published_rules_generate_and_the_full_cache_is_measured_once_for_both_q
         return plain(lm, contender, setting, sample, new_tokens)
 
     monkeypatch.setattr(tasks, "answered", heard)
-    run_task("ruler", tmp_path, **changes, question="held_back")
-    held = json.loads((tmp_path / "ruler_held_back.json").read_text())
+    held = run_task("ruler", tmp_path, **changes, question="held_back")
     assert sorted(name for name, _ in asked) == sorted(2 * names)
     for _, sample in asked:
         assert sample.held_back and sample.compressed == sample.text[1] < len(sample.prompt) - 40
