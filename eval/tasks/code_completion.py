@@ -59,7 +59,8 @@ def code_completion(
         rules_protocol: of published rules. stream: they evict while the text is read; this is simulated by a mask, and
             nothing is generated. once: they read the prompt with all keys, then keep a share, as published.
         split: train, validation or test; all files of a package are in one of them.
-        source: of the code. Its `path` is a folder of yours with .py files; null: Python's standard library.
+        source: of the code. Its `path` is a folder of yours with .py files; null: Python's standard library and the
+            packages that are installed beside it.
         calibration: texts on which prices are solved.
         model: the frozen language model.
         seed: of the choice of files and lines.
@@ -99,7 +100,7 @@ def held_samples(suite: Suite, documents: Sequence[Document], length: int, count
 
     Args:
         suite: has the tokenizer and the seed, and tells how many lines there are.
-        documents: files of all packages.
+        documents: files of all packages. A package of one file is left out, because it has no other.
         length: most tokens of a prompt with its line. A prompt has at least three quarters as many.
         count: number of samples; fewer if there are not as many files that are long enough.
         new_tokens: a line has at most so many.
@@ -108,7 +109,11 @@ def held_samples(suite: Suite, documents: Sequence[Document], length: int, count
     for document in documents:
         packages.setdefault(package_of(document.id), []).append(document)
     random, made = np.random.default_rng([suite.seed, length]), list[Sample]()
-    shuffled = {name: [files[place] for place in random.permutation(len(files))] for name, files in packages.items()}
+    shuffled = {
+        name: [files[place] for place in random.permutation(len(files))]
+        for name, files in packages.items()
+        if len(files) > 1  # else there are no other files
+    }
     for turn in range(max(map(len, shuffled.values()), default=0)):  # a file of each package in turn
         for name, files in shuffled.items():
             if turn < len(files) and len(made) < count:

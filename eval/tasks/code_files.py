@@ -10,7 +10,9 @@ from smartkv.errors import SmartKVError
 from smartkv.texts.documents import Document, split_of
 from smartkv.texts.sources import SourceConfig
 
-LEFT_OUT = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"))
+TESTS = ("test", "tests", "testing", "idle_test")
+COPIES = ("vendor", "_vendor", "vendored", "_vendored", "externals", "third_party", "extern")
+LEFT_OUT = frozenset((*TESTS, *COPIES, "site-packages", "dist-packages", "__pycache__", "pydoc_data"))  # folders
 LONGEST = 400_000  # characters of a file; longer ones are tables
 SHORTEST_LINE, LONGEST_LINE = 12, 100  # characters of a line that is held out, without its indentation
 NAME = re.compile(r"[^\W\d]\w{3,}")
@@ -21,26 +23,31 @@ def code_documents(source: SourceConfig, split: str, say: Callable[[str], None])
 
     Args:
         source: with a `path`, the .py files below that folder, of which each subfolder is a package; without one, the
-            packages of Python's standard library. All files of a package are in the split that a hash of its name
-            decides.
+            packages of Python's standard library and those that are installed beside it. All files of a package are in
+            the split that a hash of its name decides.
         split: train, validation or test.
         say: called with a line for the user.
 
     Raises:
         SmartKVError: the folder does not exist, or holds no Python file of the split.
     """
-    root = Path(source.path).expanduser() if source.path else Path(sysconfig.get_paths()["stdlib"])
-    if not root.is_dir():
-        raise SmartKVError(f"source '{source.name}': {root} is no folder: give the path of a folder with code")
-    found = [path for path in sorted(root.rglob("*.py")) if not LEFT_OUT & set(path.relative_to(root).parts)]
-    names = {path.relative_to(root).as_posix(): path for path in found}
+    paths = sysconfig.get_paths()
+    roots = [Path(source.path).expanduser()] if source.path else [Path(paths["stdlib"]), Path(paths["purelib"])]
+    names: dict[str, Path] = {}
+    for root in roots:
+        if not root.is_dir():
+            raise SmartKVError(f"source '{source.name}': {root} is no folder: give the path of a folder with code")
+        for path in sorted(root.rglob("*.py")):
+            if not LEFT_OUT & set(path.relative_to(root).parts):
+                names.setdefault(path.relative_to(root).as_posix(), path)
     chosen = {name: path for name, path in names.items() if split_of(package_of(name)) == split}
+    where = ", ".join(map(str, roots))
     if not chosen:
         raise SmartKVError(
-            f"source '{source.name}': none of the {len(names)} Python files in {root} is in split {split} (a hash of "
+            f"source '{source.name}': none of the {len(names)} Python files in {where} is in split {split} (a hash of "
             "each package's name decides): give a folder with more packages, or another split"
         )
-    say(f"source '{source.name}': {len(chosen)} files of split {split} in {root}")
+    say(f"source '{source.name}': {len(chosen)} files of split {split} in {where}")
     for name, path in chosen.items():
         try:
             text = path.read_text(encoding="utf-8")

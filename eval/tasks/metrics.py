@@ -79,13 +79,14 @@ METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
 }
 
 
-FINAL = re.compile(r"####[ \t]*(\$?[ \t]*-?\d[\d.,]*%?)[ \t]*$", re.MULTILINE)  # GSM8K's last line; elsewhere a heading
+# GSM8K's last line, such as `#### 18`; `#### 1. Add` is a heading
+FINAL = re.compile(r"####[ \t]*(\$?[ \t]*-?\d[\d,]*(?:\.\d+)?)(?![\d,]|[.:)][ \t]*\w)")
 
 
 def same_answer(text: str, reference: str) -> float:
     r"""Return 1 where two solutions of a maths problem have the same answer, else 0.
 
-    math-verify reads GSM8K's `#### number` at the end of a line, else the last `\boxed{}`, else the last number.
+    math-verify reads GSM8K's `#### number`, else the last `\boxed{}`, else the last number.
     """
     library = _library("math_verify", "math-verify")
 
