@@ -30,6 +30,7 @@ from eval.report import report
 from eval.speed.decode import decode
 from eval.speed.gate_training import training
 from eval.speed.harvest import speed
+from eval.tasks.code_completion import code_completion
 from eval.tasks.longbench import longbench
 from eval.tasks.needle import needle
 from eval.tasks.reasoning import reasoning
@@ -37,12 +38,22 @@ from eval.tasks.ruler import ruler
 from smartkv.errors import one_line_errors
 from smartkv.io.hub import limit_hub_waiting
 
-RESUMED = ("compare", "kinds", "longbench", "needle", "perplexity", "reasoning", "ruler")  # go on when given again
+RESUMED = (
+    "code_completion",
+    "compare",
+    "kinds",
+    "longbench",
+    "needle",
+    "perplexity",
+    "reasoning",
+    "ruler",
+)  # go on when given again
 COMMANDS: dict[str, Any] = {
     "anchors": anchors,
     "auto": auto,
     "baselines": baselines,
     "calibrate": calibrate,
+    "code_completion": code_completion,
     "compare": compare,
     "decode": decode,
     "figures": figures,

@@ -23,7 +23,9 @@ from tests.test_docs import project_arguments
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SECONDS = "too long even at a tiny size: its own tests run it"
 ELSEWHERE = "tests/eval/tasks/test_suite.py runs its config"
-NOT_RUN = {"speed": SECONDS, "training": SECONDS, "decode": SECONDS, "longbench": ELSEWHERE, "reasoning": ELSEWHERE}
+NOT_RUN = {"speed": SECONDS, "training": SECONDS, "decode": SECONDS} | dict.fromkeys(
+    ("longbench", "reasoning", "code_completion"), ELSEWHERE
+)
 KVPRESS = "configs/eval/presses.yaml"  # in an environment of its own
 
 

@@ -31,6 +31,7 @@ FLAT_NAMES: dict[str, dict[str, str]] = {  # command -> flat name -> the option'
     "auto": MODEL | MEASURE,
     "baselines": _of("model", "dtype", "device", "trust_remote_code"),
     "calibrate": MODEL,
+    "code_completion": MODEL,
     "compare": MODEL
     | MEASURE
     | _of("model", "adapter")

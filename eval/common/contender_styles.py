@@ -97,6 +97,7 @@ STYLES = {
     "tova": ContenderStyle("TOVA", "#CC6677", ">"),
     "h2o": ContenderStyle("H2O", "#D55E00", "h"),
     "random": ContenderStyle("Random keys", "#777777", "x", line="-.", order=1),
+    "random_pinned": ContenderStyle("Random keys, question pinned", "#777777", "+", line="-.", order=1),
     # nulls and oracles
     "null:token_table": _null("Token-id table (null)", GREY, "s"),
     "null:position": _null("Position only (null)", GREY, "^"),

@@ -1,7 +1,7 @@
 """Reads and generates the answer to a long prompt under a contender's cache."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,15 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 
 from eval.contenders.base import Contender, stored_share
+from eval.contenders.compressed import CompressedCache
 from smartkv.cache.attached import AttachedCache
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.quantized_cache import QuantizedCache
 from smartkv.errors import SmartKVError
 from smartkv.metrics.perplexity import losses_after
 from smartkv.models.backbone import Backbone
+
+ROLES = ("user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class Sample:
         classes: all possible answers, for classification.
         marked: first of the prompt's tokens that must stay in the cache, and last + 1; None: not known.
         ordered: the reference's parts have one right order; without it `right` has no meaning.
+        text: first of the prompt's tokens that are text, and last + 1: those before are the instruction, those after
+            the question; None: not known.
+        held_back: the cache is compressed after the text, and the question comes then.
+        cluster: samples of one cluster, such as a file, are drawn together by a bootstrap; None: each by itself.
     """
 
     prompt: tuple[int, ...]
@@ -40,6 +47,14 @@ class Sample:
     classes: tuple[str, ...] = ()
     marked: tuple[int, int] | None = None
     ordered: bool = True
+    text: tuple[int, int] | None = None
+    held_back: bool = False
+    cluster: str | None = None
+
+    @property
+    def compressed(self) -> int:
+        """Number of the prompt's tokens that are read before the cache is compressed; the last one comes later."""
+        return self.text[1] if self.held_back and self.text else len(self.prompt) - 1
 
 
 def counted_from(sample: Sample) -> int:
@@ -56,7 +71,8 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
 
     Args:
         lm: the model.
-        contender: one that has `open` (see `Decoding`) generates; one that is simulated by a mask does not.
+        contender: one that has `open` (see `Decoding`) or `compress` (see `CompressingRule`) generates; one that is
+            simulated by a mask does not.
         setting: a result of `contender.solved`.
         sample: the question.
         new_tokens: most tokens to generate, greedily; 0: none.
@@ -71,13 +87,13 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
     Raises:
         SmartKVError: nothing is to be generated and there is no reference.
     """
-    open_cache: Callable[..., AbstractContextManager[Any]] | None = getattr(contender, "open", None)
+    decodes = hasattr(contender, "open") or hasattr(contender, "compress")
     at_once: int | None = getattr(contender, "at_once", None)
-    if not sample.answer and (open_cache is None or not new_tokens):
+    if not sample.answer and not (decodes and new_tokens):
         raise SmartKVError(
             f"{contender.name} generates nothing and there is no reference answer: give one, or new_tokens above 0"
         )
-    if open_cache is None:
+    if not decodes:
         tokens = torch.tensor([*sample.prompt, *sample.answer])
         reading = contender.read(setting, tokens, len(sample.prompt), counted_from(sample), None)
         return _scored(reading.nll, reading.rank) | {
@@ -89,11 +105,9 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
         }
     model = lm.model
     prompt = torch.tensor([sample.prompt], device=model.device)
-    with open_cache(setting, counted_from(sample)) as cache:
-        before = prompt[:, :-1]
-        for part in before.split(at_once or before.shape[1], dim=1):
-            model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
-        figures = _usage(lm, cache, before.shape[1], sample)
+    with _opened(contender, setting, sample) as cache:
+        _read_prompt(lm, cache, sample, at_once)
+        figures = _usage(lm, cache, len(sample.prompt) - 1, sample)
         if sample.answer:
             figures |= _likelihood(lm, deepcopy(cache), sample, at_once)
         if not new_tokens:
@@ -109,6 +123,25 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
         if not sample.answer:
             figures["footprint"] = _footprint(cache)
         return figures | {"generated": text, "ended": len(new) < new_tokens}
+
+
+def _opened(contender: Any, setting: Any, sample: Sample) -> AbstractContextManager[Cache]:
+    """Open a contender's cache: an empty one, or one that holds the compressed beginning of the prompt."""
+    if hasattr(contender, "compress"):
+        beginning = sample.prompt[: sample.compressed]
+        return nullcontext(contender.compress(setting, beginning, counted_from(sample), sample.text))
+    return contender.open(setting, counted_from(sample))
+
+
+def _read_prompt(lm: Backbone, cache: Cache, sample: Sample, at_once: int | None) -> None:
+    """Read what the cache does not hold of the prompt up to its last token; what is held back comes by itself."""
+    ids, edge = torch.tensor([sample.prompt[:-1]], device=lm.model.device), sample.compressed
+    for part in (ids[:, cache.get_seq_length() : edge], ids[:, edge:]):
+        for few in part.split(at_once or max(1, part.shape[1]), dim=1):
+            if few.shape[1]:
+                lm.model.base_model(input_ids=few, past_key_values=cache, use_cache=True)
+        if isinstance(cache, LifespanCache):
+            cache.settle()
 
 
 def _greedy(lm: Backbone, new_tokens: int) -> GenerationConfig:
@@ -142,6 +175,8 @@ def _usage(lm: Backbone, cache: Cache, tokens: int, sample: Sample) -> dict[str,
     """Measure the cache after the prompt: `stored` and `kept`."""
     if isinstance(cache, QuantizedCache):
         return {"stored": stored_share(lm, cache, tokens), "kept": None}
+    if isinstance(cache, CompressedCache):
+        return {"stored": cache.stored, "kept": None}
     if not isinstance(cache, LifespanCache):
         return {"stored": 1.0, "kept": None}
     cache.settle()
@@ -165,7 +200,7 @@ def kept_share(cache: LifespanCache, start: int, stop: int) -> list[list[float]]
 
 
 def _footprint(cache: Cache) -> float:
-    return cache.footprint if isinstance(cache, LifespanCache) else 1.0
+    return cache.footprint if isinstance(cache, (LifespanCache, CompressedCache)) else 1.0
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, prefix: str = "") -> tuple[int, ...]:
@@ -180,13 +215,49 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, prefix
     Raises:
         SmartKVError: `chat` is true and the tokenizer has no chat template.
     """
+    whole, special = prompt_text(tokenizer, text, chat, prefix)
+    return tuple(tokenizer(whole, add_special_tokens=special)["input_ids"])
+
+
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, prefix: str = "", shots: Sequence[tuple[str, str]] = ()
+) -> tuple[str, bool]:
+    """Return a prompt as text, and whether the tokenizer still has to add its special tokens.
+
+    Args:
+        tokenizer, text, chat, prefix: as for `prompt_ids`.
+        shots: questions with their answers, as earlier turns of the chat.
+
+    Raises:
+        SmartKVError: `chat` is true and the tokenizer has no chat template.
+    """
     if not chat:
-        return tuple(tokenizer(text + prefix)["input_ids"])
+        return text + prefix, True
     if not tokenizer.chat_template:
         raise SmartKVError("this model has no chat template: leave chat false")
-    turns = [{"role": "user", "content": text}]
-    chat_text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    return tuple(tokenizer(chat_text + prefix, add_special_tokens=False)["input_ids"])
+    turns = [{"role": role, "content": said} for shot in shots for role, said in zip(ROLES, shot, strict=True)]
+    turns.append({"role": "user", "content": text})
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)) + prefix, False
+
+
+def place_of(tokenizer: PreTrainedTokenizerBase, whole: str, special: bool, part: str) -> tuple[int, int]:
+    """Return which tokens of a prompt hold a part of it: the first of them, and last + 1.
+
+    Args:
+        tokenizer: of the model.
+        whole, special: results of `prompt_text`.
+        part: text of the prompt; a token that reaches out of it does not count.
+
+    Raises:
+        SmartKVError: the prompt does not contain the part.
+    """
+    start = whole.find(part)
+    if start < 0 or not part:
+        raise SmartKVError(f"the prompt does not contain its own text: the chat template changes '{part[:60]}'")
+    stop = start + len(part)
+    offsets = tokenizer(whole, add_special_tokens=special, return_offsets_mapping=True)["offset_mapping"]
+    inside = [n for n, (low, high) in enumerate(offsets) if start <= low < high <= stop]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from eval.tasks.answers import Sample, continuation_ids, cut_in_the_middle, prom
 from eval.tasks.heatmaps import panels
 from eval.tasks.metrics import METRICS
 from eval.tasks.report import Row, all_lengths, group_table, mean, merged
-from eval.tasks.suite import Suite
+from eval.tasks.suite import Part, Suite
 from smartkv.errors import SmartKVError
 
 TASKS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -65,17 +65,27 @@ def longbench(
     if longest < 16 or (samples is not None and samples < 1) or (new_tokens is not None and new_tokens < 1):
         raise SmartKVError("longest must be at least 16 tokens, samples and new_tokens at least 1")
     suite = Suite(console, model, gates, contenders, footprints, calibration, seed)
-    folder, rows, asked = Path(out), [], {}
+    folder, asked = Path(out), {}
     for task in tasks:  # a task that cannot be read ends the run before anything is measured
         records = read_records(data, task, samples)
         asked[task] = suite.by_length([_sample(suite, task, record, longest, chat) for record in records])
         suite.check_lengths(asked[task], new_tokens or TASKS[task]["tokens"])
-    for task in tasks:
-        rows += suite.run(folder, "longbench", asked[task], new_tokens or TASKS[task]["tokens"], _scored)
+    parts = [Part(asked[task], new_tokens or TASKS[task]["tokens"]) for task in tasks]
+    rows = suite.run(folder, "longbench", parts, _scored)
     settings = {"tasks": tasks, "data": data, "samples": samples, "longest": longest, "chat": chat}
     together = all_lengths(rows)
     table = group_table("LongBench: score by task", together, tasks, "score", 3)
-    suite.leave(folder, "longbench", settings, UNITS, merged(rows), [table], [_picture(folder, together, tasks)])
+    suite.leave(
+        folder,
+        "longbench",
+        settings,
+        UNITS,
+        merged(rows),
+        [table],
+        [_picture(folder, together, tasks)],
+        paired={"score": "score", "nll": "NLL"},
+        compared=together,
+    )
 
 
 UNITS = {

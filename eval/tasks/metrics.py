@@ -52,11 +52,22 @@ def count(text: str, reference: str, _: Sequence[str] = ()) -> float:
 
 def code(text: str, reference: str, _: Sequence[str] = ()) -> float:
     """Return the edit similarity of the reference and the first line that is no comment."""
+    lines = (line for line in text.lstrip("\n").split("\n") if not any(mark in line for mark in ("`", "#", "//")))
+    return edit_similarity(next(lines, ""), reference)
+
+
+def edit_similarity(text: str, reference: str) -> float:
+    """Return `fuzz.ratio` of two texts, as LCC and RepoBench have it, from 0 to 1."""
     _library("rapidfuzz", "rapidfuzz")
     from rapidfuzz import fuzz
 
-    lines = (line for line in text.lstrip("\n").split("\n") if not any(mark in line for mark in ("`", "#", "//")))
-    return fuzz.ratio(next(lines, ""), reference) / 100
+    return fuzz.ratio(text, reference) / 100
+
+
+def first_code_line(text: str) -> str:
+    """Return the first line that is neither empty nor a comment; "" where there is none."""
+    lines = (line for line in text.split("\n") if line.strip() and not line.strip().startswith(("#", "//")))
+    return next(lines, "")
 
 
 METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
@@ -68,14 +79,18 @@ METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
 }
 
 
+# GSM8K's last line, such as `#### 18`; `#### 1. Add` is a heading
+FINAL = re.compile(r"####[ \t]*(\$?[ \t]*-?\d[\d,]*(?:\.\d+)?)(?![\d,]|[.:)][ \t]*\w)")
+
+
 def same_answer(text: str, reference: str) -> float:
     r"""Return 1 where two solutions of a maths problem have the same answer, else 0.
 
-    math-verify reads the last `\boxed{}` or, where there is none, the last number.
+    math-verify reads GSM8K's `#### number`, else the last `\boxed{}`, else the last number.
     """
     library = _library("math_verify", "math-verify")
 
     def parsed(solution: str) -> Any:
-        return library.parse(solution.replace("####", "\nThe answer is"))
+        return library.parse(FINAL.sub(r"\nThe answer is \1", solution))
 
     return float(library.verify(parsed(reference), parsed(text)))

@@ -14,12 +14,13 @@ from eval.common.contender_styles import contender_label
 from eval.common.figures import heads_heatmap
 from eval.common.options import CalibrationTexts, Model
 from eval.common.results import save_picture
+from eval.contenders.base import EvictionProtocol
 from eval.eviction.recall import Trial, trial
 from eval.tasks.answers import Sample
 from eval.tasks.heatmaps import panels
 from eval.tasks.needle_predictions import predictions
-from eval.tasks.report import Row, counted, full_of, mean, merged, right_where_full_is, score_table, shown
-from eval.tasks.suite import Suite
+from eval.tasks.report import Row, all_lengths, counted, full_of, mean, merged, right_where_full_is, score_table, shown
+from eval.tasks.suite import Part, Suite
 from smartkv.errors import SmartKVError
 from smartkv.texts.sources import SourceConfig
 
@@ -36,6 +37,7 @@ def needle(
     samples: int = 4,
     split: str = "test",
     new_tokens: int = 16,
+    rules_protocol: EvictionProtocol = "stream",
     haystack: list[SourceConfig] = [SourceConfig("pg19")],  # noqa: B006, B008
     calibration: CalibrationTexts = CalibrationTexts(),  # noqa: B008
     model: Model = Model(),  # noqa: B008
@@ -60,6 +62,8 @@ def needle(
         samples: number of samples of each length and depth, each with a text, a name and a number of its own.
         split: train, validation or test, of the text and of the forms of facts.
         new_tokens: tokens to generate for each sample; 0: none, which takes half the time.
+        rules_protocol: of published rules. stream: they evict while the text is read; this is simulated by a mask, and
+            nothing is generated. once: they read the prompt with all keys, then keep a share, as published.
         haystack: the text around the facts.
         calibration: texts on which prices are solved.
         model: the frozen language model.
@@ -71,11 +75,11 @@ def needle(
             f"lengths must be at least {4 * SPARE} tokens, depths and samples at least 1, new_tokens at least 0, "
             f"got {lengths}, {depths}, {samples}, {new_tokens}"
         )
-    suite = Suite(console, model, gates, contenders, footprints, calibration, seed)
+    suite = Suite(console, model, gates, contenders, footprints, calibration, seed, rules_protocol)
     places = [round((number + 0.5) / depths, 3) for number in range(depths)]
     by_length = {length: _samples(suite, haystack, split, length, places, samples) for length in sorted(set(lengths))}
     folder = Path(out)
-    rows = suite.run(folder, "needle", by_length, new_tokens, _answer_in_text)
+    rows = suite.run(folder, "needle", [Part(by_length, new_tokens)], _answer_in_text)
     settings = {"lengths": sorted(set(lengths)), "depths": places, "samples": samples, "split": split}
     settings |= {"new_tokens": new_tokens, "haystack": [source.name for source in haystack]}
     tables, pictures, more = [_table(rows, new_tokens > 0)], _pictures(folder, rows, places), dict[str, Any]()
@@ -85,7 +89,9 @@ def needle(
             predicted = predictions(suite.lm, suite.bank, progress.track(facts, description="Predictions of the facts"))
         more["predicted"] = predicted.to_dict()
         tables, pictures = [*tables, predicted.table()], [*pictures, predicted.picture(folder)]
-    suite.leave(folder, "needle", settings, UNITS, rows, tables, pictures, more)
+    paired = {"right": "right"} | ({"said": "said"} if new_tokens else {}) | {"nll": "NLL"}
+    compared = [*rows, *(all_lengths(rows) if len(by_length) > 1 else [])]
+    suite.leave(folder, "needle", settings, UNITS, rows, tables, pictures, more, paired, compared)
 
 
 UNITS = {
@@ -128,7 +134,8 @@ def _sample(suite: Suite, fact: Trial, length: int, text: torch.Tensor) -> Sampl
     start = int(fact.depth * body) + len(more)
     marked = (start, start + len(fact.context) - body)
     reference = str(suite.lm.tokenizer.decode(list(fact.answer))).strip()
-    return Sample(prompt, fact.answer, (reference,), (length, fact.depth), marked=marked)
+    text_place = (0, len(prompt) - len(fact.question))
+    return Sample(prompt, fact.answer, (reference,), (length, fact.depth), marked=marked, text=text_place)
 
 
 def _answer_in_text(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:

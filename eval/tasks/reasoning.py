@@ -11,11 +11,12 @@ from rich.table import Table
 from eval.common.console import make_console
 from eval.common.options import CalibrationTexts, Model
 from eval.common.results import save_picture
-from eval.tasks.answers import Sample, continuation_ids, prompt_ids
+from eval.contenders.base import EvictionProtocol
+from eval.tasks.answers import Sample, continuation_ids, prompt_text
 from eval.tasks.heatmaps import panels
-from eval.tasks.metrics import same_answer
+from eval.tasks.metrics import FINAL, same_answer
 from eval.tasks.report import Row, all_lengths, counted, full_of, mean, merged, right_where_full_is, score_table, shown
-from eval.tasks.suite import Suite
+from eval.tasks.suite import Part, Suite
 from smartkv.errors import SmartKVError
 from smartkv.texts.sources import SourceConfig, resolve_source
 
@@ -34,6 +35,9 @@ def reasoning(
     shots: int | dict[str, int] = SHOTS,
     new_tokens: int | dict[str, int] = NEW_TOKENS,
     chat: bool = False,
+    instruction: str = "",
+    likelihood: bool = True,
+    rules_protocol: EvictionProtocol = "stream",
     split: str = "test",
     origins: list[str] = ["local", "hub"],  # noqa: B006
     calibration: CalibrationTexts = CalibrationTexts(),  # noqa: B008
@@ -56,7 +60,12 @@ def reasoning(
         samples: number of problems of each set, its first ones. Null: all.
         shots: number of solved examples before each problem, one number for all sets or one for each.
         new_tokens: tokens to generate, one number for all sets or one for each; 0: none.
-        chat: put problems into the model's chat template.
+        chat: put problems into the model's chat template, the solved examples as earlier turns.
+        instruction: text after each problem, such as how to write the answer.
+        likelihood: also measure the likelihood of the reference solution. False: only what is generated counts, and
+            prices are solved for the prompt with half of `new_tokens`.
+        rules_protocol: of published rules. stream: they evict while the text is read; this is simulated by a mask, and
+            nothing is generated. once: they read the prompt with all keys, then keep a share, as published.
         split: train (the problems after the examples), validation or test.
         origins: origins of the sets, in order of preference: local ($SMARTKV_DATA), hub.
         calibration: texts on which prices are solved.
@@ -69,20 +78,23 @@ def reasoning(
     examples, to_generate = _of_sets("shots", shots, sets), _of_sets("new_tokens", new_tokens, sets)
     if samples is not None and samples < 1:
         raise SmartKVError(f"samples must be at least 1, got {samples}")
-    suite = Suite(console, model, gates, contenders, footprints, calibration, seed)
-    folder, rows = Path(out), []
-    asked = {
-        name: suite.by_length(_samples(suite, name, split, samples, examples[name], chat, origins)) for name in sets
-    }
+    if not likelihood and not all(to_generate.values()):
+        raise SmartKVError(f"without likelihood new_tokens must be at least 1 for every set, got {to_generate}")
+    suite = Suite(console, model, gates, contenders, footprints, calibration, seed, rules_protocol)
+    folder, asked = Path(out), {}
+    for name in sets:
+        problems = _samples(suite, name, split, samples, examples[name], chat, instruction, likelihood, origins)
+        asked[name] = suite.by_length(problems, 0 if likelihood else to_generate[name] // 2)
     for name in sets:  # a problem that is too long ends the run before anything is measured
         suite.check_lengths(asked[name], to_generate[name])
-    for name in sets:
-        rows += suite.run(folder, "reasoning", asked[name], to_generate[name], _scored)
+    rows = suite.run(folder, "reasoning", [Part(asked[name], to_generate[name]) for name in sets], _scored)
     settings: dict[str, Any] = {"sets": sets, "samples": samples, "shots": examples, "new_tokens": to_generate}
-    settings |= {"chat": chat, "split": split}
+    settings |= {"chat": chat, "instruction": instruction, "likelihood": likelihood, "split": split}
     together = all_lengths(rows)
-    tables, pictures = [_table(together, sets, max(to_generate.values()) > 0)], [_picture(folder, together, sets)]
-    suite.leave(folder, "reasoning", settings, UNITS, merged(rows), tables, pictures)
+    tables = [_table(together, sets, max(to_generate.values()) > 0, likelihood)]
+    pictures = [_picture(folder, together, sets, "nll" if likelihood else "score")]
+    paired = ({"score": "solved"} if max(to_generate.values()) else {}) | ({"nll": "NLL"} if likelihood else {})
+    suite.leave(folder, "reasoning", settings, UNITS, merged(rows), tables, pictures, paired=paired, compared=together)
 
 
 UNITS = {
@@ -131,25 +143,52 @@ def _problems(
 
 
 def _samples(
-    suite: Suite, name: str, split: str, count: int | None, shots: int, chat: bool, origins: list[str]
+    suite: Suite,
+    name: str,
+    split: str,
+    count: int | None,
+    shots: int,
+    chat: bool,
+    instruction: str,
+    likelihood: bool,
+    origins: list[str],
 ) -> list[Sample]:
     shown_before = _problems(suite, name, "train", origins, shots) if shots else []
-    examples = "".join(f"{problem} {solution}\n\n" for problem, solution in shown_before)
+    asked = _problems(suite, name, split, origins, count, after=shots if split == "train" else 0)
     tokenizer, made = suite.lm.tokenizer, []
-    for problem, solution in _problems(suite, name, split, origins, count, after=shots if split == "train" else 0):
-        prompt = prompt_ids(tokenizer, examples + problem, chat)
-        made.append(Sample(prompt, continuation_ids(tokenizer, f" {solution}"), (solution,), (name,)))
+    for problem, solution in asked:
+        if chat:
+            turns = [(_question(before, name) + instruction, its) for before, its in shown_before]
+            whole, special = prompt_text(tokenizer, _question(problem, name) + instruction, True, shots=turns)
+        else:
+            examples = "".join(f"{before} {its}\n\n" for before, its in shown_before)
+            whole, special = prompt_text(tokenizer, examples + _with_instruction(problem, name, instruction), False)
+        prompt = tuple(tokenizer(whole, add_special_tokens=special)["input_ids"])
+        answer = continuation_ids(tokenizer, solution if chat else f" {solution}") if likelihood else ()
+        made.append(Sample(prompt, answer, (solution,), (name,)))
     return made
+
+
+def _question(problem: str, name: str) -> str:
+    """Return a problem alone, without the words around it that plain prompts have."""
+    return problem.removesuffix(SETS[name].rstrip()).partition(": ")[2]
+
+
+def _with_instruction(problem: str, name: str, instruction: str) -> str:
+    """Put the instruction between a problem and the text before its solution."""
+    mark = SETS[name].rstrip()
+    return problem.removesuffix(mark) + instruction + mark
 
 
 def _scored(figures: dict[str, Any], sample: Sample) -> dict[str, Any]:
     """Score a generated solution against the reference."""
-    text = figures["generated"]
+    text, nll = figures["generated"], figures.get("nll")
     if text is None:
-        return {"score": None}
+        return {"score": None, "nll": nll}
     solution = first_solution(text, sample.group[0])
     return {
         "score": same_answer(solution, sample.references[0]),
+        "nll": nll,
         "ended": figures["ended"] or len(solution) < len(text),
     }
 
@@ -164,11 +203,11 @@ def first_solution(text: str, name: str) -> str:
         name: of the set.
     """
     solution = re.split(r"\n+(?:Question|Problem):", text)[0]
-    end = re.search(r"####[ \t]*\$?[ \t]*-?\d[\d.,]*", solution) if name == "gsm8k" else None
+    end = FINAL.search(solution) if name == "gsm8k" else None
     return solution[: end.end()] if end else solution
 
 
-def _table(rows: list[Row], sets: list[str], generated: bool) -> Table:
+def _table(rows: list[Row], sets: list[str], generated: bool, likelihood: bool) -> Table:
     full, lines = full_of(rows, rows[0].length), []
     for row in rows:
         cells = []
@@ -177,24 +216,28 @@ def _table(rows: list[Row], sets: list[str], generated: bool) -> Table:
                 share, asked = right_where_full_is(row, full, "score", name)
                 score, ended = (mean([sample[key] for sample in row.of(name)]) for key in ("score", "ended"))
                 cells += [shown(score, percent=True), shown(ended, percent=True), counted(share, asked)]
+            if not likelihood:
+                continue
             nll, nll_full = ([sample["nll"] for sample in r.of(name)] for r in (row, full))
             gap = mean([own - whole for own, whole in zip(nll, nll_full, strict=True)]) if nll else None
             cells += [shown(mean(nll), 3), "" if row is full or gap is None else f"{gap:+.4f}"]
         lines.append((row, cells))
-    names = [part for name in sets for part in _columns(f"{name} ({len(full.of(name))})", generated)]
+    names = [part for name in sets for part in _columns(f"{name} ({len(full.of(name))})", generated, likelihood)]
     return score_table("Reasoning", names, lines)
 
 
-def _columns(name: str, generated: bool) -> list[str]:
-    return [*([name, "ended", "where full is"] if generated else []), f"NLL {name}", "ΔNLL"]
+def _columns(name: str, generated: bool, likelihood: bool) -> list[str]:
+    said = [name, "ended", "where full is"] if generated else []
+    return said + ([f"NLL {name}", "ΔNLL"] if likelihood else [])
 
 
-def _picture(folder: Path, rows: list[Row], sets: list[str]) -> Path:
+def _picture(folder: Path, rows: list[Row], sets: list[str], key: str) -> Path:
     grid = np.full((len(rows), len(sets)), np.nan)
     for place, row in enumerate(rows):
         for number, name in enumerate(sets):
-            value = mean([sample["nll"] for sample in row.of(name)])
+            value = mean([sample[key] for sample in row.of(name)])
             grid[place, number] = np.nan if value is None else value
-    label = "NLL of the reference solution, nats a token"
-    figure = panels({label: grid}, [row.label for row in rows], sets, ("", "set"), "Reasoning", label, loss=True)
+    label = "NLL of the reference solution, nats a token" if key == "nll" else "share solved"
+    labels = [row.label for row in rows]
+    figure = panels({label: grid}, labels, sets, ("", "set"), "Reasoning", label, loss=key == "nll")
     return save_picture(figure, folder / "reasoning.png")

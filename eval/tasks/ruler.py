@@ -1,19 +1,21 @@
 """`python -m eval ruler`: RULER's task families at several lengths, for every contender at every footprint."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.table import Table
+from torch import Tensor
 
 from eval.common.console import make_console
 from eval.common.options import CalibrationTexts, Model
 from eval.common.results import save_picture
-from eval.tasks.answers import Sample, continuation_ids, prompt_ids
+from eval.contenders.base import EvictionProtocol
+from eval.tasks.answers import Sample, continuation_ids, place_of, prompt_ids, prompt_text
 from eval.tasks.heatmaps import panels
 from eval.tasks.report import Row, full_of, group_table, mean, merged, right_where_full_is, shown
 from eval.tasks.ruler_generator import FAMILIES, generate, string_match_all, tokens_to_generate
-from eval.tasks.suite import Suite
+from eval.tasks.suite import Part, Suite
 from smartkv.errors import SmartKVError
 from smartkv.texts.sources import SourceConfig
 
@@ -28,6 +30,8 @@ def ruler(
     samples: int = 20,
     generated: bool = True,
     chat: bool = False,
+    question: Literal["known", "held_back"] = "known",
+    rules_protocol: EvictionProtocol = "stream",
     split: str = "test",
     haystack: list[SourceConfig] = [SourceConfig("pg19")],  # noqa: B006, B008
     calibration: CalibrationTexts = CalibrationTexts(),  # noqa: B008
@@ -43,14 +47,20 @@ def ruler(
     Args:
         out: folder for ruler.json and the pictures.
         gates: folder of exported gates, hub id, or the name of gates that come with SmartKV. Null: contenders without.
-        contenders: as for `compare`; those that are simulated by a mask generate nothing. Null: gates (where there are
-            some) and window.
+        contenders: as for `compare`; those that are simulated by a mask generate nothing. random_pinned: random keys,
+            with the instruction and the question (if it is known) pinned. Null: gates (where there are some) and
+            window.
         footprints: shares of the full cache to keep, for which prices are solved at each length.
         families: families of tasks.
         lengths: tokens of a sample, answer included.
         samples: number of samples of each family and length.
         generated: generate answers, as published. False: only likelihood, which takes less time.
         chat: put the question into the model's chat template.
+        question: known: the prompt is read with its question. held_back: the cache is compressed after the text, and
+            the question comes then; files are named ruler_held_back. What the full cache answers is the same, so it is
+            measured once for both in one folder.
+        rules_protocol: of published rules. stream: they evict while the text is read; this is simulated by a mask, and
+            nothing is generated. once: they read the text with all keys, then keep a share, as published.
         split: train, validation or test, of the haystack's texts.
         haystack: texts that needles are put into and words are taken from.
         calibration: texts on which prices are solved.
@@ -63,19 +73,22 @@ def ruler(
         raise SmartKVError(f"there are no families {unknown}: expected some of {', '.join(FAMILIES)}")
     if samples < 1 or not lengths or not families:
         raise SmartKVError(f"samples must be at least 1, and there must be lengths and families, got {samples}")
-    suite = Suite(console, model, gates, contenders, footprints, calibration, seed)
-    folder, rows = Path(out), []
+    suite = Suite(console, model, gates, contenders, footprints, calibration, seed, rules_protocol)
+    folder, parts, sizes = Path(out), [], sorted(set(lengths))
+    texts = {length: suite.texts(haystack, split, samples, length) for length in sizes}
     for family in families:  # each generates the number of tokens that was published
         by_length = {
-            length: _samples(suite, haystack, split, family, length, samples, chat) for length in sorted(set(lengths))
+            length: _samples(suite, texts[length], family, length, chat, question == "held_back") for length in sizes
         }
-        rows += suite.run(folder, "ruler", by_length, tokens_to_generate(family) if generated else 0, _matched)
-    rows = merged(rows)
-    settings = {"families": families, "lengths": sorted(set(lengths)), "samples": samples}
+        parts.append(Part(by_length, tokens_to_generate(family) if generated else 0))
+    rows = merged(suite.run(folder, "ruler", parts, _matched))
+    settings = {"families": families, "lengths": sizes, "samples": samples, "question": question}
     settings |= {"generated": generated, "chat": chat, "split": split, "haystack": [s.name for s in haystack]}
-    tables = [_table(rows, families, length, generated) for length in sorted(set(lengths))]
-    pictures = _pictures(folder, rows, families, sorted(set(lengths)), generated)
-    suite.leave(folder, "ruler", settings, UNITS, rows, tables, pictures)
+    file = "ruler" if question == "known" else f"ruler_{question}"
+    tables = [_table(rows, families, length, generated) for length in sizes]
+    pictures = _pictures(folder, file, rows, families, sizes, generated)
+    paired = {"score": "said"} if generated else {}
+    suite.leave(folder, "ruler", settings, UNITS, rows, tables, pictures, paired=paired | {"nll": "NLL"}, file=file)
 
 
 UNITS = {
@@ -88,12 +101,10 @@ UNITS = {
 }
 
 
-def _samples(
-    suite: Suite, haystack: list[SourceConfig], split: str, family: str, length: int, count: int, chat: bool
-) -> list[Sample]:
+def _samples(suite: Suite, texts: list[Tensor], family: str, length: int, chat: bool, held_back: bool) -> list[Sample]:
     tokenizer = suite.lm.tokenizer
     made = []
-    for number, ids in enumerate(suite.texts(haystack, split, count, length)):
+    for number, ids in enumerate(texts):
         prose = str(tokenizer.decode(ids, skip_special_tokens=True))
         seed = [suite.seed, number, length, FAMILIES.index(family)]
 
@@ -101,9 +112,12 @@ def _samples(
             return len(prompt_ids(tokenizer, text, chat))
 
         task = generate(family, length, prose, count_tokens, seed)
-        prompt = prompt_ids(tokenizer, task.text, chat, task.prefix)
+        whole, special = prompt_text(tokenizer, task.text, chat, task.prefix)
+        prompt = tuple(tokenizer(whole, add_special_tokens=special)["input_ids"])
         answer = continuation_ids(tokenizer, task.reference)
-        made.append(Sample(prompt, answer, task.answers, (family, length), ordered=task.ordered))
+        text = place_of(tokenizer, whole, special, task.context)
+        group = (family, length)
+        made.append(Sample(prompt, answer, task.answers, group, ordered=task.ordered, text=text, held_back=held_back))
     return made
 
 
@@ -123,7 +137,9 @@ def _table(rows: list[Row], families: list[str], length: int, generated: bool) -
     return table
 
 
-def _pictures(folder: Path, rows: list[Row], families: list[str], lengths: list[int], generated: bool) -> list[Path]:
+def _pictures(
+    folder: Path, file: str, rows: list[Row], families: list[str], lengths: list[int], generated: bool
+) -> list[Path]:
     labels = list(dict.fromkeys(row.label for row in rows))
     pictures = []
     score = [("score", "share of the answers generated", False)] if generated else []
@@ -138,5 +154,5 @@ def _pictures(folder: Path, rows: list[Row], families: list[str], lengths: list[
             grids[f"{length:,} tokens"] = grid
         columns = [family.removeprefix("niah_") for family in families]
         figure = panels(grids, labels, columns, ("", "family"), f"RULER: {label}", label, loss)
-        pictures.append(save_picture(figure, folder / f"ruler_{key}.png"))
+        pictures.append(save_picture(figure, folder / f"{file}_{key}.png"))
     return pictures

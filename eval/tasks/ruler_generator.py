@@ -8,7 +8,7 @@ import re
 import string
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Task:
         answers: texts that must all be in the answer.
         reference: a right answer, as it continues after `prefix`.
         ordered: the answers have one right order; without it the reference has any of the orders.
+        context: the part of `text` that is searched, between the instruction and the question.
     """
 
     text: str
@@ -42,6 +43,7 @@ class Task:
     answers: tuple[str, ...]
     reference: str
     ordered: bool = True
+    context: str = ""
 
 
 class Exhausted(SmartKVError):
@@ -176,7 +178,8 @@ def _needles(options: dict[str, Any], size: int, length: int, prose: str, random
         filled["kind"] = kind[:-1]
         template = template.replace("Some", "A").replace("are all", "is").replace("are", "is")
         prefix = prefix[: -len("are")] + "is"
-    return Task(template.format(**filled), prefix.format(**filled), tuple(answers), f" {_listed(answers)}")
+    text, reference = template.format(**filled), f" {_listed(answers)}"
+    return Task(text, prefix.format(**filled), tuple(answers), reference, context=context)
 
 
 def _variables(options: dict[str, Any], size: int, length: int, prose: str, random: np.random.Generator) -> Task:
@@ -189,7 +192,7 @@ def _variables(options: dict[str, Any], size: int, length: int, prose: str, rand
 def _after(example: Task, task: Task) -> Task:
     """Put a solved example before a task."""
     text = f"{example.text}{example.prefix}{example.reference}\n{task.text}"
-    return Task(text, task.prefix, task.answers, task.reference, task.ordered)
+    return replace(task, text=text)
 
 
 def _chain(options: dict[str, Any], size: int, letters: int, random: np.random.Generator) -> Task:
@@ -207,10 +210,10 @@ def _chain(options: dict[str, Any], size: int, letters: int, random: np.random.G
         lines += [f"VAR {new} = VAR {old}" for old, new in pairwise(chain)]
         for shift, place in enumerate(sorted(random.choice(len(sentences), len(lines), replace=False))):
             sentences.insert(int(place) + shift, lines[shift])
-    filled = {"query": first, "count": hops + 1, "context": "\n".join(sentences)}
-    words = RULER["vt"]
-    reference = f" {' '.join(chains[0])}"
-    return Task(words["template"].format(**filled), words["prefix"].format(**filled), tuple(chains[0]), reference)
+    context, words = "\n".join(sentences), RULER["vt"]
+    filled = {"query": first, "count": hops + 1, "context": context}
+    text, prefix = words["template"].format(**filled), words["prefix"].format(**filled)
+    return Task(text, prefix, tuple(chains[0]), f" {' '.join(chains[0])}", context=context)
 
 
 def _common_words(options: dict[str, Any], size: int, length: int, prose: str, random: np.random.Generator) -> Task:
@@ -233,7 +236,7 @@ def _list(words: np.ndarray, sizes: tuple[int, int, int], count: int, random: np
     context = " ".join(f"{number}. {word}" for number, word in enumerate(entries, 1))
     reference = " " + " ".join(f"{number}. {word}" for number, word in enumerate(drawn[:count], 1))
     text = RULER["cwe"]["template"].format(context=context)
-    return Task(text, RULER["cwe"]["prefix"], tuple(drawn[:count]), reference, ordered=False)
+    return Task(text, RULER["cwe"]["prefix"], tuple(drawn[:count]), reference, ordered=False, context=context)
 
 
 def _frequent_words(options: dict[str, Any], size: int, length: int, prose: str, random: np.random.Generator) -> Task:
@@ -251,5 +254,6 @@ def _frequent_words(options: dict[str, Any], size: int, length: int, prose: str,
     text = [word for word, times in zip(words, counts, strict=True) for _ in range(times)]
     random.shuffle(text)
     answers = tuple(words[1:4])
-    prompt = RULER["fwe"]["template"].format(context=" ".join(text))
-    return Task(prompt, RULER["fwe"]["prefix"], answers, f" {_listed(answers)}")
+    context = " ".join(text)
+    prompt = RULER["fwe"]["template"].format(context=context)
+    return Task(prompt, RULER["fwe"]["prefix"], answers, f" {_listed(answers)}", context=context)

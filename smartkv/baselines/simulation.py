@@ -29,11 +29,13 @@ class Simulation:
 
     Attributes:
         seen: Number of keys that each query saw, by layer, int64 `[kv_heads, tokens]`.
+        live: Keys that are left at the end of the text, by layer.
     """
 
     def __init__(self, method: Method, schedule: Schedule, rotation: Rotation) -> None:
         self.method, self.schedule, self.rotation = method, schedule, rotation
         self.seen: dict[int, Tensor] = {}
+        self.live: dict[int, LiveKeys] = {}
 
     def footprint_by_head(self, first_query: int = 0) -> Tensor:
         """Compute the footprint of each head over the queries from `first_query` on.
@@ -80,7 +82,7 @@ class Simulation:
                 pinned = (live.position < self.schedule.sinks) | (live.position >= stop - self.schedule.window)
                 score = self.method.score(live, self.schedule.window).masked_fill(pinned, float("inf"))
                 live.keep(score.sort(dim=1, descending=True, stable=True).indices[:, :budget])
-        self.seen[layer] = torch.cat(seen_per_tile, dim=1)
+        self.seen[layer], self.live[layer] = torch.cat(seen_per_tile, dim=1), live
         return output
 
 

@@ -13,7 +13,15 @@ from eval.__main__ import main
 from eval.common.isolated import _peak
 from smartkv.models.backbone import Backbone, load_backbone
 from tests.eval.gates.fixtures import demo_rows, demo_run, demo_scores, recall_shards  # noqa: F401
-from tests.eval.tasks.fixtures import lm, long_backbone, long_gates, long_texts, longbench_data, run_task  # noqa: F401
+from tests.eval.tasks.fixtures import (  # noqa: F401
+    lm,
+    long_backbone,
+    long_chatty,
+    long_gates,
+    long_texts,
+    longbench_data,
+    run_task,
+)
 from tests.lightning_fixtures import write_texts
 from tests.models import save_random_gates
 

@@ -1,6 +1,7 @@
 """Fixtures of the tests of tasks: a tiny backbone of many positions, gates, texts, records."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,18 @@ ALL = {"full", "all-gated", "window", "all-gated+4bit", "quant:int4", "key_norm"
 def long_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A token is a byte here: texts are long."""
     return save_tiny_backbone(tmp_path_factory.mktemp("long") / "backbone", max_positions=4096)
+
+
+@pytest.fixture(scope="session")
+def long_chatty(tmp_path_factory: pytest.TempPathFactory, long_backbone: Path) -> Path:
+    """The same with a chat template."""
+    folder = tmp_path_factory.mktemp("chatty") / "backbone"
+    shutil.copytree(long_backbone, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +83,8 @@ def run_task(long_backbone: Path, long_gates: Path, long_texts: Path) -> Callabl
         if command in ("needle", "ruler"):
             settings["haystack"] = json.dumps(mine)
         main([command, *(part for name, value in settings.items() for part in (f"--{name}", str(value)))])
-        return json.loads((out / f"{command}.json").read_text())
+        held_back = "_held_back" if changes.get("question") == "held_back" else ""
+        return json.loads((out / f"{command}{held_back}.json").read_text())
 
     return run
 

@@ -1,6 +1,7 @@
 """`python -m eval reasoning` on a tiny backbone."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 
 from eval.tasks import suite as tasks
 from eval.tasks.answers import Sample
+from eval.tasks.metrics import same_answer
+from eval.tasks.reasoning import first_solution
 from tests.eval.tasks.fixtures import ALL, contenders
 
 
@@ -58,6 +61,41 @@ def test_a_right_solution_scores_and_a_wrong_one_does_not(
     changes = {"sets": '["gsm8k"]', "samples": 3, "shots": 0, "new_tokens": 9, "contenders": "[]"}
     (full,) = run_task("reasoning", tmp_path / "out", **changes)["rows"]
     assert [sample["score"] for sample in full["samples"]] == [0.0, 1.0, 0.0]  # 0 + 2, 1 + 2, 2 + 2
+
+
+def test_a_chat_has_solved_problems_as_earlier_turns_and_needs_no_likelihood(
+    run_task: Any, tmp_path: Path, long_chatty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, monkeypatch)
+    asked: list[str] = []
+    plain = tasks.answered
+
+    def heard(lm: Any, contender: Any, setting: Any, sample: Sample, new_tokens: int) -> Any:
+        asked.append(lm.tokenizer.decode(sample.prompt))
+        return plain(lm, contender, setting, sample, new_tokens)
+
+    monkeypatch.setattr(tasks, "answered", heard)
+    changes = {"sets": '["gsm8k"]', "samples": 2, "shots": 1, "new_tokens": 4, "contenders": '["window"]'}
+    chat = {"chat": "true", "instruction": " Box it.", "likelihood": "false", "backbone": long_chatty}
+    found = run_task("reasoning", tmp_path / "out", **changes, **chat)
+    shown = re.fullmatch(
+        r"<user>What is (\d+) \+ 2 in train\? Box it\.\n<assistant>It is\n#### \d+\n"
+        r"<user>What is (\d+) \+ 2 in test\? Box it\.\n<assistant>",
+        asked[0],
+    )
+    assert shown is not None
+    for row in found["rows"]:
+        assert all(sample["nll"] is None and sample["score"] in (0.0, 1.0) for sample in row["samples"])
+    (line,) = found["paired"]
+    assert line["score"]["samples"] == 2 and "nll" not in line
+    assert "NLL" not in (tmp_path / "out/reasoning.md").read_text()
+
+
+def test_a_solution_ends_at_gsm8k_s_last_line_and_not_at_a_heading() -> None:
+    assert first_solution("so 3\n#### 1,250\nQuestion: next", "gsm8k") == "so 3\n#### 1,250"
+    chatty = "#### 1. Add\n1 + 2 = 3\n#### 2. Say\nIt is \\boxed{3}."
+    assert first_solution(chatty, "gsm8k") == chatty
+    assert same_answer(chatty, "1 + 2\n#### 3") == 1.0 and same_answer(chatty, "#### 1") == 0.0
 
 
 def test_problems_of_the_train_split_are_not_asked_after_their_own_solutions(

@@ -40,6 +40,11 @@ def test_a_killed_run_goes_on_where_it_stopped(run_task: Any, tmp_path: Path, mo
         ("ruler", {"lengths": "[2400]", "samples": 1, "families": '["niah_single_2"]'}),
         ("longbench", {"tasks": '["trec"]', "samples": 1, "longest": 300, "new_tokens": 2}),
         ("reasoning", {"sets": '["math500"]', "samples": 1, "shots": 1, "new_tokens": 2}),
+        ("needle_qwen", {"lengths": "[400]", "depths": 1, "samples": 1, "new_tokens": 2}),
+        ("ruler_qwen", {"lengths": "[1600]", "samples": 1, "families": '["fwe"]'}),
+        ("ruler_qwen_rules", {"lengths": "[1600]", "samples": 1, "families": '["fwe"]', "question": "held_back"}),
+        ("reasoning_qwen", {"sets": '["math500"]', "samples": 1, "new_tokens": 40}),
+        ("code_completion", {"lengths": "[300]", "samples": 1, "new_tokens": 60}),
     ],
 )
 def test_the_config_runs(
@@ -48,16 +53,20 @@ def test_the_config_runs(
     run_task: Any,
     tmp_path: Path,
     longbench_data: Path,
+    long_chatty: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = ROOT / f"configs/eval/{command}.yaml"
-    written = yaml.safe_load(config.read_text())
+    written, command = yaml.safe_load(config.read_text()), command.partition("_qwen")[0]
+    assert str(config.relative_to(ROOT)) in config.read_text().split("\n")[0]
     problems = [{"problem": f"{n} + 2?", "solution": f"$\\boxed{{{n + 2}}}$", "unique_id": str(n)} for n in range(40)]
     (tmp_path / "math").mkdir()
     (tmp_path / "math" / "math500.jsonl").write_text("\n".join(map(json.dumps, problems)))
     monkeypatch.setenv("SMARTKV_DATA", str(tmp_path))
     names = [name.replace("gates", "all-gated") for name in written["contenders"]]
-    more = {"data": longbench_data} if command == "longbench" else {}
+    more: dict[str, Any] = {"data": longbench_data} if command == "longbench" else {}
+    if written.get("chat"):
+        more["backbone"] = long_chatty
     found = run_task(command, tmp_path / "out", config=config, contenders=json.dumps(names), **changes, **more)
     assert contenders(found) == {"full", *names}
     assert set(written) >= set(found["arguments"]) & {"gates", "contenders", "footprints", "seed", "split"}
