@@ -22,6 +22,7 @@ class ChatFormat:
 
     Attributes:
         plain: Whether the tokenizer has no chat template, so that turns are lines `User: …` and `Assistant: …`.
+        opening: What stands before the first message, such as a system message of the template's own.
         user_start: What stands before a user's message.
         assistant_start: What stands between a user's message and the answer.
         assistant_end: What stands after an answer.
@@ -38,9 +39,10 @@ class ChatFormat:
         between = re.fullmatch("(.*)".join(["", *PROBE, ""]), text, re.DOTALL)
         if between is None:
             raise SmartKVError("the model's chat template leaves out messages of a conversation: give it another one")
-        _, self.assistant_start, turn, *_, end = between.groups()
+        head, self.assistant_start, turn, *_, end = between.groups()
         self.assistant_end = end if turn.startswith(end) else ""
         self.user_start = turn.removeprefix(self.assistant_end)
+        self.opening = head.removesuffix(self.user_start)
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return a conversation as text. The template may put a system message of its own before it.
@@ -78,4 +80,6 @@ class ChatFormat:
             text: A part of rendered conversations.
         """
         marker = re.escape(self.user_start.strip())
+        if not marker:
+            return []
         return [match.start() for match in re.finditer(rf"^{marker}" if self.plain else marker, text, re.MULTILINE)]

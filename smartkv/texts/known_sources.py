@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from smartkv.shards.manifest import SPLITS
+from smartkv.texts.documents import Message
+from smartkv.texts.text_files import messages_of
 
 
 @dataclass(frozen=True)
@@ -15,14 +17,14 @@ class KnownSource:
         hub: Repository of the data set, its configuration or None, and the repository's split for each of ours. The
             key "*" stands for every split.
         local: Path in the data folder for each split. The key "*" stands for every split.
-        render: Function that turns a record into text.
+        render: Function that turns a record into text, or into the messages of a conversation.
         id: Field of a record that identifies it. None if a record has only its number.
         fields: Fields that must be strings in a record of a local file.
     """
 
     hub: tuple[str, str | None, dict[str, str]]
     local: dict[str, str]
-    render: Callable[[dict[str, Any]], str]
+    render: Callable[[dict[str, Any]], str | tuple[Message, ...]]
     id: str | None = None
     fields: tuple[str, ...] = ()
 
@@ -53,6 +55,11 @@ KNOWN: dict[str, KnownSource] = {
         {"train": "gsm8k/train.jsonl", "validation": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
         _question,
         fields=("question", "answer"),
+    ),
+    "chat": KnownSource(
+        ("HuggingFaceH4/ultrachat_200k", None, {"train": "train_sft", "validation": "train_sft", "test": "test_sft"}),
+        {"train": "chat/train.jsonl", "validation": "chat/train.jsonl", "test": "chat/test.jsonl"},
+        messages_of,
     ),
     "math500": KnownSource(
         ("HuggingFaceH4/MATH-500", None, {"*": "test"}),

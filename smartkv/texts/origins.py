@@ -109,8 +109,10 @@ def _of_split(
             text = known.render(record)
         except KeyError as missing:
             raise SmartKVError(f"{place}, record {number + 1}: the field {missing} is missing") from missing
+        except SmartKVError as error:
+            raise SmartKVError(f"{place}, record {number + 1}: {error}") from error
         if has_splits or split_of(name) == split:
-            yield Document(name, text)
+            yield Document(name, text) if isinstance(text, str) else Document(name, "", text)
 
 
 def _text_file(path: Path, name: str) -> Document:

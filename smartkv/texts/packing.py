@@ -42,6 +42,7 @@ class Packer:
         documents: Ids of the documents that were used.
         read: Number of documents that were read, empty ones included.
         tokens: Number of their tokens.
+        has_chats: Whether conversations were among them.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Packer:
         self.separator = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
         self.documents: list[str] = []
         self.read = self.tokens = 0
+        self.has_chats = False
 
     def pack(self, documents: Iterable[Document], count: int) -> list[Window]:
         """Pack up to `count` windows; fewer if the documents run out."""
@@ -85,13 +87,14 @@ class Packer:
 
     def _ids(self, document: Document) -> list[int]:
         """Return the token ids of a document: a conversation in the model's own format, without a BOS token."""
+        self.has_chats |= bool(document.messages)
         text = self.chat.render(document.messages) if document.messages else document.text
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         opening = len(self.prefix)
         return ids[opening:] if document.messages and opening and ids[:opening] == self.prefix else ids
 
     def _separator(self, document: Document) -> list[int]:
-        """Return the ids between a document and the next one. A chat template marks the end of a conversation itself."""
+        """Return the ids between a document and the next one; none where a chat template marks the end itself."""
         return [] if document.messages and not self.chat.plain else self.separator
 
     @cached_property

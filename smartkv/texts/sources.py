@@ -6,7 +6,9 @@ from pathlib import Path
 
 from smartkv.errors import SmartKVError
 from smartkv.texts import lists
+from smartkv.texts.chats import own_chats
 from smartkv.texts.documents import Document
+from smartkv.texts.drawn_chats import drawn_chats
 from smartkv.texts.known_sources import KNOWN
 from smartkv.texts.origins import (
     DATA_VARIABLE,
@@ -18,7 +20,13 @@ from smartkv.texts.origins import (
 from smartkv.texts.own_texts import OwnTexts
 
 ORIGINS = ("local", "hub", "builtin")
-RECALL = "recall"
+DRAWN = "drawn"  # an origin of conversations
+RECALL = {  # name -> the source of its text, the kind of its text
+    "recall": ("pg19", "books"),
+    "recall_code": ("code", "code"),
+    "recall_chat": ("chat", "chat"),
+}
+CHATS = ("chat", "recall_chat")
 LISTS = "lists"
 BUILTIN = "builtin"  # the manual of Python itself
 
@@ -28,15 +36,17 @@ class SourceConfig:
     """Settings of one text source of a mix.
 
     Args:
-        name: pg19, gsm8k, math500, aime24, c4, fineweb_edu or builtin. recall: facts in the text of pg19 (or of
-            `path`) that are asked for later, see `smartkv.texts.recall`. lists: drawn texts in which every line may be
-            asked for, see `smartkv.texts.lists`. Any other name needs a `path`.
+        name: pg19, gsm8k, math500, aime24, c4, fineweb_edu, chat or builtin. recall, recall_code and recall_chat: facts
+            in the text of pg19, code and chat (or of `path`) that are asked for later, see `smartkv.texts.recall`.
+            lists: drawn texts in which every line may be asked for, see `smartkv.texts.lists`. Any other name needs a
+            `path`.
         weight: Share of the windows, relative to the other sources.
         origins: Where to take the source from, in order of preference: local ($SMARTKV_DATA), hub, builtin (the prose
-            that Python itself ships). The first that has the source is used, and printed. If none has it, the run
-            stops.
+            that Python itself ships), for conversations drawn (see `smartkv.texts.drawn_chats`) in place of builtin.
+            The first that has the source is used, and printed. If none has it, the run stops.
         path: Your own folder or file: .txt or .md (one document a file) or .jsonl (one document a line, in the field
-            `text`), also with .gz. Subfolders train, validation and test, if present, are the splits.
+            `text`; for chat and recall_chat a list of {role, content} in the field `messages`), also with .gz.
+            Subfolders train, validation and test, if present, are the splits.
     """
 
     name: str
@@ -52,13 +62,14 @@ class SourceConfig:
         """
         if self.weight <= 0:
             raise SmartKVError(f"source '{self.name}': weight must be above 0, got {self.weight}")
-        if self.path is None and self.name not in (*KNOWN, BUILTIN, RECALL, LISTS):
-            names = ", ".join((*KNOWN, BUILTIN, RECALL, LISTS))
+        if self.path is None and self.name not in (*KNOWN, BUILTIN, *RECALL, LISTS):
+            names = ", ".join((*KNOWN, BUILTIN, *RECALL, LISTS))
             raise SmartKVError(f"source '{self.name}' is unknown: expected {names}, or give it a path")
+        possible = ("local", "hub", DRAWN) if self.name in CHATS else ORIGINS
         for origin in self.origins:
-            if origin not in ORIGINS:
+            if origin not in possible:
                 raise SmartKVError(
-                    f"source '{self.name}': origin '{origin}' is unknown: expected some of {', '.join(ORIGINS)}"
+                    f"source '{self.name}': origin '{origin}' is unknown: expected some of {', '.join(possible)}"
                 )
 
 
@@ -71,7 +82,8 @@ class Source:
         weight: Share of the windows, relative to the other sources.
         origin: Where its documents come from: local, hub, builtin or drawn.
         documents: Function that takes a split and yields its documents, in the same order at each call.
-        recall: Whether facts are put into its windows, see `smartkv.texts.recall`.
+        recall: Kind of the text into whose windows facts are put, see `smartkv.texts.recall`: books, code or chat.
+            None: no facts.
         own: A user's own texts; None for other sources.
     """
 
@@ -79,7 +91,7 @@ class Source:
     weight: float
     origin: str
     documents: Callable[[str], Iterator[Document]]
-    recall: bool = False
+    recall: str | None = None
     own: OwnTexts | None = None
 
 
@@ -94,8 +106,9 @@ def resolve_source(config: SourceConfig, say: Callable[[str], None]) -> Source:
         SmartKVError: The settings are wrong, or no origin has the source. The message has the reason of each origin.
     """
     config.check()
-    if config.name == RECALL:
-        return replace(_resolve(config, "pg19", say), name=RECALL, recall=True)
+    if config.name in RECALL:
+        text, kind = RECALL[config.name]
+        return replace(_resolve(config, text, say), name=config.name, recall=kind)
     return _resolve(config, config.name, say)
 
 
@@ -105,6 +118,7 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
     if config.path is not None:
         try:
             own = OwnTexts.find(Path(config.path).expanduser())
+            own = own_chats(own) if text == "chat" else own
         except SmartKVError as error:
             raise SmartKVError(f"{told}: {error}") from error
         rest = f"; not read: {own.skipped_in_words}" if own.skipped else ""
@@ -114,6 +128,8 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
         return Source(BUILTIN, config.weight, BUILTIN, builtin_documents)
     if config.name == LISTS:
         return Source(LISTS, config.weight, "drawn", lists.documents)
+    if text not in KNOWN:
+        raise SmartKVError(f"{told} has no text of its own: give it a path")
     known, reasons = KNOWN[text], list[str]()
     for origin in config.origins:
         try:
@@ -121,6 +137,10 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
                 documents = local_documents(known)
             elif origin == "hub":
                 documents = hub_documents(known)
+            elif origin == DRAWN:
+                documents, drawn_from = drawn_chats([each for each in config.origins if each in ("local", "hub")])
+                say(f"{told}: drawn, from {drawn_from}")
+                return Source(config.name, config.weight, DRAWN, documents)
             else:
                 say(
                     f"{told} CANNOT BE HAD ({'; '.join(reasons)}): its share is taken from the "
@@ -133,5 +153,9 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
             reasons.append(f"{origin}: {reason}")
     raise SmartKVError(
         f"{told} cannot be had ({'; '.join(reasons)}): point ${DATA_VARIABLE} at a folder that has it, "
-        "or add 'builtin' to its origins to take Python's own manual instead"
+        + (
+            "or add 'drawn' to its origins to draw conversations from problems and passages instead"
+            if text == "chat"
+            else "or add 'builtin' to its origins to take Python's own manual instead"
+        )
     )
