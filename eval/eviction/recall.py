@@ -115,10 +115,9 @@ def _trial_at_home(
         body: ids of the text.
         values: of the form's slots.
     """
-    fact = fill(kind, form, values)
+    fact, body = fill(kind, form, values), texts.closed(body)
     places = texts.places(body)
-    if isinstance(texts, Code):  # what asks for the fact stands behind a statement or an exchange
-        body = body[: places[-1]]
+    if isinstance(texts, Code):
         lead, goal = texts.question_and_answer(fact)
     else:
         lead, goal = _question_and_answer(fact.statement, fact.question, fact.answer, whole=True)

@@ -23,6 +23,7 @@ TOP_LEVEL = (
     r"(?<=\n)(?=[^\s)\]}])",
     r"(?<=\n)",
 )
+WHOLE = 0.8  # share of a conversation that must stay when it is cut back to its last exchange
 Random = np.random.Generator
 
 
@@ -59,6 +60,10 @@ class Books:
 
     def united(self, body: list[int]) -> list[int]:
         """Return a window's ids as one text, which a question at its end refers to."""
+        return body
+
+    def closed(self, body: list[int]) -> list[int]:
+        """Return a text's ids up to where a question can follow."""
         return body
 
     def passage_start(self, text: list[int], start: int) -> int:
@@ -98,6 +103,14 @@ class Code(Books):
     def asked(self, fact: Fact, split: str, random: Random) -> str:
         """Return the later lines that need the value or the name."""
         return "".join(self.question_and_answer(fact)) + f"{fact.after}\n\n\n"
+
+    def closed(self, body: list[int]) -> list[int]:
+        """Return the ids of code up to its last empty line, or to its last line."""
+        text, starts = self._text(body)
+        for pattern in (r"(?<=\n\n)", r"(?<=\n)"):
+            if ends := _at_tokens((match.start() for match in re.finditer(pattern, text)), starts):
+                return body[: ends[-1]]
+        return body
 
     def passage_start(self, text: list[int], start: int) -> int:
         """Return the position of the first line that begins at `start` or later; `start` where none does."""
@@ -175,6 +188,13 @@ class Chat(Code):
                 messages, names, length = [], [], 0
         if names:
             yield Document("+".join(names), "", tuple(messages))
+
+    def closed(self, body: list[int]) -> list[int]:
+        """Return the ids of a conversation up to its last exchange, or with the answer at its end closed."""
+        last = int(self.places(body)[-1])
+        if len(body) > last > WHOLE * len(body):
+            return body[:last]
+        return [*body, *self.tokenizer(self.format.assistant_end, add_special_tokens=False)["input_ids"]]
 
     def united(self, body: list[int]) -> list[int]:
         """Return a window's ids as one conversation: what opens further ones is left out."""

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from smartkv.errors import SmartKVError
 from smartkv.texts import lists
 from smartkv.texts.chats import own_chats
 from smartkv.texts.documents import Document
 from smartkv.texts.drawn_chats import drawn_chats
-from smartkv.texts.known_sources import KNOWN
+from smartkv.texts.installed_code import InstalledCode
+from smartkv.texts.known_sources import ALTERNATIVES, KNOWN
 from smartkv.texts.origins import (
     DATA_VARIABLE,
     SourceUnavailable,
@@ -26,9 +29,12 @@ RECALL = {  # name -> the source of its text, the kind of its text
     "recall_code": ("code", "code"),
     "recall_chat": ("chat", "chat"),
 }
-CHATS = ("chat", "recall_chat")
+CHAT = "chat"
+CHATS = (CHAT, "recall_chat")
 LISTS = "lists"
+CODE = "code"
 BUILTIN = "builtin"  # the manual of Python itself
+NAMES = (*KNOWN, *ALTERNATIVES, CODE, BUILTIN, *RECALL, LISTS)  # sources that need no path
 
 
 @dataclass
@@ -36,17 +42,20 @@ class SourceConfig:
     """Settings of one text source of a mix.
 
     Args:
-        name: pg19, gsm8k, math500, aime24, c4, fineweb_edu, chat or builtin. recall, recall_code and recall_chat: facts
-            in the text of pg19, code and chat (or of `path`) that are asked for later, see `smartkv.texts.recall`.
-            lists: drawn texts in which every line may be asked for, see `smartkv.texts.lists`. Any other name needs a
-            `path`.
+        name: pg19 (books), gsm8k, math500, aime24 (maths), encyclopaedia, news, fineweb_edu, c4, web (the first of
+            these two that can be had), chat or builtin. code: the Python files of the standard library and of the
+            packages installed beside it, or the source files in `path`. recall, recall_code and recall_chat: facts in
+            the text of pg19, code and chat (or of `path`) that are asked for later, see `smartkv.texts.recall`. lists:
+            drawn texts in which every line may be asked for, see `smartkv.texts.lists`. Any other name needs a `path`.
         weight: Share of the windows, relative to the other sources.
         origins: Where to take the source from, in order of preference: local ($SMARTKV_DATA), hub, builtin (the prose
-            that Python itself ships), for conversations drawn (see `smartkv.texts.drawn_chats`) in place of builtin.
-            The first that has the source is used, and printed. If none has it, the run stops.
+            that Python itself ships; for conversations in its place drawn, see `smartkv.texts.drawn_chats`). The first
+            that has the source is used, and printed. If none has it, the run stops. code, lists and builtin need none
+            of them.
         path: Your own folder or file: .txt or .md (one document a file) or .jsonl (one document a line, in the field
-            `text`; for chat and recall_chat a list of {role, content} in the field `messages`), also with .gz.
-            Subfolders train, validation and test, if present, are the splits.
+            `text`), also with .gz. Subfolders train, validation and test, if present, are the splits. With the names
+            code and recall_code: source files (.py, .js, .c, .rs, .md and others). With chat and recall_chat: .jsonl
+            with a list of {role, content} in the field `messages`.
     """
 
     name: str
@@ -62,9 +71,8 @@ class SourceConfig:
         """
         if self.weight <= 0:
             raise SmartKVError(f"source '{self.name}': weight must be above 0, got {self.weight}")
-        if self.path is None and self.name not in (*KNOWN, BUILTIN, *RECALL, LISTS):
-            names = ", ".join((*KNOWN, BUILTIN, *RECALL, LISTS))
-            raise SmartKVError(f"source '{self.name}' is unknown: expected {names}, or give it a path")
+        if self.path is None and self.name not in NAMES:
+            raise SmartKVError(f"source '{self.name}' is unknown: expected {', '.join(NAMES)}, or give it a path")
         possible = ("local", "hub", DRAWN) if self.name in CHATS else ORIGINS
         for origin in self.origins:
             if origin not in possible:
@@ -80,11 +88,13 @@ class Source:
     Attributes:
         name: Name of the source.
         weight: Share of the windows, relative to the other sources.
-        origin: Where its documents come from: local, hub, builtin or drawn.
+        origin: Where its documents come from: local, hub, builtin, installed or drawn.
         documents: Function that takes a split and yields its documents, in the same order at each call.
         recall: Kind of the text into whose windows facts are put, see `smartkv.texts.recall`: books, code or chat.
             None: no facts.
         own: A user's own texts; None for other sources.
+        about: What else was used, as JSON values: the number of packages of installed code, or the named source that
+            has the text of another.
     """
 
     name: str
@@ -93,6 +103,7 @@ class Source:
     documents: Callable[[str], Iterator[Document]]
     recall: str | None = None
     own: OwnTexts | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def resolve_source(config: SourceConfig, say: Callable[[str], None]) -> Source:
@@ -117,8 +128,8 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
     told = f"source '{config.name}'" + ("" if text == config.name or config.path else f" (its text is {text})")
     if config.path is not None:
         try:
-            own = OwnTexts.find(Path(config.path).expanduser())
-            own = own_chats(own) if text == "chat" else own
+            own = OwnTexts.find(Path(config.path).expanduser(), code=text == CODE)
+            own = own_chats(own) if text == CHAT else own
         except SmartKVError as error:
             raise SmartKVError(f"{told}: {error}") from error
         rest = f"; not read: {own.skipped_in_words}" if own.skipped else ""
@@ -128,15 +139,17 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
         return Source(BUILTIN, config.weight, BUILTIN, builtin_documents)
     if config.name == LISTS:
         return Source(LISTS, config.weight, "drawn", lists.documents)
-    if text not in KNOWN:
-        raise SmartKVError(f"{told} has no text of its own: give it a path")
-    known, reasons = KNOWN[text], list[str]()
-    for origin in config.origins:
+    if text == CODE:
+        code = InstalledCode.find()
+        say(f"{told}: {code.count} files of {len(code.files)} installed packages and modules")
+        return Source(config.name, config.weight, "installed", code.documents, about={"packages": len(code.files)})
+    reasons = list[str]()
+    for origin, choice in product(config.origins, ALTERNATIVES.get(text, (text,))):
         try:
             if origin == "local":
-                documents = local_documents(known)
+                documents = local_documents(KNOWN[choice])
             elif origin == "hub":
-                documents = hub_documents(known)
+                documents = hub_documents(KNOWN[choice])
             elif origin == DRAWN:
                 documents, drawn_from = drawn_chats([each for each in config.origins if each in ("local", "hub")])
                 say(f"{told}: drawn, from {drawn_from}")
@@ -147,15 +160,16 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
                     "built-in prose, the manual of Python itself"
                 )
                 return Source(BUILTIN, config.weight, BUILTIN, builtin_documents)
-            say(f"{told}: {origin}")
-            return Source(config.name, config.weight, origin, documents)
+            say(f"{told}: {origin}" + (f" {choice}" if choice != text else ""))
+            about = {"text": choice} if choice != text else {}
+            return Source(config.name, config.weight, origin, documents, about=about)
         except SourceUnavailable as reason:
             reasons.append(f"{origin}: {reason}")
     raise SmartKVError(
         f"{told} cannot be had ({'; '.join(reasons)}): point ${DATA_VARIABLE} at a folder that has it, "
         + (
             "or add 'drawn' to its origins to draw conversations from problems and passages instead"
-            if text == "chat"
+            if text == CHAT
             else "or add 'builtin' to its origins to take Python's own manual instead"
         )
     )
