@@ -27,7 +27,7 @@ FORMS: dict[str, dict[str, list[list[str]]]] = {  # kind of text -> split -> for
     "chat": CHAT["forms"] | {"test": FOREIGN["chat"]},
 }
 WORDS: dict[str, list[str]] = TEXTS["words"] | CODE["words"]
-IN_NAMES = ("word", "object", "animal", "colour")  # kinds of words that identifiers are made of
+IN_NAMES = ("word", "object", "animal", "trade")  # kinds of words that identifiers are made of
 
 
 def _word(kind: str, split: str, random: np.random.Generator) -> str:

@@ -86,6 +86,7 @@ KNOWN: dict[str, KnownSource] = {
         ("HuggingFaceH4/ultrachat_200k", None, {"train": "train_sft", "validation": "train_sft", "test": "test_sft"}),
         {"train": "chat/train.jsonl", "validation": "chat/train.jsonl", "test": "chat/test.jsonl"},
         messages_of,
+        use_all=True,
     ),
     "math500": KnownSource(
         ("HuggingFaceH4/MATH-500", None, {"*": "test"}),
@@ -133,9 +134,11 @@ ALTERNATIVES = {"web": ("fineweb_edu", "c4")}  # sources that are the first of o
 
 KIND = {
     **dict.fromkeys(("pg19", "recall"), "books"),
+    **dict.fromkeys(("code", "recall_code"), "code"),
+    **dict.fromkeys(("chat", "recall_chat"), "chat"),
     **dict.fromkeys(("gsm8k", "math500", "aime24"), "maths"),
     **dict.fromkeys(("web", "c4", "fineweb_edu"), "web"),
-    **{name: name for name in ("code", "encyclopaedia", "news", "chat", "lists")},
+    **{name: name for name in ("encyclopaedia", "news", "lists")},
     "builtin": "manual",
 }
 """Kind of text of each named source: books, maths, code, encyclopaedia, web, news, chat, lists or manual."""

@@ -25,7 +25,7 @@ MIN_DISTANCE = 64  # tokens between a fact and its question
 PASSAGE_TOKENS = (24, 96)  # range of the tokens of a repeated passage
 TOKENS_PER_FACT = 200  # tokens of a window for each fact in it
 ASKED = 0.75  # share of the facts that are asked for
-REDRAWN = 100  # most times that a fact is drawn anew because another one of the window has the same question
+REDRAWN = 20  # most times that a fact is drawn because another one of the window has the same question
 REPEATED = 1 / 3  # share of the windows that end with a repeated passage
 
 
@@ -89,7 +89,7 @@ class RecallPacker:
         for _ in range(self.facts):
             parts = self._fact(questions)
             size = sum(len(ids) for _, ids in parts)
-            if room - size >= least:
+            if parts and room - size >= least:
                 inserted, room = [*inserted, parts], room - size
         if not inserted:
             raise SmartKVError(f"windows of {self.window} tokens are too short for facts: make them longer")
@@ -119,14 +119,16 @@ class RecallPacker:
     def _fact(self, questions: set[str]) -> list[tuple[float, list[int]]]:
         """Draw a fact and, at a share of `ASKED`, its question: the place (0–1) and the token ids of each.
 
-        `questions` are those of the window's other facts; in code and conversations no two facts have the same.
+        `questions` are those of the window's other facts. In code and conversations no two facts have the same one, as
+        the later would contradict the earlier; nothing is returned where no other fact is found.
         """
         random = self.random
-        fact = self.kind.draw(self.split, random)
         for _ in range(REDRAWN):
+            fact = self.kind.draw(self.split, random)
             if not self.kind.later or fact.question not in questions:
                 break
-            fact = self.kind.draw(self.split, random)
+        else:
+            return []
         questions.add(fact.question)
         place = random.uniform(0, 0.9)
         parts = [(place, self._ids(self.kind.stated(fact)))]
