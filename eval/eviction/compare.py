@@ -20,6 +20,7 @@ from eval.eviction.recall import Trial, check_kinds, described, trials
 from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.labels.lifespans import check_window
 from smartkv.metrics.perplexity import query_before
+from smartkv.texts.recall import SPARE
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
 
@@ -93,7 +94,8 @@ def compare(
     windows_by_text = {text.name: windows_of(text.sources, text.split, text.windows) for text in texts}
     asked: list[Trial] = []
     for kind in recall.kinds if recall.trials else []:
-        around, _, _ = windows_of(recall.haystack_of(kind), recall.split, recall.trials)
+        count = recall.trials if kind == "books" else SPARE * recall.trials
+        around, _, _ = windows_of(recall.haystack_of(kind), recall.split, count)
         asked += trials(
             recall.split, recall.trials, recall.tokens, lm.tokenizer, list(around), seed, kind, recall.forms
         )

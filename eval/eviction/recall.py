@@ -75,7 +75,8 @@ def trials(
         tokens: tokens of text around a fact; in code and chats a few less, so that the text ends where a statement or
             an exchange ends.
         tokenizer: of the model.
-        texts: ids `[tokens or more]`, a text for each trial.
+        texts: ids `[tokens or more]`, a text for each trial. Of more than that, those with enough places for facts are
+            taken.
         seed: of names and numbers.
         kind: books, code or chat.
         forms: own: the first two forms of the split in books, all of its forms in turn in code and chats. foreign:
@@ -95,6 +96,9 @@ def trials(
         return [trial(split, n, depth, tokenizer, text[:tokens], random) for n, (depth, text) in enumerate(pairs)]
     chosen = FOREIGN[kind] if forms == "foreign" else FORMS[kind][split]
     of_kind, found = KINDS[kind](tokenizer), list[Trial]()
+    texts = sorted(
+        texts, key=lambda text: not of_kind.fits(text[:tokens].tolist())
+    )  # those that do come first, in order
     for number, (depth, text) in enumerate(zip(depths, texts, strict=False)):
         body = of_kind.united(text.tolist())[:tokens]
         form = chosen[number % len(chosen)]

@@ -26,6 +26,7 @@ PASSAGE_TOKENS = (24, 96)  # range of the tokens of a repeated passage
 TOKENS_PER_FACT = 200  # tokens of a window for each fact in it
 ASKED = 0.75  # share of the facts that are asked for
 REDRAWN = 20  # most times that a fact is drawn because another one of the window has the same question
+SPARE = 2  # windows that are packed in code and conversations for each that is used, to have places for facts
 REPEATED = 1 / 3  # share of the windows that end with a repeated passage
 
 
@@ -68,7 +69,11 @@ class RecallPacker:
             SmartKVError: The windows are too short for a fact.
         """
         texts = self.kind.joined(documents, self.window)
-        return [Window(self.compose(w.tokens), w.document) for w in self.packer.pack(texts, count)]
+        windows = self.packer.pack(texts, SPARE * count if self.kind.later else count)
+        windows.sort(
+            key=lambda window: not self.kind.fits(window.tokens.tolist())
+        )  # those that do come first, in order
+        return [Window(self.compose(w.tokens), w.document) for w in windows[:count]]
 
     def compose(self, text: np.ndarray) -> np.ndarray:
         """Put facts and questions into a window.

@@ -23,6 +23,7 @@ TOP_LEVEL = (
     r"(?<=\n)(?=[^\s)\]}])",
     r"(?<=\n)",
 )
+PLACES = 4  # fewest places of a window in code and conversations, if the source has enough of such windows
 WHOLE = 0.8  # share of a conversation that must stay when it is cut back to its last exchange
 Random = np.random.Generator
 
@@ -53,6 +54,10 @@ class Books:
         if random.random() < RESTATED and fact.answer in fact.statement:  # the form that small models answer best
             asked = f"\n\n{fact.statement[: fact.statement.rindex(fact.answer) + len(fact.answer)]}\n\n"
         return asked
+
+    def fits(self, body: list[int]) -> bool:
+        """Return whether a window's ids have enough places."""
+        return True
 
     def joined(self, documents: Iterable[Document], window: int) -> Iterable[Document]:
         """Return the documents from which windows of so many tokens are cut."""
@@ -105,12 +110,15 @@ class Code(Books):
         return "".join(self.question_and_answer(fact)) + f"{fact.after}\n\n\n"
 
     def closed(self, body: list[int]) -> list[int]:
-        """Return the ids of code up to its last empty line, or to its last line."""
+        """Return the ids of code up to its last empty line."""
         text, starts = self._text(body)
-        for pattern in (r"(?<=\n\n)", r"(?<=\n)"):
-            if ends := _at_tokens((match.start() for match in re.finditer(pattern, text)), starts):
-                return body[: ends[-1]]
-        return body
+        empty: list[int] = self.tokenizer("\n\n\n", add_special_tokens=False)["input_ids"]
+        for match in reversed(list(re.finditer(r"\n[ \t]*\n+", text))):
+            if match.end() in starts:
+                return body[: starts[match.end()]]
+            if match.start() in starts:  # the indentation behind it is of the same token
+                return [*body[: starts[match.start()]], *empty]
+        return [*body, *empty]
 
     def passage_start(self, text: list[int], start: int) -> int:
         """Return the position of the first line that begins at `start` or later; `start` where none does."""
@@ -132,6 +140,11 @@ class Code(Books):
             if len(found) > 1:
                 break
         return np.asarray(found or [len(body)])
+
+    def fits(self, body: list[int]) -> bool:
+        """Return whether a window has several statements of the file, and not parts of a single class alone."""
+        text, starts = self._text(body)
+        return len(_at_tokens((match.start() for match in re.finditer(TOP_LEVEL[0], text)), starts)) >= PLACES
 
     def _text(self, body: list[int]) -> tuple[str, dict[int, int]]:
         """Return the ids as text, and for each place in it where a token begins the token's position."""
@@ -214,6 +227,10 @@ class Chat(Code):
         """Return the positions at which a user's turn begins; in its absence the end."""
         text, starts = self._text(body)
         return np.asarray(_at_tokens(self.format.user_turns(text), starts) or [len(body)])
+
+    def fits(self, body: list[int]) -> bool:
+        """Return whether a window has several turns of a user."""
+        return len(self.places(body)) >= PLACES
 
 
 KINDS: dict[str, type[Books]] = {"books": Books, "code": Code, "chat": Chat}

@@ -146,3 +146,22 @@ def test_a_text_is_closed_where_a_question_can_follow() -> None:
     long = TOKENIZER(form.render([TALK[0]])[:-10] + "and so on " * 30)["input_ids"]
     assert TOKENIZER.decode(made.closed(long)).endswith("and so on " + form.assistant_end)
     assert TOKENIZER.decode(Code(TOKENIZER).closed(TOKENIZER(CODE[:300])["input_ids"])).endswith("\n\n")
+
+
+def test_code_is_closed_where_its_last_empty_line_shares_a_token_with_the_indentation() -> None:
+    class Merged(Code):
+        def _text(self, body: list[int]) -> tuple[str, dict[int, int]]:
+            text, starts = super()._text(body)
+            after = text.rindex("\n\n") + 2
+            return text, {place: position for place, position in starts.items() if place != after}
+
+    body = TOKENIZER("class A:\n    b = 1\n\n    c = 2\n    d =")["input_ids"]
+    assert TOKENIZER.decode(Code(TOKENIZER).closed(body)) == "class A:\n    b = 1\n\n"
+    assert TOKENIZER.decode(Merged(TOKENIZER).closed(body)) == "class A:\n    b = 1\n\n\n"
+
+
+def test_windows_with_places_for_facts_go_before_others() -> None:
+    methods = "class Long:\n" + "".join(f"    def area_{n}(self):\n        return {n}\n\n" for n in range(300))
+    packer = RecallPacker(TOKENIZER, WINDOW, 2, [3], "train", "code")
+    found = packer.pack([Document("methods", methods), Document("functions", CODE)], 2)
+    assert {packer.documents[window.document[0]] for window in found} == {"functions"}
