@@ -24,6 +24,7 @@ TOP_LEVEL = (
     r"(?<=\n)",
 )
 PLACES = 4  # fewest places of a window in code and conversations, if the source has enough of such windows
+CLOSING = " \"'`)]}|.,;:!?"  # what is no part of an answer at its end
 WHOLE = 0.8  # share of a conversation that must stay when it is cut back to its last exchange
 Random = np.random.Generator
 
@@ -101,13 +102,20 @@ class Code(Books):
         return f"{fact.statement}\n\n\n"
 
     def question_and_answer(self, fact: Fact) -> tuple[str, str]:
-        """Return the later code up to the answer, and the answer with the space before it."""
+        """Return the later code up to the answer, and the answer with the space before it.
+
+        Quotes and brackets at the answer's end are left out: in many vocabularies they are one token with what follows.
+        """
         lead = fact.question.rstrip(" ")
-        return lead, (" " if lead != fact.question else gap(lead)) + fact.answer
+        return lead, (" " if lead != fact.question else gap(lead)) + fact.answer.rstrip(CLOSING)
+
+    def closing(self, fact: Fact) -> str:
+        """Return what `question_and_answer` leaves out at the answer's end."""
+        return fact.answer[len(fact.answer.rstrip(CLOSING)) :]
 
     def asked(self, fact: Fact, split: str, random: Random) -> str:
         """Return the later lines that need the value or the name."""
-        return "".join(self.question_and_answer(fact)) + f"{fact.after}\n\n\n"
+        return "".join(self.question_and_answer(fact)) + f"{self.closing(fact)}{fact.after}\n\n\n"
 
     def closed(self, body: list[int]) -> list[int]:
         """Return the ids of code up to its last empty line."""
@@ -180,12 +188,12 @@ class Chat(Code):
         """Return the user's question with the assistant's words up to the value, and the value."""
         lead = fact.lead.rstrip(" ")
         question = f"{self.format.user_start}{fact.question}{self.format.assistant_start}{lead}"
-        return question, (" " if lead != fact.lead else gap(lead)) + fact.answer
+        return question, (" " if lead != fact.lead else gap(lead)) + fact.answer.rstrip(CLOSING)
 
     def asked(self, fact: Fact, split: str, random: Random) -> str:
         """Return the exchange in which the user asks for the value."""
         point = "" if fact.answer.endswith((".", "!", "?")) else "."
-        return "".join(self.question_and_answer(fact)) + point + self.format.assistant_end
+        return "".join(self.question_and_answer(fact)) + self.closing(fact) + point + self.format.assistant_end
 
     def joined(self, documents: Iterable[Document], window: int) -> Iterator[Document]:
         """Join conversations to longer ones of a window's tokens: one user asks what the same user has said."""

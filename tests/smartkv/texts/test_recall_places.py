@@ -165,3 +165,11 @@ def test_windows_with_places_for_facts_go_before_others() -> None:
     packer = RecallPacker(TOKENIZER, WINDOW, 2, [3], "train", "code")
     found = packer.pack([Document("methods", methods), Document("functions", CODE)], 2)
     assert {packer.documents[window.document[0]] for window in found} == {"functions"}
+
+
+def test_what_closes_an_answer_is_no_part_of_it() -> None:
+    """In many vocabularies a quote and the line's end are one token, which the answer alone would not have."""
+    made = Code(TOKENIZER)
+    fact = fill("code", ['a = Path("/b/c")', "assert a == Path(", '"/b/c"', ")"], {})
+    assert made.question_and_answer(fact) == ("assert a == Path(", '"/b/c')
+    assert made.asked(fact, "train", np.random.default_rng(0)) == 'assert a == Path("/b/c")\n\n\n'
