@@ -25,7 +25,7 @@ TOP_LEVEL = (
 )
 PLACES = 4  # fewest places of a window in code and conversations, if the source has enough of such windows
 CLOSING = " \"'`)]}|.,;:!?"  # what is no part of an answer at its end
-WHOLE = 0.8  # share of a conversation that must stay when it is cut back to its last exchange
+WHOLE = 0.8  # share of a text that must stay when it is cut back to its last empty line or exchange
 Random = np.random.Generator
 
 
@@ -118,14 +118,15 @@ class Code(Books):
         return "".join(self.question_and_answer(fact)) + f"{self.closing(fact)}{fact.after}\n\n\n"
 
     def closed(self, body: list[int]) -> list[int]:
-        """Return the ids of code up to its last empty line."""
+        """Return the ids of code up to its last empty line; up to its last line where that would cut off too much."""
         text, starts = self._text(body)
         empty: list[int] = self.tokenizer("\n\n\n", add_special_tokens=False)["input_ids"]
-        for match in reversed(list(re.finditer(r"\n[ \t]*\n+", text))):
-            if match.end() in starts:
-                return body[: starts[match.end()]]
-            if match.start() in starts:  # the indentation behind it is of the same token
-                return [*body[: starts[match.start()]], *empty]
+        for pattern, least in ((r"\n[ \t]*\n+", WHOLE * len(body)), (r"\n", 1)):
+            for match in reversed(list(re.finditer(pattern, text))):
+                end = starts.get(match.end() if least > 1 else -1, 0)
+                start = starts.get(match.start(), 0)  # where the indentation behind it is of the same token
+                if max(end, start) >= least:
+                    return body[:end] if end else [*body[:start], *empty]
         return [*body, *empty]
 
     def passage_start(self, text: list[int], start: int) -> int:

@@ -155,9 +155,15 @@ def test_code_is_closed_where_its_last_empty_line_shares_a_token_with_the_indent
             after = text.rindex("\n\n") + 2
             return text, {place: position for place, position in starts.items() if place != after}
 
-    body = TOKENIZER("class A:\n    b = 1\n\n    c = 2\n    d =")["input_ids"]
-    assert TOKENIZER.decode(Code(TOKENIZER).closed(body)) == "class A:\n    b = 1\n\n"
-    assert TOKENIZER.decode(Merged(TOKENIZER).closed(body)) == "class A:\n    b = 1\n\n\n"
+    start = "class A:\n    b = 'a long text'\n    c = 'another long text'"
+    body = TOKENIZER(f"{start}\n\n    d =")["input_ids"]
+    assert TOKENIZER.decode(Code(TOKENIZER).closed(body)) == f"{start}\n\n"
+    assert TOKENIZER.decode(Merged(TOKENIZER).closed(body)) == f"{start}\n\n\n"
+
+
+def test_code_without_an_empty_line_near_its_end_is_closed_at_its_last_line() -> None:
+    text = "a = 1\n\n\ndef long():\n" + "    call()\n" * 20
+    assert TOKENIZER.decode(Code(TOKENIZER).closed(TOKENIZER(f"{text}    cal")["input_ids"])) == f"{text}\n\n"
 
 
 def test_windows_with_places_for_facts_go_before_others() -> None:
