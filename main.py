@@ -75,6 +75,9 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line, with settings of callbacks by the name of their class."""
         self.typed = list(sys.argv[1:] if args is None else args)
+        if len(self.typed) == 1 and self.typed[0] in self.subcommands():
+            example = {"predict": "configs/harvest/smollm2.yaml"}.get(self.typed[0], "configs/gates/smollm2.yaml")
+            raise SmartKVError(f"{self.typed[0]} needs a config, such as -c {example} (-c may be given several times)")
         rest, settings = split_callback_settings(self.typed)
         plain = [argument for argument in rest if settings and not argument.startswith("--print_config")]
         self.config = parser.parse_args(plain if settings else rest)
@@ -88,6 +91,8 @@ class CLI(LightningCLI):
         path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
         if path and Path(path).is_file():
             read_checkpoint(path)  # a damaged one is told before the model is built
+        elif path and path not in ("last", "best", "hpc") and ":" not in path and not Path(path).exists():  # no URL
+            raise SmartKVError(f"--ckpt_path {path}: there is no such file; give a checkpoint's path, or last")
 
     def before_instantiate_classes(self) -> None:
         """Refuse settings that jsonargparse accepts although their type forbids them, and give the run its folder."""

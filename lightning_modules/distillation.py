@@ -127,17 +127,13 @@ class DistilledGates(Resuming):
         self.frozen.append(load_backbone(h.backbone, h.dtype, device, trust_remote_code=h.trust_remote_code))
         self.lm.model.requires_grad_(False)
         start = single_output(GateBank.from_pretrained(h.gates, self.lm.model)).to(device)
-        if self.lm.architecture.sliding_windows:
-            raise SmartKVError(
-                "distillation is for models in which every layer sees everything: some layers of this "
-                f"{self.lm.architecture.model_type} have a sliding window; use gates of lifespans (main.py fit)"
-            )
         if start.ages and start.ages != tuple(h.ages):
             raise SmartKVError(f"the gates in {h.gates} judge for ages {list(start.ages)}, not for {list(h.ages)}")
-        if start.outputs not in (1, len(h.ages)) or len(start.layers) != self.lm.architecture.layers:
+        gated = self.lm.architecture.gated_layers
+        if start.outputs not in (1, len(h.ages)) or list(start.layers) != gated:
             raise SmartKVError(
-                f"distillation starts from gates of all layers with one output, or one for each of {len(h.ages)} ages: "
-                f"those in {h.gates} have {start.outputs} for layers {format_layers(start.layers)}"
+                f"distillation starts from gates of layers {format_layers(gated)} with one output, or one for each of "
+                f"{len(h.ages)} ages: those in {h.gates} have {start.outputs} for layers {format_layers(start.layers)}"
             )
         if start.details.get("target") != TARGET:
             self._in_nats(start)
@@ -167,10 +163,10 @@ class DistilledGates(Resuming):
 
         The linear map makes the gates keep the shares `START` at the lowest and the highest price.
         """
-        h, keys = self.hparams, self._keys()
-        calibration = Calibration.of(gates, keys, self.first_query)
+        h, keys, own = self.hparams, self._keys(), self.lm.architecture.sliding_windows
+        calibration = Calibration.of(gates, keys, self.first_query, own)
         policy = HybridPolicy((LayerRule("all", "gated", h.ages[0]),), sinks=h.sinks)
-        in_full = float(footprint(torch.zeros(1, keys[0][0].shape[2], 1), h.ages[:1], h.sinks, self.first_query))
+        in_full = float(footprint(torch.zeros(1, keys[0][0].shape[2], 1), h.ages[:1], h.sinks, self.first_query, own))
         solved = {name: solve(policy, in_full + share * (1 - in_full), calibration) for name, share in START.items()}
         prices: dict[str, Any] = {name: policy.price for name, policy in solved.items()}
         scale = math.log(h.price_high / h.price_low) / (prices["high"] - prices["low"])
@@ -189,7 +185,7 @@ class DistilledGates(Resuming):
     def details(self) -> dict[str, Any]:
         """Return the details in the exported gates' config, with prices of footprints on the calibration windows."""
         data: TokenWindows = self.trainer.datamodule
-        h = self.hparams
+        h, own = self.hparams, self.lm.architecture.sliding_windows
         policy = HybridPolicy((LayerRule("all", "gated", h.ages[0]),), sinks=h.sinks, name="distilled")
         return {
             "target": TARGET,
@@ -197,7 +193,7 @@ class DistilledGates(Resuming):
             "sinks": h.sinks,
             "inputs": "keys",
             "policy": policy.to_dict(),
-            "prices": price_curve(policy, Calibration.of(self.bank, self._keys(), self.first_query)),
+            "prices": price_curve(policy, Calibration.of(self.bank, self._keys(), self.first_query, own)),
             "training": {
                 "backbone": h.backbone,
                 "sources": data.plan.sources,
@@ -236,7 +232,9 @@ class DistilledGates(Resuming):
         """
         h, kept = self.hparams, []
 
-        def log_keep(layer: int, keys: Tensor) -> Tensor:
+        def log_keep(layer: int, keys: Tensor) -> Tensor | None:
+            if layer not in self.bank.layers:
+                return None
             worth = self.bank.predict(layer, keys.detach())
             if temperature is None:
                 keep = hard_keep(worth, price).float()
@@ -251,7 +249,8 @@ class DistilledGates(Resuming):
         with soft_eviction(self.lm.model, log_keep, h.ages, h.sinks):
             hidden = base(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         lost = divergence(hidden[places], teacher[places], self.lm.model.get_output_embeddings())
-        return lost, footprint(torch.cat(kept), h.ages, h.sinks, self.first_query)
+        own = self.lm.architecture.sliding_windows
+        return lost, footprint(torch.cat(kept), h.ages, h.sinks, self.first_query, own)
 
     @torch.no_grad()
     def full(self, ids: Tensor) -> Tensor:

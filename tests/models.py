@@ -77,6 +77,13 @@ def mistral_sliding(seed: int = 0, **changes: Any) -> PreTrainedModel:
     return mistral(seed, **{"sliding_window": 8} | changes)
 
 
+def qwen2_mixed(seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Qwen2 whose first layer sees 8 keys, and whose second sees everything."""
+    kinds = ["sliding_attention", "full_attention"]
+    own = {"use_sliding_window": True, "sliding_window": 8, "layer_types": kinds, "num_hidden_layers": 2}
+    return qwen2(seed, **own | changes)
+
+
 def gpt2(seed: int = 0, **changes: Any) -> PreTrainedModel:
     """GPT-2: fused projection, no rotary embedding, as many KV heads as query heads."""
     return build(GPT2Config(**GPT2_SHAPE | changes), seed)

@@ -225,3 +225,17 @@ def test_two_processes_print_no_warnings(tiny_shards: Path, tmp_path: Path) -> N
     config = exporting(tiny_shards, tmp_path / "run")
     done = run_command("fit", "-c", config, "--trainer.devices", "2")
     assert "sync_dist" not in done and "Warning" not in done
+
+
+def test_a_checkpoint_that_is_not_there_is_told_before_anything_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path / "fit.yaml", gates_config(tmp_path / "none", tmp_path / "run"))
+    line = error_line(refused(capsys, "fit", "-c", config, "--ckpt_path", "nope.ckpt"))
+    assert line == "error: --ckpt_path nope.ckpt: there is no such file; give a checkpoint's path, or last"
+
+
+@pytest.mark.parametrize("command", ["fit", "predict", "validate"])
+def test_a_command_without_a_config_names_one(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_line(refused(capsys, command))
+    assert Path(line.split("-c ")[1].split()[0]).exists()

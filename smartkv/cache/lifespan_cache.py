@@ -204,9 +204,15 @@ class LifespanCache(CacheUsage, AttachedCache):
 
     @_outside_autograd
     def select_rows(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, int64 `[rows]`, which may repeat. A cache without tokens has no rows yet."""
+        """Keep these rows of the batch, int64 `[rows]`, which may repeat. A cache without tokens has no rows yet.
+
+        Raises:
+            SmartKVError: there is no such row. On a GPU nobody looks, because the GPU would have to be waited for.
+        """
         if not self._rows:
             return
+        if rows.device.type == "cpu" and not ((rows >= 0) & (rows < self._rows)).all():
+            raise SmartKVError(f"rows must lie between 0 and {self._rows - 1}, got {rows.tolist()}")
         self.settle()
         self.seen_tokens.select(rows)
         for storage in self.storage:
@@ -218,9 +224,18 @@ class LifespanCache(CacheUsage, AttachedCache):
         self.select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch: indices int64 `[rows]`, or a mask bool `[batch]`."""
-        if self._rows:
-            self.select_rows(torch.arange(self._rows, device=indices.device)[indices])
+        """Keep these rows of the batch: indices int64 `[rows]`, or a mask bool `[batch]`.
+
+        Raises:
+            SmartKVError: there is no such row, or the mask is not of this batch.
+        """
+        if self._rows and indices.dtype == torch.bool:
+            if indices.shape != (self._rows,):
+                raise SmartKVError(f"a mask of rows must have shape [{self._rows}], got {list(indices.shape)}")
+            indices = indices.nonzero()[:, 0]
+        elif self._rows:
+            indices = torch.where(indices < 0, indices + self._rows, indices)
+        self.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""

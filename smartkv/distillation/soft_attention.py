@@ -25,7 +25,7 @@ TILE = 128  # queries per tile, so that memory grows with tokens × TILE and not
 HIDDEN = -1e4  # log of the share 0
 _RULE = "_smartkv_soft_rule"
 
-LogKeep = Callable[[int, Tensor], Tensor]
+LogKeep = Callable[[int, Tensor], Tensor | None]
 """Function of a layer and its keys before the rotary embedding; see `soft_eviction`."""
 
 
@@ -163,15 +163,18 @@ class _Rule:
     def on_keys(self, module: nn.Module, keys: Tensor) -> None:
         """Compute the shares of a layer before its attention runs."""
         layer: int = module.layer_idx  # type: ignore[assignment]
-        self.of_layer[layer] = self.log_keep(layer, keys)
+        if (log_keep := self.log_keep(layer, keys)) is not None:
+            self.of_layer[layer] = log_keep
 
 
 def _attend(inputs: AttentionInputs) -> Tensor:
     """Compute the attention of one layer under the rule on its module."""
     rule: _Rule = getattr(inputs.module, _RULE)
-    log_keep = rule.of_layer.pop(inputs.layer)
     query, key, value, scaling = inputs.query, inputs.key, inputs.value, inputs.scaling
-    return soft_attention(query, key, value, log_keep, scaling, rule.ages, rule.sinks, inputs.sliding_window)
+    log_keep, ages = rule.of_layer.pop(inputs.layer, None), rule.ages
+    if log_keep is None:  # nothing is evicted here but what the model's own window hides
+        log_keep, ages = query.new_empty(0, *key.shape[:3], dtype=torch.float32), ()
+    return soft_attention(query, key, value, log_keep, scaling, ages, rule.sinks, inputs.sliding_window)
 
 
 register_attention(SOFT, _attend)
@@ -186,7 +189,8 @@ def soft_eviction(model: PreTrainedModel, log_keep: LogKeep, ages: tuple[int, ..
     Args:
         model: The model.
         log_keep: Called with a layer's index and its keys before the rotary embedding,
-            `[batch, kv_heads, tokens, head_dim]`. Returns log shares as in `soft_attention`.
+            `[batch, kv_heads, tokens, head_dim]`. Returns log shares as in `soft_attention`, or None for a layer in
+            which nothing is evicted.
         ages: Ages in tokens, ascending, at least 1.
         sinks: Number of keys at the start that are always seen in full.
     """

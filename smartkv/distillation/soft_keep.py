@@ -59,16 +59,22 @@ def queries_per_age(
     return until_next_age.masked_fill(key < sinks, 0)
 
 
-def footprint(keep: Tensor, ages: Sequence[int], sinks: int, first_query: int) -> Tensor:
+def footprint(
+    keep: Tensor, ages: Sequence[int], sinks: int, first_query: int, sliding_windows: Sequence[int | None] = ()
+) -> Tensor:
     """Compute the footprint of soft decisions over the queries from `first_query` on.
 
-    Sinks and keys younger than the first age count in full, other keys by their share.
+    Sinks and keys younger than the first age count in full, other keys by their share. A layer with a sliding window of
+    its own holds what a full cache would hold there.
 
     Args:
-        keep: Share of each key that is kept from each age on, `[heads, tokens, ages]`, for all heads of all layers.
+        keep: Share of each key that is kept from each age on, `[heads, tokens, ages]`, for all heads of all layers that
+            have gates.
         ages: Ages in tokens, ascending.
         sinks: Number of sinks.
         first_query: Index of the first query that counts.
+        sliding_windows: The model's own window in each layer, in tokens, None for layers that have gates. Empty if no
+            layer has one.
 
     Returns:
         A scalar with a gradient to `keep`: the share of a full cache's keys that is kept, mean over heads.
@@ -77,4 +83,14 @@ def footprint(keep: Tensor, ages: Sequence[int], sinks: int, first_query: int) -
     aged_pairs = queries_per_age(tokens, ages, sinks, first_query, keep.device)
     all_pairs = (torch.arange(first_query, tokens, device=keep.device) + 1).sum()
     full_pairs = all_pairs - aged_pairs.sum()  # of a query and a key that is a sink or younger than the first age
-    return (full_pairs + (keep * aged_pairs).sum(dim=(1, 2)).mean()) / all_pairs
+    gated = (full_pairs + (keep * aged_pairs).sum(dim=(1, 2)).mean()) / all_pairs
+    share = gated_share(tokens, first_query, sliding_windows)
+    return gated * share + (1 - share)
+
+
+def gated_share(tokens: int, first_query: int, sliding_windows: Sequence[int | None]) -> float:
+    """Compute the share of a full cache's keys in layers with gates; the arguments are those of `footprint`."""
+    seen = range(first_query + 1, tokens + 1)  # keys that each query could see
+    pairs = [sum(seen if own is None else (min(keys, own) for keys in seen)) for own in sliding_windows]
+    gated = sum(count for count, own in zip(pairs, sliding_windows, strict=True) if own is None)
+    return gated / sum(pairs) if pairs else 1.0

@@ -15,6 +15,8 @@ from smartkv.distillation.soft_attention import HIDDEN, soft_eviction
 from smartkv.distillation.soft_keep import footprint, hard_keep, keep_share
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
+from smartkv.models.architecture import Architecture
+from smartkv.models.wrappers import language_model
 from smartkv.policies.budgets import policy_of
 from smartkv.sparsity.masked_attention import sparse_attention
 
@@ -155,7 +157,7 @@ class GatedDropping:
         self.gates, self.price, self.temperature = gates, policy.price, temperature
         self.sinks = policy.sinks
 
-    def log_keep(self, layer: int, keys: Tensor) -> Tensor:
+    def log_keep(self, layer: int, keys: Tensor) -> Tensor | None:
         """Compute the log of the share of each key that is kept from each age on.
 
         Args:
@@ -163,8 +165,10 @@ class GatedDropping:
             keys: `[batch, kv_heads, tokens, head_dim]`, before the rotary embedding.
 
         Returns:
-            float32 `[ages, batch, kv_heads, tokens]`.
+            float32 `[ages, batch, kv_heads, tokens]`. None for a layer without gates.
         """
+        if layer not in self.gates.layers:
+            return None
         if not self.gates.weight2.requires_grad:
             # Otherwise the model would learn to make its keys look worth keeping, at no cost to itself.
             keys = keys.detach()
@@ -185,13 +189,16 @@ class GatedDropping:
         """
         kept: dict[int, Tensor] = {}
 
-        def log_keep(layer: int, keys: Tensor) -> Tensor:
-            kept[layer] = self.log_keep(layer, keys)
-            return kept[layer]
+        own = Architecture.of(language_model(model).config).sliding_windows
+
+        def log_keep(layer: int, keys: Tensor) -> Tensor | None:
+            if (log := self.log_keep(layer, keys)) is not None:
+                kept[layer] = log
+            return log
 
         def seen(first_query: int) -> Tensor:
             keep = torch.cat([log.exp().movedim(0, -1).flatten(0, 1) for log in kept.values()])
-            return footprint(keep, self.gates.ages, self.sinks, first_query)
+            return footprint(keep, self.gates.ages, self.sinks, first_query, own)
 
         with soft_eviction(model, log_keep, self.gates.ages, self.sinks):
             yield seen

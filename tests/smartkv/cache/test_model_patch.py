@@ -1,5 +1,6 @@
 """A patched model takes a LifespanCache in place of any other cache: generate, pipelines, calls by hand."""
 
+import copy
 import gc
 import inspect
 import itertools
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import TextIteratorStreamer, TextStreamer, pipeline
 
 from smartkv.cache.lifespan_cache import LifespanCache
+from smartkv.errors import SmartKVError
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from tests.models import FAMILIES, llama, tiny_tokenizer, token_ids
 from tests.smartkv.cache.fixtures import (
@@ -230,6 +232,35 @@ def test_after_a_change_of_rows_each_goes_on_as_if_it_were_alone(family: str, ch
         own = torch.cat([before[row, real[row, :20]], after[place]])
         got = torch.cat(parts, dim=1)[place]
         torch.testing.assert_close(got, gated_logits(model, gates, own[None])[0, -20:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda cache: cache.batch_select_indices(torch.tensor([0, 2])), "between 0 and 1"),
+        (lambda cache: cache.batch_select_indices(torch.tensor([True])), r"shape \[2\], got \[1\]"),
+        (lambda cache: cache.reorder_cache(torch.tensor([-1, 0])), "between 0 and 1"),
+    ],
+    ids=["select", "select by bool", "reorder"],
+)
+def test_rows_that_are_not_there_are_refused_and_nothing_changes(change: Any, told: str) -> None:
+    model, ids = MODELS["llama"], token_ids(20, 4).view(2, 10)
+    with LifespanCache(model, random_gates(model), GATED) as cache, torch.no_grad():
+        model(ids, past_key_values=cache)
+        with pytest.raises(SmartKVError, match=told):
+            change(cache)
+        assert model(ids[:, :1], past_key_values=cache).logits.shape[0] == 2
+
+
+def test_rows_may_be_counted_from_the_end() -> None:
+    model, ids = MODELS["llama"], token_ids(20, 4).view(2, 10)
+    with LifespanCache(model, random_gates(model), GATED) as cache, torch.no_grad():
+        model(ids, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        cache.batch_select_indices(torch.tensor([-1]))
+        twin.batch_select_indices(torch.tensor([1]))
+        got, want = (model(ids[:1, :1], past_key_values=each).logits for each in (cache, twin))
+    assert torch.equal(got, want)
 
 
 # -- what transformers builds on it -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from smartkv.distillation.soft_attention import soft_attention, soft_eviction
 from smartkv.models.architecture import Fingerprint
-from tests.models import FAMILIES, token_ids
+from tests.models import FAMILIES, qwen2_mixed, token_ids
 from tests.smartkv.cache.fixtures import MODELS, random_ttl, sliding
 from tests.smartkv.cache.masked_reference import masked_logits, visibility
 
@@ -86,6 +86,19 @@ def test_keeping_all_or_nothing_is_the_hard_rule(family: str) -> None:
         got = model(ids, use_cache=False).logits
     torch.testing.assert_close(got, masked_logits(model, ids, masks, real), atol=1e-4, rtol=0)
     assert ttl.unique().tolist() == [3, 6, 11, 1000]
+
+
+def test_a_layer_without_shares_sees_what_its_own_window_shows() -> None:
+    model, ids, real = qwen2_mixed(), token_ids(30, 3).view(1, 30), torch.ones(1, 30, dtype=torch.bool)
+    ttl = torch.tensor([4, 1000])[random_ttl(model, 1, 30, 5)[1] % 2]
+    with (
+        torch.inference_mode(),
+        soft_eviction(model, lambda layer, _: torch.where(ttl > 4, 0.0, -1e4)[None] if layer == 1 else None, (4,), 2),
+    ):
+        got = model(ids, use_cache=False).logits
+    always = torch.full_like(ttl, 1000)
+    masks = [visibility(always, 4, 0, real, 8), visibility(ttl, 4, 2, real, None)]
+    torch.testing.assert_close(got, masked_logits(model, ids, masks, real), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

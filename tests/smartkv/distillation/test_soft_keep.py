@@ -34,6 +34,26 @@ def test_the_footprint_is_the_share_that_queries_see(
     assert float(footprint(keep, ages, sinks, first_query)) == pytest.approx(seen / full)
 
 
+@given(st.lists(st.none() | st.integers(1, 25), min_size=1, max_size=4), st.integers(0, 19))
+def test_layers_that_slide_count_as_in_a_full_cache_of_the_model(own: list[int | None], first_query: int) -> None:
+    gated = own.count(None)
+    keep = torch.rand(2 * gated, 20, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    seen = full = 0.0
+    for layer, window in enumerate(own):
+        heads = keep[2 * own[:layer].count(None) :][:2]
+        for i in range(first_query, 20):
+            keys = [j for j in range(i + 1) if window is None or i - j < window]
+            full += 2 * len(keys)
+            ages = [next((a for a in (1, 0) if i - j >= (3, 7)[a] and j >= 1), None) for j in keys]
+            whole = [window is not None or age is None for age in ages]
+            seen += sum(
+                2.0 if all_of_it else float(heads[:, j, age].sum())
+                for j, age, all_of_it in zip(keys, ages, whole, strict=True)
+            )
+    if gated:
+        assert float(footprint(keep, (3, 7), 1, first_query, own)) == pytest.approx(seen / full)
+
+
 def test_what_is_worth_its_price_is_half_kept_and_the_log_does_not_underflow() -> None:
     keep, log_keep = keep_share(torch.tensor([[-3.0], [1.0], [-200.0]]), price=-3.0, temperature=0.5)
     assert keep[0] == 0.5 and keep[1] > 0.999

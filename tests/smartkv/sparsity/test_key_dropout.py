@@ -1,18 +1,20 @@
 """Dropping at random, by a window and by gates, beside plain counts and beside the cache."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.errors import SmartKVError
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from smartkv.sparsity.key_dropout import GatedDropping, KeyDropout, share_seen, window_attention
 from smartkv.sparsity.masked_attention import sparse_mask
-from tests.models import FAMILIES, llama, token_ids
+from tests.models import FAMILIES, llama, qwen2_mixed, token_ids
 from tests.smartkv.cache.fixtures import random_gates, state
 from tests.smartkv.sparsity.fixtures import gates_for_ages
 
@@ -57,8 +59,9 @@ def test_a_window_in_training_is_the_policy_window(family: str) -> None:
     assert torch.allclose(got, want, atol=1e-4) and state(model) == before
 
 
-def test_gates_in_training_are_the_gates_that_are_deployed() -> None:
-    model, ids = llama(), token_ids(40)[None]
+@pytest.mark.parametrize("make", [llama, qwen2_mixed])
+def test_gates_in_training_are_the_gates_that_are_deployed(make: Callable[[], PreTrainedModel]) -> None:
+    model, ids = make(), token_ids(40)[None]
     gates = gates_for_ages(model)
     with torch.inference_mode():
         with GatedDropping(gates, 0.5).dropped(model) as seen:
