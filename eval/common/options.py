@@ -10,6 +10,23 @@ from smartkv.models.gguf import PACKAGED
 from smartkv.texts.sources import SourceConfig
 
 Split = Literal["train", "validation", "test"]
+Kind = Literal["books", "code", "chat"]
+Forms = Literal["own", "foreign"]
+
+
+def code() -> list[SourceConfig]:
+    """Return the code around facts in code."""
+    return [SourceConfig("code")]
+
+
+def chats() -> list[SourceConfig]:
+    """Return the conversations around facts in chats."""
+    return [SourceConfig("chat", origins=["local", "hub", "drawn"])]
+
+
+def only_books() -> list[Kind]:
+    """Return the kinds of text in which facts are asked for by default."""
+    return ["books"]
 
 
 def books() -> list[SourceConfig]:
@@ -166,13 +183,26 @@ class Recall:
     """Facts that are stated once in a text and asked for at its end.
 
     Attributes:
-        trials: number of facts; 0: none.
+        trials: number of facts in each kind of text; 0: none.
         tokens: tokens of text around a fact.
         split: train, validation or test, of the text and of the ways in which facts are stated.
-        haystack: the text around the facts.
+        kinds: kinds of text: books, code and chat (the user gives a value in an early turn and asks for it at the end).
+        forms: own: the ways in which facts are stated are those of the split, in books the first two of them. foreign:
+            those of the test split (smartkv/texts/recall_test.yaml), whose author has not seen those of training.
+        haystack: the text around the facts in books.
+        code_haystack: the code around the facts in code.
+        chat_haystack: the conversations around the facts in chats.
     """
 
     trials: int = 64
     tokens: int = 1900
     split: Split = "test"
+    kinds: list[Kind] = field(default_factory=only_books)
+    forms: Forms = "own"
     haystack: list[SourceConfig] = field(default_factory=books)
+    code_haystack: list[SourceConfig] = field(default_factory=code)
+    chat_haystack: list[SourceConfig] = field(default_factory=chats)
+
+    def haystack_of(self, kind: Kind) -> list[SourceConfig]:
+        """Return the text around the facts of a kind."""
+        return {"books": self.haystack, "code": self.code_haystack, "chat": self.chat_haystack}[kind]

@@ -16,10 +16,11 @@ from eval.contenders.registry import ADAPTIVE_BY_GATES, DEFAULT, load_for, make_
 from eval.contenders.solving import solved_setting
 from eval.eviction.compare_report import Row, report
 from eval.eviction.frontier import REFERENCE
-from eval.eviction.recall import Trial, trials
+from eval.eviction.recall import Trial, check_kinds, described, trials
 from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.labels.lifespans import check_window
 from smartkv.metrics.perplexity import query_before
+from smartkv.texts.recall import SPARE
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
 
@@ -75,6 +76,7 @@ def compare(
         )
     if calibration.windows < 1 or recall.trials < 0 or (not texts and not recall.trials):
         raise SmartKVError("calibration.windows must be at least 1, and there must be texts or recall trials")
+    check_kinds(recall)
     if protocol == "once" and recall.trials and recall.tokens < prefill:
         raise SmartKVError(f"recall.tokens {recall.tokens} must be at least the prefill of {prefill}")
     names = names_or_default(contenders, DEFAULT, gates)
@@ -91,9 +93,12 @@ def compare(
     learn, _, learnt_from = windows_of(calibration.sources, "train", calibration.windows)
     windows_by_text = {text.name: windows_of(text.sources, text.split, text.windows) for text in texts}
     asked: list[Trial] = []
-    if recall.trials:
-        around, _, _ = windows_of(recall.haystack, recall.split, recall.trials)
-        asked = trials(recall.split, recall.trials, recall.tokens, lm.tokenizer, list(around), seed)
+    for kind in recall.kinds if recall.trials else []:
+        count = recall.trials if kind == "books" else SPARE * recall.trials
+        around, _, _ = windows_of(recall.haystack_of(kind), recall.split, count)
+        asked += trials(
+            recall.split, recall.trials, recall.tokens, lm.tokenizer, list(around), seed, kind, recall.forms
+        )
     provenance = {
         "backbone": model.backbone,
         "model": digest_of_model(lm.model),  # the weights of its adapter included
@@ -110,7 +115,7 @@ def compare(
         "gates": gates,
         "window": window,
         "texts": {text.name: _described(text, *windows_by_text[text.name]) for text in texts},
-        "recall": {"trials": len(asked), "tokens": recall.tokens, "split": recall.split},
+        "recall": described(recall, len(asked)),
         "calibration": {"windows": len(learn), "sources": learnt_from},
         "seed": seed,
     }
@@ -210,7 +215,7 @@ class Runner:
                     row.texts[name].append(self._window(contender, setting, tokens))
                     self.progress.advance(task)
             for trial in asked:
-                row.recall.append(self._trial(contender, setting, trial))
+                row.recall.append(self._trial(contender, setting, trial) | {"kind": trial.kind})
                 self.progress.advance(task)
             if contender.kind == "full":  # facts that it does not recall are not asked of the others
                 asked = [trial for trial, figures in zip(asked, row.recall, strict=True) if figures["right"]]

@@ -11,7 +11,7 @@ from rich.table import Table
 from eval.common.footprint_figures import DELTA_NLL, contenders_figure
 from eval.common.results import machine, save_picture, write_result, write_tables
 from eval.eviction.frontier import REFERENCE, equal_loss_ratio, loss_at
-from smartkv.errors import SmartKVError
+from eval.eviction.recall_report import recall_share, recall_table, recalled_by_full
 from smartkv.metrics.bootstrap import bootstrap, mean_over
 
 ORACLE = "oracle:"
@@ -30,8 +30,8 @@ class Row:
         target: footprint that was asked for.
         setting: setting that was solved for it.
         texts: by kind of text, the figures of each window: nll, footprint, peak_bytes, stored.
-        recall: the same figures of each trial, and `right`. The full cache is asked all trials, others only those that
-            the full cache gets right.
+        recall: the same figures of each trial, `right`, and the `kind` of its text. The full cache is asked all trials,
+            others only those that the full cache gets right.
     """
 
     contender: str
@@ -86,28 +86,6 @@ def curve(row: Row, text: str, full: Row, owners: list[int]) -> Curve:
     return Curve(row, footprint, float(delta.mean()), interval, delta.tolist(), max(peaks, default=None), share)
 
 
-def recall_share(row: Row, full: Row) -> dict[str, Any]:
-    """Return the share of right answers among the trials that the full cache gets right.
-
-    Returns:
-        `asked` (number of trials), `right` (share), `interval` (95 %, bootstrap over trials), `footprint`, `nll`.
-
-    Raises:
-        SmartKVError: the row was asked other trials.
-    """
-    asked = row.recall
-    if len(asked) != sum(trial["right"] for trial in full.recall):
-        raise SmartKVError(f"{row.contender} was asked other facts than those that the full cache recalls")
-    if not asked:
-        return {"asked": 0, "right": None, "interval": None, "footprint": None}
-    right = torch.tensor([float(trial["right"]) for trial in asked], dtype=torch.float64)
-    interval = bootstrap(len(right), lambda weight: mean_over(weight, right))
-    footprint = sum(trial["footprint"] for trial in asked) / len(asked)
-    nll = sum(trial["nll"] for trial in asked) / len(asked)
-    share = {"asked": len(asked), "right": float(right.mean()), "interval": list(interval)}
-    return share | {"footprint": footprint, "nll": nll}
-
-
 def seeds_together(rows: list[Row]) -> list[Row]:
     """Merge the rows of one contender under several seeds (`random:0`, `random:1` …): the mean of each window."""
     together: dict[tuple[str, float], list[Row]] = {}
@@ -126,8 +104,9 @@ def seeds_together(rows: list[Row]) -> list[Row]:
 def _mean(figures: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     if len(figures) == 1:
         return figures[0]
-    names = [name for name, value in figures[0].items() if value is not None]
-    return {"peak_bytes": None} | {name: sum(float(f[name]) for f in figures) / len(figures) for name in names}
+    names = [name for name, value in figures[0].items() if value is not None and name != "kind"]
+    means = {name: sum(float(f[name]) for f in figures) / len(figures) for name in names}
+    return {"peak_bytes": None} | means | ({"kind": figures[0]["kind"]} if "kind" in figures[0] else {})
 
 
 def report(
@@ -151,7 +130,7 @@ def report(
     figures: dict[str, Any] = {
         "units": UNITS,
         "machine": machine(settings["device"]),
-        "full": _plain(full) | {"texts": whole},
+        "full": _plain(full) | {"texts": whole, "recall": recalled_by_full(full)},
         "rows": [],
     }
     pictures, tables = [], []
@@ -168,6 +147,8 @@ def report(
             )
         title = f"{text}; full cache: {whole[text]['nll']:.4f} nats a token"
         tables.append(_table(title, curves[text], shares, owners[text]))
+    if of_kinds := recall_table(rest, full, shares):
+        tables.append(of_kinds)
     asked = max((share["asked"] for share in shares.values()), default=0)
     if asked:
         points = ((r, s["footprint"], s["right"], *s["interval"]) for r in rest if (s := shares[id(r)]))
@@ -192,7 +173,7 @@ UNITS = {
     "interval": "95 %, bootstrap over documents (recall: over trials)",
     "ratio": "footprint ÷ the window's at equal ΔNLL",
     "gap_recovered": "(window's ΔNLL − own) ÷ (window's − the oracle's) at the own footprint",
-    "recall": "share of the answers right, among those that the full cache gets right",
+    "recall": "share of the answers right, among those that the full cache gets right; of the full cache: of all",
     "stored": "bytes held when the text was read ÷ those of its keys and values in float16; null: simulated by a mask",
     "peak_bytes": "of one sequence's cache, the chunk at work included; null: simulated by a mask",
 }

@@ -15,8 +15,7 @@ from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.shards.labelled_keys import LabelledKeys
 from smartkv.shards.manifest import Manifest, RowBlock
-
-RECALL = "recall"  # the source whose windows ask for facts that they stated
+from smartkv.texts.sources import RECALL
 
 
 @torch.inference_mode()
@@ -85,9 +84,9 @@ def layers(
 
 
 def _asks_for_facts(rows: LabelledKeys, block: RowBlock) -> bool:
-    """Return whether the block's window is of the source `recall`."""
+    """Return whether the block's window is of a source whose windows ask for facts that they stated."""
     document = int(rows.document(block)[0])
-    return rows.manifest.documents[document].partition("/")[0] == RECALL
+    return rows.manifest.documents[document].partition("/")[0] in RECALL
 
 
 def _units(windows: list[int]) -> dict[str, str]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from smartkv.shards.manifest import SPLITS
+from smartkv.texts.documents import Message
+from smartkv.texts.text_files import messages_of
 from smartkv.texts.wikitext import articles
 
 
@@ -18,7 +20,7 @@ class KnownSource:
             key "*" stands for every split.
         local: Path in the data folder for each split. The key "*" stands for every split. A line of a .txt file is a
             record with the field `text`.
-        render: Function that turns a record into text.
+        render: Function that turns a record into text, or into the messages of a conversation.
         id: Field of a record that identifies it. None if a record has only its number.
         fields: Fields that must be strings in a record of a local file.
         assemble: Function that puts the records of a file or of a split together to others. None if each is a document.
@@ -27,7 +29,7 @@ class KnownSource:
 
     hub: tuple[str, str | None, dict[str, str]]
     local: dict[str, str]
-    render: Callable[[dict[str, Any]], str]
+    render: Callable[[dict[str, Any]], str | tuple[Message, ...]]
     id: str | None = None
     fields: tuple[str, ...] = ()
     assemble: Callable[[Iterable[dict[str, Any]]], Iterator[dict[str, Any]]] | None = None
@@ -80,6 +82,12 @@ KNOWN: dict[str, KnownSource] = {
         _question,
         fields=("question", "answer"),
     ),
+    "chat": KnownSource(
+        ("HuggingFaceH4/ultrachat_200k", None, {"train": "train_sft", "validation": "train_sft", "test": "test_sft"}),
+        {"train": "chat/train.jsonl", "validation": "chat/train.jsonl", "test": "chat/test.jsonl"},
+        messages_of,
+        use_all=True,
+    ),
     "math500": KnownSource(
         ("HuggingFaceH4/MATH-500", None, {"*": "test"}),
         {"*": "math/math500.jsonl"},
@@ -126,9 +134,11 @@ ALTERNATIVES = {"web": ("fineweb_edu", "c4")}  # sources that are the first of o
 
 KIND = {
     **dict.fromkeys(("pg19", "recall"), "books"),
+    **dict.fromkeys(("code", "recall_code"), "code"),
+    **dict.fromkeys(("chat", "recall_chat"), "chat"),
     **dict.fromkeys(("gsm8k", "math500", "aime24"), "maths"),
     **dict.fromkeys(("web", "c4", "fineweb_edu"), "web"),
-    **{name: name for name in ("code", "encyclopaedia", "news", "chat", "lists")},
+    **{name: name for name in ("encyclopaedia", "news", "lists")},
     "builtin": "manual",
 }
 """Kind of text of each named source: books, maths, code, encyclopaedia, web, news, chat, lists or manual."""

@@ -110,11 +110,13 @@ def _of_split(
             text = known.render(record)
         except KeyError as missing:
             raise SmartKVError(f"{place}, record {number + 1}: the field {missing} is missing") from missing
+        except SmartKVError as error:
+            raise SmartKVError(f"{place}, record {number + 1}: {error}") from error
         hashed = split_of(name)
         if known.use_all and hashed == "test":
             hashed = "validation"
         if has_splits or hashed == split:
-            yield Document(name, text)
+            yield Document(name, text) if isinstance(text, str) else Document(name, "", text)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,12 +36,14 @@ class OwnTexts:
         files: Files to read, with the folder that their names start from, by split; under "*" if there are no
             subfolders named like splits, and a hash of each document's id decides.
         skipped: Number of files that are not read, by kind.
+        read: Function that takes a file and its name in the folder, and yields its documents.
     """
 
     path: Path
     code: bool = False
     files: dict[str, list[tuple[Path, Path]]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
+    read: Callable[[Path, str], Iterator[Document]] = field(default_factory=lambda: _documents)
 
     @classmethod
     def find(cls, path: Path, code: bool = False) -> "OwnTexts":
@@ -122,7 +124,7 @@ class OwnTexts:
             SmartKVError: A file cannot be read rightly. The message names it.
         """
         for root, file in self.files.get(split, self.files.get("*", [])):
-            for document in _documents(file, str(file.relative_to(root))):
+            for document in self.read(file, str(file.relative_to(root))):
                 if "*" not in self.files or split_of(self._divided_by(document.id)) == split:
                     yield document
 

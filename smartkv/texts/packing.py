@@ -6,10 +6,12 @@ when its source runs out. Short documents are joined, so that a window of proble
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from smartkv.texts.chat_format import ChatFormat
 from smartkv.texts.documents import Document
 
 
@@ -40,6 +42,7 @@ class Packer:
         documents: Ids of the documents that were used.
         read: Number of documents that were read, empty ones included.
         tokens: Number of their tokens.
+        has_chats: Whether conversations were among them.
     """
 
     def __init__(
@@ -52,16 +55,17 @@ class Packer:
         self.separator = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
         self.documents: list[str] = []
         self.read = self.tokens = 0
+        self.has_chats = False
 
     def pack(self, documents: Iterable[Document], count: int) -> list[Window]:
         """Pack up to `count` windows; fewer if the documents run out."""
         windows: list[Window] = []
         long: list[tuple[int, np.ndarray, list[int]]] = []  # index, tokens, starts of windows that were not used
-        short: list[tuple[int, list[int]]] = []  # index, tokens; documents of the next joined window
+        short: list[tuple[int, list[int]]] = []  # index, tokens with the separator; documents of the next window
         for document in documents:
             if len(windows) >= count:
                 break
-            ids = self.tokenizer(document.text, add_special_tokens=False)["input_ids"]
+            ids = self._ids(document)
             self.read, self.tokens = self.read + 1, self.tokens + len(ids)
             if not ids:
                 continue
@@ -74,12 +78,29 @@ class Packer:
                 windows += [self._cut(index, tokens, start) for start in starts[: self.windows_per_document]]
                 long.append((index, tokens, starts[self.windows_per_document :]))
             else:
-                short.append((index, ids))
-                if sum(len(tokens) + len(self.separator) for _, tokens in short) >= body:
+                short.append((index, ids + self._separator(document)))
+                if sum(len(tokens) for _, tokens in short) >= body:
                     windows.append(self._join(short))
                     short = []
         windows += self._further(long, count - len(windows))
         return windows[:count]
+
+    def _ids(self, document: Document) -> list[int]:
+        """Return the token ids of a document: a conversation in the model's own format, without a BOS token."""
+        self.has_chats |= bool(document.messages)
+        text = self.chat.render(document.messages) if document.messages else document.text
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        opening = len(self.prefix)
+        return ids[opening:] if document.messages and opening and ids[:opening] == self.prefix else ids
+
+    def _separator(self, document: Document) -> list[int]:
+        """Return the ids between a document and the next one; none where a chat template marks the end itself."""
+        return [] if document.messages and not self.chat.plain else self.separator
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """The format in which the model reads conversations."""
+        return ChatFormat(self.tokenizer)
 
     def _further(self, long: list[tuple[int, np.ndarray, list[int]]], count: int) -> Iterator[Window]:
         """Yield up to `count` further windows, one of each long document in turn."""
@@ -99,8 +120,8 @@ class Packer:
         """Join short documents to one window; the last document is cut off at its end."""
         ids, document = list(self.prefix), [short[0][0]] * len(self.prefix)
         for index, tokens in short:
-            ids += tokens + self.separator
-            document += [index] * (len(tokens) + len(self.separator))
+            ids += tokens
+            document += [index] * len(tokens)
         return Window(np.asarray(ids[: self.window], np.int32), np.asarray(document[: self.window], np.int32))
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from smartkv.errors import SmartKVError
 from smartkv.texts import lists
+from smartkv.texts.chats import own_chats
 from smartkv.texts.documents import Document
+from smartkv.texts.drawn_chats import drawn_chats
 from smartkv.texts.installed_code import InstalledCode
 from smartkv.texts.known_sources import ALTERNATIVES, KNOWN
 from smartkv.texts.origins import (
@@ -21,11 +23,18 @@ from smartkv.texts.origins import (
 from smartkv.texts.own_texts import OwnTexts
 
 ORIGINS = ("local", "hub", "builtin")
-RECALL = "recall"
+DRAWN = "drawn"  # an origin of conversations
+RECALL = {  # name -> the source of its text, the kind of its text
+    "recall": ("pg19", "books"),
+    "recall_code": ("code", "code"),
+    "recall_chat": ("chat", "chat"),
+}
+CHAT = "chat"
+CHATS = (CHAT, "recall_chat")
 LISTS = "lists"
 CODE = "code"
 BUILTIN = "builtin"  # the manual of Python itself
-NAMES = (*KNOWN, *ALTERNATIVES, CODE, BUILTIN, RECALL, LISTS)  # sources that need no path
+NAMES = (*KNOWN, *ALTERNATIVES, CODE, BUILTIN, *RECALL, LISTS)  # sources that need no path
 
 
 @dataclass
@@ -34,17 +43,19 @@ class SourceConfig:
 
     Args:
         name: pg19 (books), gsm8k, math500, aime24 (maths), encyclopaedia, news, fineweb_edu, c4, web (the first of
-            these two that can be had) or builtin. code: the Python files of the standard library and of the packages
-            installed beside it, or the source files in `path`. recall: facts in the text of pg19 (or of `path`) that
-            are asked for later, see `smartkv.texts.recall`. lists: drawn texts in which every line may be asked for,
-            see `smartkv.texts.lists`. Any other name needs a `path`.
+            these two that can be had), chat or builtin. code: the Python files of the standard library and of the
+            packages installed beside it, or the source files in `path`. recall, recall_code and recall_chat: facts in
+            the text of pg19, code and chat (or of `path`) that are asked for later, see `smartkv.texts.recall`. lists:
+            drawn texts in which every line may be asked for, see `smartkv.texts.lists`. Any other name needs a `path`.
         weight: Share of the windows, relative to the other sources.
         origins: Where to take the source from, in order of preference: local ($SMARTKV_DATA), hub, builtin (the prose
-            that Python itself ships). The first that has the source is used, and printed. If none has it, the run
-            stops. code, lists and builtin need none of them.
+            that Python itself ships; for conversations in its place drawn, see `smartkv.texts.drawn_chats`). The first
+            that has the source is used, and printed. If none has it, the run stops. code, lists and builtin need none
+            of them.
         path: Your own folder or file: .txt or .md (one document a file) or .jsonl (one document a line, in the field
-            `text`), also with .gz. Subfolders train, validation and test, if present, are the splits. With the name
-            code: source files (.py, .js, .c, .rs, .md and others).
+            `text`), also with .gz. Subfolders train, validation and test, if present, are the splits. With the names
+            code and recall_code: source files (.py, .js, .c, .rs, .md and others). With chat and recall_chat: .jsonl
+            with a list of {role, content} in the field `messages`.
     """
 
     name: str
@@ -62,10 +73,11 @@ class SourceConfig:
             raise SmartKVError(f"source '{self.name}': weight must be above 0, got {self.weight}")
         if self.path is None and self.name not in NAMES:
             raise SmartKVError(f"source '{self.name}' is unknown: expected {', '.join(NAMES)}, or give it a path")
+        possible = ("local", "hub", DRAWN) if self.name in CHATS else ORIGINS
         for origin in self.origins:
-            if origin not in ORIGINS:
+            if origin not in possible:
                 raise SmartKVError(
-                    f"source '{self.name}': origin '{origin}' is unknown: expected some of {', '.join(ORIGINS)}"
+                    f"source '{self.name}': origin '{origin}' is unknown: expected some of {', '.join(possible)}"
                 )
 
 
@@ -78,7 +90,8 @@ class Source:
         weight: Share of the windows, relative to the other sources.
         origin: Where its documents come from: local, hub, builtin, installed or drawn.
         documents: Function that takes a split and yields its documents, in the same order at each call.
-        recall: Whether facts are put into its windows, see `smartkv.texts.recall`.
+        recall: Kind of the text into whose windows facts are put, see `smartkv.texts.recall`: books, code or chat.
+            None: no facts.
         own: A user's own texts; None for other sources.
         about: What else was used, as JSON values: the number of packages of installed code, or the named source that
             has the text of another.
@@ -88,7 +101,7 @@ class Source:
     weight: float
     origin: str
     documents: Callable[[str], Iterator[Document]]
-    recall: bool = False
+    recall: str | None = None
     own: OwnTexts | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -104,8 +117,9 @@ def resolve_source(config: SourceConfig, say: Callable[[str], None]) -> Source:
         SmartKVError: The settings are wrong, or no origin has the source. The message has the reason of each origin.
     """
     config.check()
-    if config.name == RECALL:
-        return replace(_resolve(config, "pg19", say), name=RECALL, recall=True)
+    if config.name in RECALL:
+        text, kind = RECALL[config.name]
+        return replace(_resolve(config, text, say), name=config.name, recall=kind)
     return _resolve(config, config.name, say)
 
 
@@ -115,6 +129,7 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
     if config.path is not None:
         try:
             own = OwnTexts.find(Path(config.path).expanduser(), code=text == CODE)
+            own = own_chats(own) if text == CHAT else own
         except SmartKVError as error:
             raise SmartKVError(f"{told}: {error}") from error
         rest = f"; not read: {own.skipped_in_words}" if own.skipped else ""
@@ -135,6 +150,10 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
                 documents = local_documents(KNOWN[choice])
             elif origin == "hub":
                 documents = hub_documents(KNOWN[choice])
+            elif origin == DRAWN:
+                documents, drawn_from = drawn_chats([each for each in config.origins if each in ("local", "hub")])
+                say(f"{told}: drawn, from {drawn_from}")
+                return Source(config.name, config.weight, DRAWN, documents)
             else:
                 say(
                     f"{told} CANNOT BE HAD ({'; '.join(reasons)}): its share is taken from the "
@@ -148,5 +167,9 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
             reasons.append(f"{origin}: {reason}")
     raise SmartKVError(
         f"{told} cannot be had ({'; '.join(reasons)}): point ${DATA_VARIABLE} at a folder that has it, "
-        "or add 'builtin' to its origins to take Python's own manual instead"
+        + (
+            "or add 'drawn' to its origins to draw conversations from problems and passages instead"
+            if text == CHAT
+            else "or add 'builtin' to its origins to take Python's own manual instead"
+        )
     )

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from smartkv.errors import SmartKVError
+from smartkv.texts.documents import Message
 
+ROLES = ("system", "user", "assistant")
 MARKS = {  # at the start of a file; those of UTF-32 begin like those of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -53,23 +55,57 @@ def read_records(path: Path, *fields: str) -> Iterator[dict[str, Any]]:
         SmartKVError: The file cannot be read; a line is not JSON in UTF-8, or has no text in one of the fields.
     """
     names = " and ".join(f"'{field}'" for field in fields)
+    for number, record in _records(path):
+        if not isinstance(record, dict) or not all(isinstance(record.get(field), str) for field in fields):
+            raise SmartKVError(f"{path}, line {number}: expected an object with strings in {names}")
+        for field in fields:
+            _check_characters(record[field], f"{path}, line {number}: '{field}'")
+        yield record
+
+
+def read_conversations(path: Path) -> Iterator[tuple[Message, ...]]:
+    """Yield the conversations in the lines of a .jsonl file, each with its messages in the field `messages`.
+
+    Raises:
+        SmartKVError: The file cannot be read; a line is not JSON in UTF-8, or has no such messages.
+    """
+    for number, record in _records(path):
+        try:
+            messages = messages_of(record)
+        except SmartKVError as error:
+            raise SmartKVError(f"{path}, line {number}: {error}") from error
+        for message in messages:
+            _check_characters(message.content, f"{path}, line {number}: a message")
+        yield messages
+
+
+def messages_of(record: Any) -> tuple[Message, ...]:
+    """Return the messages of a record, a list of {role, content} in its field `messages`.
+
+    Raises:
+        SmartKVError: There is no such list, or a role is not system, user or assistant.
+    """
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise SmartKVError("expected an object with a list of {role, content} in 'messages'")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise SmartKVError("each of 'messages' must be an object with a string in 'content'")
+        if message.get("role") not in ROLES:
+            raise SmartKVError(f"a role in 'messages' must be one of {', '.join(ROLES)}, got {message.get('role')!r}")
+    return tuple(Message(message["role"], message["content"]) for message in messages)
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each line of a .jsonl file; empty lines are left out."""
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:  # not UTF-8, or not JSON
                 raise SmartKVError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from error
-            if not isinstance(record, dict) or not all(isinstance(record.get(field), str) for field in fields):
-                raise SmartKVError(f"{path}, line {number}: expected an object with strings in {names}")
-            for field in fields:
-                if (half := _half_of_a_pair(record[field])) is not None:
-                    raise SmartKVError(
-                        f"{path}, line {number}: '{field}' has half of a surrogate pair (\\u{ord(half):04x}), which is "
-                        "no character: remove it, or write both halves"
-                    )
-            yield record
 
 
 @contextmanager
@@ -82,6 +118,15 @@ def _opened(path: Path) -> Iterator[Any]:
         raise SmartKVError(f"{path} is damaged, or no gzip file: {error}") from error
     except OSError as error:
         raise SmartKVError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _check_characters(text: str, place: str) -> None:
+    """Raise an error that begins with `place` if the text has half of a surrogate pair."""
+    if (half := _half_of_a_pair(text)) is not None:
+        raise SmartKVError(
+            f"{place} has half of a surrogate pair (\\u{ord(half):04x}), which is no character: remove it, or write "
+            "both halves"
+        )
 
 
 def _half_of_a_pair(text: str) -> str | None:

@@ -127,11 +127,13 @@ def plan_windows(
             source_seed = _seed(seed, split_index, number)
             packer: Packer | RecallPacker
             if source.recall:
-                packer = RecallPacker(tokenizer, window, windows_per_document, source_seed, split)
+                packer = RecallPacker(tokenizer, window, windows_per_document, source_seed, split, source.recall)
                 plain = packer.packer
             else:
                 packer = plain = Packer(tokenizer, window, windows_per_document, source_seed)
             packed = packer.pack(source.documents(split), count) if count else []
+            if plain.has_chats and plain.chat.plain:
+                say(f"source '{source.name}': the tokenizer has no chat template: turns are lines 'User: …'")
             if len(packed) < count:
                 reason = _shortage(source, split, plain)
                 lacking += [] if packed else [f"'{source.name}': {reason}"]

@@ -255,3 +255,23 @@ def test_on_the_gpu_everybody_loses_what_he_loses_on_the_cpu(
         one, other = mine["texts"]["books"], theirs["texts"]["books"]
         assert one["delta_nll"] == pytest.approx(other["delta_nll"], abs=0.01), mine["contender"]
         assert one["footprint"] == pytest.approx(other["footprint"], abs=0.01), mine["contender"]
+
+
+def test_facts_are_asked_for_in_books_code_and_chats(tmp_path: Path, tiny_backbone: Path, texts: Path) -> None:
+    for split in ("train", "validation", "test"):
+        (tmp_path / "code" / split).mkdir(parents=True)
+    code = "import os\n\n\n" + "".join(f"def f_{n}():\n    return {n}\n\n\n" for n in range(60))
+    (tmp_path / "code" / "test" / "a.py").write_text(code)
+    (tmp_path / "chats" / "test").mkdir(parents=True)
+    talk = [{"role": role, "content": f"word {n}"} for n in range(40) for role in ("user", "assistant")]
+    (tmp_path / "chats" / "test" / "a.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    recall = {"trials": 1, "tokens": 50, "kinds": ["books", "code", "chat"], "forms": "foreign"} | {
+        "code_haystack": [{"name": "code", "path": str(tmp_path / "code")}],
+        "chat_haystack": [{"name": "chat", "path": str(tmp_path / "chats")}],
+    }
+    changes = {"recall": json.dumps(recall), "contenders": "[window]", "footprints": "[0.8]"}
+    found = run(tmp_path / "out", tiny_backbone, texts, texts="[]", **changes)
+    assert [trial["kind"] for trial in found["full"]["recall_trials"]] == ["books", "code", "chat"]
+    assert set(found["full"]["recall"]["kinds"]) == {"books", "code", "chat"}
+    assert found["arguments"]["recall"]["kinds"] == ["books", "code", "chat"]
+    assert "facts recalled" in (tmp_path / "out" / "compare.md").read_text()

@@ -11,6 +11,10 @@ from smartkv.texts.sources import Source
 RECORDS = {
     "gsm8k/train.jsonl": [{"question": f"q{i}?", "answer": f"a{i}"} for i in range(60)],
     "gsm8k/test.jsonl": [{"question": f"evaluated {i}?", "answer": f"secret {i}"} for i in range(20)],
+    "chat/train.jsonl": [{"messages": [{"role": "user", "content": f"ask {i}"},
+                                       {"role": "assistant", "content": f"say {i}"}]} for i in range(60)],
+    "chat/test.jsonl": [{"messages": [{"role": "user", "content": f"unseen {i}"},
+                                      {"role": "assistant", "content": "ok"}]} for i in range(20)],
     "math/math500.jsonl": [{"unique_id": f"test/algebra/{i}.json", "problem": f"p{i}", "solution": f"s{i}"}
                            for i in range(60)],
     "math/aime24.jsonl": [{"id": i, "problem": f"p{i}", "solution": f"s{i}"} for i in range(60)],

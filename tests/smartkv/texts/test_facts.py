@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartkv.shards.manifest import SPLITS
-from smartkv.texts.facts import CHAINED, TEXTS, draw_code, draw_fact, slots
+from smartkv.texts.facts import CHAINED, FOREIGN, TEXTS, all_slots, draw_code, draw_fact, fill, gap, slots
 
 
 @settings(max_examples=50, deadline=None)
@@ -87,3 +87,59 @@ def test_a_code_is_two_words_of_its_split() -> None:
     for split, places in (("train", {0, 1, 2}), ("validation", {3}), ("test", {4})):
         for _ in range(50):
             assert {words.index(word) % 5 for word in draw_code(split, random).split("-")} <= places
+
+
+def test_slots_of_code_leave_the_others_as_they_are() -> None:
+    for split in SPLITS:
+        plain, both = (draw(split, np.random.default_rng(5)) for draw in (slots, all_slots))
+        assert {name: both[name] for name in plain} == plain and len(both) == len(plain) + 10
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_slots_of_code_have_their_form(split: str) -> None:
+    forms = {
+        "identifier": r"[a-z]+(_[a-z]+)+",
+        "constant": r"[A-Z]+(_[A-Z]+)+",
+        "class_name": r"([A-Z][a-z]+){2,}",
+        "hex": r"0x[0-9a-f]{4,5}",
+        "version": r"\d+\.\d+\.\d+",
+        "path": r"(/[a-z]+){3,}",
+        "port": r"\d{4}",
+        "float": r"0\.\d{4}",
+        "url_path": r"/v\d/[a-z]+/\d{4}",
+        "email": r"[a-z]+\.[a-z]+@[a-z]+\.example",
+    }
+    for seed in range(40):
+        values = all_slots(split, np.random.default_rng(seed))
+        for name, form in forms.items():
+            assert re.fullmatch(form, values[name]), (name, values[name])
+
+
+def test_identifiers_of_the_splits_have_words_of_their_own() -> None:
+    drawn = {
+        split: {
+            part
+            for seed in range(300)
+            for part in all_slots(split, np.random.default_rng(seed))["identifier"].split("_")
+        }
+        for split in SPLITS
+    }
+    assert not drawn["train"] & drawn["test"] and not drawn["validation"] & drawn["test"] and len(drawn["test"]) > 15
+
+
+@pytest.mark.parametrize("kind", ["books", "code", "chat"])
+def test_every_slot_of_the_foreign_forms_gets_a_value(kind: str) -> None:
+    for form in FOREIGN[kind]:
+        fact = fill(kind, form, all_slots("test", np.random.default_rng(0)))
+        assert all(word in fact.statement for word in re.findall(r"\w*\d\w*", fact.answer)) and fact.answer
+
+
+@pytest.mark.parametrize(
+    ("lead", "between"),
+    [
+        *((lead, " ") for lead in ("assert x ==", "x =", "Your number is", "# a:", "x ->", "print(x)  #")),
+        *((lead, "") for lead in ("f(port=", '"', "f(", "of <", "/srv/", "x\t")),
+    ],
+)
+def test_a_space_stands_before_an_answer_where_one_belongs(lead: str, between: str) -> None:
+    assert gap(lead) == between

@@ -24,7 +24,10 @@ from smartkv.texts.sources import SourceConfig, resolve_source
 found = {}
 for name in sys.argv[1:]:
     source = resolve_source(SourceConfig(name, origins=["hub"]), lambda line: print(line, file=sys.stderr))
-    documents = {split: [[d.id, d.text] for d in source.documents(split)] for split in ("train", "validation", "test")}
+    documents = {
+        split: [[d.id, d.text or [m.content for m in d.messages]] for d in source.documents(split)]
+        for split in ("train", "validation", "test")
+    }
     found[name] = {"origin": source.origin, "documents": documents}
 print(json.dumps(found))
 """
@@ -67,6 +70,11 @@ def article(split: str, number: int) -> dict[str, Any]:
     return {"article": f"{split} news {number}", "highlights": "short", "id": f"{number:040x}"}
 
 
+def conversation(split: str, number: int) -> dict[str, Any]:
+    messages = [{"content": f"{split} {number}?", "role": "user"}, {"content": "Well.", "role": "assistant"}]
+    return {"prompt": f"{split} {number}?", "prompt_id": f"{number:064x}", "messages": messages}
+
+
 def repositories() -> Repositories:
     """Tiny data sets with the columns, splits and file formats of the real ones."""
     question = lambda split, i: {"question": f"{split} {i}?", "answer": f"#### {i}"}  # noqa: E731
@@ -82,6 +90,14 @@ def repositories() -> Repositories:
             "README.md": card("main", {split: f"main/{split}-*" for split in ("train", "test")}),
             "main/train-00000-of-00001.parquet": as_parquet([question("train", i) for i in range(40)]),
             "main/test-00000-of-00001.parquet": as_parquet([question("test", i) for i in range(5)]),
+        },
+        "HuggingFaceH4/ultrachat_200k": {
+            "README.md": card(
+                "default", {split: f"data/{split}-*" for split in ("train_sft", "test_sft", "train_gen")}
+            ),
+            "data/train_sft-00000-of-00003.parquet": as_parquet([conversation("train", i) for i in range(40)]),
+            "data/train_gen-00000-of-00003.parquet": as_parquet([conversation("other", i) for i in range(4)]),
+            "data/test_sft-00000-of-00001.parquet": as_parquet([conversation("test", i) for i in range(5)]),
         },
         "HuggingFaceH4/MATH-500": {
             "README.md": b"---\n---\n",
@@ -191,3 +207,10 @@ def test_news_keep_the_splits_of_the_hub(read: dict[str, Any]) -> None:
     assert {split: list(texts.values()) for split, texts in found.items()} == {
         split: [f"{split} news {number}" for number in range(3)] for split in SPLITS
     }
+
+
+def test_conversations_keep_their_messages_and_the_test_split_of_the_hub(read: dict[str, Any]) -> None:
+    found = documents(read, "chat")
+    assert sorted(found["test"].values()) == [[f"test {i}?", "Well."] for i in range(5)]
+    learnt = [*found["train"].values(), *found["validation"].values()]
+    assert sorted(learnt) == sorted([f"train {i}?", "Well."] for i in range(40)) and found["validation"]

@@ -91,7 +91,7 @@ def test_its_text_is_that_of_books(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / "books" / split / "book.txt").write_text(f"a book to {split} on")
     monkeypatch.setenv("SMARTKV_DATA", str(tmp_path))
     source = resolve_source(SourceConfig("recall", weight=0.5, origins=["local"]), str)
-    assert (source.name, source.weight, source.origin, source.recall) == ("recall", 0.5, "local", True)
+    assert (source.name, source.weight, source.origin, source.recall) == ("recall", 0.5, "local", "books")
     assert [document.text for split in SPLITS for document in source.documents(split)] == [
         f"a book to {split} on" for split in SPLITS
     ]

@@ -36,7 +36,7 @@ def test_recall_that_cannot_be_had_is_named_so(no_data: None) -> None:
     lines: list[str] = []
     source = resolve_source(SourceConfig("recall", origins=["local", "builtin"]), lines.append)
     assert "source 'recall' (its text is pg19) CANNOT BE HAD" in lines[0]
-    assert (source.name, source.origin, source.recall) == ("recall", "builtin", True)
+    assert (source.name, source.origin, source.recall) == ("recall", "builtin", "books")
 
 
 def test_the_first_origin_that_can_be_had_is_used(local_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
