@@ -32,6 +32,15 @@ SCALED_QUERIES = {
         "llama_4_scaling_beta": 0.1,
     }
 }
+SCALED = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "truncate": False,
+    }
+}
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("Apertus", PLAIN),
     "arcee": ("Arcee", {}),
@@ -42,6 +51,14 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "exaone4, sliding": ("Exaone4", {"sliding_window_pattern": "LG", **MIXED}),
     "gemma": ("Gemma", {"head_dim": 12}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 12, "attn_logit_softcapping": 0.5, "layer_types": ["full_attention"] * 2},
+    ),
+    "gemma2, sliding": (
+        "Gemma2",
+        {"head_dim": 12, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 0.5, **MIXED},
+    ),
     "gemma3_text, sliding": ("Gemma3Text", {"head_dim": 12, "query_pre_attn_scalar": 20, **MIXED}),
     "glm": ("Glm", {"head_dim": 8, "pad_token_id": 0, **PARTIAL}),
     "glm4": ("Glm4", {"head_dim": 8, "attention_bias": True, "pad_token_id": 0, **PARTIAL}),
@@ -54,6 +71,11 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 8, "n_routed_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
         | {"use_qk_norm": True, "first_k_dense_replace": 0, **PARTIAL},
     ),
+    "gpt_oss": (
+        "GptOss",
+        {"head_dim": 8, "layer_types": ["full_attention"] * 2, **PLAIN, **EXPERTS},
+    ),
+    "gpt_oss, sliding": ("GptOss", {"head_dim": 8, **SCALED, **MIXED, **EXPERTS}),
     "granite": ("Granite", {"attention_multiplier": 0.7, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
     "granitemoe": ("GraniteMoe", {"attention_multiplier": 0.7, **EXPERTS}),
     "helium": ("Helium", {"head_dim": 8}),
@@ -93,7 +115,9 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLm", PARTIAL),
     "stablelm, qk_layernorm": ("StableLm", {"qk_layernorm": True, **PARTIAL}),
     "starcoder2": ("Starcoder2", {"sliding_window": None}),
+    "vaultgemma, sliding": ("VaultGemma", {"head_dim": 12, "attn_logit_softcapping": 0.5, **MIXED}),
 }
+OWN_SOFTMAX = ("gemma2", "gpt_oss")  # a cap on the scores, learned sinks
 
 
 def make(form: str, **sizes: Any) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from smartkv.cache.adaptive_cache import importance_by
 from smartkv.cache.attached import AttachedCache
 from smartkv.cache.forward_pass import EvictionStep
 from smartkv.gates.bank import GateBank
+from smartkv.models.softmax import Softmax
 from smartkv.quantization.codecs import Adaptive, Codec
 
 OUTLIERS = 16  # of so many channels of a synthetic key one is an outlier
@@ -138,7 +139,7 @@ def synthetic_layer(shape: Shape, tokens: int, seed: int) -> EvictionStep:
     query, key, value = (torch.randn(1, shape.kv_heads, tokens, shape.head_dim, generator=random) for _ in range(3))
     key[..., ::OUTLIERS] *= OUTLIER_SIZE
     query[..., ::OUTLIERS] /= OUTLIER_SIZE  # as in a model, whose scores stay in range
-    return EvictionStep(query, key, value, key, None, shape.head_dim**-0.5, None)
+    return EvictionStep(query, key, value, key, None, Softmax(shape.head_dim**-0.5), None)
 
 
 def _weights(step: EvictionStep, key: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -148,11 +149,11 @@ def _weights(step: EvictionStep, key: Tensor) -> Iterator[tuple[slice, Tensor]]:
     place = torch.arange(tokens, device=key.device)
     for start in range(0, tokens, 128):
         here = slice(start, start + 128)
-        scores = query[..., here, :] @ key.float()[:, :, None].mT * step.scaling
+        scores = step.softmax.scores(query[..., here, :] @ key.float()[:, :, None].mT)
         seen = place <= place[here, None]
         if step.sliding_window is not None:
             seen &= place > place[here, None] - step.sliding_window
-        yield here, scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+        yield here, step.softmax.probabilities(scores.masked_fill(~seen, -math.inf))
 
 
 def _attention(step: EvictionStep, key: Tensor, value: Tensor) -> Tensor:

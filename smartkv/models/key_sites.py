@@ -32,6 +32,7 @@ class KeySite:
         norm_after: Name of the submodule that the rotated key goes through. None: there is none.
         own_window: Function of an attention module that returns the layer's sliding window, in tokens, where the model
             does not tell its attention function of it.
+        half_angles: Whether the rotary embedding gives each angle once, for the two elements that turn together.
     """
 
     module: str
@@ -41,6 +42,7 @@ class KeySite:
     otherwise: "KeySite | None" = None
     norm_after: str | None = None
     own_window: Callable[[nn.Module], int | None] = _told
+    half_angles: bool = False
 
     def of(self, attention: nn.Module) -> "KeySite":
         """Return the site in one attention module: this one, or `otherwise`."""
@@ -128,6 +130,8 @@ KEY_SITES = {
         ("llama", "mistral", "qwen2", "mixtral", "ministral", "ministral3", "arcee", "seed_oss"), PROJECTION
     ),
     **dict.fromkeys(("gemma", "granite", "granitemoe", "starcoder2", "nemotron"), PROJECTION),
+    **dict.fromkeys(("gemma2", "vaultgemma"), PROJECTION),  # cap their scores
+    "gpt_oss": KeySite("k_proj", _flat, half_angles=True),  # its softmax has learned sinks
     **dict.fromkeys(("glm", "glm4", "ernie4_5", "helium"), PROJECTION),  # rotate pairs of neighbours
     **dict.fromkeys(("qwen3", "qwen3_moe"), NORM),
     **dict.fromkeys(("apertus", "gemma3_text"), NORM_OF_HEADS),
@@ -150,8 +154,7 @@ KEY_SITES = {
 LATENT = "it stores one compressed key for all heads (MLA)"
 LINEAR = "some of its layers have linear attention, which stores no keys"
 REFUSED = {
-    **dict.fromkeys(("gemma2", "vaultgemma", "t5gemma"), "it caps the attention scores (attn_logit_softcapping)"),
-    "gpt_oss": "its softmax has learned sinks",
+    "t5gemma": "it has an encoder, whose keys its decoder reads",
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4", "minicpm3"), LATENT),
     **dict.fromkeys(
         ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), "its layers differ in head_dim"

@@ -79,7 +79,7 @@ class Rotation:
         config, attention = self.lm.config, self_attention(decoder_blocks(self.lm)[layer])
         site, base = KEY_SITES[config.model_type], self.lm.base_model
         self.embedding: Any = base.rotary_emb if site.rotary(attention) else None
-        self.normed_after = site.norm_after is not None
+        self.normed_after, self.half_angles = site.norm_after is not None, site.half_angles
         self.device = input_device(model)
         rope = getattr(config, "rope_parameters", None) or {}
         by_kind = any(isinstance(value, dict) for value in rope.values())
@@ -104,8 +104,8 @@ class Rotation:
         if self.embedding is None:
             return None
         like = torch.zeros(1, device=self.device)
-        cos, sin = self.embedding(like, position[None].to(self.device), *self.kind)
-        return cos[0].float(), sin[0].float()
+        cos, sin = (each[0].float() for each in self.embedding(like, position[None].to(self.device), *self.kind))
+        return (torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)) if self.half_angles else (cos, sin)
 
     def rotate(self, vector: Tensor, position: Tensor) -> Tensor:
         """Apply the rotary embedding.
@@ -167,5 +167,7 @@ class Rotation:
         """Rotate `[..., positions, head_dim]` by `[positions, rotated]`; what lies beyond `rotated` stays."""
         width = cos.shape[-1]
         turning = vector[..., :width].reshape(1, -1, len(cos), width)  # [batch, heads, positions, rotated]
+        if self.half_angles:
+            cos, sin = cos[..., : width // 2], sin[..., : width // 2]
         turned, _ = self.apply(turning, turning, cos[None], sin[None])
         return torch.cat([turned.reshape(vector[..., :width].shape), vector[..., width:]], dim=-1)
