@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import Architecture, attention_modules
-from smartkv.models.key_sites import KEY_SITES
+from smartkv.models.key_sites import HOLDS_STATES, KEY_SITES
 from smartkv.models.rotary import Rotation
 from tests.models import FAMILIES, SHAPE, build, tiny_tokenizer
 
@@ -40,6 +40,27 @@ SCALED = {
         "original_max_position_embeddings": 64,
         "truncate": False,
     }
+}
+QWEN_EXPERTS = {
+    "num_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+}
+LINEAR = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [1, 1, 1],
+    },
 }
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("Apertus", PLAIN),
@@ -106,6 +127,9 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 12},
     ),
+    "qwen3_5_moe_text": ("Qwen3_5MoeText", QWEN_EXPERTS | LINEAR | {"num_attention_heads": 2}),
+    "qwen3_5_text": ("Qwen3_5Text", LINEAR),
+    "qwen3_next": ("Qwen3Next", QWEN_EXPERTS | LINEAR),
     "seed_oss": ("SeedOss", {"head_dim": 12}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
     "smollm3, sliding": (
@@ -128,7 +152,11 @@ def make(form: str, **sizes: Any) -> PreTrainedModel:
     config: Callable[..., Any] | None = getattr(transformers, f"{name}Config", None)
     if config is None:
         pytest.skip(f"this transformers has no {name}Config")
+    if "linear_attention" in changes.get("layer_types", ()) and not HOLDS_STATES:
+        pytest.skip("this transformers holds the states of linear attention elsewhere")
     model = build(config(**SHAPE | changes | sizes), seed=0)
+    if "attn_logit_softcapping" in changes:  # transformers 5.2 chose sdpa, which ignores the cap
+        model.set_attn_implementation("eager")
     try:
         attention_modules(model)
     except SmartKVError:
@@ -151,6 +179,7 @@ def sliding_windows(model: PreTrainedModel) -> list[int | None]:
     """The window of each layer, by the config alone."""
     config = model.config
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    kinds = [kind for kind in kinds if kind != "linear_attention"]
     window = getattr(config, "sliding_window", None) or None
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
@@ -184,7 +213,7 @@ def _form(family: str, variant: str) -> str:
 
 def _turned(model: PreTrainedModel) -> str:
     """Which elements of a head turn together, and in which layers."""
-    rotations = [Rotation(model, layer) for layer in range(model.config.num_hidden_layers)]
+    rotations = [Rotation(model, layer) for layer in range(Architecture.of(model.config).layers)]
     turning = [each for each in rotations if each.embedding is not None]
     if not turning:
         return "none"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from eval.quantization.stand_ins import Shape
 from smartkv.cache.adaptive_cache import importance_by
@@ -115,7 +116,8 @@ class Probe(AttachedCache):
     """
 
     def __init__(self, model: PreTrainedModel, comparison: CodecComparison, gates: GateBank | None = None) -> None:
-        layers = DynamicCache(config=model.config).layers
+        own = DynamicCache(config=model.config).layers
+        layers = [layer for layer in own if isinstance(layer, CacheLayerMixin)]
         super().__init__(model, layers, chunk=2**20)
         self.gates, self.comparison = gates, comparison
 

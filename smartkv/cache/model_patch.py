@@ -37,6 +37,7 @@ from smartkv.errors import SmartKVError
 from smartkv.models.architecture import attention_modules
 from smartkv.models.key_hooks import key_modules, register_key_hooks
 from smartkv.models.layer_ranges import format_layers
+from smartkv.models.wrappers import linear_attention_modules
 
 TOKEN_INPUTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "token_type_ids")
 _SESSION = "_smartkv_session"
@@ -129,9 +130,16 @@ class Session:
         """Let each layer's attention follow the pass of its thread, and read its pre-RoPE keys."""
         modules = attention_modules(self.model)
         views = {id(m.config): PassConfig(m.config, self.decoder) for m in modules}
-        self.modules = [*modules, *key_modules(self.model)]
+        self.modules = self._modules()
         self.handles = register_key_hooks(self.model, self.on_keys)
+        for module in linear_attention_modules(self.model):
+            self.handles.append(module.register_forward_pre_hook(self.give_padding, with_kwargs=True))
         self.layer_patches = [InstancePatch(module, "config", views[id(module.config)]) for module in modules]
+
+    def _modules(self) -> list[nn.Module]:
+        """Return the modules that are patched or hooked."""
+        linear = linear_attention_modules(self.model)
+        return [*attention_modules(self.model), *key_modules(self.model), *linear]
 
     def _restore_layers(self) -> None:
         for handle in self.handles:
@@ -141,7 +149,7 @@ class Session:
 
     def follow_layers(self) -> None:
         """Patch the layers that the model has now: an adapter or another layer may have taken the place of one."""
-        here = [*attention_modules(self.model), *key_modules(self.model)]
+        here = self._modules()
         if len(here) == len(self.modules) and all(map(operator.is_, here, self.modules)):
             return
         with _lock:
@@ -153,6 +161,14 @@ class Session:
         forward_pass = current_pass()
         if forward_pass is not None and forward_pass.decoder is self.decoder:
             forward_pass.keys[module] = keys
+
+    def give_padding(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Tell linear attention which tokens are padding: the mask that says so did not go through the decoder."""
+        forward_pass = current_pass()
+        if forward_pass is None or forward_pass.decoder is not self.decoder or forward_pass.real is None:
+            return None
+        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return args, kwargs | {"attention_mask": forward_pass.real.to(hidden.device)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
         twin = object.__new__(type(self))

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from smartkv.models.attention_interface import AttentionInputs, attention_switched_to, register_attention
 from smartkv.models.key_hooks import hook_keys
 from smartkv.models.softmax import Softmax
+from smartkv.models.wrappers import attention_layer
 from smartkv.policies.lifetimes import FOREVER
 
 SOFT = "smartkv_soft"
@@ -179,7 +180,7 @@ class _Rule:
 
     def on_keys(self, module: nn.Module, keys: Tensor) -> None:
         """Compute the shares of a layer before its attention runs."""
-        layer: int = module.layer_idx  # type: ignore[assignment]
+        layer = attention_layer(module)
         self.of_layer[layer] = self.log_keep(layer, keys)
 
 

@@ -12,6 +12,7 @@ from smartkv.errors import SmartKVError
 from smartkv.models.architecture import attention_modules
 from smartkv.models.key_sites import KEY_SITES
 from smartkv.models.softmax import Softmax
+from smartkv.models.wrappers import attention_layer
 
 WITHOUT_EFFECT = frozenset(  # arguments of a model's call that reach attention functions, and mean nothing to them
     {
@@ -45,7 +46,7 @@ class AttentionInputs(NamedTuple):
 
     Attributes:
         module: The attention module.
-        layer: Index of the layer.
+        layer: Index of the layer among those with attention.
         query: `[batch, query_heads, queries, head_dim]`, after the rotary embedding.
         key: `[batch, kv_heads, keys, head_dim]`, after the rotary embedding.
         value: `[batch, kv_heads, keys, head_dim]`.
@@ -91,7 +92,7 @@ def register_attention(name: str, attend: Callable[[AttentionInputs], Tensor]) -
     ) -> tuple[Tensor, None]:
         _refuse_unknown(name, others)
         scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
-        layer: int = module.layer_idx  # type: ignore[assignment]
+        layer = attention_layer(module)
         if sliding_window is None:
             sliding_window = KEY_SITES[module.config.model_type].own_window(module)  # type: ignore[union-attr, index]
         softmax = Softmax(scaling, softcap, s_aux)

@@ -7,7 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
+from transformers import cache_utils
+
+from smartkv.models.wrappers import LINEAR_ATTENTION
 
 
 def _every_layer(_: nn.Module) -> bool:
@@ -134,6 +138,7 @@ KEY_SITES = {
     "gpt_oss": KeySite("k_proj", _flat, half_angles=True),  # its softmax has learned sinks
     **dict.fromkeys(("glm", "glm4", "ernie4_5", "helium"), PROJECTION),  # rotate pairs of neighbours
     **dict.fromkeys(("qwen3", "qwen3_moe"), NORM),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), NORM),  # with layers of linear attention
     **dict.fromkeys(("apertus", "gemma3_text"), NORM_OF_HEADS),
     **dict.fromkeys(("olmo2", "olmo3"), NORM_OF_ALL),
     **dict.fromkeys(("cohere", "glm4_moe"), NORM_OR_PROJECTION),
@@ -152,7 +157,6 @@ KEY_SITES = {
 # -- what cannot be served ---------------------------------------------------------------------------------------------
 
 LATENT = "it stores one compressed key for all heads (MLA)"
-LINEAR = "some of its layers have linear attention, which stores no keys"
 REFUSED = {
     "t5gemma": "it has an encoder, whose keys its decoder reads",
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4", "minicpm3"), LATENT),
@@ -161,13 +165,16 @@ REFUSED = {
     ),
     **dict.fromkeys(("gemma3n", "gemma3n_text"), "some of its layers read the keys of another layer"),
     **dict.fromkeys(("llama4", "llama4_text"), "some of its layers attend within blocks of tokens (chunked attention)"),
-    **dict.fromkeys(
-        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "olmo_hybrid"), LINEAR
-    ),
+    "olmo_hybrid": "its layers of linear attention have three states each, which was not verified",
     "gemma3": "it reads pictures too: load its language model, Gemma3ForCausalLM",
+    "qwen3_5": "it reads pictures too: load its language model, Qwen3_5ForCausalLM",
+    "qwen3_5_moe": "it reads pictures too: load its language model, Qwen3_5MoeForCausalLM",
     "mistral3": "it reads pictures too: load its language model",
 }
 ALIKE = {"full_attention", "sliding_attention"}  # kinds of layers that a cache of keys can serve
+HYBRID = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}  # some of their layers have linear attention
+# an earlier cache of transformers holds their states in a class of its own, or loses them between two prompts
+HOLDS_STATES = hasattr(getattr(cache_utils, "LinearAttentionLayer", None), "activate_past_recording")
 
 
 def refusal(config: Any) -> str | None:
@@ -176,6 +183,13 @@ def refusal(config: Any) -> str | None:
     if family in REFUSED:
         return f"model type '{family}' is not supported: {REFUSED[family]}"
     kinds = set(getattr(config, "layer_types", None) or ()) - ALIKE
+    if family in HYBRID:
+        kinds.discard(LINEAR_ATTENTION)
+        if not HOLDS_STATES:
+            return (
+                f"model type '{family}' is not supported in transformers {transformers.__version__}, whose caches do "
+                "not hold the states of linear attention as later ones do: use 5.17 or newer"
+            )
     if family not in KEY_SITES and kinds:
         return f"model type '{family}' is not supported: it has layers of the kind {', '.join(sorted(kinds))}"
     if family not in KEY_SITES:

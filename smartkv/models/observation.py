@@ -20,7 +20,7 @@ from smartkv.io.checks import all_finite
 from smartkv.models.attention_interface import AttentionInputs, attention_switched_to, register_attention
 from smartkv.models.key_hooks import hook_keys
 from smartkv.models.softmax import Softmax
-from smartkv.models.wrappers import input_device, language_model
+from smartkv.models.wrappers import attention_layer, input_device, language_model
 
 OBSERVED = "smartkv_observed"
 TILE_ELEMENTS = 2**22  # most probabilities of a tile, over all heads: 16 MiB in float32
@@ -132,7 +132,7 @@ def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> It
     def on_keys(module: nn.Module, keys: Tensor) -> None:
         if keys.shape[0] != 1:
             raise ValueError(f"observe_attention takes one sequence a forward pass, got {keys.shape[0]}")
-        observer.on_keys(module.layer_idx, keys[0])  # type: ignore[arg-type]
+        observer.on_keys(attention_layer(module), keys[0])
 
     lm = language_model(model)
     with (

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
 from smartkv.models.key_sites import KEY_SITES
-from smartkv.models.wrappers import decoder_blocks, input_device, language_model, self_attention
+from smartkv.models.wrappers import attention_blocks, input_device, language_model, self_attention
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,16 @@ class Rotation:
 
     def __init__(self, model: PreTrainedModel, layer: int = 0) -> None:
         self.model, self.lm = model, language_model(model)
-        config, attention = self.lm.config, self_attention(decoder_blocks(self.lm)[layer])
+        config, attention = self.lm.config, self_attention(attention_blocks(self.lm)[layer])
         site, base = KEY_SITES[config.model_type], self.lm.base_model
         self.embedding: Any = base.rotary_emb if site.rotary(attention) else None
         self.normed_after, self.half_angles = site.norm_after is not None, site.half_angles
         self.device = input_device(model)
         rope = getattr(config, "rope_parameters", None) or {}
         by_kind = any(isinstance(value, dict) for value in rope.values())
-        self.kind = (config.layer_types[layer],) if by_kind else ()  # then each kind of layer has its own angles
+        self.kind = (
+            (config.layer_types[attention.layer_idx],) if by_kind else ()
+        )  # then each kind of layer has its own angles
         if self.embedding is not None:
             self.apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
 

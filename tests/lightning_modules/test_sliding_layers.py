@@ -1,4 +1,4 @@
-"""Gates for a model in which some layers slide and others see everything: from harvest to cache."""
+"""Gates for a model whose layers differ, from harvest to cache: some slide, or have linear attention."""
 
 from pathlib import Path
 
@@ -25,6 +25,24 @@ def test_only_layers_that_see_everything_get_gates_and_their_prices_are_of_that_
     assert [rule["rule"] for rule in gates.details["policy"]["rules"]] == ["gated", "full"]
     model = load_backbone(str(backbone), "float32").model
     tokens = load_file(shards / "train-00000.safetensors")["token"].long().view(-1, 64)
+    assert gates.details["prices"]
+    for footprint, _ in gates.details["prices"]:
+        with LifespanCache(model, gates, footprint=footprint, first_query=16) as cache, torch.inference_mode():
+            model(tokens, past_key_values=cache)
+        assert abs(cache.footprint - footprint) < 0.1
+
+
+def test_a_hybrid_model_gets_gates_in_its_layers_with_attention(tmp_path: Path) -> None:
+    backbone = save_family(tmp_path / "backbone", "qwen3_next")
+    shards = harvest_by_trainer(tmp_path / "shards", backbone, write_texts(tmp_path / "texts"))
+    assert Manifest.read(shards).fingerprint.layers == 2  # of four
+    module = fit_by_trainer(shards, tmp_path / "fit").module
+    gates: GateBank = module.gates()
+    assert gates.layers == [0, 1]
+    model = load_backbone(str(backbone), "float32").model
+    tokens = load_file(shards / "train-00000.safetensors")["token"].long().view(-1, 64)
+    gates.details = module.details()
+    gates.details |= module.policy_with_prices(gates)
     assert gates.details["prices"]
     for footprint, _ in gates.details["prices"]:
         with LifespanCache(model, gates, footprint=footprint, first_query=16) as cache, torch.inference_mode():

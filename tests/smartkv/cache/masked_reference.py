@@ -124,7 +124,7 @@ def masked(model: PreTrainedModel, masks: list[Tensor]) -> Iterator[None]:
 def masked_logits(model: PreTrainedModel, ids: Tensor, masks: list[Tensor], real: Tensor) -> Tensor:
     """Logits of a whole sequence in one pass without a cache."""
     with masked(model, masks):
-        return model(ids, position_ids=positions(real), use_cache=False).logits
+        return model(ids, attention_mask=real.long(), position_ids=positions(real), use_cache=False).logits
 
 
 def positions(real: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from tests.models import FAMILIES
         ("t5gemma", "has an encoder"),
         ("deepseek_v3", "MLA"),
         ("gemma4_text", "differ in head_dim"),
-        ("qwen3_next", "linear attention"),
+        ("qwen3_5", "load its language model, Qwen3_5ForCausalLM"),
+        ("olmo_hybrid", "three states each"),
         ("gemma3", "load its language model, Gemma3ForCausalLM"),
     ],
 )
