@@ -97,6 +97,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 8, "layer_types": ["full_attention"] * 2, **PLAIN, **EXPERTS},
     ),
     "gpt_oss, sliding": ("GptOss", {"head_dim": 8, **SCALED, **MIXED, **EXPERTS}),
+    "gpt_neox": ("GPTNeoX", {"num_key_value_heads": 4, **PLAIN}),
+    "gpt_neox, partial": ("GPTNeoX", {"num_key_value_heads": 4, "use_parallel_residual": False, **PARTIAL}),
     "granite": ("Granite", {"attention_multiplier": 0.7, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
     "granitemoe": ("GraniteMoe", {"attention_multiplier": 0.7, **EXPERTS}),
     "helium": ("Helium", {"head_dim": 8}),

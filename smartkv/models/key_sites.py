@@ -82,6 +82,11 @@ def _thirds(output: Tensor, attention: nn.Module) -> Tensor:
     return _flat(output.chunk(3, dim=-1)[1], attention)
 
 
+def _thirds_of_heads(output: Tensor, attention: Any) -> Tensor:
+    """Take the key out of GPT-NeoX's `query_key_value`: query, key and value of a head side by side."""
+    return output.unflatten(-1, (-1, 3 * attention.head_size)).chunk(3, dim=-1)[1].transpose(1, 2)
+
+
 def _query_key_value(output: Tensor, attention: Any) -> Tensor:
     """Take the key out of Phi-3's `qkv_proj`: all query heads, then the key heads, then as many value heads."""
     queries = attention.config.num_attention_heads * attention.head_dim
@@ -146,6 +151,7 @@ KEY_SITES = {
     "cohere2": KeySite("k_proj", _flat, rotary=_sliding),
     "exaone4": KeySite("k_norm", _heads_first, rotary=_sliding_or_alike),
     "gpt2": KeySite("c_attn", _thirds, rotary=_no_layer, projection="c_attn"),
+    "gpt_neox": KeySite("query_key_value", _thirds_of_heads, projection="query_key_value"),
     "hunyuan_v1_dense": KeySite("k_proj", _flat, norm_after="key_layernorm"),
     "olmo": KeySite("k_proj", _clipped),
     "phi3": KeySite("qkv_proj", _query_key_value, projection="qkv_proj"),
@@ -157,7 +163,9 @@ KEY_SITES = {
 # -- what cannot be served ---------------------------------------------------------------------------------------------
 
 LATENT = "it stores one compressed key for all heads (MLA)"
+BY_ITSELF = "its attention does not go through transformers' attention functions, where a cache could take part"
 REFUSED = {
+    **dict.fromkeys(("falcon", "bloom", "mpt", "gpt_neo"), BY_ITSELF),
     "t5gemma": "it has an encoder, whose keys its decoder reads",
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4", "minicpm3"), LATENT),
     **dict.fromkeys(

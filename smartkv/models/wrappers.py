@@ -42,7 +42,8 @@ def attention_layer(module: Any) -> int:
 
 def self_attention(block: Any) -> nn.Module:
     """Return the self-attention module of a decoder block."""
-    module: nn.Module = block.attn if hasattr(block, "attn") else block.self_attn  # GPT-2; every other family
+    names = ("attn", "attention", "self_attn")  # GPT-2; GPT-NeoX; every other family
+    module: nn.Module = next(getattr(block, name) for name in names if hasattr(block, name))
     return module
 
 

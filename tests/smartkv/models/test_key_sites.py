@@ -18,6 +18,8 @@ from tests.models import FAMILIES
     [
         ("t5gemma", "has an encoder"),
         ("deepseek_v3", "MLA"),
+        ("falcon", "does not go through transformers' attention functions"),
+        ("llama4_text", "chunked attention"),
         ("gemma4_text", "differ in head_dim"),
         ("qwen3_5", "load its language model, Qwen3_5ForCausalLM"),
         ("olmo_hybrid", "three states each"),
