@@ -112,6 +112,12 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo, clipped": ("Olmo", {"clip_qkv": 0.5}),
     "olmo2": ("Olmo2", {}),
     "olmo3, sliding": ("Olmo3", MIXED),
+    "opt": ("OPT", {"num_key_value_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2}),
+    "opt, norm after": (
+        "OPT",
+        {"num_key_value_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 16, "init_std": 0.2}
+        | {"do_layer_norm_before": False},
+    ),
     "phi": ("Phi", {}),
     "phi, qk_layernorm": ("Phi", {"qk_layernorm": True}),
     "phi3": ("Phi3", {"pad_token_id": 0}),

@@ -20,7 +20,7 @@ from smartkv.cache.seen_tokens import SeenTokens
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import Architecture
 from smartkv.models.rotary import SwitchingRotary
-from smartkv.models.wrappers import language_model
+from smartkv.models.wrappers import decoder_of, language_model
 
 
 class AttachedCache(Cache, ABC):
@@ -145,7 +145,7 @@ class AttachedCache(Cache, ABC):
         """
         if not self.attached:
             raise SmartKVError("the cache was detached from its model: call cache.attach(), or use it in `with cache:`")
-        if decoder is not self.model.base_model:
+        if decoder is not decoder_of(self.model):
             raise self._other_model()
         forward_pass = current_pass()
         if forward_pass is not None and forward_pass.cache is self:
@@ -239,7 +239,7 @@ class AttachedCache(Cache, ABC):
             SmartKVError: the cache is not attached to this model, whose attention would ignore it.
         """
         if not is_evicting(self.model, self):
-            self.check_call(self.model.base_model, 0)
+            self.check_call(decoder_of(self.model), 0)
             raise self._other_model()
         return key_states, value_states
 

@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from smartkv.cache.call_arguments import (
+    TOKEN_INPUTS,
     check_options,
+    columns,
     evicting_cache,
     generate,
+    no_mask,
     prepare_cache,
     refuse_batches,
     tokens_of,
@@ -36,10 +39,10 @@ from smartkv.cache.uncompiled import not_compiling, uncompiled
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import attention_modules
 from smartkv.models.key_hooks import key_modules, register_key_hooks
+from smartkv.models.key_sites import KEY_SITES
 from smartkv.models.layer_ranges import format_layers
-from smartkv.models.wrappers import linear_attention_modules
+from smartkv.models.wrappers import decoder_of, linear_attention_modules
 
-TOKEN_INPUTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "token_type_ids")
 _SESSION = "_smartkv_session"
 
 
@@ -102,7 +105,7 @@ class Session:
     """
 
     def __init__(self, model: PreTrainedModel, evicting: type[Cache]) -> None:
-        self.decoder, self.evicting, self.users, self.active = model.base_model, evicting, 0, True
+        self.decoder, self.evicting, self.users, self.active = decoder_of(model), evicting, 0, True
         self.original_forward: Callable[..., Any] = self.decoder.forward
         functools.update_wrapper(self, self.original_forward, updated=())  # some callers read a forward's signature
         self.model = model
@@ -212,7 +215,9 @@ class Session:
             real = cache.seen_tokens.check_mask(kwargs.get("attention_mask"), inputs)
             with cache.interruption_noted():
                 self.follow_layers()
-                kwargs["attention_mask"] = _no_mask(inputs)  # `real` holds its content
+                if KEY_SITES[self.model.config.model_type].positions_of_mask and kwargs.get("position_ids") is None:
+                    kwargs["position_ids"] = cache.seen_tokens.positions(inputs, real)
+                kwargs["attention_mask"] = no_mask(inputs)  # `real` holds its content
                 # the cache may be changed later outside `torch.inference_mode`, so its tensors are not created in it
                 with torch.inference_mode(False), torch.no_grad():
                     output = self._attend(cache, kwargs, inputs, real)
@@ -226,7 +231,7 @@ class Session:
             here = dict(kwargs)
             if tokens > chunk:
                 stop = min(start + chunk, tokens)
-                here |= {name: _columns(kwargs[name], start, stop) for name in TOKEN_INPUTS if name in kwargs}
+                here |= {name: columns(kwargs[name], start, stop) for name in TOKEN_INPUTS if name in kwargs}
             own = None if real is None else real[:, start : start + chunk]
             forward_pass.real = None if own is None or bool(own.all()) else own
             cache.seen_tokens.append(inputs[:, start : start + chunk], forward_pass.real)
@@ -259,12 +264,12 @@ def patch_model(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], N
         does nothing.
     """
     with _lock:
-        session: Session | None = model.base_model.__dict__.get(_SESSION)
+        session: Session | None = decoder_of(model).__dict__.get(_SESSION)
         if session is not None:
             session.users += 1
     if session is None:
         with not_compiling(wait=True), _lock:
-            session = model.base_model.__dict__.get(_SESSION) or Session(model, evicting)
+            session = decoder_of(model).__dict__.get(_SESSION) or Session(model, evicting)
             session.users += 1
     _restore_unused()
     once = iter([session])
@@ -279,7 +284,7 @@ def patch_model(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], N
 def is_evicting(model: PreTrainedModel, cache: AttendingCache) -> bool:
     """Return whether this thread is in a forward pass of `model` on `cache`."""
     forward_pass = current_pass()
-    return forward_pass is not None and forward_pass.cache is cache and forward_pass.decoder is model.base_model
+    return forward_pass is not None and forward_pass.cache is cache and forward_pass.decoder is decoder_of(model)
 
 
 @contextmanager
@@ -320,18 +325,6 @@ def _restore_unused() -> None:
 
 
 # -- a call -----------------------------------------------------------------------------------------------------------
-
-
-def _columns(value: Any, start: int, stop: int) -> Any:
-    """Return the tokens from `start` to `stop` of one of a decoder's `TOKEN_INPUTS`."""
-    if not isinstance(value, Tensor):
-        return value
-    return value[start:stop] if value.dim() == 1 else value[:, start:stop]
-
-
-def _no_mask(inputs: Tensor) -> Tensor:
-    """Return a mask for which a decoder builds none: transformers passes 4-D masks through as they are."""
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
 
 
 def _join(outputs: list[Any]) -> Any:

@@ -86,11 +86,13 @@ def register_attention(name: str, attend: Callable[[AttentionInputs], Tensor]) -
         dropout: float = 0.0,  # the sixth parameter: once imported, kvpress passes it by position
         scaling: float | None = None,
         sliding_window: int | None = None,
-        softcap: float | None = None,  # Gemma 2
-        s_aux: Tensor | None = None,  # GPT-OSS: its learned sinks
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,  # learned sinks
         **others: Any,
     ) -> tuple[Tensor, None]:
-        _refuse_unknown(name, others)
+        own = {"softcap": "attn_logit_softcapping", "s_aux": "sinks"}  # what Gemma 2 and GPT-OSS take them from
+        foreign = {"softcap": softcap, "s_aux": s_aux}
+        _refuse_unknown(name, others | {key: foreign[key] for key in own if not hasattr(module, own[key])})
         scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
         layer = attention_layer(module)
         if sliding_window is None:

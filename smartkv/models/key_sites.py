@@ -37,6 +37,7 @@ class KeySite:
         own_window: Function of an attention module that returns the layer's sliding window, in tokens, where the model
             does not tell its attention function of it.
         half_angles: Whether the rotary embedding gives each angle once, for the two elements that turn together.
+        positions_of_mask: Whether the model reads positions that it was not given out of the mask.
     """
 
     module: str
@@ -47,6 +48,7 @@ class KeySite:
     norm_after: str | None = None
     own_window: Callable[[nn.Module], int | None] = _told
     half_angles: bool = False
+    positions_of_mask: bool = False
 
     def of(self, attention: nn.Module) -> "KeySite":
         """Return the site in one attention module: this one, or `otherwise`."""
@@ -154,6 +156,7 @@ KEY_SITES = {
     "gpt_neox": KeySite("query_key_value", _thirds_of_heads, projection="query_key_value"),
     "hunyuan_v1_dense": KeySite("k_proj", _flat, norm_after="key_layernorm"),
     "olmo": KeySite("k_proj", _clipped),
+    "opt": KeySite("k_proj", _flat, rotary=_no_layer, positions_of_mask=True),
     "phi3": KeySite("qkv_proj", _query_key_value, projection="qkv_proj"),
     "phimoe": KeySite("k_proj", _flat, own_window=_window_of_config),
     "qwen2_moe": KeySite("k_proj", _flat, own_window=_window_of_layer),

@@ -17,10 +17,16 @@ from smartkv.errors import SmartKVError
 LINEAR_ATTENTION = "linear_attention"  # the kind of a layer that stores no keys
 
 
+def decoder_of(model: nn.Module) -> Any:
+    """Return the module that runs the blocks of a model, and that its head calls."""
+    base: Any = getattr(model, "base_model", None)
+    return getattr(base, "decoder", base)  # OPT; every other family
+
+
 def decoder_blocks(model: nn.Module) -> Any:
     """Return the blocks of a model's decoder, one per layer; None if it has none."""
-    base: Any = getattr(model, "base_model", None)
-    return getattr(base, "h", None) or getattr(base, "layers", None)  # GPT-2; every other family
+    decoder = decoder_of(model)
+    return getattr(decoder, "h", None) or getattr(decoder, "layers", None)  # GPT-2; every other family
 
 
 def attention_blocks(model: nn.Module) -> list[Any]:
