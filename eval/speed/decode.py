@@ -26,6 +26,7 @@ from smartkv.io.atomic import write_atomically
 from smartkv.io.locks import lock_folder
 from smartkv.metrics.perplexity import full_cache_bytes
 from smartkv.models.architecture import check_model
+from smartkv.models.wrappers import linear_attention_modules
 from smartkv.policies.budgets import Calibration, solve
 from smartkv.policies.hybrid import HybridPolicy
 from smartkv.policies.lifetimes import FOREVER
@@ -87,6 +88,11 @@ def decode(
     chosen = read_policy(policy, model.architecture().layers)
     torch.set_num_threads(threads)
     lm = model.load()
+    if linear_attention_modules(lm.model):
+        raise SmartKVError(
+            f"a {lm.architecture.model_type} has layers with linear attention, whose states the ways that are compared "
+            "do not share: choose a model of another family"
+        )
     longest = max(contexts) + steps * rounds
     if longest > lm.architecture.max_positions:
         raise SmartKVError(

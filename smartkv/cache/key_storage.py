@@ -203,7 +203,8 @@ class KeyStorage:
             grouped, key, value = self.packed.encode(grouped, key[:, None], value[:, None])
             key, value = key[:, 0], value[:, 0]
         self.store.write(self.pending, key, value)  # type: ignore[union-attr]
-        softmax = softmax.of_pairs(torch.arange(pairs, device=key.device), self.kv_heads)
+        if softmax.learned_sinks is not None:
+            softmax = softmax.of_pairs(torch.arange(pairs, device=key.device), self.kv_heads)
         output = self.store.attend(grouped, softmax)  # type: ignore[union-attr]
         if self.packed is not None:
             output = self.packed.rotate_back(output)

@@ -106,7 +106,10 @@ class Rotation:
         if self.embedding is None:
             return None
         like = torch.zeros(1, device=self.device)
-        cos, sin = (each[0].float() for each in self.embedding(like, position[None].to(self.device), *self.kind))
+        row = position[None].to(self.device)
+        if hasattr(self.embedding, "mrope_section"):  # Qwen3.5: also the height and width of pictures, of which text
+            row = row.expand(3, 1, -1)  # has none; older transformers do not expand it by themselves
+        cos, sin = (each[0].float() for each in self.embedding(like, row, *self.kind))
         return (torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)) if self.half_angles else (cos, sin)
 
     def rotate(self, vector: Tensor, position: Tensor) -> Tensor:

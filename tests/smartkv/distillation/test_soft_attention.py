@@ -85,7 +85,7 @@ def test_output_and_gradients_are_those_of_plain_loops(
         torch.testing.assert_close(own, torch.zeros_like(own) if plain is None else plain, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OWN_SOFTMAX])
+@pytest.mark.parametrize("family", [*FAMILIES, *OWN_SOFTMAX, "qwen3_next"])
 def test_keeping_all_or_nothing_is_the_hard_rule(family: str) -> None:
     model, tokens, ages = model_of(family), 18, (3, 6, 11)
     ids, real = token_ids(2 * tokens, 3).view(2, tokens), torch.ones(2, tokens, dtype=torch.bool)
@@ -102,7 +102,7 @@ def test_keeping_all_or_nothing_is_the_hard_rule(family: str) -> None:
     assert ttl.unique().tolist() == [3, 6, 11, 1000]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OWN_SOFTMAX])
+@pytest.mark.parametrize("family", [*FAMILIES, *OWN_SOFTMAX, "qwen3_next"])
 def test_the_loss_tells_a_gate_of_the_first_layer_what_its_key_is_worth(family: str) -> None:
     """Compare the gradient with a difference quotient through the whole model."""
     model, ids = model_of(family), token_ids(16, 2)[None]
