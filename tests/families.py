@@ -16,6 +16,7 @@ from smartkv.errors import SmartKVError
 from smartkv.models.architecture import Architecture, attention_modules
 from smartkv.models.key_sites import HOLDS_STATES, KEY_SITES
 from smartkv.models.rotary import Rotation
+from smartkv.models.wrappers import linear_attention_modules
 from tests.models import FAMILIES, SHAPE, build, tiny_tokenizer
 
 # what differs from SHAPE, by the name of the config's class without "Config"; a form's name follows the family's
@@ -23,6 +24,7 @@ EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 2}
 MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+WHOLE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}}
 SCALED_QUERIES = {
     "rope_parameters": {
         "rope_type": "yarn",
@@ -97,8 +99,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 8, "layer_types": ["full_attention"] * 2, **PLAIN, **EXPERTS},
     ),
     "gpt_oss, sliding": ("GptOss", {"head_dim": 8, **SCALED, **MIXED, **EXPERTS}),
-    "gpt_neox": ("GPTNeoX", {"num_key_value_heads": 4, **PLAIN}),
-    "gpt_neox, partial": ("GPTNeoX", {"num_key_value_heads": 4, "use_parallel_residual": False, **PARTIAL}),
+    "gpt_neox": ("GPTNeoX", {"num_key_value_heads": 4, **PARTIAL}),
+    "gpt_neox, whole rotary": ("GPTNeoX", {"num_key_value_heads": 4, "use_parallel_residual": False, **WHOLE}),
     "granite": ("Granite", {"attention_multiplier": 0.7, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
     "granitemoe": ("GraniteMoe", {"attention_multiplier": 0.7, **EXPERTS}),
     "helium": ("Helium", {"head_dim": 8}),
@@ -208,6 +210,8 @@ def table() -> str:
         turned = "; ".join(dict.fromkeys(_turned(model) for model in models))
         some = any(Architecture.of(model.config).sliding_windows for model in models)
         gated = "all; where some slide, the others" if some else "all"
+        if linear_attention_modules(models[0]):
+            gated = "those without linear attention"
         keys = " or ".join(f"`{module}`" for module in sites)
         rows.append(f"| `{family}` | {keys} | {turned} | {gated} | {', '.join(variants)} |")
     return "\n".join(rows)

@@ -115,8 +115,9 @@ class Fingerprint:
         layers: Number of layers.
         kv_heads: KV heads of a layer.
         head_dim: Dimensions of a head.
-        weight_hash: 16 hexadecimal digits of a SHA-256 over layer 0's key projection (GPT-2 and Phi-3: their fused
-            projection of query, key and value), see `smartkv.models.weight_hash`. Empty if its weights cannot be read.
+        weight_hash: 16 hexadecimal digits of a SHA-256 over layer 0's key projection (GPT-2, GPT-NeoX and Phi-3: their
+            fused projection of query, key and value), see `smartkv.models.weight_hash`. Empty if its weights cannot be
+            read.
     """
 
     model_type: str
