@@ -19,6 +19,7 @@ from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.distillation.kl_divergence import divergence
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
+from smartkv.models.architecture import check_model
 from smartkv.models.layer_ranges import format_layers
 from smartkv.models.wrappers import input_device
 from smartkv.policies.budgets import Calibration, solve
@@ -81,7 +82,7 @@ def measure_trade(
             + ", ".join(f"{rule.rule} {rule.window} in layers {rule.layers}" for rule in policy.rules)
         )
     base = everywhere.index(policy.rules[0])
-    layers = model.config.num_hidden_layers
+    layers = check_model(model).layers
     shape = (layers, len(everywhere))
     divergences, footprints = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     teachers = [_last_hidden(model, ids, None)[first_query:] for ids in windows]

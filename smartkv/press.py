@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.models.architecture import Architecture, Fingerprint
+from smartkv.models.wrappers import attention_layer
 
 try:
     from kvpress import ScorerPress
@@ -113,7 +114,7 @@ class LifespanPress(ScorerPress):
                 f"a LifespanPress needs the hidden state of every key, got {hidden_states.shape[1]} for "
                 f"{keys.shape[2]} keys: put it first in a ComposedPress, and use a DMSPress in place of a DecodingPress"
             )
-        layer: int = module.layer_idx  # type: ignore[assignment]
+        layer = attention_layer(module)
         score = self.bank.single_score(self.bank.score(layer, get_prerope_key_states(module, hidden_states)))
         new = score.shape[-1]
         last = int(kwargs["cache_position"][-1]) + 1 if "cache_position" in kwargs else new

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from eval.quantization.stand_ins import Shape
 from smartkv.cache.adaptive_cache import importance_by
 from smartkv.cache.attached import AttachedCache
 from smartkv.cache.forward_pass import EvictionStep
 from smartkv.gates.bank import GateBank
+from smartkv.models.softmax import Softmax
 from smartkv.quantization.codecs import Adaptive, Codec
 
 OUTLIERS = 16  # of so many channels of a synthetic key one is an outlier
@@ -114,7 +116,8 @@ class Probe(AttachedCache):
     """
 
     def __init__(self, model: PreTrainedModel, comparison: CodecComparison, gates: GateBank | None = None) -> None:
-        layers = DynamicCache(config=model.config).layers
+        own = DynamicCache(config=model.config).layers
+        layers = [layer for layer in own if isinstance(layer, CacheLayerMixin)]
         super().__init__(model, layers, chunk=2**20)
         self.gates, self.comparison = gates, comparison
 
@@ -138,7 +141,7 @@ def synthetic_layer(shape: Shape, tokens: int, seed: int) -> EvictionStep:
     query, key, value = (torch.randn(1, shape.kv_heads, tokens, shape.head_dim, generator=random) for _ in range(3))
     key[..., ::OUTLIERS] *= OUTLIER_SIZE
     query[..., ::OUTLIERS] /= OUTLIER_SIZE  # as in a model, whose scores stay in range
-    return EvictionStep(query, key, value, key, None, shape.head_dim**-0.5, None)
+    return EvictionStep(query, key, value, key, None, Softmax(shape.head_dim**-0.5), None)
 
 
 def _weights(step: EvictionStep, key: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -148,11 +151,11 @@ def _weights(step: EvictionStep, key: Tensor) -> Iterator[tuple[slice, Tensor]]:
     place = torch.arange(tokens, device=key.device)
     for start in range(0, tokens, 128):
         here = slice(start, start + 128)
-        scores = query[..., here, :] @ key.float()[:, :, None].mT * step.scaling
+        scores = step.softmax.scores(query[..., here, :] @ key.float()[:, :, None].mT)
         seen = place <= place[here, None]
         if step.sliding_window is not None:
             seen &= place > place[here, None] - step.sliding_window
-        yield here, scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+        yield here, step.softmax.probabilities(scores.masked_fill(~seen, -math.inf))
 
 
 def _attention(step: EvictionStep, key: Tensor, value: Tensor) -> Tensor:

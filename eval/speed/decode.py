@@ -25,6 +25,8 @@ from smartkv.gates.bank import GateBank
 from smartkv.io.atomic import write_atomically
 from smartkv.io.locks import lock_folder
 from smartkv.metrics.perplexity import full_cache_bytes
+from smartkv.models.architecture import check_model
+from smartkv.models.wrappers import linear_attention_modules
 from smartkv.policies.budgets import Calibration, solve
 from smartkv.policies.hybrid import HybridPolicy
 from smartkv.policies.lifetimes import FOREVER
@@ -86,6 +88,11 @@ def decode(
     chosen = read_policy(policy, model.architecture().layers)
     torch.set_num_threads(threads)
     lm = model.load()
+    if linear_attention_modules(lm.model):
+        raise SmartKVError(
+            f"a {lm.architecture.model_type} has layers with linear attention, whose states the ways that are compared "
+            "do not share: choose a model of another family"
+        )
     longest = max(contexts) + steps * rounds
     if longest > lm.architecture.max_positions:
         raise SmartKVError(
@@ -224,7 +231,7 @@ class _Bench:
 
     def _full(self, filled: Cache) -> LifespanCache:
         """Return a LifespanCache that evicts nothing, filled with the keys and values of another cache."""
-        policy = read_policy("full", self.model.config.num_hidden_layers)
+        policy = read_policy("full", check_model(self.model).layers)
         cache = LifespanCache(self.model, None, policy, self.chunk)
         for layer, full in zip(cache.storage, filled.layers, strict=True):
             rows, kv_heads, tokens, head_dim = full.keys.shape  # type: ignore[union-attr]

@@ -171,7 +171,7 @@ class ExpectedAttention(Method):
         rotation = live.rotation.mean_matrix(positions, mean.shape[-1])
         mean, covariance = mean @ rotation.T, rotation @ covariance @ rotation.T
         key = live.key.float()[:, None]  # [kv_heads, 1, keys, head_dim]
-        logits = (key @ mean[..., None])[..., 0] * live.scaling
-        logits = logits + ((key @ covariance) * key).sum(dim=-1) * (live.scaling**2 / 2)
-        expected = logits.softmax(dim=-1).mean(dim=1)
+        logits = (key @ mean[..., None])[..., 0] * live.softmax.scaling
+        logits = logits + ((key @ covariance) * key).sum(dim=-1) * (live.softmax.scaling**2 / 2)
+        expected = live.softmax.probabilities(logits[:, :, None]).mean(dim=(1, 2))
         return (expected + self.epsilon) * live.value.float().norm(dim=-1)

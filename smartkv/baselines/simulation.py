@@ -14,6 +14,7 @@ from smartkv.errors import SmartKVError
 from smartkv.models.architecture import Architecture
 from smartkv.models.attention_interface import AttentionInputs, attention_switched_to, register_attention
 from smartkv.models.rotary import Rotation
+from smartkv.models.softmax import Softmax
 
 COMPRESSED = "smartkv_compressed"
 _SIMULATION = "_smartkv_simulation"
@@ -55,7 +56,7 @@ class Simulation:
         return seen.double().cpu() / full
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, sliding_window: int | None
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, sliding_window: int | None
     ) -> Tensor:
         """Compute the attention of one layer while keys are evicted.
 
@@ -64,14 +65,14 @@ class Simulation:
             query: `[query_heads, tokens, head_dim]`, after the rotary embedding.
             key: `[kv_heads, tokens, head_dim]`, after the rotary embedding.
             value: `[kv_heads, tokens, head_dim]`.
-            scaling: Factor on the scores.
+            softmax: The step from products of queries and keys to probabilities.
             sliding_window: Window of the model itself, in tokens. None if it has none.
 
         Returns:
             A tensor like `query`.
         """
         output, seen_per_tile = torch.empty_like(query), []
-        live = LiveKeys(layer, key.shape[0], scaling, self.rotation.of_layer(layer), self.method.needs)
+        live = LiveKeys(layer, key.shape[0], softmax, self.rotation.of_layer(layer), self.method.needs)
         for start, stop, budget in self.schedule.tiles(query.shape[1]):
             queries = query[:, start:stop].unflatten(0, (key.shape[0], -1))
             live.add(queries, key[:, start:stop], value[:, start:stop])
@@ -95,8 +96,8 @@ def _attend(inputs: AttentionInputs) -> Tensor:
             f"a method is simulated on one text without a cache, got {len(query)} rows of {query.shape[2]} queries and "
             f"{key.shape[2]} keys: pass one row and no past_key_values"
         )
-    value, scaling = inputs.value[0], inputs.scaling
-    return simulation.attend(inputs.layer, query[0], key[0], value, scaling, inputs.sliding_window)[None]
+    value, softmax = inputs.value[0], inputs.softmax
+    return simulation.attend(inputs.layer, query[0], key[0], value, softmax, inputs.sliding_window)[None]
 
 
 register_attention(COMPRESSED, _attend)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from smartkv.models.rotary import Rotation
+from smartkv.models.softmax import Softmax
 
 Needs = Literal["keys", "queries", "attention weights"]
 LATEST = 64  # queries kept for methods that use the attention of the latest ones
@@ -17,7 +18,7 @@ class LiveKeys:
     Args:
         layer: Index of the layer.
         kv_heads: Number of KV heads.
-        scaling: Factor on the scores.
+        softmax: The step from products of queries and keys to probabilities.
         rotation: Rotary embedding of the model.
         needs: What the method needs beside keys; only these statistics are kept.
 
@@ -34,8 +35,8 @@ class LiveKeys:
         query_outer_sum: Sum of their outer products, `[kv_heads, group, head_dim, head_dim]`.
     """
 
-    def __init__(self, layer: int, kv_heads: int, scaling: float, rotation: Rotation, needs: Needs) -> None:
-        self.layer, self.kv_heads, self.scaling, self.rotation, self.needs = layer, kv_heads, scaling, rotation, needs
+    def __init__(self, layer: int, kv_heads: int, softmax: Softmax, rotation: Rotation, needs: Needs) -> None:
+        self.layer, self.kv_heads, self.softmax, self.rotation, self.needs = layer, kv_heads, softmax, rotation, needs
         self.key = self.value = self.position = self.latest = self.accumulated = torch.empty(0)
         self.read = 0
         self.query_sum = self.query_outer_sum = torch.empty(0)
@@ -109,8 +110,8 @@ class LiveKeys:
         return self._weights(latest, self.position[:, None] <= query_position)
 
     def _weights(self, queries: Tensor, visible: Tensor) -> Tensor:
-        scores = (queries.flatten(1, 2) @ self.key.mT).float().mul_(self.scaling).unflatten(1, queries.shape[1:3])
-        return scores.masked_fill_(~visible[:, None], float("-inf")).softmax(dim=-1)
+        scores = self.softmax.scores(queries.flatten(1, 2) @ self.key.mT).unflatten(1, queries.shape[1:3])
+        return self.softmax.probabilities(scores.masked_fill_(~visible[:, None], float("-inf")))
 
     def keep(self, index: Tensor) -> None:
         """Evict all keys but these.

@@ -110,8 +110,8 @@ class AdaptiveCache(QuantizedCache, AttachedCache):
             seen = seen[None, None, None]
             if real is not None:  # a query of padding sees itself: a softmax over nothing would be NaN
                 seen = seen & (real[:, None, None, None] | (index == at))
-            scores = (grouped[..., here, :] @ key[:, :, None].transpose(-1, -2)).float() * step.scaling
-            weights = scores.masked_fill_(~seen, -math.inf).softmax(dim=-1)
+            scores = step.softmax.scores(grouped[..., here, :] @ key[:, :, None].transpose(-1, -2))
+            weights = step.softmax.probabilities(scores.masked_fill_(~seen, -math.inf))
             output[..., here, :] = weights.to(value.dtype) @ value[:, :, None]
             if self.gates is None and storage.importance is not None:
                 if real is not None:  # attention from padding does not count

@@ -11,14 +11,16 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from smartkv.cache.forward_pass import EvictionStep, current_pass
+from smartkv.cache.linear_layers import forget_states, layers_of_model, linear_layers
 from smartkv.cache.model_patch import is_evicting, patch_model
 from smartkv.cache.seen_tokens import SeenTokens
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import Architecture
 from smartkv.models.rotary import SwitchingRotary
-from smartkv.models.wrappers import language_model
+from smartkv.models.wrappers import decoder_of, language_model
 
 
 class AttachedCache(Cache, ABC):
@@ -28,7 +30,7 @@ class AttachedCache(Cache, ABC):
 
     Args:
         model: a causal LM of a supported family.
-        layers: the cache's layers, one per layer of the model.
+        layers: the cache's layers, one per layer of the model that has attention.
         chunk: number of prompt tokens that go through the model together.
 
     Attributes:
@@ -45,8 +47,9 @@ class AttachedCache(Cache, ABC):
     def __init__(self, model: PreTrainedModel, layers: list[Any], chunk: int) -> None:
         if type(chunk) is not int or chunk < 1:
             raise SmartKVError(f"chunk must be a number of tokens, at least 1, got {chunk!r}")
-        super().__init__(layers=layers)
-        self.model = language_model(model)  # inside a wrapper, whose forward and generate call it
+        lm = language_model(model)  # inside a wrapper, whose forward and generate call it
+        super().__init__(layers=layers_of_model(lm.config, layers))
+        self.model = lm
         self.architecture, self.chunk = Architecture.of(self.model.config), chunk
         self.seen_tokens, self._rotary = SeenTokens(), SwitchingRotary.of(self.model.config)
         self._lock = threading.RLock()
@@ -142,7 +145,7 @@ class AttachedCache(Cache, ABC):
         """
         if not self.attached:
             raise SmartKVError("the cache was detached from its model: call cache.attach(), or use it in `with cache:`")
-        if decoder is not self.model.base_model:
+        if decoder is not decoder_of(self.model):
             raise self._other_model()
         forward_pass = current_pass()
         if forward_pass is not None and forward_pass.cache is self:
@@ -170,7 +173,8 @@ class AttachedCache(Cache, ABC):
         try:
             yield
         except BaseException:
-            self.interrupted = any(self.get_seq_length(layer) != before for layer in range(len(self.layers)))
+            lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
+            self.interrupted = any(length != before for length in lengths) or bool(linear_layers(self.layers))
             raise
 
     def check_answer(self, prompt: int | None, tokens: int) -> None:
@@ -209,6 +213,7 @@ class AttachedCache(Cache, ABC):
     def reset(self) -> None:
         """Forget all keys, as if the cache were new."""
         with self.in_use():
+            forget_states(self.layers)
             super().reset()
             self.seen_tokens.reset()
             self.interrupted = False
@@ -234,7 +239,7 @@ class AttachedCache(Cache, ABC):
             SmartKVError: the cache is not attached to this model, whose attention would ignore it.
         """
         if not is_evicting(self.model, self):
-            self.check_call(self.model.base_model, 0)
+            self.check_call(decoder_of(self.model), 0)
             raise self._other_model()
         return key_states, value_states
 

@@ -6,6 +6,7 @@ What an evicting cache cannot do is refused before any token is computed.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.generation import GenerationMode
@@ -13,6 +14,7 @@ from transformers.generation import GenerationMode
 from smartkv.errors import SmartKVError
 
 CACHE_NAMES = ("past_key_values", "cache")  # of a decoder's argument: before transformers 5.24, and since
+TOKEN_INPUTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "token_type_ids")
 DROPOUTS = ("attention_dropout", "attn_pdrop")  # in a config: Llama, Qwen, Mistral; GPT-2
 
 
@@ -36,6 +38,18 @@ def tokens_of(kwargs: dict[str, Any]) -> Tensor:
             f"the model takes input_ids [batch, tokens], got {tuple(inputs.shape)}: at least one token of one row"
         )
     return inputs
+
+
+def columns(value: Any, start: int, stop: int) -> Any:
+    """Return the tokens from `start` to `stop` of one of a decoder's `TOKEN_INPUTS`."""
+    if not isinstance(value, Tensor):
+        return value
+    return value[start:stop] if value.dim() == 1 else value[:, start:stop]
+
+
+def no_mask(inputs: Tensor) -> Tensor:
+    """Return a mask for which a decoder builds none: transformers passes 4-D masks through as they are."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
 
 
 def check_options(decoder: nn.Module, kwargs: dict[str, Any], cache: Any) -> None:

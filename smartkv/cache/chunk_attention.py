@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from smartkv.cache.footprint_count import count_queries
 from smartkv.cache.ragged import Fields, Ragged
+from smartkv.models.softmax import Softmax
 from smartkv.policies.capacity import Cap
 from smartkv.policies.lifetimes import HOLE
 from smartkv.quantization.per_token import PackedRows
@@ -43,7 +44,7 @@ def chunk_attention(
     cap: Cap | None,
     start: Tensor,
     end: Tensor,
-    scaling: float,
+    softmax: Softmax,
     first_query: int,
     packed: PackedRows | None,
     padded: bool,
@@ -59,7 +60,7 @@ def chunk_attention(
         new: the chunk's keys, `[pairs, tokens]`; their position is `HOLE` where the token is padding.
         cap: the layer's cap; None: no cap.
         start, end: int64 `[pairs]`, position of the first real token of the chunk and of the one after its last.
-        scaling: factor on the attention scores.
+        softmax: the step from products of queries and keys to probabilities.
         first_query: position of the first counted query.
         packed: packs keys and values in few bits; `query`, `store` and `new` are already encoded by it. None: they are
             not packed.
@@ -82,11 +83,12 @@ def chunk_attention(
         if drops is not None:
             ends = torch.cat([drops[rows, :longest], drops[rows, -tokens:]], dim=1)
         ends = ends.masked_fill(fields.position == HOLE, 0)
+        here = softmax.of_pairs(rows, pairs // batch)
         if len(group) == pairs:
-            output = _masked_attention(grouped, fields, ends, new.position, scaling, packed, padded)
+            output = _masked_attention(grouped, fields, ends, new.position, here, packed, rows, padded)
         else:
             queries, at = grouped.index_select(0, rows), new.position[rows]
-            group_output = _masked_attention(queries, fields, ends, at, scaling, packed, padded)
+            group_output = _masked_attention(queries, fields, ends, at, here, packed, rows, padded)
             output.index_copy_(0, rows, group_output)
         alive = ends > end[rows, None]
         seen = count_queries(fields.position, ends, start[rows, None], end[rows, None], first_query)
@@ -107,7 +109,14 @@ def chunk_attention(
 
 
 def _masked_attention(
-    query: Tensor, fields: Fields, ends: Tensor, at: Tensor, scaling: float, packed: PackedRows | None, padded: bool
+    query: Tensor,
+    fields: Fields,
+    ends: Tensor,
+    at: Tensor,
+    softmax: Softmax,
+    packed: PackedRows | None,
+    rows: Tensor,
+    padded: bool,
 ) -> Tensor:
     """Compute masked attention, a tile of queries at a time, so that the mask stays small beside the keys.
 
@@ -116,22 +125,27 @@ def _masked_attention(
         fields: `[pairs, keys]`; the last `tokens` keys are those of the queries' own tokens.
         ends: int `[pairs, keys]`, first position whose query does not see the key; 0 where there is no key.
         at: int `[pairs, tokens]`, positions of the queries, `HOLE` for padding.
-        scaling, packed, padded: as in `chunk_attention`.
+        softmax: of these pairs.
+        packed, padded: as in `chunk_attention`.
+        rows: int64 `[pairs]`, which pairs these are.
 
     Returns:
         Shaped like `query`, zeros for padding.
     """
     (pairs, group, tokens, head_dim), keys = query.shape, fields.position.shape[1]
-    stored = fields[:2] if packed is None else packed.decode(*fields[:2], query.dtype)
+    stored = fields[:2] if packed is None else packed.decode(*fields[:2], query.dtype, None if softmax.plain else rows)
     key, value = (tensor[:, None].expand(pairs, group, keys, head_dim) for tensor in stored)
     outputs = []
-    step = max(16, MASK_ELEMENTS // (pairs * keys))
+    step = max(16, MASK_ELEMENTS // (pairs * keys * (1 if softmax.plain else group)))  # else scores are as large
     for first in range(0, tokens, step):
         here = at[:, first : first + step, None]
         # a query of padding has position HOLE and sees the holes, itself included: a softmax over nothing would be NaN
         mask = (fields.position[:, None] <= here) & (ends[:, None] > here)
         queries = query[:, :, first : first + step]
-        output = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask[:, None], scale=scaling)
+        if softmax.plain:
+            output = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask[:, None], scale=softmax.scaling)
+        else:
+            output = softmax.attend(queries, *stored, mask)
         outputs.append(output.masked_fill((here == HOLE)[:, None], 0) if padded else output)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 

@@ -1,15 +1,13 @@
 """Comparison of stored keys and values with those that a model computes of the same first tokens."""
 
-from typing import Any
-
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.ragged import Ragged
 from smartkv.models.key_hooks import key_modules
 from smartkv.models.wrappers import input_device
+from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
 FIRST = 4  # tokens that are computed; as sinks they stay in most caches
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative to a layer's largest figure
@@ -30,25 +28,25 @@ def differing_layer(cache: LifespanCache) -> int | None:
     Returns:
         The layer; None: no difference was found.
     """
-    first = cache.seen_tokens.ids[:, :FIRST]
+    own_windows = [storage.sliding_window for storage in cache.storage]  # beyond which a first token is hidden
+    first = cache.seen_tokens.ids[:, : min(FIRST, *(window - 1 for window in own_windows))]
     rows = (first >= 0).all(dim=1).nonzero().flatten().tolist() if first.numel() else []
     if not rows or cache.bits is not None or not _comparable(cache):
         return None
     row, tokens = rows[0], first.shape[1]
-    computed = DynamicCache(config=cache.model.config)
     ids = first[row : row + 1].long().to(input_device(cache.model))
-    cache.model.base_model(input_ids=ids, past_key_values=computed, use_cache=True)
+    with LifespanCache(cache.model, None, HybridPolicy((LayerRule("all", "full"),))) as computed:
+        cache.model.base_model(input_ids=ids, past_key_values=computed, use_cache=True)
     for number, storage in enumerate(cache.storage):
-        layer: Any = computed.layers[number]
-        store = storage.store
-        if not isinstance(store, Ragged):
+        store, again_store = storage.store, computed.storage[number].store
+        if not isinstance(store, Ragged) or not isinstance(again_store, Ragged):
             raise RuntimeError("settle the cache first")
         tolerance = TOLERANCE.get(storage.dtype, ROUGH)
         for head in range(storage.kv_heads):
-            own = store.by_pair()[row * storage.kv_heads + head]
+            own, layer = store.by_pair()[row * storage.kv_heads + head], again_store.by_pair()[head]
             here = (own.position >= 0) & (own.position < tokens)
             place = own.position[here].long()
-            values, keys = (tensor[0, head].to(own.key.device)[place].float() for tensor in (layer.values, layer.keys))
+            values, keys = (tensor.to(own.key.device)[place].float() for tensor in (layer.value, layer.key))
             lengths = own.key[here].float().norm(dim=-1)
             for stored, again in ((own.value[here].float(), values), (lengths, keys.norm(dim=-1))):
                 if stored.numel() and not (stored - again).abs().max() <= tolerance * again.abs().max():

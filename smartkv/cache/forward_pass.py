@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from smartkv.errors import SmartKVError
 from smartkv.models.attention_interface import AttentionInputs, register_attention
+from smartkv.models.softmax import Softmax
 
 EVICTING = "smartkv_evicting"
 
@@ -27,7 +28,7 @@ class EvictionStep(NamedTuple):
         value: `[batch, kv_heads, tokens, head_dim]`.
         pre_rope: the keys before the rotary embedding, shaped like `key`.
         real: bool `[batch, tokens]`, False for padding; None: no padding.
-        scaling: factor on the attention scores.
+        softmax: the step from products of queries and keys to probabilities.
         sliding_window: of the model itself, in tokens; None: it has none.
     """
 
@@ -36,7 +37,7 @@ class EvictionStep(NamedTuple):
     value: Tensor
     pre_rope: Tensor
     real: Tensor | None
-    scaling: float
+    softmax: Softmax
     sliding_window: int | None
 
 
@@ -148,7 +149,7 @@ def _attend(inputs: AttentionInputs) -> Tensor:
             "model(ids, past_key_values=cache): set another one with model.set_attn_implementation('sdpa')"
         )
     pre_rope, window = forward_pass.keys.pop(inputs.module), inputs.sliding_window
-    step = EvictionStep(inputs.query, inputs.key, inputs.value, pre_rope, forward_pass.real, inputs.scaling, window)
+    step = EvictionStep(inputs.query, inputs.key, inputs.value, pre_rope, forward_pass.real, inputs.softmax, window)
     forward_pass.attended.add(inputs.layer)
     return forward_pass.cache.attend(inputs.layer, step)
 

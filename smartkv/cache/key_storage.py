@@ -14,6 +14,7 @@ from smartkv.cache.chunk_attention import chunk_attention
 from smartkv.cache.footprint_count import FootprintCount, count_queries
 from smartkv.cache.paged import MAX_SPARE, Pages, spare_tokens
 from smartkv.cache.ragged import Fields, Ragged, storage_bytes
+from smartkv.models.softmax import Softmax
 from smartkv.policies.capacity import Cap
 from smartkv.policies.lifetimes import FOREVER, HOLE
 from smartkv.quantization.per_token import Bits, PackedRows
@@ -185,13 +186,13 @@ class KeyStorage:
         """Whether a spare slot is left for `step`; `free_dead(…, pack=True)` makes new ones."""
         return isinstance(self.store, Pages) and self.pending < self.store.spare
 
-    def step(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def step(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         """Store one more token per row, and compute its attention.
 
         Args:
             query: `[batch, query_heads, 1, head_dim]`.
             key, value: `[batch, kv_heads, 1, head_dim]`.
-            scaling: factor on the attention scores.
+            softmax: the step from products of queries and keys to probabilities.
 
         Returns:
             Shaped like `query`.
@@ -202,7 +203,9 @@ class KeyStorage:
             grouped, key, value = self.packed.encode(grouped, key[:, None], value[:, None])
             key, value = key[:, 0], value[:, 0]
         self.store.write(self.pending, key, value)  # type: ignore[union-attr]
-        output = self.store.attend(grouped, scaling)  # type: ignore[union-attr]
+        if softmax.learned_sinks is not None:
+            softmax = softmax.of_pairs(torch.arange(pairs, device=key.device), self.kv_heads)
+        output = self.store.attend(grouped, softmax)  # type: ignore[union-attr]
         if self.packed is not None:
             output = self.packed.rotate_back(output)
         self.pending += 1
@@ -243,14 +246,14 @@ class KeyStorage:
 
     # -- prefill: many tokens -----------------------------------------------------------------------------------------
 
-    def chunk(self, query: Tensor, new: Fields, real: Tensor | None, scaling: float) -> Tensor:
+    def chunk(self, query: Tensor, new: Fields, real: Tensor | None, softmax: Softmax) -> Tensor:
         """Store the tokens of a chunk in a settled layer, and compute their attention.
 
         Args:
             query: `[batch, query_heads, tokens, head_dim]`.
             new: the chunk's keys, `[pairs, tokens]`; their position is `HOLE` where the token is padding.
             real: bool `[batch, tokens]`, False for padding; None: no padding.
-            scaling: factor on the attention scores.
+            softmax: the step from products of queries and keys to probabilities.
 
         Returns:
             Shaped like `query`, zeros for padding.
@@ -265,14 +268,14 @@ class KeyStorage:
         for first in range(0, query.shape[2], QUERIES):
             here = slice(first, first + QUERIES)
             tile = new.map(lambda tensor: tensor[:, here])  # noqa: B023
-            outputs.append(self._attend_tile(query[:, :, here], tile, None if real is None else real[:, here], scaling))
+            outputs.append(self._attend_tile(query[:, :, here], tile, None if real is None else real[:, here], softmax))
             peak = max(peak, self.call_peak_bytes)
         # nbytes of the tensors and not of their storages, which may be larger
         self.call_peak_bytes = peak + sum(tensor.nbytes for tensor in new if tensor is not None)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         return output if self.packed is None else self.packed.rotate_back(output)
 
-    def _attend_tile(self, query: Tensor, new: Fields, real: Tensor | None, scaling: float) -> Tensor:
+    def _attend_tile(self, query: Tensor, new: Fields, real: Tensor | None, softmax: Softmax) -> Tensor:
         """Store and attend to as many tokens of a chunk as attend together; arguments as in `chunk`."""
         tokens = query.shape[2]
         after = self.seen + (tokens if real is None else real.sum(dim=1))
@@ -284,7 +287,7 @@ class KeyStorage:
             self.cap,
             start,
             end,
-            scaling,
+            softmax,
             self.first_query,
             self.packed,
             padded=real is not None,

@@ -63,7 +63,7 @@ class LifespanLayer(KeyStorage, CacheLayerMixin):
             if not self.can_step:
                 self.settle(judge, pack=True)
             self.pending_keys.append(step.pre_rope)
-            return self.step(step.query, step.key, step.value, step.scaling)
+            return self.step(step.query, step.key, step.value, step.softmax)
         self.settle(judge)
         settling_peak_bytes = self.call_peak_bytes
         real = step.real if step.real is not None else step.key.new_ones(len(step.key), tokens, dtype=torch.bool)
@@ -71,7 +71,7 @@ class LifespanLayer(KeyStorage, CacheLayerMixin):
         expiry, score = judge(step.pre_rope, position)
         position = position.masked_fill(~real, HOLE)[:, None].expand(expiry.shape)
         new = Fields(step.key, step.value, position.int(), expiry.int(), score).map(lambda tensor: tensor.flatten(0, 1))
-        output = self.chunk(step.query, new, step.real, step.scaling)
+        output = self.chunk(step.query, new, step.real, step.softmax)
         self.call_peak_bytes = max(self.call_peak_bytes, settling_peak_bytes)
         return output
 

@@ -20,6 +20,7 @@ from smartkv.cache.arguments import resolve_arguments
 from smartkv.cache.attached import AttachedCache
 from smartkv.cache.forward_pass import EvictionStep
 from smartkv.cache.layer import Judge, LifespanLayer
+from smartkv.cache.linear_layers import select_states
 from smartkv.cache.usage import CacheUsage
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
@@ -218,6 +219,7 @@ class LifespanCache(CacheUsage, AttachedCache):
         for storage in self.storage:
             storage.select(rows.to(storage.seen.device))
             self.note_peak(storage)
+        select_states(self.layers, rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows that beam search goes on with, int64 `[rows]`."""

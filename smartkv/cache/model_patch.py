@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from smartkv.cache.call_arguments import (
+    TOKEN_INPUTS,
     check_options,
+    columns,
     evicting_cache,
     generate,
+    no_mask,
     prepare_cache,
     refuse_batches,
     tokens_of,
@@ -36,9 +39,10 @@ from smartkv.cache.uncompiled import not_compiling, uncompiled
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import attention_modules
 from smartkv.models.key_hooks import key_modules, register_key_hooks
+from smartkv.models.key_sites import KEY_SITES
 from smartkv.models.layer_ranges import format_layers
+from smartkv.models.wrappers import decoder_of, linear_attention_modules
 
-TOKEN_INPUTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "token_type_ids")
 _SESSION = "_smartkv_session"
 
 
@@ -101,7 +105,7 @@ class Session:
     """
 
     def __init__(self, model: PreTrainedModel, evicting: type[Cache]) -> None:
-        self.decoder, self.evicting, self.users, self.active = model.base_model, evicting, 0, True
+        self.decoder, self.evicting, self.users, self.active = decoder_of(model), evicting, 0, True
         self.original_forward: Callable[..., Any] = self.decoder.forward
         functools.update_wrapper(self, self.original_forward, updated=())  # some callers read a forward's signature
         self.model = model
@@ -129,9 +133,16 @@ class Session:
         """Let each layer's attention follow the pass of its thread, and read its pre-RoPE keys."""
         modules = attention_modules(self.model)
         views = {id(m.config): PassConfig(m.config, self.decoder) for m in modules}
-        self.modules = [*modules, *key_modules(self.model)]
+        self.modules = self._modules()
         self.handles = register_key_hooks(self.model, self.on_keys)
+        for module in linear_attention_modules(self.model):
+            self.handles.append(module.register_forward_pre_hook(self.give_padding, with_kwargs=True))
         self.layer_patches = [InstancePatch(module, "config", views[id(module.config)]) for module in modules]
+
+    def _modules(self) -> list[nn.Module]:
+        """Return the modules that are patched or hooked."""
+        linear = linear_attention_modules(self.model)
+        return [*attention_modules(self.model), *key_modules(self.model), *linear]
 
     def _restore_layers(self) -> None:
         for handle in self.handles:
@@ -141,7 +152,7 @@ class Session:
 
     def follow_layers(self) -> None:
         """Patch the layers that the model has now: an adapter or another layer may have taken the place of one."""
-        here = [*attention_modules(self.model), *key_modules(self.model)]
+        here = self._modules()
         if len(here) == len(self.modules) and all(map(operator.is_, here, self.modules)):
             return
         with _lock:
@@ -153,6 +164,14 @@ class Session:
         forward_pass = current_pass()
         if forward_pass is not None and forward_pass.decoder is self.decoder:
             forward_pass.keys[module] = keys
+
+    def give_padding(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Tell linear attention which tokens are padding: the mask that says so did not go through the decoder."""
+        forward_pass = current_pass()
+        if forward_pass is None or forward_pass.decoder is not self.decoder or forward_pass.real is None:
+            return None
+        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return args, kwargs | {"attention_mask": forward_pass.real.to(hidden.device)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
         twin = object.__new__(type(self))
@@ -196,7 +215,9 @@ class Session:
             real = cache.seen_tokens.check_mask(kwargs.get("attention_mask"), inputs)
             with cache.interruption_noted():
                 self.follow_layers()
-                kwargs["attention_mask"] = _no_mask(inputs)  # `real` holds its content
+                if KEY_SITES[self.model.config.model_type].positions_of_mask and kwargs.get("position_ids") is None:
+                    kwargs["position_ids"] = cache.seen_tokens.positions(inputs, real)
+                kwargs["attention_mask"] = no_mask(inputs)  # `real` holds its content
                 # the cache may be changed later outside `torch.inference_mode`, so its tensors are not created in it
                 with torch.inference_mode(False), torch.no_grad():
                     output = self._attend(cache, kwargs, inputs, real)
@@ -210,7 +231,7 @@ class Session:
             here = dict(kwargs)
             if tokens > chunk:
                 stop = min(start + chunk, tokens)
-                here |= {name: _columns(kwargs[name], start, stop) for name in TOKEN_INPUTS if name in kwargs}
+                here |= {name: columns(kwargs[name], start, stop) for name in TOKEN_INPUTS if name in kwargs}
             own = None if real is None else real[:, start : start + chunk]
             forward_pass.real = None if own is None or bool(own.all()) else own
             cache.seen_tokens.append(inputs[:, start : start + chunk], forward_pass.real)
@@ -243,12 +264,12 @@ def patch_model(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], N
         does nothing.
     """
     with _lock:
-        session: Session | None = model.base_model.__dict__.get(_SESSION)
+        session: Session | None = decoder_of(model).__dict__.get(_SESSION)
         if session is not None:
             session.users += 1
     if session is None:
         with not_compiling(wait=True), _lock:
-            session = model.base_model.__dict__.get(_SESSION) or Session(model, evicting)
+            session = decoder_of(model).__dict__.get(_SESSION) or Session(model, evicting)
             session.users += 1
     _restore_unused()
     once = iter([session])
@@ -263,7 +284,7 @@ def patch_model(model: PreTrainedModel, evicting: type[Cache]) -> Callable[[], N
 def is_evicting(model: PreTrainedModel, cache: AttendingCache) -> bool:
     """Return whether this thread is in a forward pass of `model` on `cache`."""
     forward_pass = current_pass()
-    return forward_pass is not None and forward_pass.cache is cache and forward_pass.decoder is model.base_model
+    return forward_pass is not None and forward_pass.cache is cache and forward_pass.decoder is decoder_of(model)
 
 
 @contextmanager
@@ -304,18 +325,6 @@ def _restore_unused() -> None:
 
 
 # -- a call -----------------------------------------------------------------------------------------------------------
-
-
-def _columns(value: Any, start: int, stop: int) -> Any:
-    """Return the tokens from `start` to `stop` of one of a decoder's `TOKEN_INPUTS`."""
-    if not isinstance(value, Tensor):
-        return value
-    return value[start:stop] if value.dim() == 1 else value[:, start:stop]
-
-
-def _no_mask(inputs: Tensor) -> Tensor:
-    """Return a mask for which a decoder builds none: transformers passes 4-D masks through as they are."""
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
 
 
 def _join(outputs: list[Any]) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smartkv.cache.ragged import Fields, ranks, storage_bytes
+from smartkv.models.softmax import Softmax
 from smartkv.policies.lifetimes import FOREVER, HOLE
 from smartkv.quantization.per_token import PackedRows
 
@@ -137,30 +138,43 @@ class Pages:
         self.fields.value.index_copy_(0, slots, value)
         self.bias.view(-1).index_copy_(0, *self._bias_changes[step])
 
-    def attend(self, query: Tensor, scaling: float) -> Tensor:
+    def attend(self, query: Tensor, softmax: Softmax) -> Tensor:
         """Compute attention of one query per head over the keys that it sees.
 
         All pages of a pair subtract the pair's largest score before the exponential, so that their sums can be added.
 
         Args:
             query: `[pairs, group, head_dim]`, for the query heads of a pair's group.
-            scaling: factor on the attention scores.
+            softmax: of the pairs, the step from products of queries and keys to probabilities.
 
         Returns:
             Shaped like `query`, in its dtype.
         """
         keys, values = (tensor.view(-1, self.size, tensor.shape[-1]) for tensor in self.fields[:2])
         if self.packed is not None:
-            keys, values = self.packed.decode(keys, values, query.dtype)
-        if self._pair_views:
+            keys, values = self.packed.decode(keys, values, query.dtype, None if softmax.plain else self.owner)
+        if self._pair_views and softmax.plain:
             pairs = zip(query.unsqueeze(1).split(1), self._pair_views, strict=True)
-            outputs = [F.scaled_dot_product_attention(q, k, v, attn_mask=b, scale=scaling) for q, (k, v, b) in pairs]
+            outputs = [
+                F.scaled_dot_product_attention(q, k, v, attn_mask=b, scale=softmax.scaling) for q, (k, v, b) in pairs
+            ]
             return torch.cat(outputs).squeeze(1)
-        scores = torch.baddbmm(self.bias, query.index_select(0, self.owner), keys.transpose(1, 2), alpha=scaling)
+        queries, keys = query.index_select(0, self.owner), keys.transpose(1, 2)
+        if softmax.plain:
+            scores = torch.baddbmm(self.bias, queries, keys, alpha=softmax.scaling)
+        else:
+            scores = softmax.scores(queries @ keys).add_(self.bias)
         largest = self._by_pair(scores.amax(dim=-1)).amax(dim=1)  # [pairs, group]
+        if softmax.learned_sinks is not None:
+            learned_sinks = softmax.learned_sinks.to(largest.dtype).view(largest.shape)
+            largest = torch.maximum(largest, learned_sinks)
         weights = scores.sub_(largest.index_select(0, self.owner)[..., None]).exp_()
         total = self._by_pair(weights.sum(dim=-1, dtype=torch.float32)).sum(dim=1)  # [pairs, group]
-        mixed = self._by_pair(torch.bmm(weights, values)).sum(dim=1, dtype=torch.float32)  # [pairs, group, head_dim]
+        if softmax.learned_sinks is not None:
+            total += (learned_sinks - largest).exp_()
+        mixed = self._by_pair(torch.bmm(weights.to(values.dtype), values)).sum(
+            dim=1, dtype=torch.float32
+        )  # [pairs, group, head_dim]
         return mixed.div_(total[..., None]).to(query.dtype)
 
     def _by_pair(self, tensor: Tensor) -> Tensor:

@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from smartkv.cache.linear_layers import forget_states, layers_of_model, linear_layers, select_states
 from smartkv.cache.no_gradients import refuse_backward
 from smartkv.cache.ragged import storage_bytes
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import check_model
+from smartkv.models.wrappers import language_model
 from smartkv.quantization.codecs import SCHEMES, Codec, Parts
 
 
@@ -151,16 +153,6 @@ class QuantizedLayer(CacheLayerMixin):
         if self.is_initialized:  # else it has no rows yet
             self.select(beam_idx.to(self.device))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch: indices int64 `[rows]`, or a mask bool `[batch]`."""
-        if self.is_initialized:
-            self.select(torch.arange(len(self.keys), device=self.device)[indices.to(self.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row of the batch `repeats` times."""
-        if self.is_initialized:
-            self.select(torch.arange(len(self.keys), device=self.device).repeat_interleave(repeats))
-
     def crop(self, tokens: int) -> None:
         """Drop the latest tokens.
 
@@ -225,7 +217,47 @@ class QuantizedCache(Cache):
         self.storage = [
             QuantizedLayer(self.codec, usual if residual is None else residual) for _ in range(self.architecture.layers)
         ]
-        super().__init__(layers=list(self.storage))
+        super().__init__(layers=layers_of_model(language_model(model).config, list(self.storage)))
+
+    # -- rows of the batch, also of the states of linear attention ----------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget everything."""
+        forget_states(self.layers)
+        super().reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the rows that beam search goes on with, int64 `[rows]`."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch: indices int64 `[rows]`, or a mask bool `[batch]`."""
+        if self.storage[0].is_initialized:
+            self._select(torch.arange(len(self.storage[0].keys), device=indices.device)[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch `repeats` times."""
+        self._select(torch.arange(len(self.storage[0].keys)).repeat_interleave(repeats))
+
+    def _select(self, rows: Tensor) -> None:
+        for layer in self.storage:
+            layer.reorder_cache(rows)
+        select_states(self.layers, rows)
+
+    def crop(self, tokens: int) -> None:
+        """Drop the latest tokens; arguments and errors as `QuantizedLayer.crop`.
+
+        Raises:
+            SmartKVError: the model has layers with linear attention, whose states cannot go back.
+        """
+        if linear_layers(self.layers):
+            raise SmartKVError(
+                f"a {type(self).__name__} of a {self.architecture.model_type} cannot be cropped (assisted generation "
+                "and prompt lookup ask for it): the states of its layers with linear attention cannot go back"
+            )
+        super().crop(tokens)
+
+    # -- what it holds ------------------------------------------------------------------------------------------------
 
     @property
     def storage_bytes(self) -> int:

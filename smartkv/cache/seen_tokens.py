@@ -56,6 +56,16 @@ class SeenTokens:
             ids, self.padded = ids.masked_fill(~real, PADDING), True
         self._parts.append(ids)
 
+    def positions(self, inputs: Tensor, real: Tensor | None) -> Tensor:
+        """Return the position of each token of a call among the real tokens of its row, int64 `[batch, tokens]`.
+
+        Args:
+            inputs, real: as in `append`, which has not been called for them. Padding has the position before it, or −1.
+        """
+        counted = torch.ones(inputs.shape[:2], device=inputs.device) if real is None else real
+        before = (self.ids != PADDING).sum(dim=1, keepdim=True).to(inputs.device) if len(self.ids) else 0
+        return counted.long().cumsum(dim=1) - 1 + before
+
     def keep(self, columns: int) -> None:
         """Keep the first `columns` tokens: the others were cropped, or their pass was interrupted."""
         if sum(part.shape[1] for part in self._parts) > columns:

@@ -11,6 +11,9 @@ The file is one safetensors file. For each layer `L` it holds
   `FootprintCount`;
 * `L.centre` float32 `[pairs, head_dim]`, where keys are packed in few bits.
 
+Layers are counted among those with attention. A layer of linear attention, the `M`th of the model, has
+`states.M.conv_states.N` and `states.M.recurrent_states.N`, as transformers holds them.
+
 `tokens` int32 `[batch, tokens]` are the ids of the tokens so far (see `SeenTokens`). Files of format 2 lack them: their
 ids are unknown, and padding is taken to be on the left. The header names the model, the policy and the gates.
 """
@@ -31,6 +34,7 @@ from transformers import PreTrainedModel
 from smartkv.cache.first_tokens import differing_layer
 from smartkv.cache.footprint_count import FootprintCount
 from smartkv.cache.lifespan_cache import LifespanCache
+from smartkv.cache.linear_layers import linear_layers, restore_states, states_of
 from smartkv.cache.ragged import Fields, Ragged
 from smartkv.cache.seen_tokens import PADDING, UNKNOWN
 from smartkv.errors import SmartKVError
@@ -38,7 +42,7 @@ from smartkv.gates.bank import GateBank
 from smartkv.io.atomic import write_atomically
 from smartkv.io.checks import describe
 from smartkv.models.architecture import Fingerprint, check_model
-from smartkv.models.wrappers import key_devices, language_model
+from smartkv.models.wrappers import decoder_blocks, key_devices, language_model
 from smartkv.policies.arguments import resolve_gates
 from smartkv.policies.hybrid import HybridPolicy
 
@@ -98,6 +102,9 @@ def _contents(cache: LifespanCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "centre": layer.packed.centre if layer.packed else None,
         }
         tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in tensors_of_layer.items() if t is not None}
+    for number, layer in linear_layers(cache.layers).items():
+        states = states_of(layer)
+        tensors |= {f"states.{number}.{name}": state.cpu().contiguous() for name, state in states.items()}
     return tensors, header
 
 
@@ -117,6 +124,7 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str |
     lm, devices = language_model(model), key_devices(model)
     header, tensors = _read(path)
     tokens = tensors.pop("tokens", None)
+    states = {name: tensors.pop(name) for name in list(tensors) if name.startswith("states.")}
     try:
         if header["format_version"] not in READABLE:
             raise SmartKVError(
@@ -149,6 +157,14 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str |
             layer.count = FootprintCount(own["visible"], own["held"], cache.first_query)
             layer.set_sliding_window(header["sliding_window"][number])
             layer.columns = header["columns"]
+        for number, linear in linear_layers(cache.layers).items():
+            device = next(decoder_blocks(lm)[number].parameters()).device
+            own = {
+                n.split(".", 2)[2]: state.to(device) for n, state in states.items() if n.split(".")[1] == str(number)
+            }
+            if not own:
+                raise SmartKVError(f"{path} does not hold a whole cache: the states of layer {number} are missing")
+            restore_states(linear, own)
         cache.seen_tokens.restore(_tokens(path, tokens, header["columns"], cache.storage[0].seen))
         if (differs := differing_layer(cache)) is not None:
             raise SmartKVError(

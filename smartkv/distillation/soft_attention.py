@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from smartkv.models.attention_interface import AttentionInputs, attention_switched_to, register_attention
 from smartkv.models.key_hooks import hook_keys
+from smartkv.models.softmax import Softmax
+from smartkv.models.wrappers import attention_layer
 from smartkv.policies.lifetimes import FOREVER
 
 SOFT = "smartkv_soft"
@@ -32,7 +34,7 @@ LogKeep = Callable[[int, Tensor], Tensor | None]
 class _Shape(NamedTuple):
     """Arguments of one call, as in `soft_attention`."""
 
-    scaling: float
+    softmax: Softmax
     ages: tuple[int, ...]
     sinks: int
     sliding_window: int | None
@@ -42,23 +44,32 @@ class _SoftAttention(torch.autograd.Function):
     """Soft attention that computes probabilities again in the backward pass instead of keeping them."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor, shape: _Shape) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_keep: Tensor,
+        learned_sinks: Tensor | None,
+        shape: _Shape,
+    ) -> Tensor:
         grouped = query.unflatten(1, (key.shape[1], -1))  # [batch, kv_heads, group, tokens, head_dim]
         output, total = torch.empty_like(grouped), query.new_empty(grouped.shape[:-1], dtype=torch.float32)
         for start in range(0, query.shape[2], TILE):
             tile = slice(start, start + TILE)
             scores = _scores(grouped[:, :, :, tile], key, log_keep, start, shape)
-            total[..., tile] = scores.logsumexp(dim=-1)
+            total[..., tile] = shape.softmax.log_total(scores)
             weights = scores.sub_(total[..., tile, None]).exp_().to(value.dtype)
             mixed = weights.flatten(2, 3) @ value[:, :, : weights.shape[-1]]
             output[:, :, :, tile] = mixed.unflatten(2, weights.shape[2:4])
-        ctx.save_for_backward(query, key, value, log_keep, output, total)
+        ctx.save_for_backward(query, key, value, log_keep, output, total, learned_sinks)
         ctx.shape = shape
         return output.flatten(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, log_keep, output, total = ctx.saved_tensors
+        query, key, value, log_keep, output, total, learned_sinks = ctx.saved_tensors
+        softmax: Softmax = ctx.shape.softmax
         grouped, grad = (tensor.unflatten(1, (key.shape[1], -1)) for tensor in (query, grad))
         mean = (grad.float() * output.float()).sum(dim=-1)
         d_query = torch.empty_like(grouped)
@@ -74,10 +85,17 @@ class _SoftAttention(torch.autograd.Function):
             d_scores = d_scores.sub_(mean[..., tile, None]).mul_(weights)
             for age, columns, far in _aged(start, scores.shape[-2], ctx.shape, key.device):
                 d_log_keep[age, :, :, columns] += (d_scores[..., columns] * far).sum(dim=(2, 3))
-            d_scores = d_scores.mul_(ctx.shape.scaling).to(key.dtype).flatten(2, 3)
+            if softmax.cap is not None:
+                products = (grouped[:, :, :, tile].flatten(2, 3) @ key[:, :, keys].mT).unflatten(2, weights.shape[2:4])
+                d_scores *= 1 - (softmax.scores(products) / softmax.cap).square_()  # the derivative of tanh
+            d_scores = d_scores.mul_(softmax.scaling).to(key.dtype).flatten(2, 3)
             d_query[:, :, :, tile] = (d_scores @ key[:, :, keys]).unflatten(2, weights.shape[2:4])
             d_key[:, :, keys] += d_scores.mT @ grouped[:, :, :, tile].flatten(2, 3)
-        return d_query.flatten(1, 2), d_key.to(key.dtype), d_value.to(value.dtype), d_log_keep, None
+        d_sinks = None
+        if learned_sinks is not None:  # they have weight, and a value of zero
+            weights = (learned_sinks.float().view(*mean.shape[1:3], 1) - total).exp_()
+            d_sinks = -(weights * mean).sum(dim=(0, 3)).flatten().to(learned_sinks.dtype)
+        return d_query.flatten(1, 2), d_key.to(key.dtype), d_value.to(value.dtype), d_log_keep, d_sinks, None
 
 
 def _scores(queries: Tensor, key: Tensor, log_keep: Tensor, start: int, shape: _Shape) -> Tensor:
@@ -87,7 +105,7 @@ def _scores(queries: Tensor, key: Tensor, log_keep: Tensor, start: int, shape: _
         float32 `[batch, kv_heads, group, queries, keys]`, −inf where a query does not see a key.
     """
     stop = start + queries.shape[3]
-    scores = (queries.flatten(2, 3) @ key[:, :, :stop].mT).float().mul_(shape.scaling).unflatten(2, queries.shape[2:4])
+    scores = shape.softmax.scores(queries.flatten(2, 3) @ key[:, :, :stop].mT).unflatten(2, queries.shape[2:4])
     for age, columns, far in _aged(start, stop - start, shape, key.device):
         scores[..., columns] += log_keep[age, :, :, None, None, columns] * far
     index = torch.arange(start, stop, device=key.device)[:, None]
@@ -124,14 +142,14 @@ def soft_attention(
     key: Tensor,
     value: Tensor,
     log_keep: Tensor,
-    scaling: float,
+    softmax: Softmax,
     ages: tuple[int, ...],
     sinks: int = 4,
     sliding_window: int | None = None,
 ) -> Tensor:
     """Compute causal attention in which each key is weighted by the share that is kept at its age.
 
-    Gradients flow to `query`, `key`, `value` and `log_keep`.
+    Gradients flow to `query`, `key`, `value`, `log_keep` and learned sinks.
 
     Args:
         query: `[batch, query_heads, tokens, head_dim]`, after the rotary embedding.
@@ -139,7 +157,7 @@ def soft_attention(
         value: `[batch, kv_heads, tokens, head_dim]`.
         log_keep: Log of the share that is kept from each age on until the next, float32
             `[ages, batch, kv_heads, tokens]`.
-        scaling: Factor on the scores.
+        softmax: The step from products of queries and keys to probabilities. A cap comes before the share of a key.
         ages: Ages in tokens, ascending, at least 1. A key younger than the first is seen in full.
         sinks: Number of keys at the start that are always seen in full.
         sliding_window: Window of the model itself, beyond which no key is seen. None if it has none.
@@ -148,7 +166,7 @@ def soft_attention(
         A tensor like `query`.
     """
     output: Tensor = _SoftAttention.apply(
-        query, key, value, log_keep, _Shape(scaling, tuple(ages), sinks, sliding_window)
+        query, key, value, log_keep, softmax.learned_sinks, _Shape(softmax, tuple(ages), sinks, sliding_window)
     )
     return output
 
@@ -162,7 +180,7 @@ class _Rule:
 
     def on_keys(self, module: nn.Module, keys: Tensor) -> None:
         """Compute the shares of a layer before its attention runs."""
-        layer: int = module.layer_idx  # type: ignore[assignment]
+        layer = attention_layer(module)
         if (log_keep := self.log_keep(layer, keys)) is not None:
             self.of_layer[layer] = log_keep
 
@@ -170,11 +188,11 @@ class _Rule:
 def _attend(inputs: AttentionInputs) -> Tensor:
     """Compute the attention of one layer under the rule on its module."""
     rule: _Rule = getattr(inputs.module, _RULE)
-    query, key, value, scaling = inputs.query, inputs.key, inputs.value, inputs.scaling
+    query, key, value, softmax = inputs.query, inputs.key, inputs.value, inputs.softmax
     log_keep, ages = rule.of_layer.pop(inputs.layer, None), rule.ages
     if log_keep is None:  # nothing is evicted here but what the model's own window hides
         log_keep, ages = query.new_empty(0, *key.shape[:3], dtype=torch.float32), ()
-    return soft_attention(query, key, value, log_keep, scaling, ages, rule.sinks, inputs.sliding_window)
+    return soft_attention(query, key, value, log_keep, softmax, ages, rule.sinks, inputs.sliding_window)
 
 
 register_attention(SOFT, _attend)

@@ -15,7 +15,7 @@ from smartkv.io.checks import describe
 from smartkv.models.key_sites import KEY_SITES, refusal
 from smartkv.models.rotary import longest_sequence
 from smartkv.models.weight_hash import weight_hash
-from smartkv.models.wrappers import decoder_blocks, language_model, self_attention
+from smartkv.models.wrappers import LINEAR_ATTENTION, attention_blocks, language_model, self_attention
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Architecture:
 
     Attributes:
         model_type: The family, as in a transformers config: one of `KEY_SITES`.
-        layers: Number of layers.
+        layers: Number of layers with attention; those with linear attention store no keys, and do not count anywhere.
         query_heads: Query heads of a layer.
         kv_heads: KV heads of a layer.
         head_dim: Dimensions of a head.
@@ -57,7 +57,7 @@ class Architecture:
         query_heads = config.num_attention_heads
         return cls(
             model_type=config.model_type,
-            layers=config.num_hidden_layers,
+            layers=config.num_hidden_layers - _kinds(config).count(LINEAR_ATTENTION),
             query_heads=query_heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or query_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // query_heads,
@@ -91,9 +91,14 @@ def gated_layers(layers: int, sliding_windows: Sequence[int | None]) -> list[int
     return [layer for layer in range(layers) if not sliding_windows or sliding_windows[layer] is None]
 
 
+def _kinds(config: Any) -> list[str]:
+    """Return the kind of each layer, as a transformers config names it; empty if all are alike."""
+    return list(getattr(config, "layer_types", None) or ())[: config.num_hidden_layers]
+
+
 def _sliding_windows(config: Any) -> tuple[int | None, ...]:
     """Return `Architecture.sliding_windows` of a transformers config."""
-    kinds = (getattr(config, "layer_types", None) or [])[: config.num_hidden_layers]
+    kinds = [kind for kind in _kinds(config) if kind != LINEAR_ATTENTION]
     window = config.sliding_window if getattr(config, "use_sliding_window", True) and len(set(kinds)) > 1 else None
     return tuple(window if kind == "sliding_attention" else None for kind in kinds) if window else ()
 
@@ -110,8 +115,9 @@ class Fingerprint:
         layers: Number of layers.
         kv_heads: KV heads of a layer.
         head_dim: Dimensions of a head.
-        weight_hash: 16 hexadecimal digits of a SHA-256 over layer 0's key projection (GPT-2 and Phi-3: their fused
-            projection of query, key and value), see `smartkv.models.weight_hash`. Empty if its weights cannot be read.
+        weight_hash: 16 hexadecimal digits of a SHA-256 over layer 0's key projection (GPT-2, GPT-NeoX and Phi-3: their
+            fused projection of query, key and value), see `smartkv.models.weight_hash`. Empty if its weights cannot be
+            read.
     """
 
     model_type: str
@@ -174,14 +180,17 @@ def check_model(model: Any) -> Architecture:
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the self-attention module of each layer, in order. `model` may be a wrapper (see `language_model`).
+    """Return the attention module of each layer that has one, in order.
+
+    Args:
+        model: A model, or a wrapper of one (see `language_model`).
 
     Raises:
         SmartKVError: A module is hidden in another one, or the modules compute attention by themselves and would never
             call a registered function.
     """
     lm = language_model(model)
-    modules = [self_attention(block) for block in decoder_blocks(lm)]
+    modules = [self_attention(block) for block in attention_blocks(lm)]
     for layer, module in enumerate(modules):
         if "config" not in module.__dict__:
             raise SmartKVError(

@@ -11,6 +11,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import attention_modules
 from smartkv.models.key_sites import KEY_SITES
+from smartkv.models.softmax import Softmax
+from smartkv.models.wrappers import attention_layer
 
 WITHOUT_EFFECT = frozenset(  # arguments of a model's call that reach attention functions, and mean nothing to them
     {
@@ -44,12 +46,12 @@ class AttentionInputs(NamedTuple):
 
     Attributes:
         module: The attention module.
-        layer: Index of the layer.
+        layer: Index of the layer among those with attention.
         query: `[batch, query_heads, queries, head_dim]`, after the rotary embedding.
         key: `[batch, kv_heads, keys, head_dim]`, after the rotary embedding.
         value: `[batch, kv_heads, keys, head_dim]`.
         dropout: Dropout on the probabilities: 0 in evaluation mode.
-        scaling: Factor on the scores.
+        softmax: The step from products of queries and keys to probabilities.
         sliding_window: Most keys that a query of this layer sees, itself included. None for all.
     """
 
@@ -59,7 +61,7 @@ class AttentionInputs(NamedTuple):
     key: Tensor
     value: Tensor
     dropout: float
-    scaling: float
+    softmax: Softmax
     sliding_window: int | None
 
 
@@ -67,7 +69,7 @@ def register_attention(name: str, attend: Callable[[AttentionInputs], Tensor]) -
     """Add an attention function to transformers' implementations.
 
     Transformers builds no mask for it: the function itself decides which keys each query sees. A call that asks for
-    more than `AttentionInputs` says, such as a soft cap on the scores, learned sinks or packed sequences, is refused.
+    more than `AttentionInputs` says, such as a bias on the scores or packed sequences, is refused.
 
     Args:
         name: Name of the implementation, for `model.set_attn_implementation`.
@@ -84,14 +86,19 @@ def register_attention(name: str, attend: Callable[[AttentionInputs], Tensor]) -
         dropout: float = 0.0,  # the sixth parameter: once imported, kvpress passes it by position
         scaling: float | None = None,
         sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,  # learned sinks
         **others: Any,
     ) -> tuple[Tensor, None]:
-        _refuse_unknown(name, others)
+        own = {"softcap": "attn_logit_softcapping", "s_aux": "sinks"}  # what Gemma 2 and GPT-OSS take them from
+        foreign = {"softcap": softcap, "s_aux": s_aux}
+        _refuse_unknown(name, others | {key: foreign[key] for key in own if not hasattr(module, own[key])})
         scaling = default_scaling(module, query.shape[-1]) if scaling is None else scaling
-        layer: int = module.layer_idx  # type: ignore[assignment]
+        layer = attention_layer(module)
         if sliding_window is None:
             sliding_window = KEY_SITES[module.config.model_type].own_window(module)  # type: ignore[union-attr, index]
-        output = attend(AttentionInputs(module, layer, query, key, value, dropout, scaling, sliding_window))
+        softmax = Softmax(scaling, softcap, s_aux)
+        output = attend(AttentionInputs(module, layer, query, key, value, dropout, softmax, sliding_window))
         return output.transpose(1, 2).contiguous(), None  # no probabilities
 
     AttentionInterface.register(name, function)

@@ -19,7 +19,8 @@ from smartkv.errors import SmartKVError
 from smartkv.io.checks import all_finite
 from smartkv.models.attention_interface import AttentionInputs, attention_switched_to, register_attention
 from smartkv.models.key_hooks import hook_keys
-from smartkv.models.wrappers import input_device, language_model
+from smartkv.models.softmax import Softmax
+from smartkv.models.wrappers import attention_layer, input_device, language_model
 
 OBSERVED = "smartkv_observed"
 TILE_ELEMENTS = 2**22  # most probabilities of a tile, over all heads: 16 MiB in float32
@@ -45,12 +46,13 @@ class AttentionObserver(Protocol):
             layer: Index of the layer.
             first_query: Position of the tile's first query.
             probabilities: float32 `[kv_heads, group, queries, keys]`, with the keys up to the tile's last query. A key
-                that causality or a sliding window hides has 0. The tensor is valid during the call only.
+                that causality or a sliding window hides has 0. Those of a query sum to 1, or with learned sinks to
+                less. The tensor is valid during the call only.
         """
 
 
 def attention_tiles(
-    query: Tensor, key: Tensor, scaling: float, sliding_window: int | None = None
+    query: Tensor, key: Tensor, softmax: Softmax, sliding_window: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """Compute causal attention probabilities, one tile of queries at a time.
 
@@ -59,7 +61,7 @@ def attention_tiles(
     Args:
         query: `[query_heads, tokens, head_dim]`.
         key: `[kv_heads, tokens, head_dim]`.
-        scaling: Factor on the scores.
+        softmax: The step from products of queries and keys to probabilities.
         sliding_window: Most keys that a query sees, itself included. None for all.
 
     Yields:
@@ -75,15 +77,15 @@ def attention_tiles(
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
         queries = grouped[:, :, start:stop].flatten(1, 2)  # [kv_heads, group · queries, head_dim]
-        scores = torch.baddbmm(unread, queries, key[:, :stop].transpose(1, 2), beta=0, alpha=scaling)
-        scores = scores.float().unflatten(1, (-1, stop - start))
+        scores = torch.baddbmm(unread, queries, key[:, :stop].transpose(1, 2), beta=0, alpha=softmax.scaling)
+        scores = softmax.capped(scores.float()).unflatten(1, (-1, stop - start))
         # Only the tile's own positions, the last columns, can lie in the future of one of its queries.
         scores[..., start:].add_(future[: stop - start, : stop - start])
         if sliding_window is not None and stop > sliding_window:
             index = torch.arange(start, stop, device=key.device)
             past = torch.arange(stop, device=key.device)
             scores.masked_fill_(past[None, :] <= index[:, None] - sliding_window, float("-inf"))
-        yield start, scores.softmax(dim=-1)
+        yield start, softmax.probabilities(scores)
 
 
 def _attend(inputs: AttentionInputs) -> Tensor:
@@ -96,7 +98,7 @@ def _attend(inputs: AttentionInputs) -> Tensor:
     query, key, value = inputs.query[0], inputs.key[0], inputs.value[0]
     observer.on_rotated_keys(inputs.layer, key)
     output = torch.empty_like(query)
-    for start, probabilities in attention_tiles(query, key, inputs.scaling, inputs.sliding_window):
+    for start, probabilities in attention_tiles(query, key, inputs.softmax, inputs.sliding_window):
         observer.on_tile(inputs.layer, start, probabilities)
         queries, keys = probabilities.shape[2:]
         mixed = torch.matmul(probabilities.to(value.dtype).flatten(1, 2), value[:, :keys])
@@ -130,7 +132,7 @@ def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> It
     def on_keys(module: nn.Module, keys: Tensor) -> None:
         if keys.shape[0] != 1:
             raise ValueError(f"observe_attention takes one sequence a forward pass, got {keys.shape[0]}")
-        observer.on_keys(module.layer_idx, keys[0])  # type: ignore[arg-type]
+        observer.on_keys(attention_layer(module), keys[0])
 
     lm = language_model(model)
     with (

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
 from smartkv.models.key_sites import KEY_SITES
-from smartkv.models.wrappers import decoder_blocks, input_device, language_model, self_attention
+from smartkv.models.wrappers import attention_blocks, input_device, language_model, self_attention
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,16 @@ class Rotation:
 
     def __init__(self, model: PreTrainedModel, layer: int = 0) -> None:
         self.model, self.lm = model, language_model(model)
-        config, attention = self.lm.config, self_attention(decoder_blocks(self.lm)[layer])
+        config, attention = self.lm.config, self_attention(attention_blocks(self.lm)[layer])
         site, base = KEY_SITES[config.model_type], self.lm.base_model
         self.embedding: Any = base.rotary_emb if site.rotary(attention) else None
-        self.normed_after = site.norm_after is not None
+        self.normed_after, self.half_angles = site.norm_after is not None, site.half_angles
         self.device = input_device(model)
         rope = getattr(config, "rope_parameters", None) or {}
         by_kind = any(isinstance(value, dict) for value in rope.values())
-        self.kind = (config.layer_types[layer],) if by_kind else ()  # then each kind of layer has its own angles
+        self.kind = (
+            (config.layer_types[attention.layer_idx],) if by_kind else ()
+        )  # then each kind of layer has its own angles
         if self.embedding is not None:
             self.apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
 
@@ -104,8 +106,11 @@ class Rotation:
         if self.embedding is None:
             return None
         like = torch.zeros(1, device=self.device)
-        cos, sin = self.embedding(like, position[None].to(self.device), *self.kind)
-        return cos[0].float(), sin[0].float()
+        row = position[None].to(self.device)
+        if hasattr(self.embedding, "mrope_section"):  # Qwen3.5: also the height and width of pictures, of which text
+            row = row.expand(3, 1, -1)  # has none; older transformers do not expand it by themselves
+        cos, sin = (each[0].float() for each in self.embedding(like, row, *self.kind))
+        return (torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)) if self.half_angles else (cos, sin)
 
     def rotate(self, vector: Tensor, position: Tensor) -> Tensor:
         """Apply the rotary embedding.
@@ -167,5 +172,7 @@ class Rotation:
         """Rotate `[..., positions, head_dim]` by `[positions, rotated]`; what lies beyond `rotated` stays."""
         width = cos.shape[-1]
         turning = vector[..., :width].reshape(1, -1, len(cos), width)  # [batch, heads, positions, rotated]
+        if self.half_angles:
+            cos, sin = cos[..., : width // 2], sin[..., : width // 2]
         turned, _ = self.apply(turning, turning, cos[None], sin[None])
         return torch.cat([turned.reshape(vector[..., :width].shape), vector[..., width:]], dim=-1)

@@ -14,16 +14,42 @@ from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
 
+LINEAR_ATTENTION = "linear_attention"  # the kind of a layer that stores no keys
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """Return the module that runs the blocks of a model, and that its head calls."""
+    base: Any = getattr(model, "base_model", None)
+    return getattr(base, "decoder", base)  # OPT; every other family
+
 
 def decoder_blocks(model: nn.Module) -> Any:
     """Return the blocks of a model's decoder, one per layer; None if it has none."""
-    base: Any = getattr(model, "base_model", None)
-    return getattr(base, "h", None) or getattr(base, "layers", None)  # GPT-2; every other family
+    decoder = decoder_of(model)
+    return getattr(decoder, "h", None) or getattr(decoder, "layers", None)  # GPT-2; every other family
+
+
+def attention_blocks(model: nn.Module) -> list[Any]:
+    """Return the blocks of a model's decoder that have attention; blocks with linear attention store no keys."""
+    return [block for block in decoder_blocks(model) if not hasattr(block, "linear_attn")]
+
+
+def linear_attention_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of linear attention of a hybrid model, in order."""
+    return [block.linear_attn for block in decoder_blocks(model) if hasattr(block, "linear_attn")]
+
+
+def attention_layer(module: Any) -> int:
+    """Return the index of an attention module among those of its model: layers with linear attention do not count."""
+    layer: int = module.layer_idx
+    kinds = getattr(module.config, "layer_types", None) or ()
+    return layer - sum(kind == LINEAR_ATTENTION for kind in kinds[:layer])
 
 
 def self_attention(block: Any) -> nn.Module:
     """Return the self-attention module of a decoder block."""
-    module: nn.Module = block.attn if hasattr(block, "attn") else block.self_attn  # GPT-2; every other family
+    names = ("attn", "attention", "self_attn")  # GPT-2; GPT-NeoX; every other family
+    module: nn.Module = next(getattr(block, name) for name in names if hasattr(block, name))
     return module
 
 
@@ -70,9 +96,9 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def key_devices(model: nn.Module) -> list[torch.device]:
-    """Return the device on which each layer computes its keys, also where its weights are offloaded."""
+    """Return the device on which each layer with attention computes its keys, also where its weights are offloaded."""
     lm = language_model(model)
-    return [_device(block) or lm.device for block in decoder_blocks(lm)]
+    return [_device(block) or lm.device for block in attention_blocks(lm)]
 
 
 def weights_loaded(module: nn.Module) -> AbstractContextManager[None]:

@@ -4,7 +4,8 @@ KIVI quantises keys per channel, many tokens together, because the outliers of k
 single tokens come close to its error in two steps. First the mean key of a head, its *centre*, is subtracted. Then the
 channels are rotated by a Hadamard matrix, which spreads outliers over all of them (QuaRot, Ashkboos et al. 2024, arXiv
 2404.00456). Neither step has to be undone for keys: a constant added to all keys of a head changes no softmax, and
-queries are rotated alike. The output of attention over rotated values is rotated back once.
+queries are rotated alike. (A softmax with a cap or learned sinks does change: its keys get the centre back.) The output
+of attention over rotated values is rotated back once.
 """
 
 from collections.abc import Sequence
@@ -94,9 +95,24 @@ class PackedRows:
         """Rotate and pack values: `[…, head_dim]` -> uint8 `[…, row bytes]`."""
         return _pack_rows(value.float(), self.value_bits)
 
-    def decode(self, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Unpack keys (still rotated and centred) and values (still rotated): `[…, row bytes]` -> `[…, head_dim]`."""
-        return _unpack_rows(key, self.key_bits, dtype), _unpack_rows(value, self.value_bits, dtype)
+    def decode(
+        self, key: Tensor, value: Tensor, dtype: torch.dtype, pairs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Unpack keys and values, which stay rotated.
+
+        Args:
+            key, value: packed, uint8 `[entries, tokens, row bytes]`.
+            dtype: of the result.
+            pairs: int64 `[entries]`, the pair of each entry, whose centre is added to its keys again. A softmax that is
+                not plain needs it. None: keys stay centred.
+
+        Returns:
+            Keys and values, `[entries, tokens, head_dim]`.
+        """
+        keys, values = _unpack_rows(key, self.key_bits, dtype), _unpack_rows(value, self.value_bits, dtype)
+        if pairs is not None and self.centre is not None:
+            keys = keys + self.rotate(self.centre)[pairs, None].to(dtype)
+        return keys, values
 
     @staticmethod
     def rotate(query: Tensor) -> Tensor:

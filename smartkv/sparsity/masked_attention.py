@@ -63,11 +63,14 @@ def _attend(inputs: AttentionInputs) -> Tensor:
     rule: _Rule = getattr(inputs.module, _RULE)
     group = inputs.query.shape[1] // inputs.key.shape[1]
     mask = sparse_mask(rule.stays(inputs.layer), rule.recent, rule.real, inputs.sliding_window)
+    if not inputs.softmax.plain:
+        grouped = inputs.query.unflatten(1, (inputs.key.shape[1], -1))
+        return inputs.softmax.attend(grouped, inputs.key, inputs.value, mask, inputs.dropout).flatten(1, 2)
     if mask.shape[1] > 1:  # a mask for all heads together broadcasts
         mask = mask.repeat_interleave(group, dim=1)
     key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (inputs.key, inputs.value))
     return F.scaled_dot_product_attention(
-        inputs.query, key, value, attn_mask=mask, dropout_p=inputs.dropout, scale=inputs.scaling
+        inputs.query, key, value, attn_mask=mask, dropout_p=inputs.dropout, scale=inputs.softmax.scaling
     )
 
 

@@ -1,4 +1,4 @@
-"""Gates for a model in which some layers slide and others see everything: from harvest to cache."""
+"""Gates for a model whose layers differ, from harvest to cache: some slide, or have linear attention."""
 
 from pathlib import Path
 
@@ -67,3 +67,21 @@ def test_distillation_trains_the_layers_that_see_everything_and_counts_the_other
     with LifespanCache(model, gates, footprint=0.6, first_query=16) as cache, torch.inference_mode():
         model(tokens[:1], past_key_values=cache)
     torch.testing.assert_close(float(kept), cache.footprint, atol=0.02, rtol=0)
+
+
+def test_a_hybrid_model_gets_gates_in_its_layers_with_attention(tmp_path: Path) -> None:
+    backbone = save_family(tmp_path / "backbone", "qwen3_next")
+    shards = harvest_by_trainer(tmp_path / "shards", backbone, write_texts(tmp_path / "texts"))
+    assert Manifest.read(shards).fingerprint.layers == 2  # of four
+    module = fit_by_trainer(shards, tmp_path / "fit").module
+    gates: GateBank = module.gates()
+    assert gates.layers == [0, 1]
+    model = load_backbone(str(backbone), "float32").model
+    tokens = load_file(shards / "train-00000.safetensors")["token"].long().view(-1, 64)
+    gates.details = module.details()
+    gates.details |= module.policy_with_prices(gates)
+    assert gates.details["prices"]
+    for footprint, _ in gates.details["prices"]:
+        with LifespanCache(model, gates, footprint=footprint, first_query=16) as cache, torch.inference_mode():
+            model(tokens, past_key_values=cache)
+        assert abs(cache.footprint - footprint) < 0.1

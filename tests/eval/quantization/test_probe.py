@@ -7,12 +7,13 @@ from transformers import DynamicCache
 from eval.quantization.probe import CodecComparison, Probe, synthetic_layer
 from eval.quantization.stand_ins import Shape
 from smartkv.quantization.codecs import Adaptive, Half, Uniform
+from tests.families import OWN_SOFTMAX, make
 from tests.models import FAMILIES, token_ids
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OWN_SOFTMAX])
 def test_the_probe_attends_exactly_and_measures_the_error_of_the_output(family: str) -> None:
-    model, ids = FAMILIES[family](), token_ids(40)[None]
+    model, ids = make(family), token_ids(40)[None]
     with torch.inference_mode():
         want = model(ids, past_key_values=DynamicCache(config=model.config)).logits
         codecs = {"half": Half(), "int4": Uniform(4), "bits": Adaptive(0.9, block=8, levels=(2, 4, 8))}
@@ -26,9 +27,10 @@ def test_the_probe_attends_exactly_and_measures_the_error_of_the_output(family: 
     first = float((mine - key).norm() / key.norm())
     assert probe.comparison.errors_by_layer["int4"]["error_key"][0] == pytest.approx(first, rel=1e-5)
     # a block's bits are chosen when it is full: by then its queries, and earlier ones, have looked at it
-    assert importance["half"] is None and importance["bits"][..., :8].sum() == pytest.approx(
-        8 * model.config.num_attention_heads, rel=1e-4
-    )
+    looked = 8 * model.config.num_attention_heads
+    assert importance["half"] is None and importance["bits"][..., :8].sum() <= looked * 1.0001
+    if family != "gpt_oss":  # whose learned sinks take a share
+        assert importance["bits"][..., :8].sum() == pytest.approx(looked, rel=1e-4)
 
 
 def test_every_codec_has_its_times() -> None:

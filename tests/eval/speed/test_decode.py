@@ -10,6 +10,7 @@ from transformers import Cache
 
 from eval.__main__ import main
 from eval.speed.decode import _Bench
+from tests.families import save_family
 from tests.lightning_fixtures import ROOT, write_texts
 
 
@@ -84,6 +85,15 @@ def test_more_tokens_than_the_model_has_positions_are_refused(
     with pytest.raises(SystemExit):
         run_decode(tmp_path, tiny_backbone, "--contexts", "[500]")
     assert "need 524 positions" in capsys.readouterr().err
+
+
+def test_a_hybrid_model_whose_states_the_ways_do_not_share_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = save_family(tmp_path / "backbone", "qwen3_next")
+    with pytest.raises(SystemExit):
+        run_decode(tmp_path / "out", backbone)
+    assert "a qwen3_next has layers with linear attention" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", [("--contexts", "[]"), ("--batches", "[]"), ("--batches", "[0]"), ("--rounds", "0")])

@@ -26,6 +26,7 @@ from smartkv.baselines import (
 from smartkv.baselines.state import LiveKeys
 from smartkv.errors import SmartKVError
 from smartkv.models.rotary import Rotation
+from smartkv.models.softmax import Softmax
 from tests.models import gpt2
 from tests.smartkv.baselines import naive
 
@@ -78,7 +79,7 @@ def test_attention_under_a_method_is_that_of_plain_loops(
     simulation = Simulation(method(), schedule, NO_ROTATION)
     if own is not None and method in (TOVA, SnapKV):
         own = None  # they look with the latest queries at all that is left
-    got = simulation.attend(0, q, k, v, 0.4, own)
+    got = simulation.attend(0, q, k, v, Softmax(0.4), own)
     tiles = schedule.tiles(tokens)
     score = partial(naive.snapkv, queries=window) if method is SnapKV else NAIVE[method]
     want, seen = naive.simulate(q, k, v, 0.4, own, tiles, window, sinks, score)
@@ -104,7 +105,7 @@ def test_what_a_method_needs_is_what_changes_its_choice(method: type[Method]) ->
 
     def left(queries: Tensor) -> list[Tensor]:
         watched = Watched(method())
-        Simulation(watched, Streaming(16, 4, 2, 8), NO_ROTATION).attend(0, queries, k, v, 0.4, None)
+        Simulation(watched, Streaming(16, 4, 2, 8), NO_ROTATION).attend(0, queries, k, v, Softmax(0.4), None)
         return watched.positions
 
     same = all(torch.equal(a, b) for a, b in zip(left(q), left(other), strict=True))
@@ -114,7 +115,7 @@ def test_what_a_method_needs_is_what_changes_its_choice(method: type[Method]) ->
 def choices_of_random(seed: int, tokens: int) -> list[Tensor]:
     watched = Watched(Random(seed))
     q, k, v = drawn(0, tokens)
-    Simulation(watched, Streaming(16, 4, 2, 8), NO_ROTATION).attend(0, q, k, v, 0.4, None)
+    Simulation(watched, Streaming(16, 4, 2, 8), NO_ROTATION).attend(0, q, k, v, Softmax(0.4), None)
     return watched.positions
 
 
@@ -127,7 +128,7 @@ def test_random_choices_follow_from_the_seed_and_not_from_what_is_read_later() -
 def test_random_choices_are_a_fair_sample_of_what_was_read() -> None:
     watched = Watched(Random())
     q, k, v = (part[:1].expand(200, -1, -1) for part in drawn(0, 64))
-    Simulation(watched, Streaming(20, 1, 0, 8), NO_ROTATION).attend(0, q, k, v, 0.4, None)
+    Simulation(watched, Streaming(20, 1, 0, 8), NO_ROTATION).attend(0, q, k, v, Softmax(0.4), None)
     old = (watched.positions[-1] < 32).float().sum(dim=1).mean()  # of 20 from 56 tokens; 8 more are new
     assert float(old) == pytest.approx(20 * 32 / 56, rel=0.1)
 

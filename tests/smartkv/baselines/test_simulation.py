@@ -23,6 +23,7 @@ from smartkv.baselines import (
 )
 from smartkv.errors import SmartKVError
 from smartkv.metrics.perplexity import token_losses
+from tests.families import OWN_SOFTMAX, make
 from tests.models import FAMILIES, token_ids
 from tests.smartkv.cache.fixtures import MODELS
 
@@ -34,10 +35,10 @@ def nll(model: PreTrainedModel, tokens: Tensor, method: Method, schedule: Schedu
         return token_losses(model, tokens).nll, simulation.footprint_by_head()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OWN_SOFTMAX])
 @pytest.mark.parametrize("method", METHODS)
 def test_room_for_all_keys_is_the_model_s_own_attention(family: str, method: type[Method]) -> None:
-    model, tokens = MODELS[family], token_ids(50)
+    model, tokens = MODELS[family] if family in MODELS else make(family), token_ids(50)
     want = token_losses(model, tokens).nll
     for schedule in (Streaming(50, 4, 2, 7), Once(30, 40, 4, 2)):
         got, footprint = nll(model, tokens, method(), schedule)

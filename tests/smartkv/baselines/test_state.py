@@ -8,6 +8,7 @@ from torch import Tensor
 
 from smartkv.baselines.state import LATEST, LiveKeys, Needs
 from smartkv.models.rotary import Rotation
+from smartkv.models.softmax import Softmax
 from tests.models import gpt2, llama
 
 HEADS, GROUP, DIM, SCALING = 2, 3, 6, 0.4
@@ -25,7 +26,7 @@ def drawn(seed: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 def read_in_parts(needs: Needs, parts: list[int], seed: int = 0) -> tuple[LiveKeys, tuple[Tensor, Tensor, Tensor]]:
     """Tokens added and attended in parts of these sizes, with nothing evicted."""
     queries, key, value = drawn(seed, sum(parts))
-    live, start = LiveKeys(0, HEADS, SCALING, NO_ROTATION, needs), 0
+    live, start = LiveKeys(0, HEADS, Softmax(SCALING), NO_ROTATION, needs), 0
     for size in parts:
         part = slice(start, start + size)
         live.add(queries[:, :, part], key[:, part], value[:, part])
@@ -110,7 +111,7 @@ def test_queries_are_summed_as_they_were_before_the_rotary_embedding() -> None:
     plain = torch.randn(HEADS, GROUP, 10, 8, generator=torch.Generator().manual_seed(0))
     half = torch.cat([-plain[..., 4:], plain[..., :4]], dim=-1)
     rotated = plain * cos[0] + half * sin[0]
-    live = LiveKeys(0, HEADS, SCALING, rotation, "queries")
+    live = LiveKeys(0, HEADS, Softmax(SCALING), rotation, "queries")
     for part in (slice(0, 6), slice(6, 10)):
         key = torch.zeros(HEADS, part.stop - part.start, 8)
         live.add(rotated[:, :, part], key, key)

@@ -77,7 +77,7 @@ def sliding(model: PreTrainedModel) -> int | None:
 def random_ttl(model: PreTrainedModel, batch: int, tokens: int, seed: int) -> Tensor:
     """Short and long lives, and some for good."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (model.config.num_hidden_layers, batch, kv_heads(model), tokens)
+    shape = (Fingerprint.of(model).layers, batch, kv_heads(model), tokens)
     ttl = torch.randint(0, tokens, shape, generator=generator)
     ttl[torch.rand(shape, generator=generator) < 0.4] = 0
     ttl[torch.rand(shape, generator=generator) < 0.1] = FOREVER

@@ -21,6 +21,8 @@ def masked_attention(
     value: Tensor,
     attention_mask: Any,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Eager attention with repeated KV heads and the module's own mask `[batch, kv_heads, queries, keys]`."""
@@ -28,7 +30,14 @@ def masked_attention(
     group = query.shape[1] // key.shape[1]
     mask = module.__dict__["mask"].repeat_interleave(group, dim=1)
     scores = query @ key.repeat_interleave(group, dim=1).transpose(2, 3) * scaling
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    if softcap is not None:  # Gemma 2
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if s_aux is None:
+        weights = scores.softmax(dim=-1)
+    else:  # GPT-OSS: one more score of each query head, whose value is nothing
+        weights = torch.cat([scores, s_aux.view(-1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1).softmax(dim=-1)
+        weights = weights[..., :-1]
     return (weights @ value.repeat_interleave(group, dim=1)).transpose(1, 2).contiguous(), None
 
 
@@ -115,7 +124,7 @@ def masked(model: PreTrainedModel, masks: list[Tensor]) -> Iterator[None]:
 def masked_logits(model: PreTrainedModel, ids: Tensor, masks: list[Tensor], real: Tensor) -> Tensor:
     """Logits of a whole sequence in one pass without a cache."""
     with masked(model, masks):
-        return model(ids, position_ids=positions(real), use_cache=False).logits
+        return model(ids, attention_mask=real.long(), position_ids=positions(real), use_cache=False).logits
 
 
 def positions(real: Tensor) -> Tensor:

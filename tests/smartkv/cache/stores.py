@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from smartkv.cache.ragged import Fields, Ragged
+from smartkv.models.softmax import Softmax
 from smartkv.policies.lifetimes import HOLE
 
 HEAD_DIM = 8
@@ -33,12 +34,22 @@ def keys_of(store: Ragged, pair: int) -> list[tuple[Tensor, Tensor, int, int]]:
     ]
 
 
-def plain_attention(query: Tensor, keys: list[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
-    """Softmax attention of one query `[head_dim]` over (key, value) pairs, key by key."""
-    scores = [float(query @ key) * scaling for key, _ in keys]
-    largest = max(scores)
-    weights = [math.exp(score - largest) for score in scores]
+def softmaxes(query_heads: int) -> list[Softmax]:
+    """Each kind of softmax: plain, with a cap, with learned sinks, with both."""
+    learned = torch.randn(query_heads, generator=torch.Generator().manual_seed(3))
+    return [Softmax(0.3), Softmax(0.3, 0.5), Softmax(0.3, None, learned), Softmax(0.3, 0.5, learned)]
+
+
+def plain_attention(query: Tensor, keys: list[tuple[Tensor, Tensor]], softmax: Softmax, head: int = 0) -> Tensor:
+    """Softmax attention of one query `[head_dim]` of a query head over (key, value) pairs, key by key."""
+    scores = [float(query @ key) * softmax.scaling for key, _ in keys]
+    if softmax.cap is not None:
+        scores = [softmax.cap * math.tanh(score / softmax.cap) for score in scores]
+    weights = [math.exp(score) for score in scores]
+    total = sum(weights)
+    if softmax.learned_sinks is not None:
+        total += math.exp(float(softmax.learned_sinks[head]))
     output = torch.zeros_like(query)
     for weight, (_, value) in zip(weights, keys, strict=True):
-        output = output + weight / sum(weights) * value
+        output = output + weight / total * value
     return output

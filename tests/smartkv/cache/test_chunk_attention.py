@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 
 from smartkv.cache.chunk_attention import LENGTH_RATIO, ChunkResult, chunk_attention, group_by_length
 from smartkv.cache.ragged import Fields, Ragged
+from smartkv.models.softmax import Softmax
 from smartkv.policies.capacity import Cap
 from smartkv.policies.lifetimes import HOLE
-from tests.smartkv.cache.stores import HEAD_DIM, keys_of, plain_attention, random_store
+from tests.smartkv.cache.stores import HEAD_DIM, keys_of, plain_attention, random_store, softmaxes
 
-TOKENS, START, SCALING = 7, 24, 0.3
+TOKENS, START = 7, 24
+PLAIN = Softmax(0.3)
 
 
 def new_keys(pairs: int) -> Fields:
@@ -24,21 +26,25 @@ def new_keys(pairs: int) -> Fields:
     return Fields(key, value, position, expiry)
 
 
-def attended(store: Ragged, new: Fields, cap: Cap | None = None) -> tuple[torch.Tensor, ChunkResult]:
+def attended(
+    store: Ragged, new: Fields, cap: Cap | None = None, softmax: Softmax = PLAIN
+) -> tuple[torch.Tensor, ChunkResult]:
     pairs = len(store.counts)
     query = torch.randn(1, 2 * pairs, TOKENS, HEAD_DIM, generator=torch.Generator().manual_seed(7))
     start, end = torch.full((pairs,), START), torch.full((pairs,), START + TOKENS - 1)
-    return query, chunk_attention(query, store, new, cap, start, end, SCALING, START + 2, None, padded=True)
+    return query, chunk_attention(query, store, new, cap, start, end, softmax, START + 2, None, padded=True)
 
 
+@pytest.mark.parametrize("kind", range(4))
 @pytest.mark.parametrize("mask_elements", [1, 2**21])
 @pytest.mark.parametrize("counts", [[9, 0, 30], [8, 9], [24]])
 def test_queries_see_the_keys_that_have_not_expired_and_the_rest_is_dropped(
-    counts: list[int], mask_elements: int, monkeypatch: pytest.MonkeyPatch
+    counts: list[int], mask_elements: int, kind: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("smartkv.cache.chunk_attention.MASK_ELEMENTS", mask_elements)
     store, new = random_store(counts), new_keys(len(counts))
-    query, result = attended(store, new)
+    softmax = softmaxes(2 * len(counts))[kind]
+    query, result = attended(store, new, softmax=softmax)
     assert not result.output[:, :, 0].any()  # padding
     for pair in range(len(counts)):
         keys = keys_of(store, pair)
@@ -52,7 +58,7 @@ def test_queries_see_the_keys_that_have_not_expired_and_the_rest_is_dropped(
             visible = [(k, v) for k, v, born, expiry in keys if born <= at < expiry]
             seen += len(visible) if at >= START + 2 else 0
             for head in range(2 * pair, 2 * pair + 2):
-                want = plain_attention(query[0, head, token], visible, SCALING)
+                want = plain_attention(query[0, head, token], visible, softmax, head)
                 torch.testing.assert_close(result.output[0, head, token], want, atol=1e-5, rtol=0)
         assert int(result.visible[pair]) == seen
         survivors = [key for key in keys if key[3] > START + TOKENS - 1]

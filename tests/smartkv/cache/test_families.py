@@ -206,3 +206,18 @@ def test_router_logits_which_a_prompt_in_chunks_would_lose_are_refused() -> None
     model = model_of("mixtral")
     with LifespanCache(model, None, recent(4)) as cache, pytest.raises(SmartKVError, match="output_router_logits=True"):
         model(token_ids(8)[None], past_key_values=cache, output_router_logits=True)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_model_that_reads_positions_out_of_the_mask_finds_them(side: str) -> None:
+    """OPT, whose position of a token is the number of real ones before it, unless it is given."""
+    model, ids, real = model_of("opt"), token_ids(3 * TOKENS, 7).view(3, TOKENS), padding(3, TOKENS, side, 7)
+    full, own = LifespanCache(model, None, HybridPolicy((LayerRule("all", "full"),)), chunk=5), DynamicCache()
+    with full, torch.inference_mode():
+        for here in (slice(0, 12), slice(12, 13), slice(13, TOKENS)):
+            mask = real[:, : here.stop].long()
+            got, want = (
+                model(ids[:, here], attention_mask=mask, past_key_values=each).logits[real[:, here]]
+                for each in (full, own)
+            )
+            torch.testing.assert_close(got, want, atol=2e-4, rtol=0)

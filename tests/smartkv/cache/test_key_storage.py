@@ -6,10 +6,11 @@ from torch import Tensor
 
 from smartkv.cache.key_storage import KeyStorage
 from smartkv.cache.ragged import Fields
+from smartkv.models.softmax import Softmax
 from smartkv.policies.lifetimes import FOREVER
 from tests.smartkv.cache.stores import HEAD_DIM, plain_attention
 
-BATCH, HEADS, PROMPT, TOKENS, SCALING = 2, 2, 10, 40, 0.3
+BATCH, HEADS, PROMPT, TOKENS, SOFTMAX = 2, 2, 10, 40, Softmax(0.3)
 GENERATOR = torch.Generator().manual_seed(3)
 KEY, VALUE, QUERY = (torch.randn(BATCH, HEADS, TOKENS, HEAD_DIM, generator=GENERATOR) for _ in range(3))
 WINDOW = 4
@@ -26,7 +27,7 @@ def prompted(bits: int | None = None) -> KeyStorage:
     new = Fields(
         KEY[:, :, here].flatten(0, 1), VALUE[:, :, here].flatten(0, 1), position, EXPIRY[:, :, here].flatten(0, 1).int()
     )
-    storage.chunk(QUERY[:, :, here], new, None, SCALING)
+    storage.chunk(QUERY[:, :, here], new, None, SOFTMAX)
     return storage
 
 
@@ -38,7 +39,7 @@ def stepped(storage: KeyStorage, token: int) -> Tensor:
         storage.free_dead(expiry, None, pack=True)
     here = slice(token, token + 1)
     storage.pending_keys.append(KEY[:, :, here].clone())
-    return storage.step(QUERY[:, :, here], KEY[:, :, here], VALUE[:, :, here], SCALING)
+    return storage.step(QUERY[:, :, here], KEY[:, :, here], VALUE[:, :, here], SOFTMAX)
 
 
 def test_single_tokens_after_a_chunk_attend_to_the_keys_that_have_not_expired() -> None:
@@ -49,7 +50,7 @@ def test_single_tokens_after_a_chunk_attend_to_the_keys_that_have_not_expired() 
             for head in range(HEADS):
                 seen = [j for j in range(token + 1) if int(EXPIRY[row, head, j]) > token]
                 keys = [(KEY[row, head, j], VALUE[row, head, j]) for j in seen]
-                want = plain_attention(QUERY[row, head, token], keys, SCALING)
+                want = plain_attention(QUERY[row, head, token], keys, SOFTMAX)
                 torch.testing.assert_close(output[row, head, 0], want, atol=1e-5, rtol=0)
                 assert int(storage.live[row, head]) == len(seen)
 
@@ -107,7 +108,7 @@ def test_pages_cannot_take_a_chunk_or_select_rows() -> None:
     storage = prompted()
     storage.free_dead(None, None, pack=True)
     assert storage.can_step and not storage.settled
-    for call in (lambda: storage.chunk(QUERY, None, None, SCALING), lambda: storage.select(torch.tensor([0]))):  # type: ignore[arg-type]
+    for call in (lambda: storage.chunk(QUERY, None, None, SOFTMAX), lambda: storage.select(torch.tensor([0]))):  # type: ignore[arg-type]
         with pytest.raises(RuntimeError, match="call free_dead"):
             call()
 

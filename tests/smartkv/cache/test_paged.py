@@ -9,9 +9,9 @@ from torch import Tensor
 from smartkv.cache.paged import FEW_KEYS, MAX_SPARE, Pages, page_size, spare_tokens
 from smartkv.cache.ragged import Ragged
 from smartkv.policies.lifetimes import FOREVER, HOLE
-from tests.smartkv.cache.stores import HEAD_DIM, keys_of, plain_attention, random_store
+from tests.smartkv.cache.stores import HEAD_DIM, keys_of, plain_attention, random_store, softmaxes
 
-SPARE, NOW, SCALING = 12, 24, 0.3
+SPARE, NOW = 12, 24
 
 
 def pages_of(store: Ragged, spare: int = SPARE) -> Pages:
@@ -32,23 +32,24 @@ def tokens(pairs: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("counts", [[20, 3, 0, 40], [7, 7], [0, 0], [60]])
 @pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("kind", range(4))
 def test_each_query_sees_its_token_the_earlier_ones_and_the_keys_that_have_not_expired(
-    counts: list[int], one_by_one: bool
+    counts: list[int], one_by_one: bool, kind: int
 ) -> None:
-    store = random_store(counts)
+    store, softmax = random_store(counts), softmaxes(2 * len(counts))[kind]
     with patch("smartkv.cache.paged.FEW_PAIRS", len(counts) if one_by_one else 0):
         pages = pages_of(store)
     key, value, query = tokens(len(counts))
     for step in range(SPARE):
         pages.write(step, key[step], value[step])
-        output = pages.attend(query[step], SCALING)
+        output = pages.attend(query[step], softmax)
         assert output.shape == (len(counts), 2, HEAD_DIM)
         for pair in range(len(counts)):
             seen = [(k, v) for k, v, _, expiry in keys_of(store, pair) if expiry > NOW + step]
             seen += [(key[earlier, pair], value[earlier, pair]) for earlier in range(step + 1)]
             assert int(pages.live(step + 1)[pair]) == len(seen)
             for head in range(2):
-                want = plain_attention(query[step, pair, head], seen, SCALING)
+                want = plain_attention(query[step, pair, head], seen, softmax, 2 * pair + head)
                 torch.testing.assert_close(output[pair, head], want, atol=1e-5, rtol=0)
 
 

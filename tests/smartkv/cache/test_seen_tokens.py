@@ -226,3 +226,11 @@ def test_the_record_holds_ids_padding_and_unknown_tokens() -> None:
     twin = copy.deepcopy(seen)
     seen.reset()
     assert twin.ids.shape == (2, 3) and not seen.padded
+
+
+def test_positions_go_on_from_the_real_tokens_of_each_row() -> None:
+    seen, ids = SeenTokens(), token_ids(8).view(2, 4)
+    real = torch.tensor([[True] * 4, [False, False, True, True]])
+    assert seen.positions(ids, real).tolist() == [[0, 1, 2, 3], [-1, -1, 0, 1]]
+    seen.append(ids, real)
+    assert seen.positions(ids[:, :2], None).tolist() == [[4, 5], [2, 3]]

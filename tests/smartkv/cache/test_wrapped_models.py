@@ -17,6 +17,7 @@ from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import LabelSpec, label_window
 from smartkv.models.architecture import Fingerprint
+from smartkv.models.softmax import Softmax
 from smartkv.models.wrappers import language_model
 from smartkv.policies.budgets import Calibration
 from tests.models import llama, token_ids
@@ -145,7 +146,7 @@ def test_padding_goes_to_the_device_of_a_layer_s_keys() -> None:
     model = llama()
     cache, key, query = LifespanCache(model, None, "full"), torch.randn(1, 2, 3, 8), torch.randn(1, 4, 3, 8)
     mask = MaskElsewhere(torch.tensor([[False, True, True]]))
-    output = cache.attend(1, EvictionStep(query, key, key, key, mask, 1.0, None))  # type: ignore[arg-type]
+    output = cache.attend(1, EvictionStep(query, key, key, key, mask, Softmax(1.0), None))  # type: ignore[arg-type]
     assert mask.asked == [torch.device("cpu")] and not output[0, :, 0].any() and output[0, :, 1:].any()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
@@ -60,8 +60,8 @@ def test_a_bank_for_a_published_shape_holds_its_gates(config: PreTrainedConfig, 
 
 def test_an_unsupported_family_is_refused_by_name_with_those_supported() -> None:
     with pytest.raises(SmartKVError) as error:
-        Architecture.of(GPTNeoXConfig())
-    assert "gpt_neox" in str(error.value)
+        Architecture.of(GPTJConfig())
+    assert "gptj" in str(error.value)
     assert all(family in str(error.value) for family in KEY_SITES)
 
 

@@ -31,7 +31,7 @@ def plain_attention(inputs: AttentionInputs) -> Tensor:
         for head in range(query.shape[1]):
             for i in range(query.shape[2]):
                 first = 0 if window is None else max(0, i + 1 - window)
-                scores = key[row, head // group, first : i + 1] @ query[row, head, i] * inputs.scaling
+                scores = key[row, head // group, first : i + 1] @ query[row, head, i] * inputs.softmax.scaling
                 output[row, head, i] = scores.softmax(dim=0) @ value[row, head // group, first : i + 1]
     return output
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import GPTNeoXConfig
+from transformers import FalconConfig
 
 from smartkv.errors import SmartKVError
 from smartkv.models import backbone as backbone_module
@@ -18,9 +18,9 @@ from tests.models import FAMILIES, save_tiny_backbone, tiny_tokenizer
 
 
 def test_an_unsupported_family_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
-    GPTNeoXConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
+    FalconConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)  # and no weights at all
-    with pytest.raises(SmartKVError, match="'gpt_neox' is not supported"):
+    with pytest.raises(SmartKVError, match="'falcon' is not supported"):
         load_backbone(str(tmp_path))
 
 

@@ -16,11 +16,13 @@ from tests.models import FAMILIES
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("gemma2", "caps the attention scores"),
-        ("gpt_oss", "learned sinks"),
+        ("t5gemma", "has an encoder"),
         ("deepseek_v3", "MLA"),
+        ("falcon", "does not go through transformers' attention functions"),
+        ("llama4_text", "chunked attention"),
         ("gemma4_text", "differ in head_dim"),
-        ("qwen3_next", "linear attention"),
+        ("qwen3_5", "load its language model, Qwen3_5ForCausalLM"),
+        ("olmo_hybrid", "three states each"),
         ("gemma3", "load its language model, Gemma3ForCausalLM"),
     ],
 )

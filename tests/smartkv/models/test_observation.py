@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from smartkv.models import observation
 from smartkv.models.architecture import attention_modules
 from smartkv.models.observation import attention_tiles, observe_attention
+from smartkv.models.softmax import Softmax
 from tests.models import FAMILIES, llama, qwen2, token_ids
 
 TOKENS = 41  # three tiles of 16 queries, the last cut short
@@ -180,7 +181,7 @@ def test_probabilities_are_as_exact_as_the_scores_dtype(dtype: torch.dtype, off:
     scores = torch.einsum("kgqd,knd->kgqn", query.double().unflatten(0, (2, 2)), key.double()) * scaling
     future = torch.ones(40, 40, dtype=torch.bool).triu(1)
     expected = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-    for start, tile in attention_tiles(query, key, scaling):
+    for start, tile in attention_tiles(query, key, Softmax(scaling)):
         stop = start + tile.shape[2]
         torch.testing.assert_close(tile.double(), expected[:, :, start:stop, :stop], atol=off, rtol=0)
     assert stop == 40
@@ -191,7 +192,7 @@ def test_a_block_never_holds_more_probabilities_than_allowed(tokens: int, monkey
     allowed = 2**17
     monkeypatch.setattr(observation, "TILE_ELEMENTS", allowed)
     query, key = torch.randn(4, tokens, 8), torch.randn(2, tokens, 8)
-    for _, tile in attention_tiles(query, key, 1.0):
+    for _, tile in attention_tiles(query, key, Softmax(1.0)):
         assert tile.numel() <= max(allowed, 16 * 4 * tokens)
         assert tile.shape[2] <= 128
 

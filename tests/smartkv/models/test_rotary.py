@@ -33,7 +33,8 @@ class RotatedKeys:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "mistral", "yarn", "cohere", "glm", "phi", "olmo3, sliding"]
+    "family",
+    ["llama", "qwen2", "qwen3", "mistral", "yarn", "cohere", "glm", "phi", "olmo3, sliding", "gpt_oss, sliding"],
 )
 def test_a_rotary_embedding_is_taken_back(family: str) -> None:
     """YaRN scales what it rotates, too."""

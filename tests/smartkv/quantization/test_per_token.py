@@ -16,12 +16,13 @@ from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from smartkv.quantization.affine import dequantize, quantize
 from smartkv.quantization.codecs import Kivi
 from smartkv.quantization.per_token import PackedRows, key_and_value
+from tests.families import OWN_SOFTMAX, make
 from tests.models import FAMILIES, llama, token_ids
 from tests.smartkv.cache import masked_reference
 from tests.smartkv.cache.fixtures import GATED, Injected, fed, padding, random_gates, random_ttl, recent, sliding
 from tests.smartkv.cache.masked_reference import masked_logits, visibility
 
-MODELS = {name: make(**({"head_dim": 16} if name == "qwen3" else {})) for name, make in FAMILIES.items()}
+MODELS = {name: build(**({"head_dim": 16} if name == "qwen3" else {})) for name, build in FAMILIES.items()}
 FULL = HybridPolicy((LayerRule("all", "full"),))
 TOKENS = 60
 
@@ -60,12 +61,13 @@ def test_centred_and_turned_rows_err_little_more_than_kivi_and_half_of_what_plai
     assert own < 1.8 * by_channel and own < 0.55 * without
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OWN_SOFTMAX])
 @pytest.mark.parametrize("bits", [2, 4, (5, 3)])
 def test_logits_are_those_of_the_masked_model_whose_keys_and_values_went_through_the_codes(
     family: str, bits: Any
 ) -> None:
-    model, ids = MODELS[family], ids_of(TOKENS, 2)
+    model = MODELS[family] if family in MODELS else make(family, head_dim=16)
+    ids = ids_of(TOKENS, 2)
     ttl = random_ttl(model, 2, TOKENS, 3)
     cache = Injected(model, None, recent(3, 1), bits=bits)
     cache.table = ttl
