@@ -1,6 +1,5 @@
 """Looks at a model and the texts before anything is made: can it be done here, and what does a piece of it take?"""
 
-import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,19 +8,18 @@ import psutil
 import torch
 
 from cli.recipe.mix import Part, default_mix, own_mix
-from cli.recipe.settings import BIG_VOCABULARY, SIZES, Amounts, Options
-from cli.recipe.timing import time_work
+from cli.recipe.settings import SIZES, Amounts, Options
+from cli.recipe.timing import time_backbone
+from eval.common.isolated import run_isolated
 from smartkv.errors import SmartKVError
 from smartkv.models.architecture import Architecture
 from smartkv.models.backbone import (
     check_device,
     count_parameters,
-    load_backbone,
     load_tokenizer,
     read_architecture,
     resolve_dtype,
 )
-from smartkv.models.key_site_check import check_key_site
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
 
@@ -107,16 +105,14 @@ def look(options: Options, say: Say) -> Look:
     parts = default_mix(say) if options.sources is None else own_mix(options.sources)
     tokenizer = load_tokenizer(options.backbone, trust)
     kinds = _kinds(parts, tokenizer, amounts, say)
-    lm = load_backbone(options.backbone, options.dtype, device, trust)
-    site = check_key_site(lm)
-    say(f"the key before the rotary embedding: output of {site['module']}, checked on the model")
-    embeddings: Any = lm.model.get_input_embeddings()
-    scored = 256 if embeddings.num_embeddings >= BIG_VOCABULARY else 512
     say("timing a piece of each step …")
-    seconds = time_work(lm, amounts, scored)
-    say(f"largest memory so far: {seconds['peak_bytes'] / 1e9:.1f} GB of {_memory(device)[1] / 1e9:.1f} GB")
-    del lm  # the steps are processes of their own
-    gc.collect()
+    # in a process of its own: its memory is free again when the steps begin
+    seen = run_isolated(time_backbone, options.backbone, options.dtype, device, trust, amounts)
+    if "note" in seen:
+        raise SmartKVError(f"there is not enough memory for '{options.backbone}' here ({seen['note']})")
+    say(f"the key before the rotary embedding: output of {seen['site']}, checked on the model")
+    peak = seen["gpu_bytes"] or seen["peak_memory"]
+    say(f"largest memory of these pieces: {peak / 1e9:.1f} GB of {_memory(device)[1] / 1e9:.1f} GB")
     return Look(
         model_type=architecture.model_type,
         layers=architecture.layers,
@@ -125,12 +121,12 @@ def look(options: Options, say: Say) -> Look:
         max_positions=architecture.max_positions,
         gated_layers=len(architecture.gated_layers),
         parameters=parameters,
-        scored_tokens=scored,
+        scored_tokens=seen["scored_tokens"],
         device=device,
         threads=torch.get_num_threads(),
         parts=parts,
         kinds=kinds,
-        seconds=seconds,
+        seconds=seen["seconds"],
     )
 
 

@@ -1,7 +1,5 @@
 """Times one piece of each kind of work on this machine, for an estimate of the whole."""
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,19 +7,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cli.recipe.settings import Amounts
+from cli.recipe.settings import BIG_VOCABULARY, Amounts
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.distillation.kl_divergence import divergence
 from smartkv.distillation.soft_attention import soft_eviction
 from smartkv.distillation.soft_keep import keep_share
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import LabelSpec, label_window
-from smartkv.models.backbone import Backbone
+from smartkv.models.backbone import Backbone, load_backbone
+from smartkv.models.key_site_check import check_key_site
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
 THRESHOLDS = (0.02, 0.05, 0.11)  # of the harvest's template
 ROWS = 1024  # keys a head and step of the gates' training, as in its template
 AGES, SINKS, HIDDEN, WIDE = (16, 64, 256), 4, 64, 128  # of the templates
+
+
+def time_backbone(backbone: str, dtype: str, device: str, trust_remote_code: bool, amounts: Amounts) -> dict[str, Any]:
+    """Load a model, check where its keys are read, and time the pieces that the steps consist of.
+
+    Args:
+        backbone, dtype, device, trust_remote_code: as for `load_backbone`.
+        amounts: lengths of windows.
+
+    Returns:
+        `site`: submodule whose output is the key; `scored_tokens`: queries of a window that the distillation
+        should compare with the full cache; `seconds`, see `time_work`; `gpu_bytes`: largest memory on a GPU.
+    """
+    lm = load_backbone(backbone, dtype, device, trust_remote_code)
+    embeddings: Any = lm.model.get_input_embeddings()
+    scored = 256 if embeddings.num_embeddings >= BIG_VOCABULARY else 512
+    site = check_key_site(lm)["module"]
+    seconds = time_work(lm, amounts, scored)
+    on_gpu = torch.device(device).type == "cuda"
+    gpu_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0
+    return {"site": site, "scored_tokens": scored, "seconds": seconds, "gpu_bytes": gpu_bytes}
 
 
 def time_work(lm: Backbone, amounts: Amounts, scored: int) -> dict[str, float]:
@@ -35,7 +55,7 @@ def time_work(lm: Backbone, amounts: Amounts, scored: int) -> dict[str, float]:
     Returns:
         Seconds of a window's labels (`harvest`), of a step of the lifespan gates (`gates`), of a step of the
         distillation (`distilled`), of a forward pass of its window (`forward`), and of a window of the report read by a
-        cache that evicts (`report`). `peak_bytes`: largest memory until then.
+        cache that evicts (`report`).
     """
     generator = torch.Generator().manual_seed(0)
     embeddings: Any = lm.model.get_input_embeddings()
@@ -61,7 +81,7 @@ def time_work(lm: Backbone, amounts: Amounts, scored: int) -> dict[str, float]:
     seconds["report"] = _seconds(read)
     wide = GateBank(lm.fingerprint, gated, WIDE, len(AGES), {"ages": list(AGES)}).to(lm.model.device)
     seconds["distilled"] = _seconds(lambda: _distil(lm, wide, short, scored))
-    return seconds | {"peak_bytes": float(_peak_bytes(lm.model.device))}
+    return seconds
 
 
 def _distil(lm: Backbone, bank: GateBank, ids: Tensor, scored: int) -> None:
@@ -90,10 +110,3 @@ def _seconds(work: Callable[[], Any]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -26,10 +26,16 @@ def run_here(command: list[str]) -> None:
         eval_main(command[2:])
 
 
+def look_here(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """`run_isolated` without a process of its own."""
+    return {"peak_memory": 10**9} | measure(*arguments)
+
+
 def make(monkeypatch: pytest.MonkeyPatch, runner: Runner, *args: str | Path) -> None:
     """The command, whose steps `runner` runs."""
     with monkeypatch.context() as patch:
         patch.setattr("cli.recipe.run.run", runner)
+        patch.setattr("cli.recipe.look.run_isolated", look_here)
         main([str(arg) for arg in args])
 
 
@@ -52,7 +58,7 @@ def own_sources(folder: Path) -> str:
 
 def a_look(**changes: Any) -> Look:
     """What a look at a small model may give."""
-    seconds = {"harvest": 1.0, "gates": 0.1, "forward": 0.5, "distilled": 2.0, "report": 0.5, "peak_bytes": 1e9}
+    seconds = {"harvest": 1.0, "gates": 0.1, "forward": 0.5, "distilled": 2.0, "report": 0.5}
     settings = {
         "model_type": "llama", "layers": 4, "kv_heads": 2, "head_dim": 8, "max_positions": 4096, "gated_layers": 3,
         "parameters": 1000, "scored_tokens": 512, "device": "cpu", "threads": 2,

@@ -10,12 +10,17 @@ from cli.recipe.look import Look, look
 from cli.recipe.settings import Options
 from smartkv.errors import SmartKVError
 from smartkv.texts.sources import SourceConfig
-from tests.cli.fixtures import a_look, write_own_texts
+from tests.cli.fixtures import a_look, look_here, write_own_texts
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_own_texts(tmp_path_factory.mktemp("own") / "texts")
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.recipe.look.run_isolated", look_here)
 
 
 def options(backbone: Path, texts: Path, **changes: Any) -> Options:
@@ -59,8 +64,16 @@ def test_a_model_that_does_not_fit_into_the_memory_is_refused_before_it_is_loade
     tiny_backbone: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cli.recipe.look._memory", lambda device: (1000, 2000))
-    monkeypatch.setattr("cli.recipe.look.load_backbone", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("cli.recipe.look.run_isolated", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(SmartKVError, match=r"the weights of '.*' take .* GB in float32, and cpu has 0\.0 GB of memory"):
+        look(options(tiny_backbone, texts), lambda line: None)
+
+
+def test_memory_that_is_short_in_the_work_is_told(
+    tiny_backbone: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.recipe.look.run_isolated", lambda *_: {"note": "killed: out of memory"})
+    with pytest.raises(SmartKVError, match=r"not enough memory for '.*' here \(killed: out of memory\)"):
         look(options(tiny_backbone, texts), lambda line: None)
 
 
