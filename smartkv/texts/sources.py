@@ -122,8 +122,12 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
             elif origin == "hub":
                 documents = hub_documents(known)
             else:
-                why = f" CANNOT BE HAD ({'; '.join(reasons)}): its share is taken from" if reasons else ":"
-                say(f"{told}{why} the built-in prose, the manual of Python itself")
+                say(
+                    f"{told} CANNOT BE HAD ({'; '.join(reasons)}): its share is taken from the "
+                    "built-in prose, the manual of Python itself"
+                    if reasons
+                    else f"{told}: the built-in prose, the manual of Python itself"
+                )
                 return Source(BUILTIN, config.weight, BUILTIN, builtin_documents)
             say(f"{told}: {origin}")
             return Source(config.name, config.weight, origin, documents)
