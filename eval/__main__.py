@@ -18,6 +18,7 @@ from eval.common.mistyped import OneLineParser
 from eval.eviction.auto import auto
 from eval.eviction.compare import compare
 from eval.eviction.gains import gains
+from eval.eviction.kinds import kinds
 from eval.eviction.perplexity import perplexity
 from eval.eviction.side_by_side import side_by_side
 from eval.figures_of_docs import figures
@@ -36,7 +37,7 @@ from eval.tasks.ruler import ruler
 from smartkv.errors import one_line_errors
 from smartkv.io.hub import limit_hub_waiting
 
-RESUMED = ("compare", "longbench", "needle", "perplexity", "reasoning", "ruler")  # go on when given again
+RESUMED = ("compare", "kinds", "longbench", "needle", "perplexity", "reasoning", "ruler")  # go on when given again
 COMMANDS: dict[str, Any] = {
     "anchors": anchors,
     "auto": auto,
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Any] = {
     "gains": gains,
     "gates": gates,
     "generate": generate,
+    "kinds": kinds,
     "layers": layers,
     "longbench": longbench,
     "needle": needle,

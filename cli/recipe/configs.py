@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from cli.recipe.look import Look
+from cli.recipe.mix import MANUAL
 from cli.recipe.settings import SIZES, Options
 from cli.recipe.templates import fill
 from smartkv.errors import SmartKVError
@@ -14,6 +15,7 @@ from smartkv.io.atomic import write_atomically
 
 TEMPLATES = Path(__file__).parents[2] / "configs" / "recipe"
 FOOTPRINTS = [0.125, 0.25]  # that the card tells of
+HAYSTACKS = ("books", MANUAL)  # kinds around the facts of the report, where they can be had
 VALIDATIONS = 8  # of the distillation; as many times its state is saved
 WHAT = {
     "harvest": "Keys and lifespans of the model, from the mix of texts. The same command goes on after a kill.",
@@ -168,6 +170,7 @@ def _distilled(layout: Layout, options: Options, look: Look) -> dict[str, Any]:
 def _report(layout: Layout, options: Options, look: Look) -> dict[str, Any]:
     amounts = SIZES[options.size].within(look.max_positions)
     texts = [{"name": k.name, "split": k.split, "windows": amounts.report, "sources": k.sources} for k in look.kinds]
+    haystack = next((kind for kind in look.kinds if kind.name in HAYSTACKS), look.kinds[0])
     room = amounts.window - 148 if amounts.window >= 512 else amounts.window // 2  # for a question and its answer
     return {
         "out": str(layout.out / "report"),
@@ -175,8 +178,8 @@ def _report(layout: Layout, options: Options, look: Look) -> dict[str, Any]:
         "texts": texts,
         "recall.trials": amounts.facts,
         "recall.tokens": room,
-        "recall.split": look.kinds[0].split,
-        "recall.haystack": look.kinds[0].sources,
+        "recall.split": haystack.split,
+        "recall.haystack": haystack.sources,
         "calibration.sources": [part.source for part in look.parts],
         "calibration.windows": amounts.calibration,
         "measure.window": amounts.window,

@@ -42,6 +42,7 @@ FLAT_NAMES: dict[str, dict[str, str]] = {  # command -> flat name -> the option'
     | _of("sampling", "max_new_tokens", "temperature", "top_p")
     | _of("calibration", "sources")
     | {"calibration_window": "calibration.window", "calibration_windows": "calibration.windows"},
+    "kinds": MODEL | MEASURE | _of("model", "adapter") | _of("measure", "windows_per_document"),
     "longbench": MODEL,
     "needle": MODEL,
     "perplexity": MODEL | MEASURE | _of("texts", "sources", "split", "windows"),

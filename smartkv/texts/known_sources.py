@@ -1,10 +1,12 @@
 """The text sources that have a name: where their files lie, and how a record becomes text."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from smartkv.shards.manifest import SPLITS
+from smartkv.texts.wikitext import articles
 
 
 @dataclass(frozen=True)
@@ -14,10 +16,13 @@ class KnownSource:
     Attributes:
         hub: Repository of the data set, its configuration or None, and the repository's split for each of ours. The
             key "*" stands for every split.
-        local: Path in the data folder for each split. The key "*" stands for every split.
+        local: Path in the data folder for each split. The key "*" stands for every split. A line of a .txt file is a
+            record with the field `text`.
         render: Function that turns a record into text.
         id: Field of a record that identifies it. None if a record has only its number.
         fields: Fields that must be strings in a record of a local file.
+        assemble: Function that puts the records of a file or of a split together to others. None if each is a document.
+        use_all: Whether validation also takes what a hash gives to test, in a file for training and validation alone.
     """
 
     hub: tuple[str, str | None, dict[str, str]]
@@ -25,6 +30,8 @@ class KnownSource:
     render: Callable[[dict[str, Any]], str]
     id: str | None = None
     fields: tuple[str, ...] = ()
+    assemble: Callable[[Iterable[dict[str, Any]]], Iterator[dict[str, Any]]] | None = None
+    use_all: bool = False
 
 
 def _problem(record: dict[str, Any]) -> str:
@@ -38,6 +45,25 @@ def _question(record: dict[str, Any]) -> str:
 def _web_page(record: dict[str, Any]) -> str:
     """Return the text of a web page. The local sample of C4 stores it in two fields, the hub in one."""
     return record["text"] if "text" in record else record["prefix"] + record["gold_completion"]
+
+
+_PASSAGE = re.compile(r"^Passage \d+:\n", re.MULTILINE)
+_NO_NEWS = re.compile(  # what stands on a page in place of an article
+    r"Starting in 1996, Alexa Internet|Tweet with a location|Add a location to your Tweets|These crawls are part of"
+    r"|This is a set of web collections|The interactive transcript could not be loaded|Dow Jones Reprints:"
+)
+_SHORTEST_ARTICLE = 200  # characters
+
+
+def _news(record: dict[str, Any]) -> str:
+    """Return an article of CNN/DailyMail, or the articles on one event of Multi-News in the form of LongBench."""
+    if "article" in record:
+        return record["article"]
+    passages = (
+        re.sub(r"[ \n]*NEWLINE_CHAR[ \n]*(NEWLINE_CHAR[ \n]*)*", "\n\n", passage).strip()
+        for passage in _PASSAGE.split(record["context"])
+    )
+    return "\n\n".join(p for p in passages if len(p) >= _SHORTEST_ARTICLE and not _NO_NEWS.match(p))
 
 
 KNOWN: dict[str, KnownSource] = {
@@ -76,4 +102,42 @@ KNOWN: dict[str, KnownSource] = {
         "id",
         ("text",),
     ),
+    # WikiText-2 and -103 have the same validation and test articles: no test article is in a local file for training.
+    "encyclopaedia": KnownSource(
+        ("Salesforce/wikitext", "wikitext-103-raw-v1", {split: split for split in SPLITS}),
+        {
+            "train": "webtext/wikitext-2.valid.txt",
+            "validation": "webtext/wikitext-2.valid.txt",
+            "test": "webtext/wikitext-2-raw.test.txt",
+        },
+        lambda record: record["text"],
+        "title",
+        assemble=articles,
+        use_all=True,
+    ),
+    "news": KnownSource(
+        ("abisee/cnn_dailymail", "3.0.0", {split: split for split in SPLITS}),
+        {"*": "longctx/longbench_multi_news.jsonl"},
+        _news,
+        fields=("context",),
+    ),
 }
+ALTERNATIVES = {"web": ("fineweb_edu", "c4")}  # sources that are the first of others that an origin has
+
+KIND = {
+    **dict.fromkeys(("pg19", "recall"), "books"),
+    **dict.fromkeys(("gsm8k", "math500", "aime24"), "maths"),
+    **dict.fromkeys(("web", "c4", "fineweb_edu"), "web"),
+    **{name: name for name in ("code", "encyclopaedia", "news", "chat", "lists")},
+    "builtin": "manual",
+}
+"""Kind of text of each named source: books, maths, code, encyclopaedia, web, news, chat, lists or manual."""
+
+
+def kind_of(source: str) -> str:
+    """Return the kind of a source's texts, as in `KIND`; "own" for a source that only its user knows.
+
+    Args:
+        source: Name of a source, or of one of its documents, "source/id".
+    """
+    return KIND.get(source.partition("/")[0], "own")

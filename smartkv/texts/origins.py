@@ -13,7 +13,7 @@ from smartkv.errors import SmartKVError
 from smartkv.shards.manifest import SPLITS
 from smartkv.texts.documents import Document, split_of
 from smartkv.texts.known_sources import KnownSource
-from smartkv.texts.text_files import read_records
+from smartkv.texts.text_files import read_records, read_text
 
 DATA_VARIABLE = "SMARTKV_DATA"
 
@@ -46,7 +46,8 @@ def local_documents(known: KnownSource) -> Callable[[str], Iterator[Document]]:
                 yield _text_file(file, file.stem)
         else:
             has_splits = list(paths.values()).count(path) == 1  # else the file serves several splits
-            yield from _of_split(read_records(path, *known.fields), known, path.name, split, has_splits)
+            records = _lines(path) if path.suffix == ".txt" else read_records(path, *known.fields)
+            yield from _of_split(records, known, path.name, split, has_splits)
 
     return documents
 
@@ -103,14 +104,22 @@ def _of_split(
     records: Iterator[dict[str, Any]], known: KnownSource, place: str, split: str, has_splits: bool
 ) -> Iterator[Document]:
     """Yield the records that belong to `split`, as documents. `place` is the file or hub split that they are from."""
-    for number, record in enumerate(records):
+    for number, record in enumerate(known.assemble(records) if known.assemble else records):
         try:
             name = str(record[known.id]) if known.id else f"{Path(place).stem}/{number}"
             text = known.render(record)
         except KeyError as missing:
             raise SmartKVError(f"{place}, record {number + 1}: the field {missing} is missing") from missing
-        if has_splits or split_of(name) == split:
+        hashed = split_of(name)
+        if known.use_all and hashed == "test":
+            hashed = "validation"
+        if has_splits or hashed == split:
             yield Document(name, text)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file as records."""
+    return ({"text": line} for line in read_text(path).split("\n"))
 
 
 def _text_file(path: Path, name: str) -> Document:

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from smartkv.errors import SmartKVError
 from smartkv.texts import lists
 from smartkv.texts.documents import Document
-from smartkv.texts.known_sources import KNOWN
+from smartkv.texts.installed_code import InstalledCode
+from smartkv.texts.known_sources import ALTERNATIVES, KNOWN
 from smartkv.texts.origins import (
     DATA_VARIABLE,
     SourceUnavailable,
@@ -20,7 +23,9 @@ from smartkv.texts.own_texts import OwnTexts
 ORIGINS = ("local", "hub", "builtin")
 RECALL = "recall"
 LISTS = "lists"
+CODE = "code"
 BUILTIN = "builtin"  # the manual of Python itself
+NAMES = (*KNOWN, *ALTERNATIVES, CODE, BUILTIN, RECALL, LISTS)  # sources that need no path
 
 
 @dataclass
@@ -28,15 +33,18 @@ class SourceConfig:
     """Settings of one text source of a mix.
 
     Args:
-        name: pg19, gsm8k, math500, aime24, c4, fineweb_edu or builtin. recall: facts in the text of pg19 (or of
-            `path`) that are asked for later, see `smartkv.texts.recall`. lists: drawn texts in which every line may be
-            asked for, see `smartkv.texts.lists`. Any other name needs a `path`.
+        name: pg19 (books), gsm8k, math500, aime24 (maths), encyclopaedia, news, fineweb_edu, c4, web (the first of
+            these two that can be had) or builtin. code: the Python files of the standard library and of the packages
+            installed beside it, or the source files in `path`. recall: facts in the text of pg19 (or of `path`) that
+            are asked for later, see `smartkv.texts.recall`. lists: drawn texts in which every line may be asked for,
+            see `smartkv.texts.lists`. Any other name needs a `path`.
         weight: Share of the windows, relative to the other sources.
         origins: Where to take the source from, in order of preference: local ($SMARTKV_DATA), hub, builtin (the prose
             that Python itself ships). The first that has the source is used, and printed. If none has it, the run
-            stops.
+            stops. code, lists and builtin need none of them.
         path: Your own folder or file: .txt or .md (one document a file) or .jsonl (one document a line, in the field
-            `text`), also with .gz. Subfolders train, validation and test, if present, are the splits.
+            `text`), also with .gz. Subfolders train, validation and test, if present, are the splits. With the name
+            code: source files (.py, .js, .c, .rs, .md and others).
     """
 
     name: str
@@ -52,9 +60,8 @@ class SourceConfig:
         """
         if self.weight <= 0:
             raise SmartKVError(f"source '{self.name}': weight must be above 0, got {self.weight}")
-        if self.path is None and self.name not in (*KNOWN, BUILTIN, RECALL, LISTS):
-            names = ", ".join((*KNOWN, BUILTIN, RECALL, LISTS))
-            raise SmartKVError(f"source '{self.name}' is unknown: expected {names}, or give it a path")
+        if self.path is None and self.name not in NAMES:
+            raise SmartKVError(f"source '{self.name}' is unknown: expected {', '.join(NAMES)}, or give it a path")
         for origin in self.origins:
             if origin not in ORIGINS:
                 raise SmartKVError(
@@ -69,10 +76,12 @@ class Source:
     Attributes:
         name: Name of the source.
         weight: Share of the windows, relative to the other sources.
-        origin: Where its documents come from: local, hub, builtin or drawn.
+        origin: Where its documents come from: local, hub, builtin, installed or drawn.
         documents: Function that takes a split and yields its documents, in the same order at each call.
         recall: Whether facts are put into its windows, see `smartkv.texts.recall`.
         own: A user's own texts; None for other sources.
+        about: What else was used, as JSON values: the number of packages of installed code, or the named source that
+            has the text of another.
     """
 
     name: str
@@ -81,6 +90,7 @@ class Source:
     documents: Callable[[str], Iterator[Document]]
     recall: bool = False
     own: OwnTexts | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def resolve_source(config: SourceConfig, say: Callable[[str], None]) -> Source:
@@ -104,7 +114,7 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
     told = f"source '{config.name}'" + ("" if text == config.name or config.path else f" (its text is {text})")
     if config.path is not None:
         try:
-            own = OwnTexts.find(Path(config.path).expanduser())
+            own = OwnTexts.find(Path(config.path).expanduser(), code=text == CODE)
         except SmartKVError as error:
             raise SmartKVError(f"{told}: {error}") from error
         rest = f"; not read: {own.skipped_in_words}" if own.skipped else ""
@@ -114,13 +124,17 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
         return Source(BUILTIN, config.weight, BUILTIN, builtin_documents)
     if config.name == LISTS:
         return Source(LISTS, config.weight, "drawn", lists.documents)
-    known, reasons = KNOWN[text], list[str]()
-    for origin in config.origins:
+    if text == CODE:
+        code = InstalledCode.find()
+        say(f"{told}: {code.count} files of {len(code.files)} installed packages and modules")
+        return Source(config.name, config.weight, "installed", code.documents, about={"packages": len(code.files)})
+    reasons = list[str]()
+    for origin, choice in product(config.origins, ALTERNATIVES.get(text, (text,))):
         try:
             if origin == "local":
-                documents = local_documents(known)
+                documents = local_documents(KNOWN[choice])
             elif origin == "hub":
-                documents = hub_documents(known)
+                documents = hub_documents(KNOWN[choice])
             else:
                 say(
                     f"{told} CANNOT BE HAD ({'; '.join(reasons)}): its share is taken from the "
@@ -129,8 +143,9 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
                     else f"{told}: the built-in prose, the manual of Python itself"
                 )
                 return Source(BUILTIN, config.weight, BUILTIN, builtin_documents)
-            say(f"{told}: {origin}")
-            return Source(config.name, config.weight, origin, documents)
+            say(f"{told}: {origin}" + (f" {choice}" if choice != text else ""))
+            about = {"text": choice} if choice != text else {}
+            return Source(config.name, config.weight, origin, documents, about=about)
         except SourceUnavailable as reason:
             reasons.append(f"{origin}: {reason}")
     raise SmartKVError(

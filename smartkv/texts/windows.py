@@ -28,7 +28,7 @@ class WindowPlan:
         document: Index of each token's document in `documents`, int32 `[windows, window]`.
         split: Index of each window's split in `SPLITS`, int32 `[windows]`. Ascending, so that a shard holds one split.
         documents: Name of each document, "source/id".
-        sources: Name, origin and number of windows by split of each source, as JSON values.
+        sources: Name, origin, number of windows by split and what else was used of each source, as JSON values.
     """
 
     tokens: Tensor
@@ -117,7 +117,9 @@ def plan_windows(
     weights = [source.weight for source in mix]
     tokens, owners, splits = [], [], []
     documents: list[str] = []
-    records: list[dict[str, Any]] = [{"name": source.name, "origin": source.origin, "windows": {}} for source in mix]
+    records: list[dict[str, Any]] = [
+        {"name": source.name, "origin": source.origin, **source.about, "windows": {}} for source in mix
+    ]
     for split_index, split in enumerate(SPLITS):
         windows: list[Window] = []
         lacking: list[str] = []  # why sources have no window at all

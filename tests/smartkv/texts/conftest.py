@@ -6,7 +6,7 @@ import pytest
 
 from smartkv.shards.manifest import SPLITS
 from tests.lightning_fixtures import prose
-from tests.smartkv.texts.fixtures import RECORDS, write_jsonl
+from tests.smartkv.texts.fixtures import RECORDS, wikitext, write_jsonl
 
 
 @pytest.fixture
@@ -19,6 +19,8 @@ def local_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             path = tmp_path / "data" / "books" / split / f"{split}-book-{number}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{split} {number} " + prose(50, number))
+    (tmp_path / "data/webtext/wikitext-2.valid.txt").write_text(wikitext(0, 60))
+    (tmp_path / "data/webtext/wikitext-2-raw.test.txt").write_text(wikitext(100, 20))
     monkeypatch.setenv("SMARTKV_DATA", str(tmp_path / "data"))
     return tmp_path / "data"
 

@@ -16,7 +16,17 @@ RECORDS = {
     "math/aime24.jsonl": [{"id": i, "problem": f"p{i}", "solution": f"s{i}"} for i in range(60)],
     "webtext/c4_sample.jsonl": [{"prefix": f"page {i} ", "gold_completion": "goes on"} for i in range(60)],
     "webtext/fineweb_edu.jsonl": [{"id": f"<urn:{i}>", "text": f"lesson {i}"} for i in range(60)],
+    "longctx/longbench_multi_news.jsonl": [{"context": f"Passage 1:\n{f'report {i} ' * 30}\nPassage 2:\nshort"}
+                                           for i in range(60)],
 }  # fmt: skip
+
+
+def wikitext(first: int, count: int) -> str:
+    """Articles in the form of WikiText, one line a paragraph."""
+    return "".join(
+        f" \n = Town {i} = \n \n Town {i} has 1 @,@ {i}00 people . \n \n = = History = = \n \n It was built in {i} . \n"
+        for i in range(first, first + count)
+    )
 
 
 def write_jsonl(path: Path, records: list[Any]) -> Path:

@@ -13,8 +13,9 @@ import pyarrow.parquet as parquet
 import pytest
 
 from smartkv.shards.manifest import SPLITS
-from smartkv.texts.known_sources import KNOWN
+from smartkv.texts.known_sources import ALTERNATIVES, KNOWN
 from tests.conftest import ROOT
+from tests.smartkv.texts.fixtures import wikitext
 from tests.smartkv.texts.hub_server import Repositories, hub_server
 
 READ = """
@@ -54,6 +55,18 @@ def book(split: str, number: int) -> dict[str, Any]:
     }
 
 
+FIRST = {"train": 0, "validation": 10, "test": 20}  # number of the first article of each split
+
+
+def lines(first: int) -> list[dict[str, Any]]:
+    """Rows of WikiText: a line each, and one whose text is empty for a blank line."""
+    return [{"text": line if line.strip() else ""} for line in wikitext(first, 3).splitlines(keepends=True)]
+
+
+def article(split: str, number: int) -> dict[str, Any]:
+    return {"article": f"{split} news {number}", "highlights": "short", "id": f"{number:040x}"}
+
+
 def repositories() -> Repositories:
     """Tiny data sets with the columns, splits and file formats of the real ones."""
     question = lambda split, i: {"question": f"{split} {i}?", "answer": f"#### {i}"}  # noqa: E731
@@ -87,6 +100,20 @@ def repositories() -> Repositories:
             "README.md": card("sample-10BT", {"train": "sample/10BT/*"}),
             "sample/10BT/000_00000.parquet": as_parquet([page(i) | {"id": f"<urn:uuid:{i}>"} for i in range(30)]),
         },
+        "Salesforce/wikitext": {
+            "README.md": card("wikitext-103-raw-v1", {split: f"wikitext-103-raw-v1/{split}-*" for split in SPLITS}),
+            **{
+                f"wikitext-103-raw-v1/{split}-00000-of-00001.parquet": as_parquet(lines(first))
+                for split, first in FIRST.items()
+            },
+        },
+        "abisee/cnn_dailymail": {
+            "README.md": card("3.0.0", {split: f"3.0.0/{split}-*" for split in SPLITS}),
+            **{
+                f"3.0.0/{split}-00000-of-00001.parquet": as_parquet([article(split, i) for i in range(3)])
+                for split in SPLITS
+            },
+        },
     }
 
 
@@ -96,7 +123,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cache = tmp_path_factory.mktemp("hub")
     with hub_server(repositories()) as endpoint:
         env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-c", READ, *KNOWN]
+        command = [sys.executable, "-c", READ, *KNOWN, *ALTERNATIVES]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -111,7 +138,7 @@ def documents(read: dict[str, Any], name: str) -> dict[str, dict[str, str]]:
 
 def test_every_named_source_is_served_here(read: dict[str, Any]) -> None:
     assert {hub for hub, _, _ in (known.hub for known in KNOWN.values())} == set(repositories())
-    assert set(read) == set(KNOWN) and all(found["origin"] == "hub" for found in read.values())
+    assert set(read) == {*KNOWN, *ALTERNATIVES} and all(found["origin"] == "hub" for found in read.values())
 
 
 def test_books_keep_the_splits_of_the_hub(read: dict[str, Any]) -> None:
@@ -143,3 +170,24 @@ def test_a_source_of_one_split_is_divided_by_id_and_loses_nothing(
     ids = [set(found[split]) for split in SPLITS]
     assert ids[0] and ids[1] and not ids[0] & ids[1] and not ids[0] & ids[2] and not ids[1] & ids[2]
     assert sorted(text for split in SPLITS for text in found[split].values()) == sorted(texts)
+
+
+def test_web_pages_are_those_of_fineweb_edu_where_the_hub_has_them(read: dict[str, Any]) -> None:
+    assert read["web"] == read["fineweb_edu"]
+
+
+def test_articles_of_the_encyclopaedia_are_put_together_from_rows(read: dict[str, Any]) -> None:
+    found = documents(read, "encyclopaedia")
+    assert {split: list(texts) for split, texts in found.items()} == {
+        split: [f"Town {number}" for number in range(first, first + 3)] for split, first in FIRST.items()
+    }
+    assert found["validation"]["Town 11"] == (
+        "# Town 11\n\nTown 11 has 1,1100 people.\n\n## History\n\nIt was built in 11."
+    )
+
+
+def test_news_keep_the_splits_of_the_hub(read: dict[str, Any]) -> None:
+    found = documents(read, "news")
+    assert {split: list(texts.values()) for split, texts in found.items()} == {
+        split: [f"{split} news {number}" for number in range(3)] for split in SPLITS
+    }

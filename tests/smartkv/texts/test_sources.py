@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -90,6 +91,36 @@ def test_a_hub_that_does_not_answer_is_given_up_quickly(monkeypatch: pytest.Monk
     with pytest.raises(SmartKVError, match="emozilla/pg19 does not answer"):
         resolve_source(SourceConfig("pg19", origins=["hub"]), quiet)
     assert time.monotonic() - start < 5
+
+
+def test_web_pages_are_the_first_of_two_sets_that_an_origin_has(local_data: Path) -> None:
+    lines: list[str] = []
+    assert next(resolve_source(SourceConfig("web"), lines.append).documents("train")).text.startswith("lesson")
+    (local_data / "webtext/fineweb_edu.jsonl").unlink()
+    source = resolve_source(SourceConfig("web"), lines.append)
+    assert next(source.documents("train")).text.startswith("page")
+    assert lines == ["source 'web': local fineweb_edu", "source 'web': local c4"]
+    assert (source.name, source.origin, source.about) == ("web", "local", {"text": "c4"})
+
+
+def test_web_pages_that_cannot_be_had_name_both_sets(no_data: None, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SMARTKV_DATA", str(tmp_path))
+    with pytest.raises(SmartKVError, match=r"'web' cannot be had \(local: .*fineweb_edu\.jsonl.*local: .*c4_sample"):
+        resolve_source(SourceConfig("web"), quiet)
+
+
+def test_code_needs_neither_data_nor_the_hub(no_data: None) -> None:
+    lines: list[str] = []
+    source = resolve_source(SourceConfig("code"), lines.append)
+    assert source.origin == "installed" and source.about["packages"] > 50
+    assert f" files of {source.about['packages']} installed packages and modules" in lines[0]
+
+
+def test_a_folder_of_code_is_read_as_code_by_its_name_alone(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("print(1)")
+    assert resolve_source(SourceConfig("code", path=str(tmp_path)), quiet).own is not None
+    with pytest.raises(SmartKVError, match=r"'mine': .* holds only files that are not read \(1 \.py\)"):
+        resolve_source(SourceConfig("mine", path=str(tmp_path)), quiet)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

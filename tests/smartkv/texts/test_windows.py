@@ -85,6 +85,15 @@ def test_the_plan_records_each_source_s_windows(tmp_path: Path) -> None:
     ]
 
 
+def test_the_plan_records_how_many_packages_installed_code_is_from() -> None:
+    plan = plan_of([SourceConfig("code")], {"validation": 2})
+    windows = {"train": 0, "validation": 2, "test": 0}
+    assert plan.sources[0]["packages"] > 50
+    assert plan.sources == [
+        {"name": "code", "origin": "installed", "packages": plan.sources[0]["packages"], "windows": windows}
+    ]
+
+
 def test_the_same_seed_gives_the_same_plan(undivided: Path) -> None:
     first, second = (plan_of([own(undivided)], seed=5) for _ in range(2))
     assert torch.equal(first.tokens, second.tokens)
