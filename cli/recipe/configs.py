@@ -171,7 +171,7 @@ def _report(layout: Layout, options: Options, look: Look) -> dict[str, Any]:
     amounts = SIZES[options.size].within(look.max_positions)
     texts = [{"name": k.name, "split": k.split, "windows": amounts.report, "sources": k.sources} for k in look.kinds]
     haystack = next((kind for kind in look.kinds if kind.name in HAYSTACKS), look.kinds[0])
-    room = amounts.window - 148 if amounts.window >= 512 else amounts.window // 2  # for a question and its answer
+    room = max(1, amounts.window - 148)  # the rest is for a fact, its question and its answer
     return {
         "out": str(layout.out / "report"),
         "gates": str(layout.gates),

@@ -102,7 +102,7 @@ def look(options: Options, say: Say) -> Look:
     dtype = resolve_dtype(options.dtype, device)
     _check_memory(options.backbone, parameters * dtype.itemsize, dtype, device)
     say(_describe(options, architecture, parameters, dtype, device))
-    parts = default_mix(say) if options.sources is None else own_mix(options.sources)
+    parts = _default(amounts, say) if options.sources is None else own_mix(options.sources)
     tokenizer = load_tokenizer(options.backbone, trust)
     kinds = _kinds(parts, tokenizer, amounts, say)
     say("timing a piece of each step …")
@@ -156,6 +156,18 @@ def _check_memory(backbone: str, needed: int, dtype: torch.dtype, device: str) -
             f"{device} has {free / 1e9:.1f} GB of memory free: free some, or take a smaller dtype, another device or a "
             "smaller model"
         )
+
+
+def _default(amounts: Amounts, say: Say) -> list[Part]:
+    """Return the default mix, without facts where windows are too short for them."""
+    parts = default_mix(say)
+    if amounts.facts:
+        return parts
+    for part in parts:
+        if not part.measured:
+            share = f"{part.weight:.0%} of the mix"
+            say(f"left out: {part.name} ({share}): {amounts.window} positions have no room for facts")
+    return [part for part in parts if part.measured]
 
 
 def _kinds(parts: list[Part], tokenizer: Any, amounts: Amounts, say: Say) -> list[Kind]:

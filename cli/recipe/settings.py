@@ -9,7 +9,8 @@ from smartkv.texts.sources import SourceConfig
 Size = Literal["tiny", "small", "standard", "large"]
 Device = Literal["auto", "cpu", "cuda"]
 Split = tuple[int, int]  # windows of train and of validation
-SHORTEST = 128  # tokens; a shorter window has no room for facts, windows and sinks
+ROOM_FOR_FACTS = 512  # tokens of a window, from which on facts are stated and asked for
+SHORTEST = 128  # tokens; a shorter window has no room for what always stays
 BIG_VOCABULARY = 100_000  # from here on the logits cost more than the layers
 
 
@@ -77,7 +78,8 @@ class Amounts:
         """
         if positions < SHORTEST:
             raise SmartKVError(f"the model has {positions} positions: gates need windows of at least {SHORTEST} tokens")
-        return replace(self, window=min(self.window, positions), short_window=min(self.short_window, positions))
+        window, short = min(self.window, positions), min(self.short_window, positions)
+        return replace(self, window=window, short_window=short, facts=self.facts if window >= ROOM_FOR_FACTS else 0)
 
 
 SIZES: dict[Size, Amounts] = {

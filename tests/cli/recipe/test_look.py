@@ -11,6 +11,7 @@ from cli.recipe.settings import Options
 from smartkv.errors import SmartKVError
 from smartkv.texts.sources import SourceConfig
 from tests.cli.fixtures import a_look, look_here, write_own_texts
+from tests.models import save_tiny_backbone
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +82,13 @@ def test_a_model_that_is_not_supported_is_refused(texts: Path, tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_neo"}))
     with pytest.raises(SmartKVError, match="gpt_neo"):
         look(options(tmp_path, texts), lambda line: None)
+
+
+def test_a_model_with_few_positions_learns_no_facts_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SMARTKV_DATA", raising=False)
+    said: list[str] = []
+    seen = look(Options(str(save_tiny_backbone(tmp_path)), "tiny", dtype="float32"), said.append)
+    assert "builtin" in [part.name for part in seen.parts] and all(part.measured for part in seen.parts)
+    assert any(line.startswith("left out: lists ") and "256 positions have no room for facts" in line for line in said)

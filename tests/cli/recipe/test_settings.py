@@ -25,6 +25,10 @@ def test_windows_are_no_longer_than_the_models_positions() -> None:
     assert SIZES["standard"].within(10**9) == SIZES["standard"]
 
 
+def test_short_windows_have_no_room_for_facts() -> None:
+    assert SIZES["standard"].within(511).facts == 0 < SIZES["standard"].within(512).facts
+
+
 def test_a_model_with_hardly_any_positions_is_refused() -> None:
     with pytest.raises(SmartKVError, match="the model has 64 positions: gates need windows of at least 128"):
         SIZES["tiny"].within(64)
