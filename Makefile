@@ -1,4 +1,5 @@
 # make demo: from a clean clone to trained gates and pictures.   make test: lint, types, every test.
+# make gates MODEL=… OUT=…: gates for any model, from a look at it to a card with measured losses.
 # make test-matrix: what depends on transformers, with each of its versions below.   make test-kvpress: what needs kvpress.
 # make mutation: which changes of the code no test notices.
 # make docs: the site, in build/docs.   make pictures: docs/pictures from docs/data, without measuring.   make test-docs: every command and snippet of README and docs, at a tiny size.
@@ -12,7 +13,7 @@ PRESSES      := tests/smartkv/test_press.py tests/eval/contenders/test_kvpress.p
 export TOKENIZERS_PARALLELISM := false
 
 MATRIX := $(TRANSFORMERS:%=test-transformers-%)
-.PHONY: demo install pretrained qwen lint test test-slow test-gpu test-matrix test-kvpress test-docs mutation docs pictures bench bench-gpu $(MATRIX) clean-demo
+.PHONY: demo install pretrained gates qwen lint test test-slow test-gpu test-matrix test-kvpress test-docs mutation docs pictures bench bench-gpu $(MATRIX) clean-demo
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -73,6 +74,17 @@ pretrained: install
 	$(PY) main.py fit -c configs/gates/distilled.yaml --ckpt_path last
 	mkdir -p $(SHIPPED)
 	cp runs/recall/distilled/export/* $(SHIPPED)
+
+# Gates for any model. MODEL: hub id, folder, .gguf file or name. OUT: folder for all that is made. SIZE: tiny, small, standard
+# or large. ARGS: further options of `python -m cli.make_gates`. The same command goes on after a kill.
+SIZE ?= standard
+ifneq (,$(filter gates,$(MAKECMDGOALS)))
+ifeq (,$(and $(MODEL),$(OUT)))
+$(error $(if $(MODEL),OUT,MODEL) is missing: make gates MODEL=<hub id, folder, .gguf file or name> OUT=<folder> [SIZE=tiny|small|standard|large])
+endif
+endif
+gates: install
+	@$(PY) -m cli.make_gates --backbone "$(MODEL)" --out "$(OUT)" --size "$(SIZE)" $(ARGS)
 
 # Qwen2.5-Coder-0.5B-Instruct (491 MB) into the user's cache folder, as the backbone qwen2.5-coder-0.5b
 qwen: install

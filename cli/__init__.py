@@ -1,1 +1,1 @@
-"""What main.py adds to LightningCLI: one folder for a run, settings of callbacks by name, one line for a mistake."""
+"""What main.py adds to LightningCLI: a run's folder, callbacks by name, one line for a mistake; and `make_gates`."""

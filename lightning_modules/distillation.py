@@ -22,7 +22,7 @@ from smartkv.models.backbone import Backbone, load_backbone
 from smartkv.models.gguf import PACKAGED
 from smartkv.models.key_hooks import read_keys
 from smartkv.models.layer_ranges import format_layers
-from smartkv.policies.budgets import Calibration, price_curve, solve
+from smartkv.policies.budgets import Calibration, solve, solved_details
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
 TARGET = "log worth"  # log of a key's worth, in nats per token for the whole cache
@@ -183,7 +183,7 @@ class DistilledGates(Resuming):
         return copy.deepcopy(self.bank)
 
     def details(self) -> dict[str, Any]:
-        """Return the details in the exported gates' config, with prices of footprints on the calibration windows."""
+        """Return the details in the exported gates' config, with prices and layer shares of the calibration windows."""
         data: TokenWindows = self.trainer.datamodule
         h, own = self.hparams, self.lm.architecture.sliding_windows
         policy = HybridPolicy((LayerRule("all", "gated", h.ages[0]),), sinks=h.sinks, name="distilled")
@@ -193,7 +193,7 @@ class DistilledGates(Resuming):
             "sinks": h.sinks,
             "inputs": "keys",
             "policy": policy.to_dict(),
-            "prices": price_curve(policy, Calibration.of(self.bank, self._keys(), self.first_query, own)),
+            **solved_details(policy, Calibration.of(self.bank, self._keys(), self.first_query, own)),
             "training": {
                 "backbone": h.backbone,
                 "sources": data.plan.sources,

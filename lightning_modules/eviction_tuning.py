@@ -26,7 +26,7 @@ from smartkv.metrics.perplexity import losses_after
 from smartkv.models.backbone import Backbone, load_backbone
 from smartkv.models.gguf import PACKAGED, PACKAGED_ID
 from smartkv.models.key_hooks import read_keys
-from smartkv.policies.budgets import Calibration, price_curve
+from smartkv.policies.budgets import Calibration, solved_details
 from smartkv.policies.hybrid import HybridPolicy
 from smartkv.sparsity import Linear, Schedule
 from smartkv.sparsity.dropping import Dropping, RandomDropping
@@ -320,7 +320,7 @@ class EvictionTuning(Resuming):
         texts = self.trainer.datamodule.plan.of_split("train")[:CALIBRATION_WINDOWS]
         keys = [read_keys(self.lm.model, ids) for ids in texts]
         calibration = Calibration.of(gates, keys, len(texts[0]) // 4, self.lm.architecture.sliding_windows)
-        gates.details |= {"prices": price_curve(HybridPolicy.from_dict(gates.details["policy"]), calibration)}
+        gates.details |= solved_details(HybridPolicy.from_dict(gates.details["policy"]), calibration)
         return gates.cpu()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

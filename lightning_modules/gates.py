@@ -22,7 +22,7 @@ from smartkv.gates.bank import GateBank, head_name
 from smartkv.gates.objectives import Log4Lifespan, Objective
 from smartkv.gates.standardization import Moments
 from smartkv.models.layer_ranges import format_layers
-from smartkv.policies.budgets import Calibration, price_curve
+from smartkv.policies.budgets import Calibration, solved_details
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 
 CALIBRATION_WINDOWS = 4  # training windows on which the prices of exported gates are solved
@@ -185,7 +185,8 @@ class LifespanGates(Resuming):
             gates: exported gates of this run.
 
         Returns:
-            The `policy` and `prices` that `policy_of` reads; nothing for gates that a cache cannot use.
+            The `policy` and `prices` that `policy_of` reads, and `layer_shares` (see `solved_details`); nothing for
+            gates that a cache cannot use.
         """
         if gates.details["inputs"] != "keys":  # a cache gives gates the keys before the rotary embedding
             return {}
@@ -196,8 +197,8 @@ class LifespanGates(Resuming):
         rules += [LayerRule(format_layers(others), "full")] if others else []
         policy = HybridPolicy(tuple(rules), sinks=gates.details["sinks"], name="gates")
         keys = [[layer.cpu() for layer in window] for window in data.calibration_keys(CALIBRATION_WINDOWS)]
-        prices = price_curve(policy, Calibration.of(gates, keys, keys[0][0].shape[2] // 4, own))
-        return {"policy": policy.to_dict(), "prices": prices} if prices else {}
+        solved = solved_details(policy, Calibration.of(gates, keys, keys[0][0].shape[2] // 4, own))
+        return {"policy": policy.to_dict(), **solved} if solved["prices"] else {}
 
     # -- steps ----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from pkgutil import resolve_name
 import pytest
 
 import main
+from cli.make_gates import main as make_gates_main
 from eval.__main__ import COMMANDS
 from eval.__main__ import main as eval_main
 from tests.lightning_fixtures import run_cli
@@ -111,10 +112,12 @@ def parsed() -> list[object]:
 
 
 def project_arguments(command: Command) -> tuple[str, ...]:
-    """(main.py or eval, its arguments …); nothing for other programs."""
+    """(main.py, eval or make_gates, its arguments …); nothing for other programs."""
     words = command.words
     if words[:3] == ("python", "-m", "eval"):
         return ("eval", *words[3:])
+    if words[:3] == ("python", "-m", "cli.make_gates"):
+        return ("make_gates", *words[3:])
     for start in ("main.py", "scripts/slurm/fit.sh"):
         if start in words:
             return ("main.py", *words[words.index(start) + 1 :])
@@ -130,6 +133,8 @@ def test_the_parser_takes_every_option_that_a_page_gives(command: Command, monke
         if program == "eval":
             assert arguments[0] in COMMANDS
             eval_main([*arguments, "--print_config"])
+        elif program == "make_gates":
+            make_gates_main([*arguments, "--print_config"])
         else:
             run_cli(*arguments, "--print_config")
     assert stop.value.code == 0 and printed.getvalue()

@@ -6,7 +6,8 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def run_isolated(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dic
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, measure, arguments))
-    process.start()
+    with _interrupts_ignored():  # the new process inherits it: a Ctrl-C ends this one, and that ends the other
+        process.start()
     sender.close()
     try:
         figures: dict[str, Any] = receiver.recv()
@@ -41,11 +43,27 @@ def run_isolated(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dic
             name = f"{measure.__module__}.{measure.__qualname__}"
             raise SmartKVError(f"{name} ended without a result (status {process.exitcode}): see above") from None
         return {"note": "killed: out of memory"}
+    except BaseException:  # an interrupt
+        process.terminate()
+        raise
     finally:
         process.join()
     if "error" in figures:
         raise SmartKVError(figures["error"])
     return figures
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C; only the main thread may."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _send(sender: Any, measure: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:

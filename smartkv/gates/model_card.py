@@ -8,7 +8,8 @@ def model_card(gates: int, model: str, layers: str, details: dict[str, Any]) -> 
     """Write the model card of exported gates.
 
     The card shows how to use the gates. With a policy and its prices in `details` it shows a cache and a table of
-    prices, otherwise the predictions of one layer.
+    prices, otherwise the predictions of one layer. With a `report` in `details` it shows what the gates lose by kind of
+    text (see `_report`).
 
     Args:
         gates: Number of gates.
@@ -21,11 +22,13 @@ def model_card(gates: int, model: str, layers: str, details: dict[str, Any]) -> 
     """
     has_prices = bool(details.get("policy") and details.get("prices"))
     snippet = _cache_snippet(details) if has_prices else _PREDICT_SNIPPET
-    settings = {name: value for name, value in details.items() if name != "prices"}
+    settings = {name: value for name, value in details.items() if name not in _ELSEWHERE}
+    licence = details.get("licence")
+    licence_line = f"license: {licence}\n" if licence else ""
     return f"""---
 library_name: smartkv
 tags: [kv-cache, key-eviction]
----
+{licence_line}---
 
 # SmartKV gates
 
@@ -35,13 +38,16 @@ the rotary embedding and predicts how long later queries will attend to it.
 ```python
 {snippet.replace("NAME", details.get("name", "this folder or hub id"))}
 ```
-{_price_table(details) if has_prices else ""}
+{_report(details["report"]) if details.get("report") else ""}{_price_table(details) if has_prices else ""}
 Trained with:
 
 ```json
 {json.dumps(settings, indent=1, sort_keys=True)}
 ```
 """
+
+
+_ELSEWHERE = ("prices", "layer_shares", "report")  # details that do not stand among the settings
 
 
 _PREDICT_SNIPPET = """\
@@ -93,3 +99,49 @@ These prices were solved on training windows{length}. A longer text keeps a smal
 |---|---|
 {rows}
 """
+
+
+def _report(report: dict[str, Any]) -> str:
+    """Write what was measured.
+
+    Args:
+        report: `texts`, rows with `text`, `target`, `footprint`, `delta_nll`, `interval`, `windows` and
+            `window_delta_nll` (a sliding window's at the same footprint; None: not measured); `recall`, rows with
+            `target`, `footprint`, `right`, `asked` and `window_right`; `window`, tokens; `command` that made the gates;
+            `licence` in words; `machine`. Any of them may be missing.
+    """
+    losses = "\n".join(
+        f"| {row['text']} | {row['target']:g} | {row['footprint']:.3f} | {row['delta_nll']:+.4f} "
+        f"({row['interval'][0]:+.4f} to {row['interval'][1]:+.4f}) | {_number(row['window_delta_nll'], '+.4f')} "
+        f"| {row['windows']} |"
+        for row in report.get("texts", [])
+    )
+    facts = "\n".join(
+        f"| {row['target']:g} | {row['footprint']:.3f} | {row['right']:.0%} | {_number(row['window_right'], '.0%')} "
+        f"| {row['asked']} |"
+        for row in report.get("recall", [])
+    )
+    parts = []
+    if losses:
+        parts.append(
+            f"Loss above the full cache's (ΔNLL, nats a token, 95 % interval over documents) on test texts of "
+            f"{report.get('window', '?')} tokens. *Kept* is the share of a full cache's keys, with prices solved on "
+            "training texts of the same length.\n\n| text | asked for | kept | ΔNLL | sliding window that keeps as much"
+            f" | windows |\n|---|---|---|---|---|---|\n{losses}\n"
+        )
+    if facts:
+        parts.append(
+            "Facts stated once and asked for at the end of a text, of those that the full cache recalls.\n\n"
+            f"| asked for | kept | recalled | sliding window | facts |\n|---|---|---|---|---|\n{facts}\n"
+        )
+    if report.get("command"):
+        parts.append(f"Made by:\n\n```bash\n{report['command']}\n```\n")
+    if report.get("licence"):
+        parts.append(f"Licence: {report['licence']}\n")
+    if report.get("machine"):
+        parts.append(f"Measured with {', '.join(f'{k} {v}' for k, v in report['machine'].items())}.\n")
+    return "\n" + "\n".join(parts)
+
+
+def _number(value: float | None, layout: str) -> str:
+    return "" if value is None else format(value, layout)

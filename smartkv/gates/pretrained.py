@@ -99,8 +99,14 @@ def check_details(content: Any) -> dict[str, Any]:
         if len(check_type("prices", point, list)) != 2 or not 0 < check_number("footprint", point[0]) <= 1:
             raise ValueError(f"prices must be pairs of a footprint in (0, 1] and a price, got {point!r}")
         check_number("price", point[1])
+    for point in check_type("layer_shares", details.get("layer_shares", []), list):
+        if len(check_type("layer_shares", point, list)) != 2 or not isinstance(point[1], list):
+            raise ValueError(f"layer_shares must be pairs of a footprint and a list of shares, got {point!r}")
+        for value in (point[0], *point[1]):
+            check_number("layer_shares", value)
     check_whole("sinks", details.get("sinks", 0))
     for name in ("target", "inputs"):
         check_type(name, details.get(name, ""), str)
-    check_type("objective", details.get("objective", {}), dict)
+    for name in ("objective", "report"):
+        check_type(name, details.get(name, {}), dict)
     return details

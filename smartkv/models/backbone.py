@@ -126,6 +126,22 @@ def read_architecture(model: str, trust_remote_code: bool = False) -> Architectu
     return Architecture.of(_from_pretrained(AutoConfig, model, trust_remote_code=trust_remote_code))
 
 
+def count_parameters(model: str, trust_remote_code: bool = False) -> int:
+    """Count the parameters of a backbone by its config, without its weights.
+
+    Args:
+        model: As in `load_backbone`.
+        trust_remote_code: Run the Python code that comes with the model.
+
+    Raises:
+        SmartKVError: The config cannot be loaded.
+    """
+    config = _from_pretrained(AutoConfig, model, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):  # allocates nothing
+        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return sum(parameter.numel() for parameter in lm.parameters())
+
+
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a backbone, without its weights.
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,6 +155,16 @@ class Calibration:
         counts = [self._layer(policy, rule, layer) for layer, rule in enumerate(rules)]
         return sum(visible for visible, _ in counts) / sum(full for _, full in counts)
 
+    def layer_shares(self, policy: HybridPolicy) -> list[float]:
+        """Return for each layer the share of its own full cache's keys that the counted queries see.
+
+        Args:
+            policy: a policy with nothing open.
+        """
+        rules = policy.rules_for(self.layers, self.sliding_windows)
+        counts = [self._layer(policy, rule, layer) for layer, rule in enumerate(rules)]
+        return [visible / full for visible, full in counts]
+
     def _layer(self, policy: HybridPolicy, rule: LayerRule, layer: int) -> tuple[float, float]:
         """Return the keys that the counted queries see in a layer, mean over heads and windows, and in a full cache."""
         position = torch.arange(self.tokens)
@@ -266,6 +277,21 @@ def price_curve(policy: HybridPolicy, calibration: Calibration) -> list[list[flo
         if solved.price is not None:
             curve.append([footprint, solved.price])
     return curve
+
+
+def solved_details(policy: HybridPolicy, calibration: Calibration) -> dict[str, Any]:
+    """Return what gates remember of a calibration: prices, and what each layer keeps at them.
+
+    Returns:
+        `prices` as from `price_curve`, and `layer_shares`: for each of the prices [footprint, shares], where the shares
+        are those of `Calibration.layer_shares`, rounded to 4 decimals.
+    """
+    prices = price_curve(policy, calibration)
+    shares = [
+        [footprint, [round(share, 4) for share in calibration.layer_shares(replace(policy, price=price))]]
+        for footprint, price in prices
+    ]
+    return {"prices": prices, "layer_shares": shares}
 
 
 def how_to_solve(footprint: float | None = None, policy: str = "'all-gated'", gates: str = "gates") -> str:

@@ -158,6 +158,8 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
                 say(
                     f"{told} CANNOT BE HAD ({'; '.join(reasons)}): its share is taken from the "
                     "built-in prose, the manual of Python itself"
+                    if reasons
+                    else f"{told}: the built-in prose, the manual of Python itself"
                 )
                 return Source(BUILTIN, config.weight, BUILTIN, builtin_documents)
             say(f"{told}: {origin}" + (f" {choice}" if choice != text else ""))

@@ -127,6 +127,8 @@ def test_a_policy_with_prices_goes_with_the_gates(tiny: Run) -> None:
     prices = dict(gates.details["prices"])
     assert len(prices) > 1 and sorted(prices.values(), reverse=True) == [prices[f] for f in sorted(prices)]
     assert policy_of(gates, min(prices)).price == pytest.approx(prices[min(prices)])
+    assert [footprint for footprint, _ in gates.details["layer_shares"]] == [f for f, _ in gates.details["prices"]]
+    assert all(len(shares) == 2 for _, shares in gates.details["layer_shares"])
 
 
 def test_the_price_of_a_footprint_keeps_it_on_the_training_windows(tiny: Run, tiny_shards: Path) -> None:

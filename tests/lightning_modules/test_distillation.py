@@ -240,6 +240,8 @@ def test_the_config_says_what_the_gates_were_distilled_on(distilled: Path) -> No
     details = json.loads((distilled / "export" / "config.json").read_text())["details"]
     assert details["training"]["window"] == TOKENS and details["training"]["settings"]["price_high"] == 1.6
     assert details["metrics"]["val_loss"] > 0
+    assert [footprint for footprint, _ in details["layer_shares"]] == [footprint for footprint, _ in details["prices"]]
+    assert all(len(shares) == 2 for _, shares in details["layer_shares"])  # a share for each layer
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,3 +81,22 @@ def test_a_measurement_without_memory_is_a_note(how: str, note: str) -> None:
 def test_a_measurement_that_fails_is_an_error(how: str, says: str) -> None:
     with pytest.raises(SmartKVError, match=says):
         run_isolated(_ends, how)
+
+
+def test_an_interrupt_ends_the_measurement_at_once_and_without_a_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = tmp_path / "pid"
+
+    def interrupt() -> None:
+        wait_for(lambda: told.exists() and told.read_text(), seconds=240)
+        os.kill(int(told.read_text()), signal.SIGINT)  # a terminal sends it to both
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_isolated(_slow, told)
+    thread.join()
+    assert not psutil.pid_exists(int(told.read_text()))
+    assert capfd.readouterr().err == ""

@@ -60,6 +60,37 @@ def test_an_example_s_footprint_has_a_price(footprints: list[float], shown: floa
     assert usable_footprint([[footprint, 0.0] for footprint in footprints]) == shown
 
 
+REPORT = {
+    "texts": [
+        {"text": "code", "target": 0.25, "footprint": 0.2613, "delta_nll": 0.0123, "interval": [0.01, 0.02],
+         "windows": 6, "window_delta_nll": 0.2},
+        {"text": "books", "target": 0.125, "footprint": 0.13, "delta_nll": 0.03, "interval": [0.02, 0.04],
+         "windows": 6, "window_delta_nll": None},
+    ],
+    "recall": [{"target": 0.25, "footprint": 0.22, "right": 0.95, "asked": 20, "window_right": 0.1}],
+    "window": 2048,
+    "command": "make gates MODEL=m OUT=o",
+    "licence": "as the model's own (mit)",
+    "machine": {"processor": "P", "cores": 2},
+}  # fmt: skip
+
+
+def test_the_card_shows_what_was_measured_and_the_command_that_made_the_gates() -> None:
+    card = model_card(6, "llama", "1-3", PRICED | {"report": REPORT, "licence": "mit", "layer_shares": [[0.5, [1.0]]]})
+    assert "| code | 0.25 | 0.261 | +0.0123 (+0.0100 to +0.0200) | +0.2000 | 6 |" in card
+    assert "| books | 0.125 | 0.130 | +0.0300 (+0.0200 to +0.0400) |  | 6 |" in card  # no window was measured there
+    assert "| 0.25 | 0.220 | 95% | 10% | 20 |" in card and "texts of 2048 tokens" in card
+    assert "```bash\nmake gates MODEL=m OUT=o\n```" in card and "Licence: as the model's own (mit)" in card
+    assert "license: mit\n---" in card and "processor P, cores 2" in card
+    assert '"report"' not in card and "layer_shares" not in card
+
+
+def test_the_card_of_gates_of_which_nothing_was_measured_claims_nothing() -> None:
+    for report in ({}, {"texts": [], "recall": []}):
+        card = model_card(6, "llama", "1-3", PRICED | {"report": report})
+        assert "ΔNLL" not in card and "recalled" not in card and "license:" not in card
+
+
 @pytest.mark.parametrize("details", [{}, PRICED])
 def test_the_snippet_is_python(details: dict[str, Any]) -> None:
     compile(snippet(model_card(6, "llama", "1-3", details)), "card", "exec")

@@ -13,7 +13,7 @@ from setuptools import build_meta
 
 from smartkv import GateBank, SmartKVError, policy_of, pretrained_gates
 from smartkv.gates import pretrained
-from smartkv.gates.pretrained import PRETRAINED
+from smartkv.gates.pretrained import PRETRAINED, check_details
 from tests.conftest import ROOT
 from tests.models import llama
 
@@ -110,6 +110,13 @@ def test_what_is_no_loaded_model_is_refused(model: Any) -> None:
 def test_gates_of_another_model_are_refused() -> None:
     with pytest.raises(SmartKVError, match="30 layers × 3 KV heads"):
         GateBank.from_pretrained("smollm2-135m-instruct", llama())
+
+
+@pytest.mark.parametrize("point", [[0.5], [0.5, 1.0], [0.5, ["all"]], 0.5])
+def test_layer_shares_of_another_form_are_refused(point: Any) -> None:
+    assert check_details({"layer_shares": [[0.5, [0.2, 1.0]]]})
+    with pytest.raises(ValueError, match="layer_shares must be"):
+        check_details({"layer_shares": [point]})
 
 
 def test_the_wheel_carries_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

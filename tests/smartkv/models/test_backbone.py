@@ -13,7 +13,7 @@ from transformers import FalconConfig
 from smartkv.errors import SmartKVError
 from smartkv.models import backbone as backbone_module
 from smartkv.models.architecture import Fingerprint
-from smartkv.models.backbone import load_backbone, load_tokenizer, read_architecture, resolve_dtype
+from smartkv.models.backbone import count_parameters, load_backbone, load_tokenizer, read_architecture, resolve_dtype
 from tests.models import FAMILIES, save_tiny_backbone, tiny_tokenizer
 
 
@@ -159,3 +159,11 @@ def test_code_that_comes_with_a_model_runs_only_when_asked_for(
     with pytest.raises(SmartKVError):  # the family is not supported either way
         load_backbone(str(folder), **({"trust_remote_code": True} if trusted else {}))
     assert ran.exists() is trusted
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # the latter ties its embeddings
+def test_parameters_are_counted_without_weights(family: str, tmp_path: Path) -> None:
+    save_tiny_backbone(tmp_path, family)
+    expected = sum(parameter.numel() for parameter in load_backbone(str(tmp_path), "float32").model.parameters())
+    (tmp_path / "model.safetensors").unlink()
+    assert count_parameters(str(tmp_path)) == expected

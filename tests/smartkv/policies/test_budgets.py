@@ -10,7 +10,7 @@ from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.models.architecture import Fingerprint
-from smartkv.policies.budgets import Calibration, how_to_solve, policy_of, price_curve, solve
+from smartkv.policies.budgets import Calibration, how_to_solve, policy_of, price_curve, solve, solved_details
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from tests.models import llama, token_ids
 
@@ -208,6 +208,27 @@ def test_prices_are_remembered_for_what_can_be_kept_also_where_the_largest_share
     rules = (LayerRule("0", "window", 1), LayerRule("1", "gated", 1))
     footprints = [footprint for footprint, _ in price_curve(HybridPolicy(rules, sinks=1), random_calibration())]
     assert footprints and max(footprints) < 0.7
+
+
+def test_gates_remember_what_each_layer_keeps_at_each_of_their_prices() -> None:
+    calibration, policy = random_calibration(), HybridPolicy((GATED,), sinks=1)
+    calibration.predictions[1] += 0.5  # layer 1 keeps more
+    solved = solved_details(policy, calibration)
+    assert solved["prices"] == price_curve(policy, calibration) and len(solved["prices"]) > 2
+    for (footprint, price), (same, shares) in zip(solved["prices"], solved["layer_shares"], strict=True):
+        alone = [  # the footprint of one layer: the other one counts nothing, as it is not there
+            Calibration({0: calibration.predictions[layer]}, 1, TOKENS, FIRST, TOKENS - 1) for layer in range(2)
+        ]
+        assert same == footprint
+        assert shares == [pytest.approx(each.footprint(policy.closed(price)), abs=1e-4) for each in alone]
+    assert all(first < second for _, (first, second) in solved["layer_shares"])
+
+
+def test_a_layer_that_slides_keeps_all_that_its_own_cache_would_hold() -> None:
+    predictions = {1: random_calibration().predictions[1]}
+    calibration = Calibration(predictions, 2, TOKENS, FIRST, TOKENS - 1, sliding_windows=(6, None))
+    shares = calibration.layer_shares(HybridPolicy((GATED,), sinks=1, price=0.3))
+    assert shares[0] == 1.0 and shares[1] < 1.0
 
 
 def test_the_advice_is_the_call_that_solves() -> None:

@@ -39,6 +39,12 @@ def test_recall_that_cannot_be_had_is_named_so(no_data: None) -> None:
     assert (source.name, source.origin, source.recall) == ("recall", "builtin", "books")
 
 
+def test_the_built_in_prose_that_is_asked_for_is_no_lack(no_data: None) -> None:
+    lines: list[str] = []
+    assert resolve_source(SourceConfig("recall", origins=["builtin"]), lines.append).recall
+    assert lines == ["source 'recall' (its text is pg19): the built-in prose, the manual of Python itself"]
+
+
 def test_the_first_origin_that_can_be_had_is_used(local_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert resolve_source(SourceConfig("gsm8k", origins=["hub", "local"]), quiet).origin == "local"
