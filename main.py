@@ -92,7 +92,7 @@ class CLI(LightningCLI):
         if path and Path(path).is_file():
             read_checkpoint(path)  # a damaged one is told before the model is built
         elif path and path not in ("last", "best", "hpc") and ":" not in path and not Path(path).exists():  # no URL
-            raise SmartKVError(f"--ckpt_path {path}: there is no such file; give a checkpoint's path, or last")
+            raise SmartKVError(f"there is no checkpoint {path}: give the path of one, or 'last'")
 
     def before_instantiate_classes(self) -> None:
         """Refuse settings that jsonargparse accepts although their type forbids them, and give the run its folder."""

@@ -232,7 +232,7 @@ def test_a_checkpoint_that_is_not_there_is_told_before_anything_else(
 ) -> None:
     config = write_config(tmp_path / "fit.yaml", gates_config(tmp_path / "none", tmp_path / "run"))
     line = error_line(refused(capsys, "fit", "-c", config, "--ckpt_path", "nope.ckpt"))
-    assert line == "error: --ckpt_path nope.ckpt: there is no such file; give a checkpoint's path, or last"
+    assert line == "error: there is no checkpoint nope.ckpt: give the path of one, or 'last'"
 
 
 @pytest.mark.parametrize("command", ["fit", "predict", "validate"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from cli.recipe.look import Look
+from cli.recipe.look import Kind, Look
 from cli.recipe.mix import MANUAL
 from cli.recipe.settings import SIZES, Options
 from cli.recipe.templates import fill
@@ -167,10 +167,24 @@ def _distilled(layout: Layout, options: Options, look: Look) -> dict[str, Any]:
     }
 
 
+def asked_in(look: Look) -> dict[str, Kind]:
+    """Return the kinds of text in which the report asks for facts, by what `eval compare` calls them.
+
+    Prose is `books` there; where the report measures neither prose nor code nor chats, it is the first kind.
+    """
+    prose = next((kind for kind in look.kinds if kind.name in HAYSTACKS), None)
+    asked = {"books": prose} if prose else {}
+    asked |= {kind.name: kind for kind in look.kinds if kind.name in ("code", "chat")}
+    asked = asked or {"books": look.kinds[0]}
+    split = next(iter(asked.values())).split
+    return {name: kind for name, kind in asked.items() if kind.split == split}
+
+
 def _report(layout: Layout, options: Options, look: Look) -> dict[str, Any]:
     amounts = SIZES[options.size].within(look.max_positions)
     texts = [{"name": k.name, "split": k.split, "windows": amounts.report, "sources": k.sources} for k in look.kinds]
-    haystack = next((kind for kind in look.kinds if kind.name in HAYSTACKS), look.kinds[0])
+    asked = asked_in(look)
+    prose = asked.get("books", next(iter(asked.values())))
     room = max(1, amounts.window - 148)  # the rest is for a fact, its question and its answer
     return {
         "out": str(layout.out / "report"),
@@ -178,8 +192,10 @@ def _report(layout: Layout, options: Options, look: Look) -> dict[str, Any]:
         "texts": texts,
         "recall.trials": amounts.facts,
         "recall.tokens": room,
-        "recall.split": haystack.split,
-        "recall.haystack": haystack.sources,
+        "recall.split": prose.split,
+        "recall.kinds": list(asked),
+        "recall.haystack": prose.sources,
+        **{f"recall.{name}_haystack": asked[name].sources for name in ("code", "chat") if name in asked},
         "calibration.sources": [part.source for part in look.parts],
         "calibration.windows": amounts.calibration,
         "measure.window": amounts.window,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from cli.recipe.configs import VALIDATIONS, Layout, steps_of
+from cli.recipe.configs import VALIDATIONS, Layout, asked_in, steps_of
 from cli.recipe.look import Look
 from cli.recipe.settings import SIZES, Options
 from cli.recipe.timing import AGES, HIDDEN, ROWS, SINKS, THRESHOLDS, WIDE
@@ -47,7 +47,8 @@ def estimate(layout: Layout, options: Options, look: Look) -> list[Estimate]:
     steps = amounts.epochs * max(1, labelled // ROWS)
     distil_steps, distil_validation = amounts.distilled
     checks = min(VALIDATIONS, distil_steps) * distil_validation * VALIDATION_PASSES
-    readings = (amounts.report * len(look.kinds) + amounts.facts) * READINGS
+    facts = amounts.facts * len(asked_in(look)) if look.kinds else 0
+    readings = (amounts.report * len(look.kinds) + facts) * READINGS
     found = {
         "harvest": Estimate(
             "harvest",
@@ -72,7 +73,7 @@ def estimate(layout: Layout, options: Options, look: Look) -> list[Estimate]:
         ),
         "report": Estimate(
             "report",
-            f"{len(look.kinds)} kinds of text × {amounts.report} windows, {amounts.facts} facts, read {READINGS} times",
+            f"{len(look.kinds)} kinds of text × {amounts.report} windows, {facts} facts, read {READINGS} times",
             START + seconds["report"] * readings + seconds["forward"] * 2 * amounts.calibration,
             FILES,
             f"{layout.out}/report and the card in {layout.gates}",

@@ -50,7 +50,7 @@ class Amounts:
         epochs: most passes over their keys.
         distilled: windows of the distillation, train (one a step) and validation.
         report: test windows of each kind of text.
-        facts: facts that are asked for.
+        facts: facts that are asked for in each of books, code and chats.
         calibration: windows on which prices are solved.
         window: tokens of a window of harvest and report.
         short_window: tokens of a window of the distillation.
@@ -86,9 +86,9 @@ SIZES: dict[Size, Amounts] = {
     # the whole road in a minute or two, to see that it can be gone here; gates of no use
     "tiny": Amounts((6, 2), 2, (6, 2), 2, 2, 2, window=512, short_window=512),
     # a first result
-    "small": Amounts((24, 6), 8, (100, 4), 4, 16, 6),
+    "small": Amounts((24, 6), 8, (100, 4), 4, 8, 6),
     # as much as the gates that come with SmartKV saw
-    "standard": Amounts((48, 12), 10, (600, 8), 8, 32, 8),
+    "standard": Amounts((48, 12), 10, (600, 8), 8, 16, 8),
     # for a GPU or a night
-    "large": Amounts((128, 24), 12, (2000, 16), 16, 64, 16),
+    "large": Amounts((128, 24), 12, (2000, 16), 16, 32, 16),
 }

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eval.common.options import Forms, Kind, Recall
 from smartkv.errors import SmartKVError
-from smartkv.texts.facts import FOREIGN, FORMS, TEXTS, all_slots, fill, slots
+from smartkv.texts.facts import FOREIGN, FORMS, TEXTS, all_slots, fill, gap, slots
 from smartkv.texts.recall_places import KINDS, Books, Code
 
 OWN_FORMS = 2  # forms of each split that are used in books: codes and room numbers, pass keys and magic numbers
@@ -124,7 +124,7 @@ def _trial_at_home(
     if isinstance(texts, Code):
         lead, goal = texts.question_and_answer(fact)
     else:
-        lead, goal = _question_and_answer(fact.statement, fact.question, fact.answer, whole=True)
+        lead, goal = f"\n\n{fact.question}", f"{gap(fact.question)}{fact.answer}"
     place = int(places[np.abs(places - depth * len(body)).argmin()])
     context = (*body[:place], *_ids(texts.tokenizer, texts.stated(fact)), *body[place:])
     return Trial(context, _ids(texts.tokenizer, lead), _ids(texts.tokenizer, goal), depth, kind)
@@ -157,15 +157,15 @@ def trial(
     return Trial(context, _ids(tokenizer, lead), _ids(tokenizer, goal), depth)
 
 
-def _question_and_answer(statement: str, question: str, answer: str, whole: bool = False) -> tuple[str, str]:
-    """Return the question up to the answer's last word, and that word; with `whole`, the question and the answer.
+def _question_and_answer(statement: str, question: str, answer: str) -> tuple[str, str]:
+    """Return the question up to the answer's last word, and that word.
 
     Where the statement ends with the answer, the statement itself is repeated in place of the question: small models
     answer that best.
     """
     if statement.rstrip(".").endswith(answer):
         return f"\n\n{statement[: statement.rindex(answer)].rstrip()}", f" {answer}"
-    before, _, last = ("", "", answer) if whole else answer.rpartition(" ")
+    before, _, last = answer.rpartition(" ")
     return f"\n\n{question} {before}".rstrip(), f" {last}"
 
 

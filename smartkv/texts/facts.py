@@ -162,4 +162,4 @@ def gap(lead: str) -> str:
 
     It is a space, unless the words end with white space, an opening bracket or quote, a slash or the like.
     """
-    return "" if re.search(r"""[\s"'`([{</\\_.@-]$|(?<![-=])>$|[\w)\]]=$""", lead) else " "
+    return "" if re.search(r"""[\s"'`“‘«([{</\\_.@;-]$|(?<![-=])>$|[\w)\]]=$""", lead) else " "

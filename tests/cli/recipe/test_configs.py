@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from cli.recipe.configs import TEMPLATES, Layout, steps_of, values, write_configs
+from cli.recipe.look import Kind
 from cli.recipe.settings import SIZES, Options
 from smartkv.errors import SmartKVError
 from tests.cli.fixtures import a_look, layout_of
@@ -76,6 +77,32 @@ def test_a_short_model_has_short_windows(tmp_path: Path) -> None:
     harvest, report = read(layout, "harvest"), read(layout, "report")
     assert (harvest["data"]["init_args"]["window"], harvest["model"]["init_args"]["follow_up"]) == (600, 300)
     assert report["measure"]["window"] == 600 > report["recall"]["tokens"] and report["measure"]["score_from"] == 150
+
+
+def kind(name: str, source: str, split: str = "test") -> Kind:
+    return Kind(name, split, [{"name": source, "weight": 1.0, "origins": ["local"]}])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "asked", "around"),
+    [
+        ([kind("books", "pg19"), kind("maths", "gsm8k"), kind("code", "code")], ["books", "code"], "pg19"),
+        ([kind("chat", "chat"), kind("manual", "builtin")], ["books", "chat"], "builtin"),
+        ([kind("mine", "mine")], ["books"], "mine"),
+        ([kind("books", "pg19"), kind("code", "code", "validation")], ["books"], "pg19"),
+        ([kind("code", "code")], ["code"], "code"),
+    ],
+)
+def test_facts_are_asked_for_in_books_code_and_chats_that_can_be_had(
+    kinds: list[Kind], asked: list[str], around: str, tmp_path: Path
+) -> None:
+    layout = layout_of(tmp_path)
+    write_configs(layout, OPTIONS, a_look(kinds=kinds))
+    recall = read(layout, "report")["recall"]
+    assert recall["kinds"] == asked and recall["split"] == "test" and recall["forms"] == "foreign"
+    assert recall["haystack"][0]["name"] == around
+    for name in ("code", "chat"):
+        assert name not in asked or recall[f"{name}_haystack"][0]["name"] == name
 
 
 def test_on_a_gpu_all_steps_compute_there(tmp_path: Path) -> None:
