@@ -12,7 +12,7 @@ import functools
 import operator
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, Protocol
@@ -329,11 +329,16 @@ def _restore_unused() -> None:
 
 def _join(outputs: list[Any]) -> Any:
     """Return the last output with the hidden states of all outputs, `[batch, tokens, hidden]`."""
-    if isinstance(outputs[0], tuple):
-        return (torch.cat([output[0] for output in outputs], dim=1), *outputs[-1][1:])
+    if isinstance(outputs[0], tuple):  # return_dict=False; the hidden states of all layers are a tuple in it
+        last, *others = zip(*outputs, strict=True)
+        return (torch.cat(last, dim=1), *(_join_layers(e) if isinstance(e[0], tuple) else e[-1] for e in others))
     joined = outputs[-1]
     joined["last_hidden_state"] = torch.cat([output["last_hidden_state"] for output in outputs], dim=1)
     if joined.get("hidden_states") is not None:
-        layers = zip(*(output["hidden_states"] for output in outputs), strict=True)
-        joined["hidden_states"] = tuple(torch.cat(parts, dim=1) for parts in layers)
+        joined["hidden_states"] = _join_layers([output["hidden_states"] for output in outputs])
     return joined
+
+
+def _join_layers(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Join the hidden states of each layer, `[batch, tokens, hidden]`, over the parts of a call."""
+    return tuple(torch.cat(layer, dim=1) for layer in zip(*parts, strict=True))

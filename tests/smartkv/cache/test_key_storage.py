@@ -76,7 +76,9 @@ def test_the_cached_bytes_are_those_of_all_tensors_at_any_time(bits: int | None)
         stepped(storage, token)
         assert storage.cached_storage_bytes == storage.storage_bytes
         if storage.pending == 1:  # keys were just moved
-            assert storage.call_peak_bytes >= storage.resting_bytes + before
+            moved = storage.resting_bytes + before
+            decoded = storage.resting_bytes + 2 * int(storage.slots.sum()) * HEAD_DIM * 4  # a step decodes all of them
+            assert storage.call_peak_bytes == (max(moved, decoded) if bits else moved)
         before = storage.storage_bytes
     pending = len(storage.pending_keys) * BATCH * HEADS * HEAD_DIM * 4
     stored = 0 if bits else 2 * storage.store.fields.key.nbytes
@@ -95,13 +97,24 @@ def test_the_count_includes_the_pending_tokens() -> None:
     assert storage.counted().full.tolist() == [20 * 21 // 2] * BATCH
 
 
-def test_selected_rows_go_on_as_they_would_have() -> None:
-    storage, twice = prompted(), prompted()
+@pytest.mark.parametrize("bits", [None, 4])
+def test_selected_rows_go_on_as_they_would_have(bits: int | None) -> None:
+    storage, twice, whole = prompted(bits), prompted(bits), prompted(bits)
     twice.select(torch.tensor([1, 1]))
+    before = storage.storage_bytes
     storage.select(torch.tensor([1]))
+    assert storage.call_peak_bytes == before + storage.storage_bytes == before + storage.resting_bytes
     assert twice.seen.tolist() == [PROMPT] * 2
     assert torch.equal(twice.live, storage.live.repeat(2, 1))
     assert torch.equal(twice.count.visible, storage.count.visible.repeat(2, 1))
+    want = stepped(whole, PROMPT)[1]
+    here = slice(PROMPT, PROMPT + 1)
+    for each, rows in ((twice, [1, 1]), (storage, [1])):
+        each.free_dead(None, None, pack=True)
+        key, value, query = (tensor[rows, :, here] for tensor in (KEY, VALUE, QUERY))
+        each.pending_keys.append(key.clone())
+        for row in each.step(query, key, value, SOFTMAX):
+            torch.testing.assert_close(row, want, atol=1e-5, rtol=0)
 
 
 def test_pages_cannot_take_a_chunk_or_select_rows() -> None:

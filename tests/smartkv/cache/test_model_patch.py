@@ -198,6 +198,26 @@ def test_by_hand_in_pieces_or_token_by_token_the_logits_are_the_same(cuts: list[
     torch.testing.assert_close(torch.cat(parts, dim=1), gated_logits(model, gates, ids), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_hidden_states_of_a_call_in_chunks_are_those_of_all_its_tokens(return_dict: bool) -> None:
+    model, ids = MODELS["llama"], token_ids(2 * 21, 4).view(2, 21)
+    asked = {"output_hidden_states": True, "return_dict": return_dict}
+
+    def states(**call: Any) -> tuple[Tensor, ...]:
+        output = model(ids, **asked, **call)
+        if return_dict:
+            return (output.logits, *output.hidden_states)
+        logits, *others = output
+        (hidden,) = (each for each in others if isinstance(each, tuple))
+        return (logits, *hidden)
+
+    with torch.no_grad(), LifespanCache(model, None, FULL, chunk=8) as cache:
+        got, want = states(past_key_values=cache), states(use_cache=False)
+    assert len(got) == len(want) == 2 + model.config.num_hidden_layers
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+
+
 # -- rows of the batch ------------------------------------------------------------------------------------------------
 
 

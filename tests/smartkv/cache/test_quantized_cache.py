@@ -251,6 +251,35 @@ def test_mistakes_are_told() -> None:
             call()
 
 
+def test_other_rows_and_another_dtype_than_those_in_the_cache_are_refused() -> None:
+    layer = QuantizedCache(MODELS["llama"], "int8").storage[0]
+    key = torch.zeros(2, 2, 3, 8)
+    layer.update(key, key)
+    for other in (key[:1], key.bfloat16()):
+        with pytest.raises(SmartKVError, match="holds 2 rows in torch"):
+            layer.update(other, other)
+
+
+@pytest.mark.parametrize(("name", "exact"), [("fp16", 0), ("int8", 0), ("int4", 0), ("kivi", 128), ("kivi2", 128)])
+def test_a_scheme_keeps_whole_blocks_of_the_latest_tokens_exact(name: str, exact: int) -> None:
+    layer = QuantizedCache(MODELS["llama"], name).storage[0]
+    assert layer.residual == exact and layer.get_max_length() == -1  # no limit
+    assert QuantizedCache(MODELS["llama"], Uniform(8)).storage[0].residual == 0
+    assert QuantizedCache(MODELS["llama"], Kivi(group=16)).storage[0].residual == 16
+
+
+def test_keys_of_more_importance_get_more_bits() -> None:
+    layer = AdaptiveCache(MODELS["llama"], None, ADAPTIVE, residual=8).storage[0]
+    key = torch.randn(1, 2, 40, MODELS["llama"].config.head_dim, generator=torch.Generator().manual_seed(5))
+    layer.update(key, key)
+    layer.importance = torch.ones(1, 2, 40)
+    layer.importance[:, :, ::4] = 1e3
+    layer.update(key[:, :, :1], key[:, :, :1])
+    error = (layer.read()[0][:, :, :32] - key[:, :, :32]).norm(dim=-1).mean(dim=(0, 1))
+    important = torch.arange(32) % 4 == 0
+    assert layer.encoded == 32 and error[important].mean() < 0.5 * error[~important].mean()
+
+
 def test_a_reset_cache_is_as_new() -> None:
     model, ids = MODELS["llama"], token_ids(TOKENS)[None]
     for make in makers().values():

@@ -164,6 +164,14 @@ def test_each_row_of_a_batch_is_compared(cache: AttachedCache) -> None:
     generate(other, cache, attention_mask=with_new(PADDED, 12))
 
 
+def test_the_token_0_is_a_token_like_others(cache: AttachedCache) -> None:
+    prompt = torch.cat([IDS[:1, :3], torch.tensor([[0]]), IDS[:1, 3:]], dim=1)
+    first = generate(prompt, cache, attention_mask=torch.ones_like(prompt))
+    other = torch.cat([first, IDS[1:]], dim=1)
+    other[0, 3] = 1
+    refused_before(cache, "differs from token 3", lambda: generate(other, cache))
+
+
 def test_embeddings_that_are_no_longer_than_the_cache_are_refused(cache: AttachedCache) -> None:
     embeddings = MODEL.get_input_embeddings()(IDS[:1])
     MODEL.generate(inputs_embeds=embeddings, past_key_values=cache, **GREEDY)
@@ -180,6 +188,9 @@ def test_embeddings_are_compared_with_the_ids_that_the_cache_holds(cache: Attach
     other = token_ids(20, 5).clamp(min=1)[None]
     call: dict[str, Any] = {"past_key_values": cache, **GREEDY}
     refused_before(cache, "another text", lambda: MODEL.generate(inputs_embeds=embed(other), **call))
+    other = torch.cat([first, IDS[1:]], dim=1)
+    other[0, 5] = other[0, 5] % 60 + 1
+    refused_before(cache, "differs from token 5", lambda: MODEL.generate(inputs_embeds=embed(other), **call))
     MODEL.generate(inputs_embeds=embed(torch.cat([first, IDS[1:]], dim=1)), **call)
 
 
