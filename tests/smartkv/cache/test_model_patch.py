@@ -200,7 +200,10 @@ def test_by_hand_in_pieces_or_token_by_token_the_logits_are_the_same(cuts: list[
 
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_hidden_states_of_a_call_in_chunks_are_those_of_all_its_tokens(return_dict: bool) -> None:
-    model, ids = MODELS["llama"], token_ids(2 * 21, 4).view(2, 21)
+    model, ids = (
+        llama(),
+        token_ids(2 * 21, 4).view(2, 21),
+    )  # transformers leaves hooks on a model that is asked for them
     asked = {"output_hidden_states": True, "return_dict": return_dict}
 
     def states(**call: Any) -> tuple[Tensor, ...]:
