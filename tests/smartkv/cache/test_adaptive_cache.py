@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from smartkv.cache import adaptive_cache
 from smartkv.cache.adaptive_cache import AdaptiveCache, importance_by
 from smartkv.cache.ragged import storage_bytes
 from smartkv.errors import SmartKVError
@@ -56,6 +57,26 @@ def test_importance_by_attention_is_what_a_key_was_given_so_far() -> None:
         model(ids, use_cache=False)
     for layer, storage in enumerate(cache.storage):
         assert torch.allclose(storage.importance[0], total[layer], atol=1e-4)
+
+
+@pytest.mark.parametrize("elements", [2**22, 2 * 4 * TOKENS * 3, 1])
+def test_importance_in_a_padded_batch_is_that_of_each_row_alone_in_blocks_of_any_size(
+    elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids, mask = MODELS["llama"], token_ids(2 * TOKENS, 3).view(2, TOKENS), torch.ones(2, TOKENS).long()
+    mask[1, :9] = 0
+    alone = [AdaptiveCache(model, None, ADAPTIVE, residual=64) for _ in range(2)]
+    want = [
+        fed(model, row[real.bool()][None], cache, TOKENS) for row, real, cache in zip(ids, mask, alone, strict=True)
+    ]
+    monkeypatch.setattr(adaptive_cache, "SCORE_ELEMENTS", elements)
+    cache = AdaptiveCache(model, None, ADAPTIVE, residual=64)
+    with torch.inference_mode():
+        got = model(ids, attention_mask=mask, past_key_values=cache).logits
+    for row, real in enumerate(mask.bool()):
+        torch.testing.assert_close(got[row, real], want[row][0], atol=1e-4, rtol=0)
+        for mine, own in zip(cache.storage, alone[row].storage, strict=True):
+            torch.testing.assert_close(mine.importance[row][:, real], own.importance[0], atol=1e-4, rtol=0)
 
 
 def test_importance_by_gates_is_their_prediction() -> None:

@@ -245,3 +245,4 @@ def test_positions_go_on_from_the_real_tokens_of_each_row() -> None:
     assert seen.positions(ids, real).tolist() == [[0, 1, 2, 3], [-1, -1, 0, 1]]
     seen.append(ids, real)
     assert seen.positions(ids[:, :2], None).tolist() == [[4, 5], [2, 3]]
+    assert seen.positions(torch.zeros(2, 2, 5), None).tolist() == [[4, 5], [2, 3]]  # embeddings
