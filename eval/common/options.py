@@ -1,9 +1,11 @@
 """Groups of options that several commands take; their docstrings are the commands' `--help`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from eval.common.adapters import with_adapter
+from smartkv.errors import SmartKVError
 from smartkv.models.architecture import Architecture
 from smartkv.models.backbone import Backbone, load_backbone, read_architecture
 from smartkv.models.gguf import PACKAGED
@@ -118,6 +120,13 @@ class NamedTexts(Texts):
 
     name: str
     windows: int = 48
+
+
+def check_names(texts: Sequence[NamedTexts]) -> None:
+    """Raise SmartKVError if two kinds of text have one name: results tell them apart by it."""
+    names = [text.name for text in texts]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SmartKVError(f"two texts are named '{twice[0]}': give each a name of its own")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from eval.common.console import make_console, say_once
-from eval.common.options import AdaptedModel, CalibrationTexts, Measure, NamedTexts, Recall
+from eval.common.options import AdaptedModel, CalibrationTexts, Measure, NamedTexts, Recall, check_names
 from eval.common.resume import Measurements, digest, digest_of_model, digests
 from eval.contenders.base import Contender, EvictionProtocol, Reading
 from eval.contenders.registry import ADAPTIVE_BY_GATES, DEFAULT, load_for, make_contenders, names_or_default
@@ -79,6 +79,7 @@ def compare(
     check_kinds(recall)
     if protocol == "once" and recall.trials and recall.tokens < prefill:
         raise SmartKVError(f"recall.tokens {recall.tokens} must be at least the prefill of {prefill}")
+    check_names(texts)
     names = names_or_default(contenders, DEFAULT, gates)
     lm, bank = load_for(names, model, gates, protocol)
     check_window(lm.model, window)

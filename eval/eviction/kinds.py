@@ -11,10 +11,10 @@ from rich.table import Table
 from torch import Tensor
 
 from eval.common.console import make_console, say_once
-from eval.common.options import AdaptedModel, Measure, NamedTexts
+from eval.common.options import AdaptedModel, Measure, NamedTexts, check_names
 from eval.common.results import machine, provenance, save_picture, write_result, write_tables
 from eval.common.resume import Measurements, digest, digest_of_model, digests
-from eval.eviction.kinds_figure import KindBar, kinds_picture
+from eval.eviction.kinds_figure import KindBar, kinds_picture, short_names
 from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import check_window
@@ -27,6 +27,7 @@ from smartkv.policies.named import read_policy
 from smartkv.texts.windows import plan_windows
 
 WINDOW = "window"
+DOCUMENTS = 3  # a bootstrap over fewer says nothing
 
 
 @dataclass
@@ -40,10 +41,12 @@ class KindRow:
         footprint: share of a full cache's keys that the cache really held, mean over the windows.
         remembered: share that the price which the gates remember for `target` would keep; None: they remember none.
         delta_nll: mean NLL − the full cache's, nats a token.
-        interval: of `delta_nll`, 95 %, bootstrap over documents.
-        times_first: `delta_nll` ÷ that of the first kind of text at the same footprint.
+        interval: of `delta_nll`, 95 %, bootstrap over documents; None: they are fewer than `DOCUMENTS`.
+        times_first: `delta_nll` ÷ that of the first kind of text at the same footprint; None: that one is not above 0
+            (95 %).
         nll_full: mean NLL of the full cache, nats a token.
         windows: number of windows.
+        documents: number of documents that they are from.
     """
 
     contender: str
@@ -52,10 +55,11 @@ class KindRow:
     footprint: float
     remembered: float | None
     delta_nll: float
-    interval: tuple[float, float]
-    times_first: float
+    interval: tuple[float, float] | None
+    times_first: float | None
     nll_full: float
     windows: int
+    documents: int
 
 
 def kinds(
@@ -90,6 +94,7 @@ def kinds(
         raise SmartKVError(f"footprints are shares of the full cache above 0 and at most 1, got {footprints}")
     if not texts:
         raise SmartKVError("there must be texts: give at least one kind")
+    check_names(texts)
     banks = {name: GateBank.from_pretrained(name) for name in gates}
     for name, bank in banks.items():
         if "policy" not in bank.details:
@@ -119,10 +124,13 @@ def kinds(
         cells = Measurements(Path(out) / "kinds.cells", settings)
         runner = _Runner(lm, banks, measure.score_from, cells, progress, len(texts) * (1 + len(banks)))
         rows = [row for name, plan in plans.items() for row in runner.rows(name, plan[0], plan[1], footprints)]
-    first = {(row.contender, row.target): row.delta_nll for row in rows if row.kind == texts[0].name}
+    if not rows:
+        raise SmartKVError("no footprint can be kept on these texts: give larger ones, or longer windows")
+    first = {(row.contender, row.target): row for row in rows if row.kind == texts[0].name}
     for row in rows:
-        loss = first.get((row.contender, row.target), float("nan"))
-        row.times_first = row.delta_nll / loss if loss else float("nan")
+        beside = first.get((row.contender, row.target))
+        if beside is not None and beside.interval is not None and beside.interval[0] > 0:
+            row.times_first = row.delta_nll / beside.delta_nll
     sources = {
         name: {"windows": len(plan[0]), "sources": plan[2], "digest": digest(plan[0])} for name, plan in plans.items()
     }
@@ -169,9 +177,12 @@ class _Runner:
                 read = [self._evicted(bank, solved, tokens) for tokens in windows]
                 loss = torch.tensor([figures["nll"] for figures in read], dtype=torch.float64) - full
                 kept = sum(figures["footprint"] for figures in read) / len(read)
-                interval = bootstrap(len(loss), lambda weight, loss=loss: mean_over(weight, loss), groups=owners)  # type: ignore[misc]
-                row = KindRow(name, kind, target, kept, self._remembered(bank, target, calibration),
-                              float(loss.mean()), interval, 1.0, float(full.mean()), len(windows))  # fmt: skip
+                documents, interval = len(set(owners)), None
+                if documents >= DOCUMENTS:
+                    interval = bootstrap(len(loss), lambda weight, loss=loss: mean_over(weight, loss), groups=owners)  # type: ignore[misc]
+                remembered = self._remembered(bank, target, calibration)
+                figures = float(loss.mean()), interval, None, float(full.mean()), len(windows), documents
+                row = KindRow(name, kind, target, kept, remembered, *figures)
                 rows.append(row)
             self.progress.advance(self.task)
         return rows
@@ -203,25 +214,28 @@ class _Runner:
 
 
 UNITS = {
-    "delta_nll": "nats a token; interval: 95 %, bootstrap over documents",
+    "delta_nll": "nats a token; interval: 95 %, bootstrap over documents; null for fewer than 3",
     "footprint": "keys seen ÷ keys of a full cache, over the queries whose next token is scored",
     "remembered": "the same at the price that the gates remember for the target",
-    "times_first": "delta_nll ÷ that of the first kind of text",
+    "times_first": "delta_nll ÷ that of the first kind of text; null where that is not above 0 (95 %)",
 }
 
 
 def _report(console: Any, out: Path, settings: dict[str, Any], rows: list[KindRow]) -> None:
+    names = short_names(list(dict.fromkeys(row.contender for row in rows)))
     table = Table(title=f"{settings['backbone']}, windows of {settings['window']:,} tokens")
     for name in ("contender", "kind", "asked", "kept", "at its own price", "ΔNLL (95 %)", "× first", "full NLL"):
         table.add_column(name, justify="left" if name in ("contender", "kind") else "right")
     for number, row in enumerate(rows):
         if number and rows[number - 1].kind != row.kind:
             table.add_section()
-        low, high = row.interval
         remembered = "–" if row.remembered is None else f"{row.remembered:.3f}"
-        loss = f"{row.delta_nll:+.4f} ({low:+.4f} to {high:+.4f})"
-        figures = f"{row.target:g}", f"{row.footprint:.3f}", remembered, loss, f"{row.times_first:.2f}"
-        table.add_row(Path(row.contender).name, row.kind, *figures, f"{row.nll_full:.3f}")
+        loss = f"{row.delta_nll:+.4f} ({row.documents} documents)"
+        if row.interval is not None:
+            loss = f"{row.delta_nll:+.4f} ({row.interval[0]:+.4f} to {row.interval[1]:+.4f})"
+        times = "–" if row.times_first is None else f"{row.times_first:.2f}"
+        figures = f"{row.target:g}", f"{row.footprint:.3f}", remembered, loss, times
+        table.add_row(names[row.contender], row.kind, *figures, f"{row.nll_full:.3f}")
     result = write_result(out, "kinds", settings, {"units": UNITS, "rows": [asdict(row) for row in rows]})
     bars = [KindBar(row.contender, row.kind, row.target, row.delta_nll, row.interval) for row in rows]
     picture = save_picture(kinds_picture(bars), out / "kinds.png")

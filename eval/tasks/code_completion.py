@@ -37,7 +37,7 @@ def code_completion(
     rules_protocol: EvictionProtocol = "stream",
     split: str = "test",
     source: SourceConfig = SourceConfig("code"),  # noqa: B008
-    calibration: CalibrationTexts = CalibrationTexts(),  # noqa: B008
+    calibration: CalibrationTexts = CalibrationTexts([SourceConfig("code")]),  # noqa: B008
     model: Model = Model(),  # noqa: B008
     seed: int = 0,
 ) -> None:

@@ -112,6 +112,11 @@ class Suite:
         self.calibration, self.say = calibration, say_once(console)
         self.solved: dict[int, list[tuple[Contender, float, Any]]] = {}  # by length
         self.rules_protocol = rules_protocol
+        if RANDOM_PINNED in self.names and rules_protocol != "once":
+            raise SmartKVError(
+                f"contender '{RANDOM_PINNED}' reads the prompt with all keys and then keeps a share of them: give "
+                "--rules_protocol once, or leave it out"
+            )
         known = [name for name in self.names if not self._compresses(name)]
         self.lm, self.bank = load_for(known, model, gates)
         self.device = model.device
@@ -225,7 +230,7 @@ class Suite:
         return settings
 
     def _compresses(self, name: str) -> bool:
-        return name == RANDOM_PINNED or (self.rules_protocol == "once" and name in COMPRESSING)
+        return self.rules_protocol == "once" and name in COMPRESSING
 
     def _check(self, part: Part) -> None:
         self.check_lengths(part.by_length, part.new_tokens)

@@ -57,6 +57,8 @@ def resolve_arguments(
         given, policy = f"read_policy('{policy}', {architecture.layers})", read_policy(policy, architecture.layers)
     else:
         given = "policy"
+    if policy is not None and policy.gated and gates is None:
+        policy.check(architecture, None)  # says that it asks gates, which comes before any open figure
     if policy is not None and policy.open:
         solving = how_to_solve(footprint, given, "None" if gates is None else "gates")
         advice = f"give it a value, or solve it on your own text, {solving}"

@@ -54,10 +54,13 @@ class Architecture:
             )
         if reason := refusal(config):
             raise SmartKVError(reason)
+        layers = config.num_hidden_layers - _kinds(config).count(LINEAR_ATTENTION)
+        if layers < 1:
+            raise SmartKVError(f"this {config.model_type} has no layer with attention, so it stores no keys")
         query_heads = config.num_attention_heads
         return cls(
             model_type=config.model_type,
-            layers=config.num_hidden_layers - _kinds(config).count(LINEAR_ATTENTION),
+            layers=layers,
             query_heads=query_heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or query_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // query_heads,

@@ -166,7 +166,8 @@ def _resolve(config: SourceConfig, text: str, say: Callable[[str], None]) -> Sou
             about = {"text": choice} if choice != text else {}
             return Source(config.name, config.weight, origin, documents, about=about)
         except SourceUnavailable as reason:
-            reasons.append(f"{origin}: {reason}")
+            if (why := f"{origin}: {reason}") not in reasons:
+                reasons.append(why)
     raise SmartKVError(
         f"{told} cannot be had ({'; '.join(reasons)}): point ${DATA_VARIABLE} at a folder that has it, "
         + (

@@ -50,6 +50,7 @@ def measure(out: Path, backbone: Path, texts: dict[str, Path], gates: Path, **ch
         "dtype": "float32",
         "window": WINDOW,
         "score_from": FIRST,
+        "windows_per_document": 1,
         "texts": json.dumps(kinds),
         "footprints": json.dumps(TARGETS),
     } | changes
@@ -71,10 +72,11 @@ def test_every_kind_is_kept_equally(measured: tuple[Path, dict[str, Any]], texts
     assert set(rows) == {(name, kind, t) for name in (str(gates), "window") for kind in texts for t in TARGETS}
     for row in rows.values():
         assert row["target"] - 0.1 < row["footprint"] < row["target"] + 0.03 and row["windows"] == 3
-        low, high = row["interval"]
-        assert low <= row["delta_nll"] <= high
-    loss = {kind: rows["window", kind, 0.45]["delta_nll"] for kind in texts}
-    assert rows["window", "lists", 0.45]["times_first"] == pytest.approx(loss["lists"] / loss["books"])
+        first = rows[row["contender"], "books", row["target"]]
+        assert first["documents"] == 3 and first["interval"][0] <= first["delta_nll"] <= first["interval"][1]
+        ratio = row["delta_nll"] / first["delta_nll"] if first["interval"][0] > 0 else None
+        assert row["times_first"] == (ratio if ratio is None else pytest.approx(ratio))
+    assert rows["window", "lists", 0.45]["documents"] == 1 and rows["window", "lists", 0.45]["interval"] is None
     assert (out / "kinds.png").is_file() and "| lists |" in (out / "kinds.md").read_text()
 
 
@@ -123,6 +125,7 @@ def test_a_run_that_was_killed_goes_on(
         ({"footprints": "[0.0]"}, "footprints are shares"),
         ({"score_from": 64}, "score_from must be at least 1 and below"),
         ({"texts": {}}, "there must be texts"),
+        ({"footprints": "[0.01]"}, "no footprint can be kept"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -137,6 +140,16 @@ def test_mistakes_are_one_line(
     with pytest.raises(SystemExit) as stop:
         measure(tmp_path, tiny_backbone, **{"texts": texts, "gates": gates} | changes)
     assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_two_kinds_of_one_name_are_refused(
+    tmp_path: Path, tiny_backbone: Path, gates: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = {"name": "books", "windows": 1, "sources": [{"name": "builtin"}]}
+    command = ["kinds", "--out", str(tmp_path), "--gates", json.dumps([str(gates)]), "--backbone", str(tiny_backbone)]
+    with pytest.raises(SystemExit):
+        main([*command, "--texts", json.dumps([text, text | {"split": "train"}])])
+    assert "two texts are named 'books'" in capsys.readouterr().err
 
 
 def test_gates_without_a_policy_are_refused(

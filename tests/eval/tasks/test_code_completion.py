@@ -86,7 +86,11 @@ def test_mistakes_in_code_completion_are_told(
         ({"lengths": "[100]"}, "at least 256"),
         ({"source": '{"name": "code", "path": "/nowhere"}'}, "does not exist"),
         ({"split": "validation", "source": mine}, "give more"),
-        ({"lengths": "[600]", "source": mine, "contenders": '["random_pinned"]'}, "which tokens"),
+        ({"lengths": "[600]", "source": mine, "contenders": '["random_pinned"]'}, "--rules_protocol once"),
+        (
+            {"lengths": "[600]", "source": mine, "contenders": '["random_pinned"]', "rules_protocol": "once"},
+            "which tokens",
+        ),
     ):
         with pytest.raises(SystemExit):
             run_task("code_completion", tmp_path, **changes)
