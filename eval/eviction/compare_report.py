@@ -226,8 +226,7 @@ def _series(points: Any) -> dict[str, tuple[str, list[tuple[float, float, float,
 
 
 def _table(title: str, curves: list[Curve], shares: dict[int, dict[str, Any]], owners: list[int]) -> Table:
-    table = Table(title=title)
-    for name in (
+    names = (
         "",
         "needs",
         "footprint",
@@ -237,14 +236,12 @@ def _table(title: str, curves: list[Curve], shares: dict[int, dict[str, Any]], o
         "recall (95 %)",
         "stored",
         "peak",
-    ):
-        table.add_column(name, justify="left" if name in ("", "needs") else "right", no_wrap=True)
-    for number, own in enumerate(curves):
-        if number and own.row.contender != curves[number - 1].row.contender:
-            table.add_section()
+    )
+    rows = []
+    for own in curves:
         figures, share = _figures(own, curves, owners), shares.get(id(own.row), {})
         gaps = figures.get("gap_recovered", {})
-        table.add_row(
+        cells = (
             own.row.contender,
             own.row.needs,
             f"{own.footprint:.3f}",
@@ -259,4 +256,13 @@ def _table(title: str, curves: list[Curve], shares: dict[int, dict[str, Any]], o
             "mask" if own.stored is None else f"{own.stored:.3f}",
             "mask" if own.peak_bytes is None else f"{own.peak_bytes / 2**20:.1f} MiB",
         )
+        rows.append(cells)
+    told = [place for place, cells in enumerate(zip(*rows, strict=True)) if any(cells)]  # columns with anything in them
+    table = Table(title=title)
+    for place in told:
+        table.add_column(names[place], justify="left" if place < 2 else "right", no_wrap=True)
+    for number, cells in enumerate(rows):
+        if number and curves[number].row.contender != curves[number - 1].row.contender:
+            table.add_section()
+        table.add_row(*(cells[place] for place in told))
     return table

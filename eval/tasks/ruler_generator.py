@@ -95,7 +95,11 @@ def generate(
 
     low, high = _least(options), _least(options) + 1
     if not fits(low):
-        raise SmartKVError(f"{length} tokens are too few for '{family}': make lengths longer")
+        task = task_of_size(low)
+        needed = count_tokens(task.text + task.prefix) + length - room
+        raise SmartKVError(
+            f"{length} tokens are too few for '{family}', which takes at least {needed} here: make lengths longer"
+        )
     while fits(high):
         low, high = high, 2 * high
     while high - low > 1:
