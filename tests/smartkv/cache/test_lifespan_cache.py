@@ -84,6 +84,20 @@ def test_a_row_of_a_padded_batch_is_as_if_it_were_alone(family: str, side: str) 
         torch.testing.assert_close(together[row, real[row]], logits[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_keys_of_a_padded_batch_are_packed_as_those_of_each_row_alone(side: str) -> None:
+    """The mean key that is subtracted before packing is that of the real tokens."""
+    model = MODELS["llama"]
+    real, ids = padding(3, 16, side, 1), token_ids(48, 5).view(3, 16)
+    together = fed(model, LifespanCache(model, None, recent(9, 2), bits=4), ids, real, [])
+    assert (~real).any()
+    for row in range(3):
+        own = ids[row, real[row]][None]
+        cache = LifespanCache(model, None, recent(9, 2), bits=4)
+        logits = fed(model, cache, own, torch.ones_like(own, dtype=torch.bool), [])
+        torch.testing.assert_close(together[row, real[row]], logits[0], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(("multiple", "ages"), [(float("inf"), ()), (1.0, ()), (float("inf"), (3, 5, 9))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_real_gates_the_logits_follow_from_the_recorded_decisions(

@@ -207,15 +207,16 @@ def test_hidden_states_of_a_call_in_chunks_are_those_of_all_its_tokens(return_di
     asked = {"output_hidden_states": True, "return_dict": return_dict}
 
     def states(**call: Any) -> tuple[Tensor, ...]:
-        output = model(ids, **asked, **call)
+        output = model.base_model(ids, **asked, **call)
         if return_dict:
-            return (output.logits, *output.hidden_states)
-        logits, *others = output
+            return (output.last_hidden_state, *output.hidden_states)
+        last, *others = output
         (hidden,) = (each for each in others if isinstance(each, tuple))
-        return (logits, *hidden)
+        assert call["use_cache"] is False or others[0] is cache
+        return (last, *hidden)
 
     with torch.no_grad(), LifespanCache(model, None, FULL, chunk=8) as cache:
-        got, want = states(past_key_values=cache), states(use_cache=False)
+        got, want = states(past_key_values=cache, use_cache=True), states(use_cache=False)
     assert len(got) == len(want) == 2 + model.config.num_hidden_layers
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)

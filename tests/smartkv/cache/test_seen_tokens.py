@@ -155,6 +155,20 @@ def test_the_whole_conversation_and_a_reset_cache_are_taken(cache: AttachedCache
     assert torch.equal(generate(IDS[:1], cache), first)
 
 
+def test_new_tokens_alone_are_taken_with_a_mask_of_the_whole_conversation(cache: AttachedCache) -> None:
+    first = generate(IDS[:1], cache)
+    new = torch.cat([first[:, 11:], IDS[1:]], dim=1)  # the last token of the answer has not been through the model
+    got = generate(new, cache, attention_mask=torch.ones(1, 11 + 9).long())
+    assert got.shape[1] == 9 + 4 and cache.get_seq_length() == 11 + 9 + 3
+
+
+@pytest.mark.parametrize("name", ["inputs", "input_ids"])
+def test_a_prompt_that_is_given_by_name_is_compared_too(cache: AttachedCache, name: str) -> None:
+    generate(IDS[:1], cache)
+    call: dict[str, Any] = {name: token_ids(20, 5).clamp(min=1)[None], "past_key_values": cache, **GREEDY}
+    refused_before(cache, "another text: the prompt differs from token 0", lambda: MODEL.generate(**call))
+
+
 def test_each_row_of_a_batch_is_compared(cache: AttachedCache) -> None:
     first = generate(IDS, cache, attention_mask=PADDED)
     other = torch.cat([first, IDS], dim=1)
