@@ -31,7 +31,7 @@ from eval.common.console import make_console
 from eval.common.mistyped import OneLineParser
 from smartkv.errors import SmartKVError, one_line_errors
 from smartkv.gates.bank import GateBank
-from smartkv.gates.model_card import usable_footprint
+from smartkv.gates.model_card import measured_on, text_of, usable_footprint
 from smartkv.gates.pretrained import CONFIG
 from smartkv.io.hub import limit_hub_waiting
 from smartkv.io.locks import lock_folder
@@ -134,13 +134,13 @@ def _tell(console: Console, record: Record) -> None:
     details = GateBank.from_pretrained(folder).details
     console.rule("result")
     if rows := details.get("report", {}).get("texts"):
-        table = Table(title="ΔNLL on test texts, nats a token")
+        table = Table(title=f"ΔNLL on {measured_on(rows)}, nats a token")
         for name in ("text", "asked for", "kept", "gates (95 %)", "window that keeps as much"):
             table.add_column(name, justify="left" if name == "text" else "right")
         for row in rows:
             window, (low, high) = row["window_delta_nll"], row["interval"]
             table.add_row(
-                row["text"],
+                text_of(row),
                 f"{row['target']:g}",
                 f"{row['footprint']:.3f}",
                 f"{row['delta_nll']:+.4f} ({low:+.4f} to {high:+.4f})",

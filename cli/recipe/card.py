@@ -94,6 +94,7 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
             texts.append(
                 {
                     "text": text,
+                    "split": result["arguments"]["texts"][text]["split"],
                     "target": row["target"],
                     "footprint": own["footprint"],
                     "delta_nll": own["delta_nll"],

@@ -101,17 +101,30 @@ These prices were solved on training windows{length}. A longer text keeps a smal
 """
 
 
+def text_of(row: dict[str, Any]) -> str:
+    """Return the name of the kind of text of a report's row, with its split if these are no test texts."""
+    split = row.get("split", "test")
+    return str(row["text"]) if split == "test" else f"{row['text']} ({split})"
+
+
+def measured_on(rows: list[dict[str, Any]]) -> str:
+    """Return what texts a report read: `test texts`, `validation texts`, or both."""
+    splits = sorted({row.get("split", "test") for row in rows})
+    return " and ".join(splits) + " texts"
+
+
 def _report(report: dict[str, Any]) -> str:
     """Write what was measured.
 
     Args:
-        report: `texts`, rows with `text`, `target`, `footprint`, `delta_nll`, `interval`, `windows` and
-            `window_delta_nll` (a sliding window's at the same footprint; None: not measured); `recall`, rows with
+        report: `texts`, rows with `text`, `target`, `footprint`, `delta_nll`, `interval`, `windows`,
+            `split` (without one: test) and `window_delta_nll` (a sliding window's at the same footprint; None: not
+            measured); `recall`, rows with
             `target`, `footprint`, `right`, `asked` and `window_right`; `window`, tokens; `command` that made the gates;
             `licence` in words; `machine`. Any of them may be missing.
     """
     losses = "\n".join(
-        f"| {row['text']} | {row['target']:g} | {row['footprint']:.3f} | {row['delta_nll']:+.4f} "
+        f"| {text_of(row)} | {row['target']:g} | {row['footprint']:.3f} | {row['delta_nll']:+.4f} "
         f"({row['interval'][0]:+.4f} to {row['interval'][1]:+.4f}) | {_number(row['window_delta_nll'], '+.4f')} "
         f"| {row['windows']} |"
         for row in report.get("texts", [])
@@ -124,8 +137,8 @@ def _report(report: dict[str, Any]) -> str:
     parts = []
     if losses:
         parts.append(
-            f"Loss above the full cache's (ΔNLL, nats a token, 95 % interval over documents) on test texts of "
-            f"{report.get('window', '?')} tokens. *Kept* is the share of a full cache's keys, with prices solved on "
+            "Loss above the full cache's (ΔNLL, nats a token, 95 % interval over documents) on "
+            f"{measured_on(report['texts'])} of {report.get('window', '?')} tokens. *Kept* is the share of a full cache's keys, with prices solved on "
             "training texts of the same length.\n\n| text | asked for | kept | ΔNLL | sliding window that keeps as much"
             f" | windows |\n|---|---|---|---|---|---|\n{losses}\n"
         )

@@ -78,6 +78,17 @@ def steps(commands: list[list[str]]) -> list[str]:
     return [next(Path(word).stem for word in command if word.endswith(".yaml")) for command in commands]
 
 
+def args_in(made: Run, folder: Path) -> list[str]:
+    """The command line of the run with another folder."""
+    return [str(folder) if word == str(made.out) else word for word in made.args]
+
+
+def moved(made: Run, folder: Path) -> Path:
+    """Copy the run to another folder."""
+    shutil.copytree(made.out, folder, ignore=shutil.ignore_patterns(".lock", "configs"))  # the configs name the folder
+    return folder
+
+
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -175,6 +186,18 @@ def test_a_finished_run_only_tells_its_result(
     make(monkeypatch, never, *made.args)
     said = capsys.readouterr().out
     assert said.count("│      done │") == 4 and "push_to_hub" in said
+
+
+def test_the_table_names_the_split_of_texts_that_are_no_test(
+    made: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gates = GateBank.from_pretrained(moved(made, tmp_path / "out") / "gates")
+    for row in gates.details["report"]["texts"]:
+        row["split"] = "validation"
+    gates.save_pretrained(tmp_path / "out" / "gates")
+    make(monkeypatch, never, *args_in(made, tmp_path / "out"))
+    said = capsys.readouterr().out
+    assert "ΔNLL on validation texts, nats a token" in said and "│ manual (validation) │" in said
 
 
 def test_shards_that_are_no_longer_needed_may_be_deleted(

@@ -24,11 +24,16 @@ def row(contender: str, target: float, kept: float, delta: float, right: float |
     return {"contender": contender, "target": target, "texts": {"code": reading(kept, delta)}, "recall": recall}
 
 
-def result(right: float | None = 0.75) -> dict[str, Any]:
+def result(right: float | None = 0.75, split: str = "test") -> dict[str, Any]:
     rows = [row("gates", 0.125, 0.15, 0.2, right), row("gates", 0.5, 0.5, 0.01, right)]
     rows += [row("window", 0.125, 0.125, 0.8, 0.25), row("window", 0.25, 0.25, 0.4, 0.5)]
     machine = {"processor": "P"}
-    return {"rows": rows, "full": {"texts": {"code": {}}}, "arguments": {"window": 2048}, "machine": machine}
+    return {
+        "rows": rows,
+        "full": {"texts": {"code": {}}},
+        "arguments": {"window": 2048, "texts": {"code": {"split": split}}},
+        "machine": machine,
+    }
 
 
 def test_the_card_has_the_footprints_of_an_eighth_and_a_quarter() -> None:
@@ -38,6 +43,11 @@ def test_the_card_has_the_footprints_of_an_eighth_and_a_quarter() -> None:
     assert figures(result())["recall"] == [
         {"target": 0.125, "footprint": 0.15, "right": 0.75, "asked": 8, "window_right": 0.25}
     ]
+
+
+def test_the_split_of_each_kind_of_text_is_remembered() -> None:
+    (text,) = figures(result(split="validation"))["texts"]
+    assert text["split"] == "validation"
 
 
 def test_facts_that_the_model_itself_does_not_recall_are_no_figure() -> None:

@@ -85,6 +85,19 @@ def test_the_card_shows_what_was_measured_and_the_command_that_made_the_gates() 
     assert '"report"' not in card and "layer_shares" not in card
 
 
+@pytest.mark.parametrize(("split", "said"), [("test", "test texts"), ("validation", "test and validation texts")])
+def test_the_card_names_the_split_of_the_texts_that_were_measured(split: str, said: str) -> None:
+    books, code = REPORT["texts"]
+    card = model_card(6, "llama", "1-3", PRICED | {"report": REPORT | {"texts": [books | {"split": split}, code]}})
+    assert f"on {said} of 2048 tokens" in card
+    assert ("| code (validation) | 0.25 |" in card) == (split == "validation") and "| books | 0.125 |" in card
+
+
+def test_the_card_of_validation_texts_alone_speaks_of_no_test() -> None:
+    rows = [row | {"split": "validation"} for row in REPORT["texts"]]
+    assert "on validation texts of" in model_card(6, "llama", "1-3", PRICED | {"report": REPORT | {"texts": rows}})
+
+
 def test_the_card_of_gates_of_which_nothing_was_measured_claims_nothing() -> None:
     for report in ({}, {"texts": [], "recall": []}):
         card = model_card(6, "llama", "1-3", PRICED | {"report": report})
