@@ -78,23 +78,36 @@ def make_gates(
     if seed < 0:
         raise SmartKVError(f"seed must be 0 or more, got {seed}")
     layout = Layout(Path(out))
-    lock_folder(layout.out)
     record = open_record(layout, options, overwrite)
-    if record.look is None:
+    seen = record.look
+    if seen is None:  # before anything is written: what is refused leaves nothing behind
         console.rule("look")
-        record.look = look(options, lambda line: console.print(line, highlight=False))
-        record.write()
-    write_configs(layout, options, record.look)
-    _announce(console, record, record.look)
+        seen = look(options, lambda line: console.print(line, highlight=False))
+    lock_folder(layout.out)
+    record = open_record(layout, options, overwrite)  # as it is now that no other run writes
+    if record.look is None:
+        _begin(console, record, seen)
+    seen = record.look or seen
+    write_configs(layout, options, seen)
+    _announce(console, record, seen)
     if stop_after == "look":
         return
-    for step in steps_of(record.look):
+    for step in steps_of(seen):
         if step not in record.done:
             _run(console, record, step, licence)
         if step == stop_after != "report":
             console.print(f"stopped after {step}: the same command without --stop-after goes on", highlight=False)
             return
     _tell(console, record)
+
+
+def _begin(console: Console, record: Record, seen: Look) -> None:
+    """Begin a run, in place of an earlier one if there was one."""
+    if left := record.layout.clear():
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        console.print(f"kept, because this command did not make it: {left[0]}{more}", highlight=False, soft_wrap=True)
+    record.look = seen
+    record.write()
 
 
 def _announce(console: Console, record: Record, look: Look) -> None:

@@ -230,13 +230,13 @@ def test_other_options_in_the_same_folder_are_refused_with_what_differs(
 def test_overwrite_begins_anew(
     made: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(made.out, tmp_path / "out", ignore=shutil.ignore_patterns(".lock"))
-    args = [str(tmp_path / "out") if word == str(made.out) else word for word in made.args]
-    make(monkeypatch, never, *args, "--overwrite", "--seed", "1", "--stop-after", "look")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name[0] != ".") == [
-        "configs",
-        "recipe.json",
-    ]
+    (moved(made, tmp_path / "out") / "report" / "mine.txt").write_text("mine")
+    args = [*args_in(made, tmp_path / "out"), "--overwrite", "--seed", "1", "--stop-after", "look"]
+    make(monkeypatch, never, *args)
+    left = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
+    configs = [f"configs/{step}.yaml" for step in ("distilled", "harvest", "lifespans", "report")]
+    assert left == [".lock", *configs, "recipe.json", "report/mine.txt"]  # all that the steps made is gone
+    assert "this command did not make it: " in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "out/configs/harvest.yaml").read_text())["data"]["init_args"]["seed"] == 1
 
 
@@ -247,7 +247,7 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(
     args = [str(tmp_path) if word == str(made.out) else word for word in made.args]
     for more in ([], ["--overwrite"]):
         assert "holds thesis.tex, which this command did not make" in refused(capsys, monkeypatch, *args, *more)
-    assert (tmp_path / "thesis.tex").read_text() == "years"
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(
@@ -273,6 +273,7 @@ def test_mistakes_are_told_in_one_line(
 ) -> None:
     args = ["--backbone", str(tiny_backbone), "--out", str(tmp_path / "out"), *options]
     assert said in refused(capsys, monkeypatch, *args)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("given", [[], ["MODEL=x"], ["OUT=y"]])
