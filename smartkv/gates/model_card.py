@@ -139,8 +139,8 @@ def _report(report: dict[str, Any]) -> str:
         parts.append(
             "Loss above the full cache's (ΔNLL, nats a token, 95 % interval over documents) on "
             f"{measured_on(report['texts'])} of {report.get('window', '?')} tokens. *Kept* is the share of a full "
-            "cache's keys, with prices solved on training texts of the same length.\n\n| text | asked for | kept | ΔNLL "
-            f"| sliding window that keeps as much | windows |\n|---|---|---|---|---|---|\n{losses}\n"
+            "cache's keys, with prices solved on training texts of the same length.\n\n| text | asked for | kept "
+            f"| ΔNLL | sliding window that keeps as much | windows |\n|---|---|---|---|---|---|\n{losses}\n"
         )
     if facts:
         parts.append(

@@ -149,3 +149,8 @@ def test_clearing_deletes_what_the_steps_made_and_nothing_else(tmp_path: Path) -
     assert Layout(tmp_path).clear() == [tmp_path / "gates/mine/config.json", tmp_path / "report/mine.txt"]
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(tmp_path / name for name in own)
     assert not (tmp_path / "distilled").exists() and not (tmp_path / "shards").exists()
+
+
+def test_the_report_reads_a_document_for_each_window() -> None:
+    template = yaml.safe_load((TEMPLATES / "report.yaml").read_text())
+    assert template["measure"]["windows_per_document"] == 1  # its intervals are over documents
