@@ -145,6 +145,12 @@ def test_it_ends_with_how_to_use_and_to_publish_the_gates(made: Run) -> None:
     assert f"picture: {made.out / 'report' / 'frontier_manual.png'}" in made.second
 
 
+def test_no_step_tells_what_comes_after_it_alone(made: Run) -> None:
+    assert "shards with" in made.first and "best gates, of epoch" in made.first + made.second
+    assert "train gates:" not in made.first and "measure them:" not in made.first + made.second
+    assert made.second.count("use them: ") == 1
+
+
 # -- what it tells beforehand -----------------------------------------------------------------------------------------
 
 
