@@ -46,6 +46,16 @@ def never(command: list[str]) -> None:
     raise AssertionError(f"{command} was run")
 
 
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        make(monkeypatch, never, *args)
+    output = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    return line
+
+
 def write_own_texts(folder: Path) -> Path:
     """Texts of a user's own, long enough for windows of 512 tokens in each split."""
     for number, split in enumerate(("train", "validation", "test")):

@@ -18,9 +18,8 @@ import torch
 import yaml
 from huggingface_hub import HfApi
 
-from cli.make_gates import main, spelled_out, without_overwrite
 from smartkv import GateBank, LifespanCache, load_backbone
-from tests.cli.fixtures import make, never, own_sources, run_here, write_own_texts
+from tests.cli.fixtures import make, never, own_sources, refused, run_here, write_own_texts
 from tests.families import FORMS, save_family
 from tests.imports import ROOT
 from tests.models import save_tiny_backbone
@@ -87,16 +86,6 @@ def moved(made: Run, folder: Path) -> Path:
     """Copy the run to another folder."""
     shutil.copytree(made.out, folder, ignore=shutil.ignore_patterns(".lock", "configs"))  # the configs name the folder
     return folder
-
-
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        make(monkeypatch, never, *args)
-    output = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in output
-    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    return line
 
 
 # -- what comes out ---------------------------------------------------------------------------------------------------
@@ -256,55 +245,6 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--size", "huge"], "size"),
-        (["--backbone", "/nowhere/at/all"], "there is no such folder"),
-        (["--stop-after", "dinner"], "stop_after"),
-        (["--seed", "-1"], "seed must be 0 or more"),
-        (["--licence", " "], "--licence is empty"),
-        (["--sources", '[{"name": "songs"}]'], "source 'songs' is unknown"),
-        (["--dtype", "int3"], "dtype 'int3' is unknown"),
-        (["--sizes", "tiny"], "--size"),
-    ],
-)
-def test_mistakes_are_told_in_one_line(
-    options: list[str],
-    said: str,
-    tiny_backbone: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    args = ["--backbone", str(tiny_backbone), "--out", str(tmp_path / "out"), *options]
-    assert said in refused(capsys, monkeypatch, *args)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("given", [[], ["MODEL=x"], ["OUT=y"]])
-def test_make_says_what_is_missing(given: list[str]) -> None:
-    if shutil.which("make") is None:
-        pytest.skip("there is no make here")
-    environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "OUT")}
-    done = subprocess.run(["make", "gates", *given], cwd=ROOT, env=environment, capture_output=True, text=True)
-    missing = "OUT" if given == ["MODEL=x"] else "MODEL"
-    assert done.returncode == 2 and f"{missing} is missing: make gates MODEL=<" in done.stderr
-
-
-def test_dashes_and_a_bare_overwrite_are_understood() -> None:
-    assert spelled_out(["--stop-after", "look", "--overwrite", "--out=a-b"]) == [
-        "--stop_after", "look", "--overwrite", "true", "--out=a-b",
-    ]  # fmt: skip
-    assert spelled_out(["--overwrite", "false"]) == ["--overwrite", "false"]
-
-
-@pytest.mark.parametrize("given", [["--overwrite"], ["--overwrite", "true"], ["--overwrite=true"]])
-def test_a_run_that_began_anew_goes_on_without_beginning_anew(given: list[str]) -> None:
-    command = ["--trust_remote_code", "true", *given, "--out", "x"]
-    assert without_overwrite(command) == ["--trust_remote_code", "true", "--out", "x"]
-
-
 # -- in processes of their own, and other families --------------------------------------------------------------------
 
 
@@ -348,11 +288,3 @@ def test_the_road_can_be_gone_with_a_model_of_many_families(
     assert gates.layers == lm.architecture.gated_layers
     assert len(gates.details["layer_shares"][0][1]) == lm.architecture.layers
     assert "push_to_hub" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("given", [["--help"]])
-def test_help_explains_every_option(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(given)
-    said = capsys.readouterr().out
-    assert stop.value.code == 0 and "last step to run" in said and "mix of books" in " ".join(said.split())
