@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         (["--seed", "-1"], "seed must be 0 or more"),
         (["--licence", " "], "--licence is empty"),
         (["--sources", '[{"name": "songs"}]'], "source 'songs' is unknown"),
+        (["--sources", "[]"], "sources is empty"),
         (["--dtype", "int3"], "dtype 'int3' is unknown"),
         (["--sizes", "tiny"], "--size"),
     ],
