@@ -38,6 +38,7 @@ from smartkv.io.locks import lock_folder
 from smartkv.texts.sources import SourceConfig
 
 Step = Literal["look", "harvest", "lifespans", "distilled", "report"]
+REQUIRED = ("--backbone", "--out")
 PROGRAM = ["python", "-m", "cli.make_gates"]
 
 
@@ -74,7 +75,7 @@ def make_gates(
     """
     console = make_console()
     check_licence(licence)
-    options = Options(backbone, size, sources, dtype, device, seed, trust_remote_code)
+    options = Options(backbone.rstrip("/") or backbone, size, sources, dtype, device, seed, trust_remote_code)
     if seed < 0:
         raise SmartKVError(f"seed must be 0 or more, got {seed}")
     layout = Layout(Path(out))
@@ -96,7 +97,7 @@ def make_gates(
         if step not in record.done:
             _run(console, record, step, licence)
         if step == stop_after != "report":
-            console.print(f"stopped after {step}: the same command without --stop-after goes on", highlight=False)
+            console.print(f"stopped after {step}: the same command without --stop_after goes on", highlight=False)
             return
     _tell(console, record)
 
@@ -188,9 +189,11 @@ def main(args: list[str] | None = None) -> None:
     try:
         with one_line_errors():
             limit_hub_waiting()
+            words = spelled_out(typed)
+            _check_required(words)
             auto_cli(
                 make_gates,
-                args=spelled_out(typed),
+                args=words,
                 as_positional=False,
                 parser_class=OneLineParser,
                 prog=" ".join(PROGRAM),
@@ -201,6 +204,12 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(STATUS)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _check_required(words: list[str]) -> None:
+    """Raise SmartKVError if both required options are missing, of which the parser names one alone."""
+    if {word.partition("=")[0] for word in words}.isdisjoint({*REQUIRED, "-h", "--help", "--config"}):
+        raise SmartKVError(f"{' and '.join(REQUIRED)} are required, and were not given")
 
 
 def _terminate(*_: object) -> None:

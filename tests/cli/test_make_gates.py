@@ -175,6 +175,14 @@ def test_the_same_command_goes_on_where_it_was_stopped(made: Run) -> None:
     assert " look ──" in made.first and " look ──" not in made.second
 
 
+def test_a_slash_at_the_end_of_the_model_s_folder_makes_no_other_model(
+    made: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, backbone, *rest = made.args
+    make(monkeypatch, never, name, f"{backbone}/", *rest)
+    assert "push_to_hub" in capsys.readouterr().out
+
+
 def test_a_finished_run_only_tells_its_result(
     made: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

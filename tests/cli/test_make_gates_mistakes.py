@@ -41,6 +41,11 @@ def test_mistakes_are_told_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_all_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, monkeypatch) == "error: --backbone and --out are required, and were not given"
+    assert "--out is required" in refused(capsys, monkeypatch, "--backbone", "x")
+
+
 @pytest.mark.parametrize("given", [[], ["MODEL=x"], ["OUT=y"]])
 def test_make_says_what_is_missing(given: list[str]) -> None:
     if shutil.which("make") is None:
