@@ -42,6 +42,18 @@ def test_the_card_of_gates_without_a_policy_or_prices_shows_their_predictions(de
     assert "gates.predict(layer, keys)" in snippet(card) and "| footprint | price |" not in card
 
 
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("log4 lifespan", "predicts how long later queries will attend to it."),
+        ("log worth", "predicts for each age the log of what keeping it from then on is worth"),
+        ("log future attention", "predicts how much attention later queries will pay to it."),
+    ],
+)
+def test_the_card_says_what_the_gates_predict(target: str, said: str) -> None:
+    assert said in " ".join(model_card(6, "llama", "1-3", {"target": target}).split())
+
+
 @pytest.mark.parametrize("window", [None, 1024])
 def test_the_length_of_the_windows_is_told_where_it_is_known(window: int | None) -> None:
     card = model_card(6, "llama", "1-3", PRICED | ({"training": {"window": window}} if window else {}))
@@ -102,6 +114,13 @@ def test_the_card_of_gates_of_which_nothing_was_measured_claims_nothing() -> Non
     for report in ({}, {"texts": [], "recall": []}):
         card = model_card(6, "llama", "1-3", PRICED | {"report": report})
         assert "ΔNLL" not in card and "recalled" not in card and "license:" not in card
+
+
+@pytest.mark.parametrize(("recalled", "told"), [(0, True), (3, False)])
+def test_the_card_tells_that_the_model_recalls_none_of_the_facts(recalled: int, told: bool) -> None:
+    report = {"recall": [], "facts": {"asked": 16, "recalled": recalled}}
+    card = model_card(6, "llama", "1-3", PRICED | {"report": report})
+    assert ("the full cache recalls 0 of 16 facts" in card) == told
 
 
 @pytest.mark.parametrize("details", [{}, PRICED])
