@@ -31,7 +31,7 @@ from eval.common.console import make_console
 from eval.common.mistyped import OneLineParser
 from smartkv.errors import SmartKVError, one_line_errors
 from smartkv.gates.bank import GateBank
-from smartkv.gates.model_card import measured_on, text_of, usable_footprint
+from smartkv.gates.model_card import measured_on, no_facts, text_of, usable_footprint
 from smartkv.gates.pretrained import CONFIG
 from smartkv.io.hub import limit_hub_waiting
 from smartkv.io.locks import lock_folder
@@ -166,6 +166,8 @@ def _tell(console: Console, record: Record) -> None:
             f"facts recalled at {row['target']:g} (kept {row['footprint']:.3f}): {row['right']:.0%} of {row['asked']}",
             highlight=False,
         )
+    if (none := no_facts(details.get("report", {}))) is not None:
+        console.print(f"no recall: {none}", highlight=False)
     lines = [f"gates and their card: {folder}"]
     lines += [f"picture: {path}" for path in sorted((record.layout.out / "report").glob("*.png"))]
     if details.get("prices"):
