@@ -22,6 +22,7 @@ from typing import Any, get_args, get_type_hints
 
 from eval.common.interrupts import (
     STATUS,
+    end_quietly,
     interrupted_line,
     is_helper_process,
     is_step,
@@ -306,4 +307,7 @@ def _run(args: list[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        end_quietly()

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from eval.common.interrupts import STATUS, interrupted_line, is_step, quiet_interrupts, typed_command
+from eval.common.interrupts import STATUS, end_quietly, interrupted_line, is_step, quiet_interrupts, typed_command
 
 if __name__ == "__main__":  # before the imports that take seconds
     quiet_interrupts(resumes=False)
@@ -107,4 +107,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        end_quietly()

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from types import TracebackType
@@ -38,6 +39,12 @@ def is_helper_process() -> bool:
 def is_step() -> bool:
     """Return whether this command is a step of another one, which tells what comes next and how to go on."""
     return STEP in os.environ
+
+
+def end_quietly() -> None:
+    """Ignore Ctrl-C from here on in a step, whose work is done; what ended it stays as it is."""
+    if is_step():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def quiet_interrupts(resumes: bool) -> None:

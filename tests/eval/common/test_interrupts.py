@@ -56,6 +56,14 @@ def test_a_step_of_another_command_leaves_it_to_that_one(
     assert stop.value.code == STATUS and capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("environment", "said"), [({STEP: "1"}, ["left"]), ({}, [])])
+def test_a_step_that_is_done_leaves_without_a_word(environment: dict[str, str], said: list[str]) -> None:
+    work = "import os, signal; from eval.common.interrupts import end_quietly; end_quietly(); "
+    script = f"{work} os.kill(os.getpid(), signal.SIGINT); print('left')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == said and ("Traceback" in done.stderr) == (not said)
+
+
 def test_another_error_keeps_its_traceback() -> None:
     assert "Traceback" in run_script("ValueError('a bug')")
 
