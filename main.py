@@ -20,7 +20,15 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, get_args, get_type_hints
 
-from eval.common.interrupts import STATUS, interrupted_line, is_helper_process, quiet_interrupts, typed_command
+from eval.common.interrupts import (
+    STATUS,
+    end_quietly,
+    interrupted_line,
+    is_helper_process,
+    is_step,
+    quiet_interrupts,
+    typed_command,
+)
 
 if __name__ == "__main__":  # before the imports that take seconds
     quiet_interrupts(resumes=False)
@@ -272,7 +280,8 @@ def main(args: list[str] | None = None) -> None:
         command = typed_command(args, ["python", "main.py"])
         if options is not None:
             command[len(command) - len(sys.argv[1:] if args is None else args) :] = options
-        print(f"\n{interrupted_line(command, resumes)}", file=sys.stderr)
+        if not is_step():
+            print(f"\n{interrupted_line(command, resumes)}", file=sys.stderr)
         sys.exit(STATUS)
 
 
@@ -298,4 +307,7 @@ def _run(args: list[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        end_quietly()

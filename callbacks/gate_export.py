@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from eval.common.interrupts import is_step
 from lightning_modules.distillation import DistilledGates
 from lightning_modules.gates import LifespanGates
 from smartkv.errors import SmartKVError
@@ -141,7 +142,10 @@ class GateExport(L.Callback):
         self._save(gates.to(self.dtype), self.folder(trainer))
 
     def summary(self, trainer: L.Trainer) -> list[str]:
-        """Return lines for the end of a fit: where the gates are, what they achieved, how to use them."""
+        """Return lines for the end of a fit: where the gates are, what they achieved, how to use them.
+
+        A step of another command leaves the last to that one.
+        """
         folder = self.folder(trainer)
         if not (folder / "config.json").is_file():
             return [f"no gates were exported to {folder}: nothing was trained"]
@@ -152,6 +156,8 @@ class GateExport(L.Callback):
         if achieved is not None:
             epoch = details["training"]["epoch"] + 1
             lines = [f"best gates, of epoch {epoch}: {folder} ({self.monitor} {achieved:.4f})"]
+        if is_step():
+            return lines
         if details.get("prices"):
             footprint = usable_footprint(details["prices"])
             lines.append(f'use them:     LifespanCache(model, gates="{folder}", footprint={footprint})')

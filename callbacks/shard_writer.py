@@ -12,6 +12,7 @@ from torch import Tensor
 
 from datamodules.documents import DocumentWindows
 from datamodules.shard_plan import WindowRun
+from eval.common.interrupts import is_step
 from lightning_modules.harvest import Harvest
 from smartkv.shards.manifest import Manifest
 from smartkv.shards.shard_file import write_shard
@@ -65,8 +66,10 @@ class ShardWriter(BasePredictionWriter):
                 f"{len(manifest.shards)} shards with {sum(s.tokens for s in manifest.shards):,} tokens "
                 f"of {manifest.fingerprint.layers * manifest.fingerprint.kv_heads} heads in {manifest.folder}"
             )
-            shards, gates = (shlex.quote(str(path)) for path in (manifest.folder, manifest.folder.parent / "gates"))
-            print(f"train gates: python main.py fit -c configs/gates/smollm2.yaml --data.shards {shards} --out {gates}")
+            if not is_step():
+                shards, gates = (shlex.quote(str(path)) for path in (manifest.folder, manifest.folder.parent / "gates"))
+                command = "python main.py fit -c configs/gates/smollm2.yaml"
+                print(f"train gates: {command} --data.shards {shards} --out {gates}")
         trainer.strategy.barrier("the manifest is written")
 
 

@@ -31,13 +31,14 @@ from eval.common.console import make_console
 from eval.common.mistyped import OneLineParser
 from smartkv.errors import SmartKVError, one_line_errors
 from smartkv.gates.bank import GateBank
-from smartkv.gates.model_card import usable_footprint
+from smartkv.gates.model_card import measured_on, no_facts, text_of, usable_footprint
 from smartkv.gates.pretrained import CONFIG
 from smartkv.io.hub import limit_hub_waiting
 from smartkv.io.locks import lock_folder
 from smartkv.texts.sources import SourceConfig
 
 Step = Literal["look", "harvest", "lifespans", "distilled", "report"]
+REQUIRED = ("--backbone", "--out")
 PROGRAM = ["python", "-m", "cli.make_gates"]
 
 
@@ -74,27 +75,40 @@ def make_gates(
     """
     console = make_console()
     check_licence(licence)
-    options = Options(backbone, size, sources, dtype, device, seed, trust_remote_code)
+    options = Options(backbone.rstrip("/") or backbone, size, sources, dtype, device, seed, trust_remote_code)
     if seed < 0:
         raise SmartKVError(f"seed must be 0 or more, got {seed}")
     layout = Layout(Path(out))
-    lock_folder(layout.out)
     record = open_record(layout, options, overwrite)
-    if record.look is None:
+    seen = record.look
+    if seen is None:  # before anything is written: what is refused leaves nothing behind
         console.rule("look")
-        record.look = look(options, lambda line: console.print(line, highlight=False))
-        record.write()
-    write_configs(layout, options, record.look)
-    _announce(console, record, record.look)
+        seen = look(options, lambda line: console.print(line, highlight=False))
+    lock_folder(layout.out)
+    record = open_record(layout, options, overwrite)  # as it is now that no other run writes
+    if record.look is None:
+        _begin(console, record, seen)
+    seen = record.look or seen
+    write_configs(layout, options, seen)
+    _announce(console, record, seen)
     if stop_after == "look":
         return
-    for step in steps_of(record.look):
+    for step in steps_of(seen):
         if step not in record.done:
             _run(console, record, step, licence)
         if step == stop_after != "report":
-            console.print(f"stopped after {step}: the same command without --stop-after goes on", highlight=False)
+            console.print(f"stopped after {step}: the same command without --stop_after goes on", highlight=False)
             return
     _tell(console, record)
+
+
+def _begin(console: Console, record: Record, seen: Look) -> None:
+    """Begin a run, in place of an earlier one if there was one."""
+    if left := record.layout.clear():
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        console.print(f"kept, because this command did not make it: {left[0]}{more}", highlight=False, soft_wrap=True)
+    record.look = seen
+    record.write()
 
 
 def _announce(console: Console, record: Record, look: Look) -> None:
@@ -134,13 +148,13 @@ def _tell(console: Console, record: Record) -> None:
     details = GateBank.from_pretrained(folder).details
     console.rule("result")
     if rows := details.get("report", {}).get("texts"):
-        table = Table(title="ΔNLL on test texts, nats a token")
+        table = Table(title=f"ΔNLL on {measured_on(rows)}, nats a token")
         for name in ("text", "asked for", "kept", "gates (95 %)", "window that keeps as much"):
             table.add_column(name, justify="left" if name == "text" else "right")
         for row in rows:
             window, (low, high) = row["window_delta_nll"], row["interval"]
             table.add_row(
-                row["text"],
+                text_of(row),
                 f"{row['target']:g}",
                 f"{row['footprint']:.3f}",
                 f"{row['delta_nll']:+.4f} ({low:+.4f} to {high:+.4f})",
@@ -152,6 +166,8 @@ def _tell(console: Console, record: Record) -> None:
             f"facts recalled at {row['target']:g} (kept {row['footprint']:.3f}): {row['right']:.0%} of {row['asked']}",
             highlight=False,
         )
+    if (none := no_facts(details.get("report", {}))) is not None:
+        console.print(f"no recall: {none}", highlight=False)
     lines = [f"gates and their card: {folder}"]
     lines += [f"picture: {path}" for path in sorted((record.layout.out / "report").glob("*.png"))]
     if details.get("prices"):
@@ -175,9 +191,11 @@ def main(args: list[str] | None = None) -> None:
     try:
         with one_line_errors():
             limit_hub_waiting()
+            words = spelled_out(typed)
+            _check_required(words)
             auto_cli(
                 make_gates,
-                args=spelled_out(typed),
+                args=words,
                 as_positional=False,
                 parser_class=OneLineParser,
                 prog=" ".join(PROGRAM),
@@ -188,6 +206,12 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(STATUS)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _check_required(words: list[str]) -> None:
+    """Raise SmartKVError if both required options are missing, of which the parser names one alone."""
+    if {word.partition("=")[0] for word in words}.isdisjoint({*REQUIRED, "-h", "--help", "--config"}):
+        raise SmartKVError(f"{' and '.join(REQUIRED)} are required, and were not given")
 
 
 def _terminate(*_: object) -> None:

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from eval.common.interrupts import STATUS, interrupted_line, quiet_interrupts, typed_command
+from eval.common.interrupts import STATUS, end_quietly, interrupted_line, is_step, quiet_interrupts, typed_command
 
 if __name__ == "__main__":  # before the imports that take seconds
     quiet_interrupts(resumes=False)
@@ -101,9 +101,13 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         command = typed_command(args, ["python", "-m", "eval"])
         resumes = any(word in RESUMED for word in command)
-        print(f"\n{interrupted_line(command, resumes)}", file=sys.stderr)
+        if not is_step():
+            print(f"\n{interrupted_line(command, resumes)}", file=sys.stderr)
         sys.exit(STATUS)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        end_quietly()

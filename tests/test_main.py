@@ -12,6 +12,7 @@ import torch
 
 from callbacks import FitProgress
 from eval.__main__ import main as measurements
+from eval.common.interrupts import STEP
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from smartkv import LifespanCache, Manifest, load_backbone
 from smartkv.io.locks import LOCK
@@ -168,6 +169,17 @@ def test_an_interrupted_fit_says_the_command_that_goes_on(
         patch.setattr(Interrupting, "on_train_epoch_end", lambda *_: None)
         run_cli(*command)
     assert last_logged(tmp_path / "run")["epoch"] == 2
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupted_step_of_another_command_is_quiet(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(STEP, "1")
+    config = exporting(tiny_shards, tmp_path / "run", {"class_path": "tests.test_main.Interrupting"})
+    with pytest.raises(SystemExit) as stop:
+        run_cli("fit", "-c", config, "--trainer.max_epochs", "2")
+    assert stop.value.code == 130 and "interrupted" not in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -34,11 +34,12 @@ def publish(layout: Layout, options: Options, licence: str | None) -> None:
         licence: of the model, as the user gave it; None: look it up.
     """
     gates = GateBank.from_pretrained(layout.out / "distilled" / "export")
+    command = made_by(layout, options, licence)
     licence = licence or licence_of(options.backbone)
     known = {"licence": licence.lower()} if licence and LICENCE.fullmatch(licence.lower()) else {}
     unknown = "that of the model, which names none that could be read: look before you publish"
     words = f"{licence}, that of the model" if licence else unknown
-    gates.details |= known | {"report": {"command": made_by(layout, options), "licence": words}}
+    gates.details |= known | {"report": {"command": command, "licence": words}}
     save(layout, gates)
 
 
@@ -48,9 +49,10 @@ def save(layout: Layout, gates: GateBank) -> None:
     write_atomically(layout.gates / CARD, gates.card(str(layout.gates)).encode())
 
 
-def made_by(layout: Layout, options: Options) -> str:
-    """Return the command that makes these gates."""
+def made_by(layout: Layout, options: Options, licence: str | None = None) -> str:
+    """Return the command that makes these gates. `licence` is what the user gave."""
     given, usual = options.to_dict(), Options(options.backbone).to_dict()
+    given, usual = given | {"licence": licence}, usual | {"licence": None}
     changed = {name: value for name, value in given.items() if value != usual[name]}
     if set(changed) <= {"size"}:
         words = ["make", "gates", f"MODEL={options.backbone}", f"OUT={layout.out}"]
@@ -81,7 +83,7 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
         result: content of compare.json.
 
     Returns:
-        `texts` and `recall` as `smartkv.gates.model_card` describes them, `window` and `machine`.
+        `texts`, `recall` and `facts` as `smartkv.gates.model_card` describes them, `window` and `machine`.
     """
     rows = {name: [row for row in result["rows"] if row["contender"] == name] for name in ("gates", "window")}
     shown = [row for row in rows["gates"] if row["target"] in FOOTPRINTS]
@@ -94,6 +96,7 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
             texts.append(
                 {
                     "text": text,
+                    "split": result["arguments"]["texts"][text]["split"],
                     "target": row["target"],
                     "footprint": own["footprint"],
                     "delta_nll": own["delta_nll"],
@@ -109,9 +112,11 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
         if share and share["asked"]:
             kept = {name: share[name] for name in ("footprint", "right", "asked")}
             recall.append({"target": row["target"], **kept, "window_right": beside and beside["right"]})
+    whole = result["full"].get("recall") or {"asked": 0, "right": 0.0}
     return {
         "texts": texts,
         "recall": recall,
+        "facts": {"asked": whole["asked"], "recalled": round(whole["asked"] * (whole["right"] or 0.0))},
         "window": result["arguments"]["window"],
         "machine": result["machine"],
     }

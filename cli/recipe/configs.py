@@ -11,7 +11,8 @@ from cli.recipe.mix import MANUAL
 from cli.recipe.settings import SIZES, Options
 from cli.recipe.templates import fill
 from smartkv.errors import SmartKVError
-from smartkv.io.atomic import write_atomically
+from smartkv.io.atomic import PART, write_atomically
+from smartkv.io.locks import LOCK
 
 TEMPLATES = Path(__file__).parents[2] / "configs" / "recipe"
 FOOTPRINTS = [0.125, 0.25]  # that the card tells of
@@ -22,6 +23,27 @@ WHAT = {
     "lifespans": "Gates that predict lifespans. --ckpt_path last goes on after a kill.",
     "distilled": "Gates distilled through the frozen model. --ckpt_path last goes on after a kill.",
     "report": "What the gates lose, by kind of text, beside a sliding window. The same command goes on after a kill.",
+}
+
+
+EXPORT = ("config.json", "model.safetensors", "README.md")
+FIT = (
+    "config.yaml", "hparams.yaml", "heads.csv", "events.out.tfevents.*", "hpc_ckpt_*.ckpt", "checkpoints/epoch=*.ckpt",
+    "checkpoints/last*.ckpt", *(f"export/{name}" for name in EXPORT),
+)  # fmt: skip
+MADE = {  # glob patterns of the files that the steps write, by subfolder
+    "configs": tuple(f"{step}.yaml" for step in WHAT),
+    "shards": (
+        "config.yaml",
+        "manifest.json",
+        "windows.safetensors",
+        "train-*.safetensors",
+        "validation-*.safetensors",
+    ),
+    "lifespans": FIT,
+    "distilled": FIT,
+    "report": ("compare.json", "compare.md", "compare.cells", "frontier_*.png", "recall.png"),
+    "gates": EXPORT,
 }
 
 
@@ -36,9 +58,30 @@ class Layout:
     out: Path
 
     @property
-    def parts(self) -> list[Path]:
-        """All that the command writes, beside its record."""
-        return [self.out / name for name in ("configs", "shards", "lifespans", "distilled", "report", "gates")]
+    def made(self) -> list[Path]:
+        """The files that the command has written, beside its record."""
+        return [file for name, made in MADE.items() for pattern in made for file in (self.out / name).glob(pattern)]
+
+    def clear(self) -> list[Path]:
+        """Delete what the command has written, beside its record, and the folders that are empty then.
+
+        Returns:
+            The files in its folders that it did not make, which stay.
+        """
+        for file in self.made:
+            file.unlink(missing_ok=True)
+        left = list[Path]()
+        for part in (self.out / name for name in MADE):
+            below = sorted(part.rglob("*"), reverse=True)  # what lies in a folder comes before it
+            for path in below:
+                if path.is_dir() and not path.is_symlink():
+                    _remove_if_empty(path)
+                elif path.name == LOCK or path.name.endswith(PART):
+                    path.unlink(missing_ok=True)
+                else:
+                    left.append(path)
+            _remove_if_empty(part)
+        return sorted(left)
 
     @property
     def gates(self) -> Path:
@@ -65,6 +108,11 @@ class Layout:
         if step == "report":
             return ["-m", "eval", "compare", "--config", config]
         return ["main.py", "predict" if step == "harvest" else "fit", "-c", config]
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def steps_of(look: Look) -> list[str]:

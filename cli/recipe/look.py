@@ -21,7 +21,7 @@ from smartkv.models.backbone import (
     resolve_dtype,
 )
 from smartkv.texts.sources import SourceConfig
-from smartkv.texts.windows import plan_windows
+from smartkv.texts.windows import NoWindows, plan_windows
 
 Say = Callable[[str], None]
 
@@ -174,7 +174,7 @@ def _kinds(parts: list[Part], tokenizer: Any, amounts: Amounts, say: Say) -> lis
     """Return the kinds of text that the report measures, after a look whether there is text for each split.
 
     Raises:
-        SmartKVError: a part has no training text, or no part has validation text.
+        SmartKVError: a text cannot be read, a part has no training text, or no part has validation text.
     """
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     validates = False
@@ -202,9 +202,13 @@ def _kinds(parts: list[Part], tokenizer: Any, amounts: Amounts, say: Say) -> lis
 
 
 def _why_none(part: Part, split: str, tokenizer: Any, amounts: Amounts) -> str | None:
-    """Return why a source has no window of a split; None: it has."""
+    """Return why a source has no window of a split; None: it has.
+
+    Raises:
+        SmartKVError: its text cannot be read.
+    """
     try:
         plan_windows([SourceConfig(**part.source)], {split: 1}, tokenizer, amounts.window, say=lambda line: None)
-    except SmartKVError as error:
+    except NoWindows as error:
         return str(error)
     return None

@@ -64,8 +64,10 @@ def own_mix(sources: list[SourceConfig]) -> list[Part]:
     """Return the parts of a mix that the user gives; each source is a kind of its own.
 
     Raises:
-        SmartKVError: two sources have one name, or one of them cannot be had.
+        SmartKVError: there is none, two sources have one name, or one of them cannot be had.
     """
+    if not sources:
+        raise SmartKVError("sources is empty: give at least one, or leave it out for the default mix")
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SmartKVError(f"two sources are named '{twice[0]}': give each a name of its own")

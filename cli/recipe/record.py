@@ -1,7 +1,7 @@
 """What the folder of a run remembers: the options, the look, and which steps are done."""
 
 import json
-import shutil
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from smartkv.io.checks import differences
 
 RECORD = "recipe.json"
 BEGIN_ANEW = "give it a folder of its own, or begin anew with --overwrite"
+NOT_OURS = "nothing was deleted; give it a folder of its own, or look what is there and delete it yourself"
 
 
 @dataclass
@@ -63,18 +64,20 @@ class Record:
 
 
 def open_record(layout: Layout, options: Options, overwrite: bool) -> Record:
-    """Open the state of a run, or begin one.
+    """Open the state of a run, or begin one. Nothing is written or deleted.
 
     Args:
-        layout: the folder, which exists and is locked.
+        layout: the folder, which need not exist.
         options: of this run.
-        overwrite: delete what an earlier run left.
+        overwrite: what an earlier run left does not count.
 
     Raises:
-        SmartKVError: the folder holds the result of other options, or files of something else.
+        SmartKVError: the folder holds the result of other options, or files of something else, or cannot be made.
     """
     path = layout.out / RECORD
-    others = sorted(each.name for each in layout.out.iterdir() if not each.name.startswith("."))
+    _check_place(layout.out)
+    found = layout.out.iterdir() if layout.out.is_dir() else ()
+    others = sorted(each.name for each in found if not each.name.startswith("."))
     if others and not path.is_file():
         raise SmartKVError(
             f"{layout.out} holds {others[0]}{' and more' if len(others) > 1 else ''}, which this command did not make: "
@@ -82,12 +85,9 @@ def open_record(layout: Layout, options: Options, overwrite: bool) -> Record:
         )
     if not others:
         return Record(layout, options)
-    if overwrite:
-        for part in layout.parts:
-            shutil.rmtree(part, ignore_errors=True)
-        path.unlink()
-        return Record(layout, options)
     content = _read(path)
+    if overwrite:
+        return Record(layout, options)
     if changed := differences(content["options"], json.loads(json.dumps(options.to_dict()))):
         raise SmartKVError(f"{layout.out} holds gates of other options ({'; '.join(changed)}): {BEGIN_ANEW}")
     try:
@@ -97,12 +97,22 @@ def open_record(layout: Layout, options: Options, overwrite: bool) -> Record:
     return Record(layout, options, look, dict(content["seconds"]))
 
 
+def _check_place(out: Path) -> None:
+    """Raise SmartKVError if a folder can be neither made nor written to."""
+    place = next(each for each in [out, *out.absolute().parents] if each.exists())
+    if not place.is_dir():
+        raise SmartKVError(f"{out} cannot be written to: {place} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise SmartKVError(f"{out} cannot be written to: Permission denied")
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SmartKVError(f"{path} cannot be read ({type(error).__name__}): {BEGIN_ANEW}") from error
+        raise SmartKVError(f"{path} cannot be read ({type(error).__name__}): {NOT_OURS}") from error
     parts = [content.get(name) for name in ("options", "seconds")] if isinstance(content, dict) else []
-    if not parts or not all(isinstance(part, dict) for part in parts) or "look" not in content:
-        raise SmartKVError(f"{path} does not describe a run of this command: {BEGIN_ANEW}")
+    known = all(isinstance(part, dict) for part in parts) and parts and "look" in content
+    if not known or not {"backbone", "size"} <= content["options"].keys():
+        raise SmartKVError(f"{path} does not describe a run of this command: {NOT_OURS}")
     return content

@@ -2,14 +2,17 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from cli.recipe.configs import Layout
+from eval.common.interrupts import STATUS, STEP
 from smartkv.errors import SmartKVError
 
 ROOT = Path(__file__).parents[2]
+GRACE = 2.0  # seconds in which a step ends by the Ctrl-C that a terminal sends it too
 PATIENCE = 30.0  # seconds in which an interrupted step writes what it has
 
 
@@ -41,16 +44,17 @@ def run(command: list[str]) -> None:
     """
     place = [str(ROOT / command[0]), *command[1:]] if command[0].endswith(".py") else command
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.Popen([sys.executable, *place], env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), STEP: "1"}
+    process = subprocess.Popen([sys.executable, *place], env=environment)
     try:
         status = process.wait()
-    except KeyboardInterrupt:  # a terminal sends it to the process too
-        _end(process, patience=PATIENCE)
+    except KeyboardInterrupt:
+        _interrupt(process)
         raise
     except BaseException:
         _end(process, patience=0.0)
         raise
-    if status == 130:
+    if status == STATUS:
         raise KeyboardInterrupt
     if status < 0:
         advice = ", often because the memory was full" if status == -9 else ""
@@ -59,6 +63,21 @@ def run(command: list[str]) -> None:
         raise SmartKVError(
             f"'{shown(command)}' stopped with status {status}: do what its error says, and give the same command again"
         )
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """Let a process write what it has and end. A second Ctrl-C ends it without."""
+    if process.poll() is None:
+        print("\nwaiting for the step to write what it has …", file=sys.stderr, flush=True)
+    try:
+        process.wait(timeout=GRACE)
+        return
+    except subprocess.TimeoutExpired:  # only this process was interrupted, or there is much to write
+        process.send_signal(signal.SIGINT)
+        patience = PATIENCE
+    except KeyboardInterrupt:
+        patience = 0.0
+    _end(process, patience)
 
 
 def _end(process: subprocess.Popen[bytes], patience: float) -> None:

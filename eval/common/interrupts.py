@@ -2,10 +2,12 @@
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from types import TracebackType
 
+STEP = "SMARTKV_STEP"  # environment variable of a command that is a step of another one
 STATUS = 130  # exit status of a command that Ctrl-C ended, as shells have it
 
 
@@ -34,6 +36,17 @@ def is_helper_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
+def is_step() -> bool:
+    """Return whether this command is a step of another one, which tells what comes next and how to go on."""
+    return STEP in os.environ
+
+
+def end_quietly() -> None:
+    """Ignore Ctrl-C from here on in a step, whose work is done; what ended it stays as it is."""
+    if is_step():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def quiet_interrupts(resumes: bool) -> None:
     """Replace the traceback of a Ctrl-C that nobody catches, such as one while modules are imported, by the line.
 
@@ -44,7 +57,7 @@ def quiet_interrupts(resumes: bool) -> None:
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if not issubclass(kind, KeyboardInterrupt):
             sys.__excepthook__(kind, error, traceback)
-        elif not is_helper_process():
+        elif not (is_helper_process() or is_step()):
             print(f"\n{interrupted_line(sys.orig_argv, resumes)}", file=sys.stderr)
 
     sys.excepthook = hook

@@ -22,6 +22,7 @@ def model_card(gates: int, model: str, layers: str, details: dict[str, Any]) -> 
     """
     has_prices = bool(details.get("policy") and details.get("prices"))
     snippet = _cache_snippet(details) if has_prices else _PREDICT_SNIPPET
+    predicts = _PREDICTS.get(details.get("target", ""), "how long later queries will attend to it")
     settings = {name: value for name, value in details.items() if name not in _ELSEWHERE}
     licence = details.get("licence")
     licence_line = f"license: {licence}\n" if licence else ""
@@ -33,7 +34,7 @@ tags: [kv-cache, key-eviction]
 # SmartKV gates
 
 {gates} gates for {model} (layers {layers}), one per KV head. Each gate reads a key before
-the rotary embedding and predicts how long later queries will attend to it.
+the rotary embedding and predicts {predicts}.
 
 ```python
 {snippet.replace("NAME", details.get("name", "this folder or hub id"))}
@@ -46,6 +47,11 @@ Trained with:
 ```
 """
 
+
+_PREDICTS = {  # by the target in the gates' details; of the others the lifespan
+    "log worth": "for each age the log of what keeping it from then on is worth",
+    "log future attention": "how much attention later queries will pay to it",
+}
 
 _ELSEWHERE = ("prices", "layer_shares", "report")  # details that do not stand among the settings
 
@@ -101,17 +107,38 @@ These prices were solved on training windows{length}. A longer text keeps a smal
 """
 
 
+def text_of(row: dict[str, Any]) -> str:
+    """Return the name of the kind of text of a report's row, with its split if these are no test texts."""
+    split = row.get("split", "test")
+    return str(row["text"]) if split == "test" else f"{row['text']} ({split})"
+
+
+def measured_on(rows: list[dict[str, Any]]) -> str:
+    """Return what texts a report read: `test texts`, `validation texts`, or both."""
+    splits = sorted({row.get("split", "test") for row in rows})
+    return " and ".join(splits) + " texts"
+
+
+def no_facts(report: dict[str, Any]) -> str | None:
+    """Return that the model itself recalls none of the facts that a report asked for; None: it recalls some."""
+    facts = report.get("facts") or {"asked": 0}
+    if not facts["asked"] or facts["recalled"]:
+        return None
+    return f"the full cache recalls 0 of {facts['asked']} facts"
+
+
 def _report(report: dict[str, Any]) -> str:
     """Write what was measured.
 
     Args:
-        report: `texts`, rows with `text`, `target`, `footprint`, `delta_nll`, `interval`, `windows` and
-            `window_delta_nll` (a sliding window's at the same footprint; None: not measured); `recall`, rows with
-            `target`, `footprint`, `right`, `asked` and `window_right`; `window`, tokens; `command` that made the gates;
-            `licence` in words; `machine`. Any of them may be missing.
+        report: `texts`, rows with `text`, `target`, `footprint`, `delta_nll`, `interval`, `windows`,
+            `split` (without one: test) and `window_delta_nll` (a sliding window's at the same footprint; None: not
+            measured); `recall`, rows with `target`, `footprint`, `right`, `asked` and `window_right`; `facts`, how many
+            were `asked`, and `recalled` by the full cache; `window`, tokens; `command` that made the gates; `licence`
+            in words; `machine`. Any of them may be missing.
     """
     losses = "\n".join(
-        f"| {row['text']} | {row['target']:g} | {row['footprint']:.3f} | {row['delta_nll']:+.4f} "
+        f"| {text_of(row)} | {row['target']:g} | {row['footprint']:.3f} | {row['delta_nll']:+.4f} "
         f"({row['interval'][0]:+.4f} to {row['interval'][1]:+.4f}) | {_number(row['window_delta_nll'], '+.4f')} "
         f"| {row['windows']} |"
         for row in report.get("texts", [])
@@ -124,16 +151,18 @@ def _report(report: dict[str, Any]) -> str:
     parts = []
     if losses:
         parts.append(
-            f"Loss above the full cache's (ΔNLL, nats a token, 95 % interval over documents) on test texts of "
-            f"{report.get('window', '?')} tokens. *Kept* is the share of a full cache's keys, with prices solved on "
-            "training texts of the same length.\n\n| text | asked for | kept | ΔNLL | sliding window that keeps as much"
-            f" | windows |\n|---|---|---|---|---|---|\n{losses}\n"
+            "Loss above the full cache's (ΔNLL, nats a token, 95 % interval over documents) on "
+            f"{measured_on(report['texts'])} of {report.get('window', '?')} tokens. *Kept* is the share of a full "
+            "cache's keys, with prices solved on training texts of the same length.\n\n| text | asked for | kept "
+            f"| ΔNLL | sliding window that keeps as much | windows |\n|---|---|---|---|---|---|\n{losses}\n"
         )
     if facts:
         parts.append(
             "Facts stated once and asked for at the end of a text, of those that the full cache recalls.\n\n"
             f"| asked for | kept | recalled | sliding window | facts |\n|---|---|---|---|---|\n{facts}\n"
         )
+    if (none := no_facts(report)) is not None:
+        parts.append(f"No recall was measured: {none}.\n")
     if report.get("command"):
         parts.append(f"Made by:\n\n```bash\n{report['command']}\n```\n")
     if report.get("licence"):

@@ -69,6 +69,10 @@ class WindowCounts:
     test: int = 0
 
 
+class NoWindows(SmartKVError):
+    """Texts that can be read, but give no window of a split."""
+
+
 def check_counts(counts: dict[str, Any]) -> None:
     """Raise an error if the number of windows of a split is not a whole number.
 
@@ -103,7 +107,7 @@ def plan_windows(
         say: Called with a line for the user.
 
     Raises:
-        SmartKVError: An argument is out of its range, no origin has a source, or a split gets no window at all.
+        SmartKVError: An argument is out of its range, no origin has a source, or a split gets no window (NoWindows).
     """
     check_counts(counts)
     if min(counts.values()) < 0 or not any(counts.values()):
@@ -145,7 +149,7 @@ def plan_windows(
             documents += [f"{source.name}/{name}" for name in packer.documents]
             records[number]["windows"][split] = len(packed)
         if counts.get(split, 0) and not windows:
-            raise SmartKVError(
+            raise NoWindows(
                 f"the texts give no {split} window of {window} tokens ({'; '.join(lacking)}): give more text, "
                 f"a smaller window, or ask for no {split} window"
             )

@@ -12,6 +12,7 @@ from cli.recipe.configs import Layout
 from cli.recipe.look import Kind, Look
 from cli.recipe.mix import Part
 from eval.__main__ import main as eval_main
+from eval.common.interrupts import STEP
 from tests.lightning_fixtures import prose, run_cli
 
 Runner = Callable[[list[str]], None]
@@ -19,11 +20,13 @@ Runner = Callable[[list[str]], None]
 
 def run_here(command: list[str]) -> None:
     """`cli.recipe.run.run` without a process of its own, which takes seconds to start."""
-    if command[0] == "main.py":
-        run_cli(*command[1:])
-    else:
-        assert command[:2] == ["-m", "eval"]
-        eval_main(command[2:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(STEP, "1")
+        if command[0] == "main.py":
+            run_cli(*command[1:])
+        else:
+            assert command[:2] == ["-m", "eval"]
+            eval_main(command[2:])
 
 
 def look_here(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -41,6 +44,16 @@ def make(monkeypatch: pytest.MonkeyPatch, runner: Runner, *args: str | Path) -> 
 
 def never(command: list[str]) -> None:
     raise AssertionError(f"{command} was run")
+
+
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        make(monkeypatch, never, *args)
+    output = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    return line
 
 
 def write_own_texts(folder: Path) -> Path:

@@ -18,9 +18,8 @@ import torch
 import yaml
 from huggingface_hub import HfApi
 
-from cli.make_gates import main, spelled_out, without_overwrite
 from smartkv import GateBank, LifespanCache, load_backbone
-from tests.cli.fixtures import make, never, own_sources, run_here, write_own_texts
+from tests.cli.fixtures import make, never, own_sources, refused, run_here, write_own_texts
 from tests.families import FORMS, save_family
 from tests.imports import ROOT
 from tests.models import save_tiny_backbone
@@ -78,14 +77,15 @@ def steps(commands: list[list[str]]) -> list[str]:
     return [next(Path(word).stem for word in command if word.endswith(".yaml")) for command in commands]
 
 
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        make(monkeypatch, never, *args)
-    output = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in output
-    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    return line
+def args_in(made: Run, folder: Path) -> list[str]:
+    """The command line of the run with another folder."""
+    return [str(folder) if word == str(made.out) else word for word in made.args]
+
+
+def moved(made: Run, folder: Path) -> Path:
+    """Copy the run to another folder."""
+    shutil.copytree(made.out, folder, ignore=shutil.ignore_patterns(".lock", "configs"))  # the configs name the folder
+    return folder
 
 
 # -- what comes out ---------------------------------------------------------------------------------------------------
@@ -134,6 +134,12 @@ def test_it_ends_with_how_to_use_and_to_publish_the_gates(made: Run) -> None:
     assert f"picture: {made.out / 'report' / 'frontier_manual.png'}" in made.second
 
 
+def test_no_step_tells_what_comes_after_it_alone(made: Run) -> None:
+    assert "shards with" in made.first and "best gates, of epoch" in made.first + made.second
+    assert "train gates:" not in made.first and "measure them:" not in made.first + made.second
+    assert made.second.count("use them: ") == 1
+
+
 # -- what it tells beforehand -----------------------------------------------------------------------------------------
 
 
@@ -169,12 +175,32 @@ def test_the_same_command_goes_on_where_it_was_stopped(made: Run) -> None:
     assert " look ──" in made.first and " look ──" not in made.second
 
 
+def test_a_slash_at_the_end_of_the_model_s_folder_makes_no_other_model(
+    made: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, backbone, *rest = made.args
+    make(monkeypatch, never, name, f"{backbone}/", *rest)
+    assert "push_to_hub" in capsys.readouterr().out
+
+
 def test_a_finished_run_only_tells_its_result(
     made: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(monkeypatch, never, *made.args)
     said = capsys.readouterr().out
     assert said.count("│      done │") == 4 and "push_to_hub" in said
+
+
+def test_the_table_names_the_split_of_texts_that_are_no_test(
+    made: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gates = GateBank.from_pretrained(moved(made, tmp_path / "out") / "gates")
+    for row in gates.details["report"]["texts"]:
+        row["split"] = "validation"
+    gates.save_pretrained(tmp_path / "out" / "gates")
+    make(monkeypatch, never, *args_in(made, tmp_path / "out"))
+    said = capsys.readouterr().out
+    assert "ΔNLL on validation texts, nats a token" in said and "│ manual (validation) │" in said
 
 
 def test_shards_that_are_no_longer_needed_may_be_deleted(
@@ -207,13 +233,13 @@ def test_other_options_in_the_same_folder_are_refused_with_what_differs(
 def test_overwrite_begins_anew(
     made: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(made.out, tmp_path / "out", ignore=shutil.ignore_patterns(".lock"))
-    args = [str(tmp_path / "out") if word == str(made.out) else word for word in made.args]
-    make(monkeypatch, never, *args, "--overwrite", "--seed", "1", "--stop-after", "look")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name[0] != ".") == [
-        "configs",
-        "recipe.json",
-    ]
+    (moved(made, tmp_path / "out") / "report" / "mine.txt").write_text("mine")
+    args = [*args_in(made, tmp_path / "out"), "--overwrite", "--seed", "1", "--stop-after", "look"]
+    make(monkeypatch, never, *args)
+    left = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
+    configs = [f"configs/{step}.yaml" for step in ("distilled", "harvest", "lifespans", "report")]
+    assert left == [".lock", *configs, "recipe.json", "report/mine.txt"]  # all that the steps made is gone
+    assert "this command did not make it: " in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "out/configs/harvest.yaml").read_text())["data"]["init_args"]["seed"] == 1
 
 
@@ -224,55 +250,7 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(
     args = [str(tmp_path) if word == str(made.out) else word for word in made.args]
     for more in ([], ["--overwrite"]):
         assert "holds thesis.tex, which this command did not make" in refused(capsys, monkeypatch, *args, *more)
-    assert (tmp_path / "thesis.tex").read_text() == "years"
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--size", "huge"], "size"),
-        (["--backbone", "/nowhere/at/all"], "there is no such folder"),
-        (["--stop-after", "dinner"], "stop_after"),
-        (["--seed", "-1"], "seed must be 0 or more"),
-        (["--licence", " "], "--licence is empty"),
-        (["--sources", '[{"name": "songs"}]'], "source 'songs' is unknown"),
-        (["--dtype", "int3"], "dtype 'int3' is unknown"),
-        (["--sizes", "tiny"], "--size"),
-    ],
-)
-def test_mistakes_are_told_in_one_line(
-    options: list[str],
-    said: str,
-    tiny_backbone: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    args = ["--backbone", str(tiny_backbone), "--out", str(tmp_path / "out"), *options]
-    assert said in refused(capsys, monkeypatch, *args)
-
-
-@pytest.mark.parametrize("given", [[], ["MODEL=x"], ["OUT=y"]])
-def test_make_says_what_is_missing(given: list[str]) -> None:
-    if shutil.which("make") is None:
-        pytest.skip("there is no make here")
-    environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "OUT")}
-    done = subprocess.run(["make", "gates", *given], cwd=ROOT, env=environment, capture_output=True, text=True)
-    missing = "OUT" if given == ["MODEL=x"] else "MODEL"
-    assert done.returncode == 2 and f"{missing} is missing: make gates MODEL=<" in done.stderr
-
-
-def test_dashes_and_a_bare_overwrite_are_understood() -> None:
-    assert spelled_out(["--stop-after", "look", "--overwrite", "--out=a-b"]) == [
-        "--stop_after", "look", "--overwrite", "true", "--out=a-b",
-    ]  # fmt: skip
-    assert spelled_out(["--overwrite", "false"]) == ["--overwrite", "false"]
-
-
-@pytest.mark.parametrize("given", [["--overwrite"], ["--overwrite", "true"], ["--overwrite=true"]])
-def test_a_run_that_began_anew_goes_on_without_beginning_anew(given: list[str]) -> None:
-    command = ["--trust_remote_code", "true", *given, "--out", "x"]
-    assert without_overwrite(command) == ["--trust_remote_code", "true", "--out", "x"]
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 # -- in processes of their own, and other families --------------------------------------------------------------------
@@ -318,11 +296,3 @@ def test_the_road_can_be_gone_with_a_model_of_many_families(
     assert gates.layers == lm.architecture.gated_layers
     assert len(gates.details["layer_shares"][0][1]) == lm.architecture.layers
     assert "push_to_hub" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("given", [["--help"]])
-def test_help_explains_every_option(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(given)
-    said = capsys.readouterr().out
-    assert stop.value.code == 0 and "last step to run" in said and "mix of books" in " ".join(said.split())

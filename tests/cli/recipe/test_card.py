@@ -1,5 +1,6 @@
 """The result's card: figures, licence, and the command that made the gates."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,16 @@ def row(contender: str, target: float, kept: float, delta: float, right: float |
     return {"contender": contender, "target": target, "texts": {"code": reading(kept, delta)}, "recall": recall}
 
 
-def result(right: float | None = 0.75) -> dict[str, Any]:
+def result(right: float | None = 0.75, split: str = "test") -> dict[str, Any]:
     rows = [row("gates", 0.125, 0.15, 0.2, right), row("gates", 0.5, 0.5, 0.01, right)]
     rows += [row("window", 0.125, 0.125, 0.8, 0.25), row("window", 0.25, 0.25, 0.4, 0.5)]
     machine = {"processor": "P"}
-    return {"rows": rows, "full": {"texts": {"code": {}}}, "arguments": {"window": 2048}, "machine": machine}
+    return {
+        "rows": rows,
+        "full": {"texts": {"code": {}}},
+        "arguments": {"window": 2048, "texts": {"code": {"split": split}}},
+        "machine": machine,
+    }
 
 
 def test_the_card_has_the_footprints_of_an_eighth_and_a_quarter() -> None:
@@ -40,8 +46,22 @@ def test_the_card_has_the_footprints_of_an_eighth_and_a_quarter() -> None:
     ]
 
 
+def test_the_split_of_each_kind_of_text_is_remembered() -> None:
+    (text,) = figures(result(split="validation"))["texts"]
+    assert text["split"] == "validation"
+
+
 def test_facts_that_the_model_itself_does_not_recall_are_no_figure() -> None:
-    assert figures(result(right=None))["recall"] == []
+    none = result(right=None)
+    none["full"]["recall"] = {"asked": 8, "right": 0.0}
+    assert figures(none)["recall"] == [] and figures(none)["facts"] == {"asked": 8, "recalled": 0}
+
+
+def test_how_many_facts_the_model_recalls_is_remembered() -> None:
+    some = result()
+    some["full"]["recall"] = {"asked": 12, "right": 8 / 12}
+    assert figures(some)["facts"] == {"asked": 12, "recalled": 8}
+    assert figures(result())["facts"] == {"asked": 0, "recalled": 0}  # none were asked for
 
 
 def test_the_windows_loss_is_read_between_its_points_and_hardly_beyond() -> None:
@@ -64,6 +84,11 @@ def test_the_windows_loss_is_read_between_its_points_and_hardly_beyond() -> None
 )
 def test_the_command_that_made_the_gates(options: Options, command: str) -> None:
     assert made_by(Layout(Path("o")), options) == command
+
+
+def test_a_licence_that_was_given_stands_in_the_command() -> None:
+    command = made_by(Layout(Path("o")), Options("m"), "mit")
+    assert command == "python -m cli.make_gates --backbone m --out o --licence mit"
 
 
 def test_own_texts_stand_in_the_command() -> None:
@@ -107,4 +132,5 @@ def test_the_gates_get_the_licence_that_is_known(licence: str | None, line: str 
     publish(layout, Options(str(tmp_path)), licence)
     card = (layout.gates / "README.md").read_text()
     assert ("license:" in card) == (line is not None) and (line or "") in card
-    assert "make gates MODEL=" in card and (licence or "names none that could be read") in card
+    assert "make gates MODEL=" in card if licence is None else f"--licence {shlex.quote(licence)}" in card
+    assert (licence or "names none that could be read") in card

@@ -136,3 +136,21 @@ def test_without_a_text_to_measure_there_is_no_report() -> None:
 def test_every_value_has_its_place_in_the_template(step: str, tmp_path: Path) -> None:
     given = values(step, Layout(tmp_path), OPTIONS, a_look())
     assert given["out"].startswith(str(tmp_path)) and len(given) > 4
+
+
+def test_clearing_deletes_what_the_steps_made_and_nothing_else(tmp_path: Path) -> None:
+    made = ["shards/train-00000.safetensors", "shards/manifest.json", "lifespans/checkpoints/last-v1.ckpt",
+            "distilled/export/model.safetensors", "report/frontier_books.png", "gates/README.md",
+            "report/.lock"]  # fmt: skip
+    own = ["report/mine.txt", "gates/mine/config.json", "notes.txt", "recipe.json"]
+    for name in [*made, *own]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert Layout(tmp_path).clear() == [tmp_path / "gates/mine/config.json", tmp_path / "report/mine.txt"]
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(tmp_path / name for name in own)
+    assert not (tmp_path / "distilled").exists() and not (tmp_path / "shards").exists()
+
+
+def test_the_report_reads_a_document_for_each_window() -> None:
+    template = yaml.safe_load((TEMPLATES / "report.yaml").read_text())
+    assert template["measure"]["windows_per_document"] == 1  # its intervals are over documents

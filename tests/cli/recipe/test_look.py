@@ -11,6 +11,7 @@ from cli.recipe.settings import Options
 from smartkv.errors import SmartKVError
 from smartkv.texts.sources import SourceConfig
 from tests.cli.fixtures import a_look, look_here, write_own_texts
+from tests.lightning_fixtures import prose
 from tests.models import save_tiny_backbone
 
 
@@ -50,6 +51,14 @@ def test_text_for_training_is_needed(tiny_backbone: Path, tmp_path: Path) -> Non
         file.write_text("short")
     with pytest.raises(SmartKVError, match=r"source 'mine' cannot be learned from: .*no train window of 512 tokens"):
         look(options(tiny_backbone, texts), lambda line: None)
+
+
+def test_a_line_that_cannot_be_read_is_told_as_the_cause(tiny_backbone: Path, tmp_path: Path) -> None:
+    talk = json.dumps({"messages": [{"role": "user", "content": prose(1500, 1)}]})
+    (tmp_path / "bad.jsonl").write_text("\n".join([talk] * 30 + ["no JSON"]))
+    sources = [SourceConfig("chat", path=str(tmp_path / "bad.jsonl"))]
+    with pytest.raises(SmartKVError, match=r"bad\.jsonl, line 31: not JSON"):
+        look(options(tiny_backbone, tmp_path, sources=sources), lambda line: None)
 
 
 def test_without_test_texts_the_report_reads_validation_texts_and_says_so(tiny_backbone: Path, tmp_path: Path) -> None:

@@ -81,10 +81,18 @@ def test_another_option_is_refused_and_named(layout: Layout, options: Options, s
         open_record(layout, options, overwrite=False)
 
 
-def test_overwriting_deletes_what_the_command_made_and_nothing_else(layout: Layout) -> None:
-    (layout.out / "notes.txt").write_text("mine")
+def test_opening_a_run_writes_and_deletes_nothing(layout: Layout, tmp_path: Path) -> None:
+    before = sorted(layout.out.rglob("*"))
     assert open_record(layout, replace(OPTIONS, seed=1), overwrite=True).look is None
-    assert [path.name for path in layout.out.iterdir()] == ["notes.txt"]
+    assert sorted(layout.out.rglob("*")) == before
+    open_record(Layout(tmp_path / "new" / "folder"), OPTIONS, overwrite=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_place_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SmartKVError, match="file is no folder"):
+        open_record(Layout(tmp_path / "file" / "out"), OPTIONS, overwrite=False)
 
 
 def test_overwriting_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -94,11 +102,27 @@ def test_overwriting_a_folder_of_something_else_is_refused(tmp_path: Path) -> No
     assert (tmp_path / "gates").is_dir()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"options": {}}', '{"options": 1, "look": {}, "seconds": {}}'])
-def test_a_damaged_record_is_refused(layout: Layout, content: str) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{",
+        '{"options": {}}',
+        '{"options": {}, "look": null, "seconds": {}}',
+        '{"options": 1, "look": {}, "seconds": {}}',
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_record_that_is_damaged_or_of_something_else_is_refused(
+    layout: Layout, content: str, overwrite: bool
+) -> None:
     (layout.out / RECORD).write_text(content)
-    with pytest.raises(SmartKVError, match=r"recipe\.json .*--overwrite"):
-        open_record(layout, OPTIONS, overwrite=False)
+    with pytest.raises(
+        SmartKVError, match=r"recipe\.json .*: nothing was deleted; give it a folder of its own"
+    ) as told:
+        open_record(layout, OPTIONS, overwrite)
+    assert "--overwrite" not in str(told.value)
 
 
 def test_a_record_of_another_version_is_refused(layout: Layout) -> None:

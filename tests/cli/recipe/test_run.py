@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cli.recipe.run import command_of, run, shown
+from eval.common.interrupts import is_step
 from smartkv.errors import SmartKVError
 from tests.cli.fixtures import layout_of
 
@@ -68,16 +69,16 @@ import signal, sys, time
 def end(*_):
     open(sys.argv[1], "a").write(" ended")
     sys.exit(130)
-signal.signal(signal.SIGTERM, end)
+signal.signal(signal.SIGINT, end)
 open(sys.argv[1], "w").write("ready")
 time.sleep(60)
 """
 
 
 def test_an_interrupt_that_only_reaches_the_parent_ends_the_command_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("cli.recipe.run.PATIENCE", 0.5)
+    monkeypatch.setattr("cli.recipe.run.GRACE", 0.1)
     out = tmp_path / "out"
 
     def interrupt() -> None:
@@ -90,7 +91,18 @@ def test_an_interrupt_that_only_reaches_the_parent_ends_the_command_too(
     with pytest.raises(KeyboardInterrupt):
         run(script(tmp_path, WAITING))
     thread.join()
-    assert out.read_text() == "ready ended"
+    assert out.read_text() == "ready ended"  # by the signal of a Ctrl-C, so that it writes what it has
+    assert capsys.readouterr().err.strip() == "waiting for the step to write what it has …"
+
+
+def test_a_command_knows_that_it_is_a_step(tmp_path: Path) -> None:
+    run(
+        script(
+            tmp_path,
+            "import sys; from eval.common.interrupts import is_step; open(sys.argv[1], 'w').write(str(is_step()))",
+        )
+    )
+    assert (tmp_path / "out").read_text() == "True" and not is_step()
 
 
 def test_the_python_is_the_one_that_runs(tmp_path: Path) -> None:

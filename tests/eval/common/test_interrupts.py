@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from eval.__main__ import COMMANDS, RESUMED, main
-from eval.common.interrupts import STATUS, interrupted_line, typed_command
+from eval.common.interrupts import STATUS, STEP, interrupted_line, typed_command
 from tests.lightning_fixtures import ROOT
 
 SCRIPT = "from eval.common.interrupts import quiet_interrupts; quiet_interrupts(resumes={}); raise {}"
@@ -17,6 +17,11 @@ def run_script(error: str, resumes: bool = False, **environment: str) -> str:
     """Stderr of a process in which nobody catches an error."""
     command = [sys.executable, "-c", SCRIPT.format(resumes, error)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stderr
+
+
+def interrupted(out: str = "x") -> Any:
+    """Measure."""
+    raise KeyboardInterrupt
 
 
 def test_the_line_quotes_a_command_so_that_it_can_be_typed() -> None:
@@ -40,6 +45,25 @@ def test_of_several_processes_one_tells() -> None:
     assert run_script("KeyboardInterrupt", LOCAL_RANK="1") == ""
 
 
+def test_a_step_of_another_command_leaves_it_to_that_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script("KeyboardInterrupt", **{STEP: "1"}) == ""
+    monkeypatch.setenv(STEP, "1")
+    monkeypatch.setitem(COMMANDS, "compare", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["compare"])
+    assert stop.value.code == STATUS and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("environment", "said"), [({STEP: "1"}, ["left"]), ({}, [])])
+def test_a_step_that_is_done_leaves_without_a_word(environment: dict[str, str], said: list[str]) -> None:
+    work = "import os, signal; from eval.common.interrupts import end_quietly; end_quietly(); "
+    script = f"{work} os.kill(os.getpid(), signal.SIGINT); print('left')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == said and ("Traceback" in done.stderr) == (not said)
+
+
 def test_another_error_keeps_its_traceback() -> None:
     assert "Traceback" in run_script("ValueError('a bug')")
 
@@ -48,10 +72,6 @@ def test_another_error_keeps_its_traceback() -> None:
 def test_an_interrupted_measurement_says_how_to_go_on(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(out: str = "x") -> Any:
-        """Measure."""
-        raise KeyboardInterrupt
-
     monkeypatch.setitem(COMMANDS, command, interrupted)
     with pytest.raises(SystemExit) as stop:
         main([command, "--out", "y"])

@@ -42,6 +42,18 @@ def test_the_card_of_gates_without_a_policy_or_prices_shows_their_predictions(de
     assert "gates.predict(layer, keys)" in snippet(card) and "| footprint | price |" not in card
 
 
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("log4 lifespan", "predicts how long later queries will attend to it."),
+        ("log worth", "predicts for each age the log of what keeping it from then on is worth"),
+        ("log future attention", "predicts how much attention later queries will pay to it."),
+    ],
+)
+def test_the_card_says_what_the_gates_predict(target: str, said: str) -> None:
+    assert said in " ".join(model_card(6, "llama", "1-3", {"target": target}).split())
+
+
 @pytest.mark.parametrize("window", [None, 1024])
 def test_the_length_of_the_windows_is_told_where_it_is_known(window: int | None) -> None:
     card = model_card(6, "llama", "1-3", PRICED | ({"training": {"window": window}} if window else {}))
@@ -85,10 +97,30 @@ def test_the_card_shows_what_was_measured_and_the_command_that_made_the_gates() 
     assert '"report"' not in card and "layer_shares" not in card
 
 
+@pytest.mark.parametrize(("split", "said"), [("test", "test texts"), ("validation", "test and validation texts")])
+def test_the_card_names_the_split_of_the_texts_that_were_measured(split: str, said: str) -> None:
+    books, code = REPORT["texts"]
+    card = model_card(6, "llama", "1-3", PRICED | {"report": REPORT | {"texts": [books | {"split": split}, code]}})
+    assert f"on {said} of 2048 tokens" in card
+    assert ("| code (validation) | 0.25 |" in card) == (split == "validation") and "| books | 0.125 |" in card
+
+
+def test_the_card_of_validation_texts_alone_speaks_of_no_test() -> None:
+    rows = [row | {"split": "validation"} for row in REPORT["texts"]]
+    assert "on validation texts of" in model_card(6, "llama", "1-3", PRICED | {"report": REPORT | {"texts": rows}})
+
+
 def test_the_card_of_gates_of_which_nothing_was_measured_claims_nothing() -> None:
     for report in ({}, {"texts": [], "recall": []}):
         card = model_card(6, "llama", "1-3", PRICED | {"report": report})
         assert "ΔNLL" not in card and "recalled" not in card and "license:" not in card
+
+
+@pytest.mark.parametrize(("recalled", "told"), [(0, True), (3, False)])
+def test_the_card_tells_that_the_model_recalls_none_of_the_facts(recalled: int, told: bool) -> None:
+    report = {"recall": [], "facts": {"asked": 16, "recalled": recalled}}
+    card = model_card(6, "llama", "1-3", PRICED | {"report": report})
+    assert ("the full cache recalls 0 of 16 facts" in card) == told
 
 
 @pytest.mark.parametrize("details", [{}, PRICED])
