@@ -13,7 +13,7 @@ settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate], d
 settings.load_profile("mutation")
 
 STATS = Path("mutmut-stats.json")  # of mutmut's first run of all tests
-SECONDS = 10  # of other modules' tests that judge a mutant; some functions are called by minutes of tests
+SECONDS = float(os.environ.get("MUTATION_SECONDS", 10))  # of other modules' tests that judge a mutant
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
