@@ -1,5 +1,6 @@
 """AdaptiveCache: importance by attention or by gates, the budget, and what it refuses."""
 
+import copy
 import gc
 import math
 from typing import Any
@@ -36,6 +37,18 @@ def test_adaptive_with_nothing_encoded_yet_is_a_full_cache_and_leaves_the_model_
     del cache
     gc.collect()
     assert state(model) == before
+
+
+@pytest.mark.parametrize("source", ["attention", "gates"])
+def test_a_copy_goes_on_as_the_cache_does_and_shares_nothing_with_it_but_model_and_gates(source: str) -> None:
+    model, ids = MODELS["llama"], token_ids(TOKENS)[None]
+    gates = random_gates(model) if source == "gates" else None
+    cache = AdaptiveCache(model, gates, ADAPTIVE, residual=64)
+    begun = fed(model, ids[:, :-4], cache, 7)
+    twin = copy.deepcopy(cache)
+    assert twin.model is model and (source == "attention" or twin.gates is gates)
+    rest = fed(model, ids[:, -4:], cache, 1)
+    assert torch.equal(fed(model, ids[:, -4:], twin, 1), rest) and begun.shape[1] == TOKENS - 4
 
 
 def test_importance_by_attention_is_what_a_key_was_given_so_far() -> None:
