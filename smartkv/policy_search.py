@@ -92,7 +92,7 @@ def measure_trade(
         """Measure the divergence of a policy, and the footprint of each layer."""
         mean_divergence, by_layer = 0.0, torch.zeros(layers, dtype=torch.float64)
         for ids, teacher in zip(windows, teachers, strict=True):
-            with LifespanCache(model, gates, tried, first_query=first_query) as cache:
+            with LifespanCache(model, gates, tried, first_query=first_query, rollback=0) as cache:
                 hidden = _last_hidden(model, ids, cache)[first_query:]
                 by_layer += cache.footprint_by_head.mean(dim=1).cpu() / len(windows)
             mean_divergence += float(divergence(hidden, teacher, head)) / len(windows)

@@ -75,7 +75,7 @@ def time_work(lm: Backbone, amounts: Amounts, scored: int) -> dict[str, float]:
     policy = HybridPolicy((LayerRule("all", "window", max(1, amounts.window // 4)),), sinks=SINKS)
 
     def read() -> None:
-        with LifespanCache(lm.model, None, policy) as cache, torch.inference_mode():
+        with LifespanCache(lm.model, None, policy, rollback=0) as cache, torch.inference_mode():
             lm.model(ids[None], past_key_values=cache)
 
     seconds["report"] = _seconds(read)

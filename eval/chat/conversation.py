@@ -59,8 +59,8 @@ class RecordingCache(LifespanCache):
                 predictions[layer][:, position] = prediction
                 expiries[layer][:, position] = expiry.long()
             read = sum(len(position) for position, *_ in parts)
-            cap = self.storage[layer].cap
-            if cap is not None:  # the deaths under a cap follow from expiries and predictions
+            cap = self.storage[layer].limit.rule
+            if isinstance(cap, Cap):  # the deaths under a cap follow from expiries and predictions
                 decided = expiries[layer, :, :read]
                 decided.copy_(_capped(cap, decided, predictions[layer, :, :read].nan_to_num(0)))
         return predictions, expiries

@@ -232,7 +232,7 @@ class _Bench:
     def _full(self, filled: Cache) -> LifespanCache:
         """Return a LifespanCache that evicts nothing, filled with the keys and values of another cache."""
         policy = read_policy("full", check_model(self.model).layers)
-        cache = LifespanCache(self.model, None, policy, self.chunk)
+        cache = LifespanCache(self.model, None, policy, self.chunk, rollback=0)
         for layer, full in zip(cache.storage, filled.layers, strict=True):
             rows, kv_heads, tokens, head_dim = full.keys.shape  # type: ignore[union-attr]
             pairs = rows * kv_heads

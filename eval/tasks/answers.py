@@ -191,12 +191,7 @@ def kept_share(cache: LifespanCache, start: int, stop: int) -> list[list[float]]
         start: first token.
         stop: last token + 1.
     """
-    shares = []
-    for layer in cache.storage:
-        marked = (layer.store.fields.position >= start) & (layer.store.fields.position < stop)
-        alive = torch.bincount(layer.store.pair()[marked], minlength=layer.kv_heads)
-        shares.append((alive / (stop - start)).tolist())
-    return shares
+    return [(layer.visible(start, stop)[0] / (stop - start)).tolist() for layer in cache.storage]
 
 
 def _footprint(cache: Cache) -> float:

@@ -36,6 +36,8 @@ class AttachedCache(Cache, ABC):
     Attributes:
         seen_tokens: which tokens the cache has seen.
         interrupted: whether an exception left only some of a pass's tokens in it.
+        planned_columns: tokens of prompt and answer, padding included, that `generate` was asked for; None: not in it.
+        prompt_columns: tokens of the prompt that `generate` was given; None: not in it, or it does not know them.
 
     Raises:
         SmartKVError: a chunk that is no number of tokens, or a family that is not supported.
@@ -43,6 +45,8 @@ class AttachedCache(Cache, ABC):
 
     attached = False
     interrupted = False
+    planned_columns: int | None = None
+    prompt_columns: int | None = None
 
     def __init__(self, model: PreTrainedModel, layers: list[Any], chunk: int) -> None:
         if type(chunk) is not int or chunk < 1:
@@ -155,6 +159,15 @@ class AttachedCache(Cache, ABC):
         self.check_length(self.get_seq_length() + tokens)
         self._check_rotary(self.get_seq_length(), self.get_seq_length() + tokens)
 
+    def begin_call(self, tokens: int, real: Tensor | None, rows: int) -> None:
+        """Prepare for a call that has been checked.
+
+        Args:
+            tokens: in each row of the call, padding included.
+            real: bool `[batch, tokens]`, False for padding; None: no padding.
+            rows: of the batch.
+        """
+
     def check_whole(self) -> None:
         """Check that no forward pass was interrupted.
 
@@ -189,6 +202,7 @@ class AttachedCache(Cache, ABC):
                 the answer.
         """
         self.check_length(tokens)
+        self.planned_columns, self.prompt_columns = tokens, prompt
         if prompt is not None:
             self._check_rotary(prompt, tokens)
 
@@ -202,8 +216,11 @@ class AttachedCache(Cache, ABC):
                 "or lower max_new_tokens"
             )
 
-    def check_can_go_back(self) -> None:
-        """Check that the latest tokens can be dropped, as assisted generation does.
+    def check_can_go_back(self, tokens: int) -> None:
+        """Check that the latest tokens can be dropped, as assisted generation and prompt lookup do.
+
+        Args:
+            tokens: how many.
 
         Raises:
             SmartKVError: they cannot.

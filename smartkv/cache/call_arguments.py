@@ -15,6 +15,7 @@ from smartkv.errors import SmartKVError
 
 CACHE_NAMES = ("past_key_values", "cache")  # of a decoder's argument: before transformers 5.24, and since
 TOKEN_INPUTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "token_type_ids")
+USUAL_CANDIDATES = 20  # of an assistant in transformers, where nobody says another number
 DROPOUTS = ("attention_dropout", "attn_pdrop")  # in a config: Llama, Qwen, Mistral; GPT-2
 
 
@@ -95,7 +96,8 @@ def prepare_cache(
         if generation_config.use_cache is False:
             raise SmartKVError(f"use_cache=False was given together with the {type(cache).__name__}: leave one out")
         if generation_mode == GenerationMode.ASSISTED_GENERATION:  # it crops rejected tokens
-            cache.check_can_go_back()
+            candidates = (generation_config.prompt_lookup_num_tokens, generation_config.num_assistant_tokens)
+            cache.check_can_go_back(next((number for number in candidates if number), USUAL_CANDIDATES))
         tokens, answer = max_cache_length + 1, generation_config.max_new_tokens
         cache.check_answer(None if answer is None else tokens - answer, tokens)
     return original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
@@ -121,7 +123,10 @@ def generate(original: Callable[..., Any], evicting: type[Cache], *args: Any, **
             whole = not isinstance(mask, Tensor) or mask.shape[-1] <= prompt.shape[1]  # else ids are new tokens alone
             if whole:
                 cache.seen_tokens.check_prompt(prompt, cache.model.get_input_embeddings())
-        return original(*args, **kwargs)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            cache.planned_columns = cache.prompt_columns = None
 
 
 def refuse_batches(original: Callable[..., Any], evicting: type[Cache], *args: Any, **kwargs: Any) -> Any:

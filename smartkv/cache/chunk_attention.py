@@ -3,21 +3,44 @@
 A *pair* is one row of the batch and one KV head. Pairs of like lengths attend together, padded to the longest of them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smartkv.cache.footprint_count import count_queries
+from smartkv.cache.footprint_count import count_deaths, count_queries, no_deaths
 from smartkv.cache.ragged import Fields, Ragged
 from smartkv.models.softmax import Softmax
-from smartkv.policies.capacity import Cap
 from smartkv.policies.lifetimes import HOLE
 from smartkv.quantization.per_token import PackedRows
 
 MASK_ELEMENTS = 2**21  # of one mask: for 256 queries a whole mask would be as large as keys and values of 64 dimensions
 LENGTH_RATIO = 1.25  # pairs whose lengths differ by at most this factor are padded to the longest and attend together
+
+
+Limit = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Function that lets keys go before their expiry.
+
+Args: positions `[pairs, keys]`, `HOLE` where there is no key; expiries of the same shape; scores `[pairs, keys, …]`.
+Returns: the first position whose query does not see each key, int64 `[pairs, keys]`.
+"""
+
+
+class Span(NamedTuple):
+    """Positions of a chunk, int64 `[pairs]` each.
+
+    Attributes:
+        start: of its first real token.
+        end: after its last real token.
+        final: before which deaths are final. Keys that went before it are freed; those that went later stay, hidden.
+    """
+
+    start: Tensor
+    end: Tensor
+    final: Tensor
 
 
 @dataclass
@@ -26,14 +49,16 @@ class ChunkResult:
 
     Attributes:
         output: `[batch, query_heads, tokens, head_dim]`, zeros for padding.
-        store: the keys that the next query sees.
+        store: the keys that are not freed.
         visible: int64 `[pairs]`, the sum over counted queries of the keys that each saw.
+        deaths: int64 `[ages]`, the keys that are freed, by age (see `count_deaths`).
         peak_bytes: the most bytes of keys and values that were allocated beside the old store.
     """
 
     output: Tensor
     store: Ragged
     visible: Tensor
+    deaths: Tensor
     peak_bytes: int
 
 
@@ -41,9 +66,8 @@ def chunk_attention(
     query: Tensor,
     store: Ragged,
     new: Fields,
-    cap: Cap | None,
-    start: Tensor,
-    end: Tensor,
+    limit: Limit | None,
+    span: Span,
     softmax: Softmax,
     first_query: int,
     packed: PackedRows | None,
@@ -51,15 +75,15 @@ def chunk_attention(
 ) -> ChunkResult:
     """Compute attention of a chunk, and drop the keys that no later query sees.
 
-    Query `i` of a pair sees key `j` iff `j ≤ i < ends_j`, where `ends_j` is the key's expiry, or earlier if a cap drops
-    the key.
+    Query `i` of a pair sees key `j` iff `j ≤ i < ends_j`, where `ends_j` is the key's expiry, or earlier if the limit
+    lets the key go.
 
     Args:
         query: `[batch, query_heads, tokens, head_dim]`.
         store: the stored keys.
         new: the chunk's keys, `[pairs, tokens]`; their position is `HOLE` where the token is padding.
-        cap: the layer's cap; None: no cap.
-        start, end: int64 `[pairs]`, position of the first real token of the chunk and of the one after its last.
+        limit: of the layer; None: none.
+        span: positions of the chunk.
         softmax: the step from products of queries and keys to probabilities.
         first_query: position of the first counted query.
         packed: packs keys and values in few bits; `query`, `store` and `new` are already encoded by it. None: they are
@@ -67,11 +91,12 @@ def chunk_attention(
         padded: whether any token may be padding.
     """
     batch, query_heads, tokens, head_dim = query.shape
-    pairs, device = len(start), query.device
+    (start, end, final), device = span, query.device
+    pairs = len(start)
     grouped = query.reshape(pairs, -1, tokens, head_dim)  # [pairs, group, tokens, head_dim]
     output = torch.empty_like(grouped)
-    visible, counts = torch.zeros_like(start), torch.zeros_like(start)
-    drops = None if cap is None else _dropped(store, new, cap, start, tokens)
+    visible, counts, deaths = torch.zeros_like(start), torch.zeros_like(start), no_deaths(device)
+    limited = None if limit is None else _limited(store, new, limit)
     stored = store.sizes
     survivors: dict[int, Fields] = {}  # by pair
     peak = survivor_bytes = 0
@@ -80,8 +105,8 @@ def chunk_attention(
         fields = _padded(store, new, group, longest)
         rows = torch.tensor(group, device=device)
         ends = fields.expiry
-        if drops is not None:
-            ends = torch.cat([drops[rows, :longest], drops[rows, -tokens:]], dim=1)
+        if limited is not None:
+            ends = torch.cat([limited[rows, :longest], limited[rows, -tokens:]], dim=1)
         ends = ends.masked_fill(fields.position == HOLE, 0)
         here = softmax.of_pairs(rows, pairs // batch)
         if len(group) == pairs:
@@ -90,8 +115,9 @@ def chunk_attention(
             queries, at = grouped.index_select(0, rows), new.position[rows]
             group_output = _masked_attention(queries, fields, ends, at, here, packed, rows, padded)
             output.index_copy_(0, rows, group_output)
-        alive = ends > end[rows, None]
+        alive = ends > final[rows, None]
         seen = count_queries(fields.position, ends, start[rows, None], end[rows, None], first_query)
+        deaths += count_deaths(fields.position, ends, ~alive & (fields.position != HOLE))
         visible[rows], counts[rows] = seen.sum(dim=1), alive.sum(dim=1)
         flat, index = fields.map(lambda tensor: tensor.flatten(0, 1)), alive.flatten().nonzero().flatten()
         all_alive = len(index) == alive.numel()  # then no copy is needed
@@ -105,7 +131,7 @@ def chunk_attention(
     output = output.reshape(batch, query_heads, tokens, head_dim)  # GPU kernels may leave another memory order
     remaining = Ragged(merged, counts)
     remaining.sizes = [len(survivors[pair].position) for pair in range(pairs)]
-    return ChunkResult(output, remaining, visible, peak)
+    return ChunkResult(output, remaining, visible, deaths, peak)
 
 
 def _masked_attention(
@@ -187,8 +213,8 @@ def group_by_length(counts: list[int], tokens: int) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def _dropped(store: Ragged, new: Fields, cap: Cap, start: Tensor, tokens: int) -> Tensor:
-    """Return the first position whose query does not see each key under the cap, int64 `[pairs, longest + tokens]`."""
+def _limited(store: Ragged, new: Fields, limit: Limit) -> Tensor:
+    """Return the first position whose query does not see each key, int64 `[pairs, longest + tokens]`."""
     position, expiry, score = new.position, new.expiry, new.score
     if len(store.fields.position):
         index, filled = store.side_by_side()
@@ -196,4 +222,4 @@ def _dropped(store: Ragged, new: Fields, cap: Cap, start: Tensor, tokens: int) -
         position = torch.cat([stored.position[index].masked_fill(~filled, HOLE), position], dim=1)
         expiry = torch.cat([stored.expiry[index], expiry], dim=1)
         score = None if score is None or stored.score is None else torch.cat([stored.score[index], score], dim=1)
-    return cap.ends(position, expiry, score, start, tokens + 1)
+    return limit(position, expiry, score)

@@ -1,4 +1,4 @@
-"""The two counts of a KV footprint: keys that queries saw, and keys that a full cache would have held."""
+"""Counts of keys: how many queries saw them, how many a full cache would have held, and how old the freed ones were."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from smartkv.policies.lifetimes import HOLE
+
+DEATH_AGES = (16, 64, 256, 1024, 4096)  # tokens; bounds of the ages by which freed keys are counted
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,22 @@ class FootprintCount:
             start, end: int64 `[batch]`, positions.
             sliding_window: largest number of keys that a full cache would hold.
         """
+        full = self._full(start, end, sliding_window)
+        return FootprintCount(self.visible + visible.view(self.visible.shape), self.full + full, self.first_query)
+
+    def minus(self, visible: Tensor, start: Tensor, end: Tensor, sliding_window: int) -> "FootprintCount":
+        """Return the count without the queries `start ≤ i < end`; the arguments are those of `plus`."""
+        full = self._full(start, end, sliding_window)
+        return FootprintCount(self.visible - visible.view(self.visible.shape), self.full - full, self.first_query)
+
+    def _full(self, start: Tensor, end: Tensor, sliding_window: int) -> Tensor:
+        """Return the keys that the counted ones among the queries `start ≤ i < end` see in a full cache, `[batch]`."""
 
         def full_keys(query: Tensor) -> Tensor:  # Σ min(i + 1, sliding_window) over i < query
             growing = query.clamp(max=sliding_window)
             return growing * (growing + 1) // 2 + (query - growing) * sliding_window
 
-        full = full_keys(end) - full_keys(torch.minimum(start.clamp(min=self.first_query), end))
-        return FootprintCount(self.visible + visible.view(self.visible.shape), self.full + full, self.first_query)
+        return full_keys(end) - full_keys(torch.minimum(start.clamp(min=self.first_query), end))
 
     def select(self, rows: Tensor) -> "FootprintCount":
         """Return the count of these rows of the batch, int64 `[rows]`."""
@@ -62,3 +73,23 @@ def count_queries(position: Tensor, ends: Tensor, start: Tensor, end: Tensor, fi
     """
     earliest = torch.maximum(position, start.clamp(min=first_query))
     return (torch.minimum(ends, end) - earliest).clamp(min=0).masked_fill(position == HOLE, 0)
+
+
+def no_deaths(device: torch.device) -> Tensor:
+    """Return the counts of `count_deaths` before any key is freed."""
+    return torch.zeros(len(DEATH_AGES) + 1, dtype=torch.int64, device=device)
+
+
+def count_deaths(position: Tensor, ends: Tensor, freed: Tensor) -> Tensor:
+    """Count freed keys by the age at which queries ceased to see them.
+
+    Args:
+        position, ends: int, of the keys, as in `count_queries`.
+        freed: bool of the same shape.
+
+    Returns:
+        int64 `[ages]`: keys younger than the first of `DEATH_AGES`, than the second and so on, and older ones.
+    """
+    bounds = torch.tensor(DEATH_AGES, device=position.device)
+    ages = torch.bucketize((ends - position)[freed], bounds, right=True)
+    return torch.bincount(ages, minlength=len(DEATH_AGES) + 1)

@@ -10,12 +10,12 @@
 import torch
 from torch import Tensor
 
-from smartkv.cache.chunk_attention import chunk_attention
-from smartkv.cache.footprint_count import FootprintCount, count_queries
+from smartkv.cache.chunk_attention import Span, chunk_attention
+from smartkv.cache.footprint_count import FootprintCount, count_deaths, count_queries, no_deaths
+from smartkv.cache.layer_limit import LayerLimit, Rule
 from smartkv.cache.paged import MAX_SPARE, Pages, spare_tokens
 from smartkv.cache.ragged import Fields, Ragged, storage_bytes
 from smartkv.models.softmax import Softmax
-from smartkv.policies.capacity import Cap
 from smartkv.policies.lifetimes import FOREVER, HOLE
 from smartkv.quantization.per_token import Bits, PackedRows
 
@@ -30,17 +30,20 @@ class KeyStorage:
 
     Args:
         min_lifetime: number of tokens for which every key is visible.
-        cap: the layer's cap; None: no cap.
+        limit: lets keys go before they expire: the layer's cap, or its floating price; None: they stay until then.
         first_query: position of the first query that `count` counts.
         bits: of packed keys and values (see `PackedRows`); None: they stay in the model's dtype.
+        rollback: number of latest tokens that `crop` may drop. Keys that went within them are hidden, and freed later.
 
     Attributes:
         store: the keys: `Ragged` after a chunk, `Pages` between steps.
         pending: number of pending tokens.
         pending_keys: pre-RoPE keys of each pending token, `[batch, kv_heads, 1, head_dim]`.
         seen: int64 `[batch]`, real tokens of each row, pending ones excluded.
+        final: int64 `[batch]`, position before which deaths are final: no `crop` goes back behind it.
         columns: tokens so far, padding and pending ones included.
         count: keys that the queries of the `seen` tokens saw.
+        deaths: int64 `[ages]`, keys that were freed, by age (see `count_deaths`).
         sliding_window: largest number of keys that a full cache would hold.
         packed: packs keys and values; None: they are not packed.
         resting_bytes: `storage_bytes` when keys were last moved.
@@ -50,13 +53,21 @@ class KeyStorage:
     is_initialized = False
     store: Ragged | Pages
     seen: Tensor
+    final: Tensor
     count: FootprintCount
+    deaths: Tensor
 
     def __init__(
-        self, min_lifetime: int = 1, cap: Cap | None = None, first_query: int = 0, bits: Bits | None = None
+        self,
+        min_lifetime: int = 1,
+        limit: Rule | None = None,
+        first_query: int = 0,
+        bits: Bits | None = None,
+        rollback: int = 0,
     ) -> None:
         super().__init__()
-        self.min_lifetime, self.cap, self.first_query = min_lifetime, cap, first_query
+        self.rollback = rollback
+        self.min_lifetime, self.limit, self.first_query = min_lifetime, LayerLimit(limit), first_query
         self.packed = None if bits is None else PackedRows(bits)
         self.reset()
 
@@ -64,6 +75,7 @@ class KeyStorage:
         """Forget everything."""
         self.is_initialized = False
         self.__dict__.pop("store", None)
+        self.limit.budget = None
         if self.packed is not None:
             self.packed.centre = None
         self.pending_keys: list[Tensor] = []
@@ -74,12 +86,12 @@ class KeyStorage:
         """Create empty storage for keys and values like these, `[batch, kv_heads, tokens, head_dim]`."""
         batch, self.kv_heads, _, head_dim = key_states.shape
         position = torch.empty(0, dtype=torch.int32, device=key_states.device)
-        score = torch.empty(0, device=key_states.device) if self.ranked else None
         keys, values = key_states.new_empty(0, head_dim), value_states.new_empty(0, head_dim)
         if self.packed is not None:
             keys, values = (keys.new_empty(0, n, dtype=torch.uint8) for n in self.packed.row_bytes(head_dim))
         counts = torch.zeros(batch * self.kv_heads, dtype=torch.int64, device=key_states.device)
-        store = Ragged(Fields(keys, values, position, position.clone(), score), counts)
+        scores = self.limit.no_scores(key_states.device)
+        store = Ragged(Fields(keys, values, position, position.clone(), scores), counts)
         self.restore(store, counts.new_zeros(batch), key_states.dtype)
 
     def restore(self, store: Ragged, seen: Tensor, dtype: torch.dtype) -> None:
@@ -90,9 +102,11 @@ class KeyStorage:
             seen: int64 `[batch]`, real tokens of each row so far.
             dtype: of the model.
         """
-        self.store, self.seen, self.dtype = store, seen, dtype
+        self.store, self.seen, self.final, self.dtype = store, seen, seen.clone(), dtype
         self.kv_heads = len(store.counts) // len(seen)
         self.count = FootprintCount.zeros(len(seen), self.kv_heads, self.first_query, seen.device)
+        self.deaths = no_deaths(seen.device)
+        self.limit.start(len(seen), seen.device)
         self.is_initialized = True
         self.resting_bytes = self.storage_bytes
 
@@ -109,7 +123,16 @@ class KeyStorage:
         if not self.is_initialized:
             return 0
         centre = self.packed.centre if self.packed else None
-        rest = [self.seen, self.count.visible, self.count.full, *self.pending_keys, centre]
+        rest = [
+            self.seen,
+            self.final,
+            self.deaths,
+            self.count.visible,
+            self.count.full,
+            *self.limit.tensors,
+            *self.pending_keys,
+            centre,
+        ]
         return self.store.nbytes + storage_bytes(rest)
 
     @property
@@ -130,7 +153,12 @@ class KeyStorage:
     @property
     def live(self) -> Tensor:
         """Number of keys that the last query saw and that are not expired, int64 `[batch, kv_heads]`."""
-        return self.store.live(self.pending).view(-1, self.kv_heads)
+        live = self.store.live(self.pending)
+        if self.settled and self.rollback:  # some are hidden
+            pair = self.store.pair()
+            seen = self._ends(1)[0] > self._of_pairs(self.seen)[pair]
+            live = torch.bincount(pair[seen], minlength=len(live))
+        return live.view(-1, self.kv_heads)
 
     @property
     def slots(self) -> Tensor:
@@ -139,7 +167,7 @@ class KeyStorage:
 
     def counted(self) -> FootprintCount:
         """Return `count` with the queries of the pending tokens added."""
-        return self._counted(self._ends(self.pending), self.store.pair()) if self.pending else self.count
+        return self._counted(self._ends(self.pending)[0], self.store.pair()) if self.pending else self.count
 
     def _counted(self, ends: Tensor, pair: Tensor) -> FootprintCount:
         """Return the same as `counted`, given each slot's end (see `_ends`) and pair."""
@@ -153,21 +181,32 @@ class KeyStorage:
         """Repeat a value per row for each KV head: `[batch]` -> `[pairs]`."""
         return rows.repeat_interleave(self.kv_heads)
 
-    def _ends(self, queries: int) -> Tensor:
-        """Return the first position whose query does not see the key in each slot, int `[slots]`.
+    def _ends(self, queries: int) -> tuple[Tensor, Tensor]:
+        """Return when keys go, and from when on that is not final.
 
-        It is the key's expiry, or earlier if a cap drops the key within the next `queries` queries.
+        Args:
+            queries: number of queries from `seen` on, within which the limit may let keys go.
+
+        Returns:
+            The first position whose query does not see the key in each slot, int `[slots]`: its expiry, or earlier if
+            the limit lets it go. And the next value of `final`, int64 `[batch]`.
         """
-        fields = self.store.fields
-        if self.cap is None or not len(fields.position):
-            return fields.expiry
+        fields, known = self.store.fields, self.seen + self.pending
+        final = torch.maximum(self.final, known - self.rollback)
+        if self.limit.rule is None or not len(fields.position):
+            return fields.expiry, final
         index, filled = self.store.side_by_side()
         position = fields.position[index].masked_fill(~filled, HOLE)
         score = None if fields.score is None else fields.score[index]
-        ends = self.cap.ends(position, fields.expiry[index], score, self._of_pairs(self.seen), queries)
+        expiry = fields.expiry[index]
+        ends = self.limit.ends(position, expiry, score, self.final, known, final, self._back() + queries)
         flat = fields.expiry.long()
         flat[index[filled]] = ends[filled]
-        return flat
+        return flat, final
+
+    def _back(self) -> int:
+        """Return how many queries may have seen keys whose deaths are not final."""
+        return int((self.seen - self.final).max()) if self.rollback else 0
 
     # -- decode: one token per row ------------------------------------------------------------------------------------
 
@@ -175,11 +214,6 @@ class KeyStorage:
     def settled(self) -> bool:
         """Whether the layer holds live keys only and none is pending, as after a chunk."""
         return isinstance(self.store, Ragged)
-
-    @property
-    def ranked(self) -> bool:
-        """Whether keys are stored with a score, because the layer's heads share a cap."""
-        return self.cap is not None and self.cap.heads > 1
 
     @property
     def can_step(self) -> bool:
@@ -223,11 +257,14 @@ class KeyStorage:
         old, old_bytes = self.store, self.storage_bytes
         if expiry is not None:
             old.judge(expiry.flatten(0, 1), None if score is None else score.flatten(0, 1))  # type: ignore[union-attr]
-        ends, pair = self._ends(self.pending + min(MAX_SPARE, self.min_lifetime)), old.pair()
+        (ends, self.final), pair = self._ends(self.pending + min(MAX_SPARE, self.min_lifetime)), old.pair()
         self.count = self._counted(ends, pair)
+        self.limit.commit()
         self.seen, self.pending, self.pending_keys = self.seen + self.pending, 0, []
         now, position = self._of_pairs(self.seen), old.fields.position
-        alive = (position != HOLE) & (position < now[pair]) & (ends > now[pair])
+        stored = (position != HOLE) & (position < now[pair])
+        alive = stored & (ends > self._of_pairs(self.final)[pair])
+        self.deaths = self.deaths + count_deaths(position, ends, stored & ~alive)
         live = alive.nonzero().flatten()
         counts = torch.bincount(pair[live], minlength=len(now))
         if pack:
@@ -279,14 +316,18 @@ class KeyStorage:
         """Store and attend to as many tokens of a chunk as attend together; arguments as in `chunk`."""
         tokens = query.shape[2]
         after = self.seen + (tokens if real is None else real.sum(dim=1))
-        start, end = self._of_pairs(self.seen), self._of_pairs(after)
+        final = torch.maximum(self.final, after - self.rollback)
+        queries = self._back() + tokens + 1
+
+        def limited(position: Tensor, expiry: Tensor, score: Tensor | None) -> Tensor:
+            return self.limit.ends(position, expiry, score, self.final, after, final, queries)
+
         result = chunk_attention(
             query,
             self.store,  # type: ignore[arg-type]
             new,
-            self.cap,
-            start,
-            end,
+            limited if self.limit.rule else None,
+            Span(*map(self._of_pairs, (self.seen, after, final))),
             softmax,
             self.first_query,
             self.packed,
@@ -294,24 +335,9 @@ class KeyStorage:
         )
         self.call_peak_bytes = self.storage_bytes + result.peak_bytes
         self.count = self.count.plus(result.visible, self.seen, after, self.sliding_window)
-        self.store, self.seen = result.store, after
+        self.deaths = self.deaths + result.deaths
+        self.store, self.seen, self.final = result.store, after, final
+        self.limit.commit()
         self.columns += tokens
         self.resting_bytes = self.storage_bytes
         return result.output
-
-    # -- rows of the batch --------------------------------------------------------------------------------------------
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, int64 `[rows]`, which may repeat. The layer must be settled."""
-        if not self.is_initialized:
-            return
-        if not isinstance(self.store, Ragged):
-            raise RuntimeError("call free_dead(…, pack=False) before rows are selected")
-        old_bytes = self.storage_bytes
-        pairs = rows[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=rows.device)
-        self.store = self.store.select(pairs.flatten())
-        if self.packed is not None:
-            self.packed.select(pairs.flatten())
-        self.seen, self.count = self.seen.index_select(0, rows), self.count.select(rows)
-        self.resting_bytes = self.storage_bytes
-        self.call_peak_bytes = old_bytes + self.resting_bytes

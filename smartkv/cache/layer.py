@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from smartkv.cache.forward_pass import EvictionStep
-from smartkv.cache.key_storage import KeyStorage
+from smartkv.cache.key_edits import EditableKeys
 from smartkv.cache.ragged import Fields
 from smartkv.errors import SmartKVError
 from smartkv.policies.lifetimes import FOREVER, HOLE
@@ -30,10 +30,11 @@ float32 of the same shape, if the layer is `ranked`, else None.
 """
 
 
-class LifespanLayer(KeyStorage, CacheLayerMixin):
+class LifespanLayer(EditableKeys, CacheLayerMixin):
     """One layer of a LifespanCache. It owns its keys and their state; the cache gives it a `Judge`."""
 
     is_sliding = False
+    is_croppable = True  # transformers 5.24 asks
 
     # -- a forward pass -----------------------------------------------------------------------------------------------
 
@@ -90,6 +91,20 @@ class LifespanLayer(KeyStorage, CacheLayerMixin):
             keys = torch.cat(self.pending_keys, dim=2)
             expiry, score = judge(keys, self.seen[:, None] + torch.arange(self.pending, device=keys.device))
         self.free_dead(expiry, score, pack)
+
+    def forget_latest(self, columns: int, tokens: Tensor, judge: Judge) -> None:
+        """Forget the latest tokens.
+
+        Args:
+            columns: number of latest tokens, padding included.
+            tokens: int64 `[batch]`, how many of them are real.
+            judge: decides about the pending tokens.
+        """
+        self.call_peak_bytes = 0
+        self.settle(judge)
+        settling_peak_bytes = self.call_peak_bytes
+        self.drop_latest(columns, tokens)
+        self.call_peak_bytes = max(self.call_peak_bytes, settling_peak_bytes)
 
     # -- the interface of transformers' cache layers ------------------------------------------------------------------
 

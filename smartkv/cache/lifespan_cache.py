@@ -3,47 +3,38 @@
     cache = LifespanCache(model, "smollm2-135m-instruct", footprint=0.25)
     model.generate(**inputs, past_key_values=cache)
 
-Gates decide the time to live (TTL) of new keys. Queries attend to the keys that are visible to them. Keys that no later
-query can see are freed: after every 256 tokens of a prompt, and every few tokens while decoding.
+Gates tell what each key is worth. Under a budget, all keys stay until it is reached, and then the least worthy go (see
+`smartkv.policies.floating_price`). Under a fixed price, gates decide each key's time to live (TTL) at its birth.
+Queries attend to the keys that are visible to them. Keys that no later query can see are freed: after every 256 tokens
+of a prompt, and every few tokens while decoding.
 """
 
-import functools
-from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartkv.cache.arguments import resolve_arguments
-from smartkv.cache.attached import AttachedCache
+from smartkv.cache.cache_budget import CacheBudget
+from smartkv.cache.cache_edits import CacheEdits
 from smartkv.cache.forward_pass import EvictionStep
 from smartkv.cache.layer import Judge, LifespanLayer
-from smartkv.cache.linear_layers import select_states
-from smartkv.cache.usage import CacheUsage
-from smartkv.errors import SmartKVError
+from smartkv.cache.report import CacheReport
 from smartkv.gates.bank import GateBank
 from smartkv.policies.arguments import check_first_query
+from smartkv.policies.figures import check_tokens
+from smartkv.policies.floating_price import PINNED
 from smartkv.policies.hybrid import HybridPolicy
 from smartkv.policies.lifetimes import FOREVER
 from smartkv.quantization.per_token import Bits
 
-F = TypeVar("F", bound=Callable[..., Any])
+USUAL_ROLLBACK = 64  # tokens
+LARGEST_WORTH = 60_000  # float16 can hold it, and no gate says more
 
 
-def _outside_autograd(function: F) -> F:
-    """Run a cache's method alone, without gradients, on tensors that may be changed later outside `inference_mode`."""
-
-    @functools.wraps(function)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.in_use(), torch.inference_mode(False), torch.no_grad():
-            return function(self, *args, **kwargs)
-
-    return wrapped  # type: ignore[return-value]
-
-
-class LifespanCache(CacheUsage, AttachedCache):
+class LifespanCache(CacheEdits):
     """A KV cache with eviction for `model(...)` and `model.generate(...)`.
 
     The cache replaces the forward of the model's decoder for as long as it lives. `detach()` restores the model at
@@ -53,8 +44,9 @@ class LifespanCache(CacheUsage, AttachedCache):
         model: a loaded causal LM of a supported family.
         gates: a GateBank of this model on its device; or a name of `pretrained_gates()`, a folder or a hub id, from
             which gates are loaded onto the model's device; None for a policy that needs none.
-        policy: what each layer keeps, with nothing left open: a HybridPolicy, the name of a policy, or a YAML file (see
-            `read_policy`); None: `footprint` decides.
+        policy: what each layer keeps: a HybridPolicy, the name of a policy, or a YAML file (see `read_policy`). Nothing
+            in it is left open, unless a budget moves its price. None: the policy that the gates remember, under a
+            budget.
         chunk: number of prompt tokens that go through the model together. Each layer frees its dead keys after every
             256 of them. No logit depends on it beyond rounding.
         first_query: position of the first query that the attribute `footprint` counts.
@@ -62,13 +54,22 @@ class LifespanCache(CacheUsage, AttachedCache):
             `smartkv.quantization.per_token`). None: they stay in the model's dtype. With bits, logits depend within the
             error of quantisation on how many tokens the first call has, up to `chunk`: the mean key that is subtracted
             before packing is theirs.
-        footprint: share of the full cache's keys to keep, above 0 and at most 1, by the prices that the gates remember
-            (see `policy_of`); None: the policy decides.
+        footprint: budget as a share of the full cache's keys at the planned length, above 0 and at most 1.
+        max_tokens: budget as keys a KV head, mean over all heads of all layers.
+        max_bytes: budget as bytes for all rows together: a number, or a text such as "200MB". Copies that moving keys
+            takes come on top while a layer moves them (see `peak_bytes`).
+        plan: planned length in tokens, prompt and answer, for `footprint`. None: what `generate` was asked for, else
+            the tokens of the first call. A longer text stays within the same budget.
+        pin_first: number of first tokens of each row, an instruction for example, that stay whatever the policy says.
+        pin_last_prompt: the same of the last tokens of the first prompt, a question for example. Pinned keys count in
+            the budget. See also `pin`.
+        rollback: number of latest tokens that `crop` may drop, as assisted generation and prompt lookup do. Keys that
+            would be freed within them stay so much longer, hidden. None: the shortest window,
+            at most 64, and 0 under a policy with a cap.
 
     Raises:
-        FootprintOutOfReach: the gates remember no price for this footprint.
         SmartKVError: an argument of a wrong type; model, gates and policy that do not fit together; neither or both of
-            policy and footprint.
+            policy and budget.
     """
 
     def __init__(
@@ -81,14 +82,37 @@ class LifespanCache(CacheUsage, AttachedCache):
         bits: Bits | None = None,
         *,
         footprint: float | None = None,
+        max_tokens: int | None = None,
+        max_bytes: int | str | None = None,
+        plan: int | None = None,
+        pin_first: int = 0,
+        pin_last_prompt: int = 0,
+        rollback: int | None = None,
     ) -> None:
-        architecture, self.gates, self.policy = resolve_arguments(model, gates, policy, footprint)
+        architecture, self.gates, self.policy, budget = resolve_arguments(
+            model, gates, policy, footprint, max_tokens, max_bytes, plan
+        )
         self.rules = self.policy.rules_for(architecture.layers, architecture.sliding_windows)
         self.first_query, self.bits = check_first_query(first_query), bits
-        self.storage = [
-            LifespanLayer(cap.window if cap else rule.window or FOREVER, cap, first_query, bits)
-            for rule, cap in zip(self.rules, self.policy.caps(architecture), strict=True)
-        ]
+        if rollback is None:
+            windows = [rule.window for rule in self.rules if rule.window]
+            rollback = min([USUAL_ROLLBACK, *windows]) if self.policy.max_tokens is None else 0
+        for name, tokens in (("rollback", rollback), ("pin_first", pin_first), ("pin_last_prompt", pin_last_prompt)):
+            check_tokens(name, tokens, least=0)
+        self.rollback, self.pin_first, self.pin_last_prompt = rollback, pin_first, pin_last_prompt
+        self.start_pins()
+        if pin_first or pin_last_prompt:
+            self.check_pins()
+        self.budget = None
+        if budget is not None:
+            pinned = self.pins.most(self.policy.sinks) + pin_last_prompt
+            self.budget = CacheBudget(budget, architecture, self.gates, self.policy, bits, model.dtype, pinned)
+        caps = self.policy.caps(architecture)
+        prices = self.budget.prices if self.budget else [None] * architecture.layers
+        self.storage = []
+        for rule, cap, price in zip(self.rules, caps, prices, strict=True):
+            lifetime = price.youngest if price else cap.window if cap else rule.window or FOREVER
+            self.storage.append(LifespanLayer(lifetime, price or cap, first_query, bits, self.rollback))
         self._scored: tuple[int, Tensor, Tensor | None] | None = None
         super().__init__(model, list(self.storage), chunk)
 
@@ -107,6 +131,8 @@ class LifespanCache(CacheUsage, AttachedCache):
             included.
         """
         rule = self.rules[layer]
+        if self.storage[layer].limit.floats:
+            return FOREVER  # until the price lets it go
         if rule.rule != "gated" or self.gates is None:
             return self.policy.times_to_live(rule, None)
         return self.policy.times_to_live(rule, self._scores_once(layer, keys), self.gates.ages)
@@ -137,11 +163,38 @@ class LifespanCache(CacheUsage, AttachedCache):
         """
         ttl, born = self.times_to_live(layer, keys, position), position[:, None]
         lifetime = self.policy.lifetime(self.rules[layer], ttl, born)
+        if len(self.pins):
+            lifetime = lifetime.masked_fill(self.pins.cover(position)[:, None], FOREVER)
         if sliding_window is not None:
             lifetime = lifetime.clamp(max=sliding_window)
         return (born + lifetime).clamp(max=FOREVER).expand(keys.shape[:3])
 
     # -- a forward pass -----------------------------------------------------------------------------------------------
+
+    def begin_call(self, tokens: int, real: Tensor | None, rows: int) -> None:
+        """Pin the end of the prompt, and divide the budget among the layers, before the first token.
+
+        Args:
+            tokens: in each row of the call, padding included.
+            real: bool `[batch, tokens]`, False for padding; None: no padding.
+            rows: of the batch.
+
+        Raises:
+            SmartKVError: the budget is below what always stays.
+        """
+        if self.get_seq_length():
+            return
+        self.first_columns = tokens
+        self.pins = deepcopy(self.asked_pins)
+        lengths = torch.full((rows,), tokens) if real is None else real.sum(dim=1).cpu()
+        if self.pin_last_prompt:
+            prompt = lengths + max(0, (self.prompt_columns or tokens) - tokens)
+            self.pins.add((prompt - self.pin_last_prompt).clamp(min=0), prompt)
+        if self.budget is not None:
+            coming = max(0, (self.planned_columns or tokens) - tokens)
+            by_row = self.budget.keys_by_row((lengths + coming).tolist(), self.pins.most(self.policy.sinks))
+            for storage, keys in zip(self.storage, by_row, strict=True):
+                storage.limit.budget = keys
 
     def attend(self, layer: int, step: EvictionStep) -> Tensor:
         """Store the tokens of a forward pass in one layer, and compute their attention without gradients.
@@ -168,15 +221,25 @@ class LifespanCache(CacheUsage, AttachedCache):
             limit = None if storage.sliding_window == FOREVER else storage.sliding_window
             try:
                 expiry = self.expiry(layer, keys, position, limit)
-                return expiry, self._rank(layer, keys, expiry.shape) if storage.ranked else None
+                return expiry, self._rank(layer, keys, position) if storage.limit.ranked else None
             finally:
                 self._scored = None
 
         return judge
 
-    def _rank(self, layer: int, keys: Tensor, shape: torch.Size) -> Tensor:
-        """Return the scores that break ties among the heads of a layer that share a cap, float32 of that shape."""
-        score = self._scores_once(layer, keys)
+    def _rank(self, layer: int, keys: Tensor, position: Tensor) -> Tensor:
+        """Return what new keys are stored with where the heads of a layer share a cap or a budget.
+
+        Returns:
+            Under a cap the scores that break ties, float32 `[batch, kv_heads, tokens]`. Under a budget the worth at
+            each age, float16 `[…, ages]`.
+        """
+        score, shape = self._scores_once(layer, keys), keys.shape[:3]
+        if self.storage[layer].limit.floats and self.gates is not None and score is not None:
+            worth = score if self.gates.ages else score[..., None]
+            worth = worth.clamp(-LARGEST_WORTH, LARGEST_WORTH).half()
+            pinned = (position < self.policy.sinks) | self.pins.cover(position)
+            return worth.masked_fill(pinned[:, None, :, None], PINNED)
         if score is None:
             return torch.zeros(shape, device=keys.device)
         return score if self.gates is None else self.gates.single_score(score)
@@ -187,73 +250,11 @@ class LifespanCache(CacheUsage, AttachedCache):
             self._scored = (layer, keys, self.scores(layer, keys))
         return self._scored[2]
 
-    @_outside_autograd
-    def settle(self) -> None:
-        """Free the dead keys of all layers now. While decoding this happens every few tokens by itself."""
-        for layer, storage in enumerate(self.storage):
-            storage.call_peak_bytes = 0
-            storage.settle(self._judge_of(layer))
-            if storage.call_peak_bytes:
-                self.note_peak(storage)
-
-    def reset(self) -> None:
-        """Forget all keys, as if the cache were new."""
-        super().reset()
-        self.moving_peak_bytes = 0
-
-    # -- rows of the batch --------------------------------------------------------------------------------------------
-
-    @_outside_autograd
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, int64 `[rows]`, which may repeat. A cache without tokens has no rows yet.
+    def report(self) -> CacheReport:
+        """Return what the cache holds beside its budget, by layer: `print(cache.report())`.
 
         Raises:
-            SmartKVError: there is no such row. On a GPU nobody looks, because the GPU would have to be waited for.
+            SmartKVError: the cache has not seen a token yet.
         """
-        if not self._rows:
-            return
-        if rows.device.type == "cpu" and not ((rows >= 0) & (rows < self._rows)).all():
-            raise SmartKVError(f"rows must lie between 0 and {self._rows - 1}, got {rows.tolist()}")
-        self.settle()
-        self.seen_tokens.select(rows)
-        for storage in self.storage:
-            storage.select(rows.to(storage.seen.device))
-            self.note_peak(storage)
-        select_states(self.layers, rows)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the rows that beam search goes on with, int64 `[rows]`."""
-        self.select_rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch: indices int64 `[rows]`, or a mask bool `[batch]`.
-
-        Raises:
-            SmartKVError: there is no such row, or the mask is not of this batch.
-        """
-        if self._rows and indices.dtype == torch.bool:
-            if indices.shape != (self._rows,):
-                raise SmartKVError(f"a mask of rows must have shape [{self._rows}], got {list(indices.shape)}")
-            indices = indices.nonzero()[:, 0]
-        elif self._rows:
-            indices = torch.where(indices < 0, indices + self._rows, indices)
-        self.select_rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row of the batch `repeats` times."""
-        self.select_rows(torch.arange(self._rows).repeat_interleave(repeats))
-
-    @property
-    def _rows(self) -> int:
-        return len(self.storage[0].seen) if self.storage[0].is_initialized else 0
-
-    def crop(self, *_: Any) -> None:
-        """Refuse to drop the latest tokens.
-
-        Raises:
-            SmartKVError: always, because keys that were freed cannot come back.
-        """
-        raise SmartKVError(
-            "a LifespanCache cannot be cropped (assisted generation and prompt lookup ask for it): "
-            "keys that were freed cannot come back"
-        )
+        self._check_used()
+        return CacheReport.of(self, None if self.budget is None else self.budget.budget, self.get_seq_length())

@@ -63,6 +63,9 @@ class EvictingCache(AttendingCache, Protocol):
     def check_call(self, decoder: nn.Module, tokens: int) -> None:
         """Raise if a forward pass of `decoder` over `tokens` tokens is not possible."""
 
+    def begin_call(self, tokens: int, real: Tensor | None, rows: int) -> None:
+        """Prepare for a call that has been checked."""
+
 
 class _Absent:
     """In place of an attribute that an object does not have. It is a class, because a class survives a deep copy."""
@@ -213,6 +216,7 @@ class Session:
         with _used(self), cache.in_use(), uncompiled():
             cache.check_call(self.decoder, inputs.shape[1])
             real = cache.seen_tokens.check_mask(kwargs.get("attention_mask"), inputs)
+            cache.begin_call(inputs.shape[1], real, len(inputs))
             with cache.interruption_noted():
                 self.follow_layers()
                 if KEY_SITES[self.model.config.model_type].positions_of_mask and kwargs.get("position_ids") is None:

@@ -28,6 +28,7 @@ class Pages:
         live: int64 `[keys]`, the slots of `fields` that hold live keys, pair by pair.
         counts: int64 `[pairs]`, live keys of each pair.
         ages: int64 `[keys]`, index of the first of the coming queries that does not see each key; 0 is the next query.
+            Keys that are hidden already, for a rollback, have 0 or less.
         now: int64 `[pairs]`, position of the next query.
         spare: number of tokens that can be written before keys must be packed again.
         dtype: of the model.
@@ -40,6 +41,7 @@ class Pages:
         table: int64 `[pairs, most pages of a pair]`, the pages of each pair. Pairs with fewer pages point to an empty
             page at the end, which exists only if some do.
         new_slots: int64 `[spare, pairs]`, the slots of the coming tokens.
+        hidden: int64 `[pairs]`, keys of each pair that no query sees unless the latest tokens are dropped.
     """
 
     def __init__(
@@ -80,6 +82,9 @@ class Pages:
         self.fields.expiry.masked_fill_(~filled, 0)
         self.bias = torch.zeros(len(filled), dtype=dtype, device=device)
         self.bias.masked_fill_(~filled, float("-inf"))
+        hidden = ages <= 0
+        self.bias[slots[hidden]] = float("-inf")
+        self.hidden = torch.bincount(pair[hidden], minlength=pairs)
         self.bias = self.bias.view(-1, 1, self.size)
         # the coming tokens are visible until they are judged
         steps = torch.arange(spare, device=device)[:, None]
@@ -114,7 +119,8 @@ class Pages:
     def nbytes(self) -> int:
         """Bytes of all tensors, as allocated."""
         changes = self._bias_changes[0]  # those of all steps are views of the same two storages
-        rest = [self.bias, self.owner, self.table, self.counts, self.new_slots, self.deaths, *changes]
+        tables = [self.owner, self.table, self.counts, self.hidden, self.new_slots, self.deaths]
+        rest = [self.bias, *tables, *changes]
         return self.fields.nbytes + storage_bytes(rest)
 
     @property
@@ -124,7 +130,7 @@ class Pages:
 
     def live(self, steps: int) -> Tensor:
         """Return the number of keys that the last of `steps` queries saw, int64 `[pairs]`."""
-        return self.counts + steps - self.deaths[:steps].sum(dim=0)
+        return self.counts - self.hidden + steps - self.deaths[:steps].sum(dim=0)
 
     def write(self, step: int, key: Tensor, value: Tensor) -> None:
         """Store the key and value of one more token per pair, and hide the keys that its query does not see.

@@ -21,7 +21,8 @@ class Fields(NamedTuple):
             `smartkv.quantization.per_token`).
         position: int32 `[…]`, index among the real tokens of the row; `HOLE` where there is no key.
         expiry: int32 `[…]`, first position whose query does not see the key.
-        score: float32 `[…]`, the prediction that breaks ties under a cap shared by a layer; None: no such cap.
+        score: float32 `[…]`, the prediction that breaks ties under a cap shared by a layer; or float16 `[…, ages]`,
+            what the key is worth at each age under a floating price; None: neither.
     """
 
     key: Tensor

@@ -4,9 +4,13 @@ The file is one safetensors file. For each layer `L` it holds
 
 * `L.key` and `L.value` `[keys, head_dim]`, or uint8 `[keys, row bytes]` where keys are packed in few bits;
 * `L.position` and `L.expiry` int32 `[keys]`;
-* `L.score` float32 `[keys]`, if the layer's heads share a cap;
+* `L.score` float32 `[keys]`, if the layer's heads share a cap; or float16 `[keys, ages]`, their worth under a budget;
 * `L.counts` int64 `[pairs]`, keys of each pair (see `smartkv.cache.ragged`);
 * `L.seen` int64 `[batch]`, real tokens of each row;
+* `L.final` int64 `[batch]`, the position before which deaths are final;
+* `L.prices` float32 `[2, batch]`, the floating prices at that position (see `Prices`), and `L.budget` int64 `[batch]`,
+  under a budget;
+* `L.deaths` int64 `[ages]`, the keys that were freed, by age (see `count_deaths`);
 * `L.visible` int64 `[batch, kv_heads]` and `L.held` int64 `[batch]`, the fields `visible` and `full` of a
   `FootprintCount`;
 * `L.centre` float32 `[pairs, head_dim]`, where keys are packed in few bits.
@@ -14,8 +18,11 @@ The file is one safetensors file. For each layer `L` it holds
 Layers are counted among those with attention. A layer of linear attention, the `M`th of the model, has
 `states.M.conv_states.N` and `states.M.recurrent_states.N`, as transformers holds them.
 
-`tokens` int32 `[batch, tokens]` are the ids of the tokens so far (see `SeenTokens`). Files of format 2 lack them: their
-ids are unknown, and padding is taken to be on the left. The header names the model, the policy and the gates.
+`pins` int64 `[rows, ranges, 2]` are pinned positions (see `Pins`).
+
+`tokens` int32 `[batch, tokens]` are the ids of the tokens so far (see `SeenTokens`). Files of format 2 lack them:
+their ids are unknown, and padding is taken to be on the left. Files up to format 3 have no budget, no pins and no
+rollback. The header names the model, the policy and the gates.
 """
 
 import hashlib
@@ -44,12 +51,13 @@ from smartkv.io.checks import describe
 from smartkv.models.architecture import Fingerprint, check_model
 from smartkv.models.wrappers import decoder_blocks, key_devices, language_model
 from smartkv.policies.arguments import resolve_gates
+from smartkv.policies.floating_price import Prices
 from smartkv.policies.hybrid import HybridPolicy
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 3
-READABLE = (2, 3)
+FORMAT_VERSION = 4
+READABLE = (2, 3, 4)
 
 
 def save_cache(cache: LifespanCache, path: str | Path) -> None:
@@ -90,9 +98,14 @@ def _contents(cache: LifespanCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "chunk": cache.chunk,
         "count_from": cache.first_query,
         "bits": cache.bits,
+        "budget": None if cache.budget is None else asdict(cache.budget.budget),
+        "rollback": cache.rollback,
+        "pin_first": cache.pin_first,
+        "pin_last_prompt": cache.pin_last_prompt,
+        "first_columns": cache.first_columns,
         "dtype": str(cache.storage[0].dtype).removeprefix("torch."),
     }
-    tensors: dict[str, Tensor] = {"tokens": cache.seen_tokens.ids.cpu().contiguous()}
+    tensors: dict[str, Tensor] = {"tokens": cache.seen_tokens.ids.cpu().contiguous(), "pins": cache.pins.ranges}
     for number, layer in enumerate(cache.storage):
         store = layer.store
         tensors_of_layer = {**store.fields._asdict(), "counts": store.counts, "seen": layer.seen}
@@ -100,6 +113,10 @@ def _contents(cache: LifespanCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "visible": layer.count.visible,
             "held": layer.count.full,
             "centre": layer.packed.centre if layer.packed else None,
+            "final": layer.final,
+            "prices": torch.stack(layer.limit.prices) if layer.limit.floats else None,
+            "budget": layer.limit.budget,
+            "deaths": layer.deaths,
         }
         tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in tensors_of_layer.items() if t is not None}
     for number, layer in linear_layers(cache.layers).items():
@@ -123,7 +140,7 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str |
     check_model(model)
     lm, devices = language_model(model), key_devices(model)
     header, tensors = _read(path)
-    tokens = tensors.pop("tokens", None)
+    tokens, pins = tensors.pop("tokens", None), tensors.pop("pins", None)
     states = {name: tensors.pop(name) for name in list(tensors) if name.startswith("states.")}
     try:
         if header["format_version"] not in READABLE:
@@ -143,7 +160,21 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str |
             raise SmartKVError(f"{path} was saved with other gates: give the gates that it was made with")
         if f"torch.{header['dtype']}" != str(lm.dtype):
             raise SmartKVError(f"{path} holds keys for {header['dtype']}, the model computes in {lm.dtype}")
-        cache = LifespanCache(model, gates, policy, header["chunk"], header["count_from"], header["bits"])
+        kept = {name: header[name] for name in ("pin_first", "pin_last_prompt") if name in header}
+        cache = LifespanCache(
+            model,
+            gates,
+            policy,
+            header["chunk"],
+            header["count_from"],
+            header["bits"],
+            rollback=header.get("rollback", 0),
+            **(header.get("budget") or {}),
+            **kept,
+        )
+        cache.first_columns = header.get("first_columns", header["columns"])
+        if pins is not None:
+            cache.pins.ranges = pins
         for number, layer in enumerate(cache.storage):
             device, stored = devices[number], {n: t for n, t in tensors.items() if _layer(n) == number}
             own = {name.partition(".")[2]: tensor.to(device) for name, tensor in stored.items()}
@@ -156,7 +187,10 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str |
                     raise SmartKVError(f"{path} does not hold a whole cache: the centre of layer {number} does not fit")
             layer.count = FootprintCount(own["visible"], own["held"], cache.first_query)
             layer.set_sliding_window(header["sliding_window"][number])
-            layer.columns = header["columns"]
+            layer.columns, layer.final = header["columns"], own.get("final", own["seen"])
+            layer.deaths = own.get("deaths", layer.deaths)
+            if layer.limit.floats:
+                layer.limit.take_over(own["budget"], Prices(*own["prices"]))
         for number, linear in linear_layers(cache.layers).items():
             device = next(decoder_blocks(lm)[number].parameters()).device
             own = {

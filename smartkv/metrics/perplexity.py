@@ -141,7 +141,7 @@ def evicted_nll(
     Raises:
         SmartKVError: There is no token to score, or gates and policy do not fit the model.
     """
-    with LifespanCache(model, gates, policy, chunk, first_query=query_before(first_token)) as cache:
+    with LifespanCache(model, gates, policy, chunk, first_query=query_before(first_token), rollback=0) as cache:
         nll = window_nll(model, tokens, first_token, cache)
     return EvictedWindow(nll, cache.footprint_by_head, cache.peak_bytes, cache.footprint)
 

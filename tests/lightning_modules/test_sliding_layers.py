@@ -34,7 +34,7 @@ def test_only_layers_that_see_everything_get_gates_and_their_prices_are_of_that_
     tokens = load_file(shards / "train-00000.safetensors")["token"].long().view(-1, 64)
     assert gates.details["prices"]
     for footprint, _ in gates.details["prices"]:
-        with LifespanCache(model, gates, footprint=footprint, first_query=16) as cache, torch.inference_mode():
+        with LifespanCache(model, gates, policy_of(gates, footprint), first_query=16) as cache, torch.inference_mode():
             model(tokens, past_key_values=cache)
         assert abs(cache.footprint - footprint) < 0.1
 
@@ -59,12 +59,12 @@ def test_distillation_trains_the_layers_that_see_everything_and_counts_the_other
     reached = [footprint for footprint, _ in gates.details["prices"]]
     assert len(reached) > 1
     for footprint in reached:
-        with LifespanCache(model, gates, footprint=footprint, first_query=16) as cache, torch.inference_mode():
+        with LifespanCache(model, gates, policy_of(gates, footprint), first_query=16) as cache, torch.inference_mode():
             model(tokens, past_key_values=cache)
         assert abs(cache.footprint - footprint) < 0.05
     places = torch.arange(16, 64)
     _, kept = module.losses(tokens[0], policy_of(gates, 0.6).price, places, temperature=None)
-    with LifespanCache(model, gates, footprint=0.6, first_query=16) as cache, torch.inference_mode():
+    with LifespanCache(model, gates, policy_of(gates, 0.6), first_query=16) as cache, torch.inference_mode():
         model(tokens[:1], past_key_values=cache)
     torch.testing.assert_close(float(kept), cache.footprint, atol=0.02, rtol=0)
 
@@ -82,6 +82,6 @@ def test_a_hybrid_model_gets_gates_in_its_layers_with_attention(tmp_path: Path) 
     gates.details |= module.policy_with_prices(gates)
     assert gates.details["prices"]
     for footprint, _ in gates.details["prices"]:
-        with LifespanCache(model, gates, footprint=footprint, first_query=16) as cache, torch.inference_mode():
+        with LifespanCache(model, gates, policy_of(gates, footprint), first_query=16) as cache, torch.inference_mode():
             model(tokens, past_key_values=cache)
         assert abs(cache.footprint - footprint) < 0.1

@@ -2,6 +2,7 @@
 
 import re
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from smartkv.cache.arguments import resolve_arguments
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.quantized_cache import QuantizedCache
 from smartkv.cache.serialization import load_cache, save_cache
-from smartkv.errors import FootprintOutOfReach, SmartKVError
+from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.gates.pretrained import pretrained_gates
 from smartkv.models.architecture import Fingerprint
@@ -82,16 +83,18 @@ def test_an_adaptive_cache_and_load_cache_take_gates_of_a_folder_too(tmp_path: P
 # -- a policy or a footprint ------------------------------------------------------------------------------------------
 
 
-def test_a_footprint_alone_is_the_policy_that_the_gates_remember_for_it() -> None:
+def test_a_footprint_alone_is_the_policy_that_the_gates_remember_with_a_price_that_floats() -> None:
     gates = gates_with_prices()
-    for footprint in (0.25, 0.4, numpy.float32(0.5)):
+    for footprint in (0.25, 0.4, numpy.float32(0.5), 0.9, 1):
         policy = LifespanCache(MODEL, gates, footprint=footprint).policy  # type: ignore[arg-type]
-        assert policy == policy_of(gates, float(footprint)) and policy.price is not None
+        assert policy == replace(policy_of(gates, 0.25), price=None)
+    with_price = LifespanCache(MODEL, gates, policy_of(gates, 0.25))
+    assert with_price.budget is None and with_price.policy.price is not None
 
 
-def test_a_footprint_for_which_the_gates_have_no_price_is_out_of_reach() -> None:
-    with pytest.raises(FootprintOutOfReach, match=r"not for 0\.9"):
-        LifespanCache(MODEL, gates_with_prices(), footprint=0.9)
+def test_gates_that_remember_no_policy_gate_every_layer() -> None:
+    cache = LifespanCache(MODEL, random_gates(MODEL), footprint=0.3)
+    assert [(rule.rule, rule.window) for rule in cache.rules] == [("gated", 16)] * 2
 
 
 def test_a_policy_may_be_an_object_a_name_or_a_yaml_file(tmp_path: Path) -> None:
@@ -134,13 +137,16 @@ def test_a_footprint_beside_a_policy_that_decides_itself_is_refused() -> None:
 def test_an_open_policy_is_refused_with_the_call_that_solves_it(
     policy: Any, expression: str, footprint: float | None, share: str
 ) -> None:
+    if policy is OPEN and footprint is not None:
+        assert LifespanCache(MODEL, gates_with_prices(), policy, footprint=footprint).budget is not None
+        return
     call = rf"policy=solve\({expression}, {share}, Calibration\.measure\(model, gates, windows\)\)"
     with pytest.raises(SmartKVError, match=rf"leaves its (window|price) open: .* {call}"):
         LifespanCache(MODEL, gates_with_prices(), policy, footprint=footprint)
 
 
 @pytest.mark.parametrize(
-    ("gates", "policy", "footprint"), [(gates_with_prices(), OPEN, 0.4), (None, "window", 0.5), (None, "window", None)]
+    ("gates", "policy", "footprint"), [(gates_with_prices(), OPEN, None), (None, "window", 0.5), (None, "window", None)]
 )
 def test_the_call_that_it_names_works(gates: GateBank | None, policy: Any, footprint: float | None) -> None:
     with pytest.raises(SmartKVError, match="leaves its") as refusal:
@@ -161,15 +167,9 @@ def test_a_footprint_beside_an_open_policy_says_what_to_leave_out() -> None:
         LifespanCache(MODEL, gates_with_prices(), GATED, footprint=0.25)
 
 
-def test_the_whole_cache_as_a_footprint_is_the_policy_full() -> None:
-    for gates in (None, gates_with_prices(), random_gates(MODEL)):
-        with pytest.raises(SmartKVError, match="policy='full'"):
-            LifespanCache(MODEL, gates, footprint=1)
-
-
-def test_gates_that_remember_no_prices_are_refused_with_the_call_that_solves_a_policy() -> None:
-    with pytest.raises(SmartKVError, match=r"no policy with prices: .*=solve\('all-gated', 0.3, Calibration\.measure"):
-        LifespanCache(MODEL, random_gates(MODEL), footprint=0.3)
+def test_the_whole_cache_without_gates_is_the_policy_full() -> None:
+    with pytest.raises(SmartKVError, match="policy='full'"):
+        LifespanCache(MODEL, None, footprint=1)
 
 
 # -- wrong types ------------------------------------------------------------------------------------------------------

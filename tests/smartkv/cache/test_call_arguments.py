@@ -90,7 +90,7 @@ def test_whether_a_cache_can_go_back_is_asked_without_going_back() -> None:
     model = MODELS["llama"]
     cache = AdaptiveCache(model)
     model(IDS, past_key_values=cache)
-    cache.check_can_go_back()
+    cache.check_can_go_back(3)
     assert cache.get_seq_length() == IDS.shape[1]
 
 

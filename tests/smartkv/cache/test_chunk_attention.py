@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartkv.cache.chunk_attention import LENGTH_RATIO, ChunkResult, chunk_attention, group_by_length
+from smartkv.cache.chunk_attention import LENGTH_RATIO, ChunkResult, Limit, Span, chunk_attention, group_by_length
 from smartkv.cache.ragged import Fields, Ragged
 from smartkv.models.softmax import Softmax
 from smartkv.policies.capacity import Cap
@@ -32,7 +32,12 @@ def attended(
     pairs = len(store.counts)
     query = torch.randn(1, 2 * pairs, TOKENS, HEAD_DIM, generator=torch.Generator().manual_seed(7))
     start, end = torch.full((pairs,), START), torch.full((pairs,), START + TOKENS - 1)
-    return query, chunk_attention(query, store, new, cap, start, end, softmax, START + 2, None, padded=True)
+    limit: Limit | None = None
+    if cap is not None:
+        limit = lambda position, expiry, score: cap.ends(position, expiry, score, start, TOKENS + 1)  # noqa: E731
+    return query, chunk_attention(
+        query, store, new, limit, Span(start, end, end), softmax, START + 2, None, padded=True
+    )
 
 
 @pytest.mark.parametrize("kind", range(4))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from smartkv.cache.key_edits import EditableKeys
 from smartkv.cache.key_storage import KeyStorage
 from smartkv.cache.ragged import Fields
 from smartkv.models.softmax import Softmax
@@ -18,9 +19,9 @@ WINDOW = 4
 EXPIRY = torch.arange(TOKENS) + WINDOW + torch.randint(0, 30, (BATCH, HEADS, TOKENS), generator=GENERATOR) % 20
 
 
-def prompted(bits: int | None = None) -> KeyStorage:
+def prompted(bits: int | None = None) -> EditableKeys:
     """Storage that has taken in the prompt as a chunk."""
-    storage = KeyStorage(WINDOW, bits=bits)
+    storage = EditableKeys(WINDOW, bits=bits)
     storage.lazy_initialization(KEY, VALUE)
     here = slice(0, PROMPT)
     position = torch.arange(PROMPT).int().expand(BATCH * HEADS, PROMPT)

@@ -128,7 +128,7 @@ def test_what_is_stored_is_what_the_next_query_sees() -> None:
     model, tokens = MODELS["llama"], 20
     ids, real = token_ids(2 * tokens, 1).view(2, tokens), padding(2, tokens, "left", 4)
     ttl = random_ttl(model, 2, tokens, 6)
-    cache = Injected(model, None, recent(3, 2), chunk=4)
+    cache = Injected(model, None, recent(3, 2), chunk=4, rollback=0)
     cache.table = ttl
     fed(model, cache, ids, real, [7])
     cache.settle()
@@ -139,7 +139,8 @@ def test_what_is_stored_is_what_the_next_query_sees() -> None:
         assert storage.live.tolist() == storage.slots.tolist() == seen.tolist()
         live, width = int(seen.sum()), model.config.hidden_size // model.config.num_attention_heads
         assert storage.store.fields.key.untyped_storage().nbytes() == live * width * 4
-        counts = 2 * seen.numel() + 2 * 2  # keys of each head, and seen; tokens of each row, and held by a full cache
+        # keys of each head, and seen; tokens of each row, final ones, and those of a full cache; deaths by age
+        counts = 2 * seen.numel() + 3 * 2 + 6
         assert storage.storage_bytes == live * (2 * width * 4 + 2 * 4) + counts * 8
     assert cache.live_keys.shape == (2, 2, 2)
     assert cache.peak_bytes > cache.storage_bytes == sum(layer.storage_bytes for layer in cache.storage)

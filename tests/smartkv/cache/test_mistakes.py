@@ -217,16 +217,20 @@ def test_other_arguments_of_a_decoder_want_their_names_too() -> None:
 # -- going back -------------------------------------------------------------------------------------------------------
 
 
-def test_crop_says_that_it_cannot() -> None:
-    with pytest.raises(SmartKVError, match="cannot come back"):
-        LifespanCache(MODELS["llama"], None, recent(4)).crop(-1)
+def test_crop_says_how_far_it_cannot_go_back() -> None:
+    cache = filled(MODELS["llama"])
+    with pytest.raises(SmartKVError, match=r"5 latest tokens.*the last 4 tokens may be freed.*rollback=5"):
+        cache.crop(-5)
+    with pytest.raises(SmartKVError, match="crop takes a number of tokens"):
+        cache.crop(1.5)  # type: ignore[arg-type]
+    assert cache.get_seq_length() == 8
 
 
 @pytest.mark.parametrize(
     "guess", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": llama(1)}], ids=["lookup", "assistant"]
 )
-def test_assisted_generation_which_must_go_back_is_refused_before_it_begins(guess: dict[str, Any]) -> None:
+def test_assisted_generation_which_must_go_back_too_far_is_refused_before_it_begins(guess: dict[str, Any]) -> None:
     model = MODELS["llama"]
-    with refused(model, "cannot be cropped .assisted generation and prompt lookup"):
-        cache = LifespanCache(model, None, recent(4))
+    with refused(model, "cannot be dropped .assisted generation and prompt lookup"):
+        cache = LifespanCache(model, None, recent(4), rollback=1)
         model.generate(token_ids(8)[None], past_key_values=cache, max_new_tokens=4, **guess, **FIXED)

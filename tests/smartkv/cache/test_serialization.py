@@ -128,7 +128,7 @@ def test_a_file_names_its_gates_by_16_hex_digits(tmp_path: Path) -> None:
 
 
 def test_the_file_holds_the_live_keys_and_little_else(tmp_path: Path) -> None:
-    model, cache = MODELS["llama"], LifespanCache(MODELS["llama"], None, recent(16))
+    model, cache = MODELS["llama"], LifespanCache(MODELS["llama"], None, recent(16), rollback=0)
     model(token_ids(200)[None], past_key_values=cache)
     save_cache(cache, tmp_path / "c.safetensors")
     assert (tmp_path / "c.safetensors").stat().st_size < cache.live_bytes * 1.2 + 4096

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,20 +13,22 @@ from tests.models import FAMILIES, token_ids
 from tests.smartkv.cache.fixtures import GATED, MODELS, fed, padding, random_gates, recent, sliding, tensors_of
 
 FULL = HybridPolicy((LayerRule("all", "full"),))
-POLICIES = {
-    "gated": GATED,
-    "window": recent(12, 2),
-    "full": FULL,
-    "cap of a head": replace(FULL, max_tokens=12),
-    "cap of a layer": replace(GATED, max_tokens=48, max_tokens_per="layer"),
+FLOATING = replace(GATED, price=None)
+CACHES: dict[str, dict[str, Any]] = {
+    "gated": {"policy": GATED},
+    "window": {"policy": recent(12, 2)},
+    "full": {"policy": FULL},
+    "cap of a head": {"policy": replace(FULL, max_tokens=12)},
+    "cap of a layer": {"policy": replace(GATED, max_tokens=48, max_tokens_per="layer")},
+    "budget": {"policy": FLOATING, "max_tokens": 9},
 }
 
 
-def moments(family: str, policy: str) -> Iterator[LifespanCache]:
+def moments(family: str, policy: str, rollback: int = 0) -> Iterator[LifespanCache]:
     """A cache after a prompt with padding, after each of some tokens, after rows were changed, and with all dead keys
     freed."""
     model = MODELS[family]
-    cache = LifespanCache(model, random_gates(model), POLICIES[policy], chunk=16)
+    cache = LifespanCache(model, random_gates(model), chunk=16, rollback=rollback, **CACHES[policy])
     ids, real = token_ids(2 * 60, 3).view(2, 60), padding(2, 60, "left", 1)
     fed(model, cache, ids[:, :30], real[:, :30], [20])
     cache.attach()
@@ -42,14 +45,15 @@ def moments(family: str, policy: str) -> Iterator[LifespanCache]:
         yield cache
 
 
-each_policy = pytest.mark.parametrize("policy", POLICIES)
+each_policy = pytest.mark.parametrize("policy", CACHES)
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @each_policy
 @each_family
-def test_no_tensor_is_forgotten_and_none_counted_twice(family: str, policy: str) -> None:
-    for cache in moments(family, policy):
+@pytest.mark.parametrize("rollback", [0, 5])
+def test_no_tensor_is_forgotten_and_none_counted_twice(family: str, policy: str, rollback: int) -> None:
+    for cache in moments(family, policy, rollback):
         for layer, said in zip(cache.storage, cache.bytes_by_layer.tolist(), strict=True):
             storages = [tensor.untyped_storage() for tensor in tensors_of(layer)]
             assert said == sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -88,7 +92,10 @@ def test_the_peak_is_never_below_what_is_held(policy: str) -> None:
 @each_family
 def test_the_footprint_is_the_sum_of_the_live_keys_of_all_queries(family: str, policy: str) -> None:
     model, batch, tokens = MODELS[family], 2, 40
-    cache, ids = LifespanCache(model, random_gates(model), POLICIES[policy]), token_ids(batch * tokens).view(batch, -1)
+    cache, ids = (
+        LifespanCache(model, random_gates(model), rollback=0, **CACHES[policy]),
+        token_ids(batch * tokens).view(batch, -1),
+    )
     seen, full = 0, 0
     with torch.no_grad():
         for place in range(tokens):
