@@ -24,6 +24,7 @@ class Reading(NamedTuple):
         peak_bytes: largest storage in bytes; None: eviction is simulated by a mask and nothing is freed.
         stored: bytes held after the text ÷ bytes of its keys and values in float16, see `stored_share`; None: simulated
             by a mask.
+        held: keys held after the text ÷ those of a full cache; None: simulated by a mask.
     """
 
     nll: Tensor
@@ -31,6 +32,7 @@ class Reading(NamedTuple):
     footprint: float
     peak_bytes: int | None
     stored: float | None = None
+    held: float | None = None
 
 
 class Contender(Protocol):
@@ -114,6 +116,11 @@ class FullCache:
     def open(self, setting: Any, first_query: int) -> AbstractContextManager[Cache]:
         """Open a `DynamicCache`; see `Decoding.open`."""
         return nullcontext(DynamicCache())
+
+
+def held_share(lm: Backbone, cache: LifespanCache, tokens: int) -> float:
+    """Return keys of a cache of one row ÷ keys of a full cache after as many tokens."""
+    return float(cache.live_keys.sum()) / lm.architecture.keys_of_full_cache(tokens)
 
 
 def stored_share(lm: Backbone, cache: LifespanCache | QuantizedCache, tokens: int) -> float:

@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from eval.contenders.base import Reading, stored_share
+from eval.contenders.base import Reading, held_share, stored_share
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.gates.bank import GateBank
 from smartkv.metrics.perplexity import token_losses
 from smartkv.models.backbone import Backbone
 from smartkv.policies.budgets import Calibration, solve
 from smartkv.policies.hybrid import HybridPolicy
+
+BUDGET = "@budget"  # behind a policy's name: its price floats, and the footprint is a budget of the whole text
 
 
 @dataclass
@@ -44,10 +46,7 @@ class PolicyContender:
     @property
     def name(self) -> str:
         """The policy's name, with the bits behind it: `gates+8bit`, `gates+k6v4`."""
-        if self.bits is None:
-            return self.policy.name
-        key, value = self.bits
-        return f"{self.policy.name}+{f'{key}bit' if key == value else f'k{key}v{value}'}"
+        return self.policy.name + bits_in_name(self.bits)
 
     @property
     def needs(self) -> str:
@@ -62,12 +61,76 @@ class PolicyContender:
     def read(self, setting: Any, tokens: Tensor, first_token: int, first_query: int, prefill: int | None) -> Reading:
         """Read a text with a LifespanCache; see `Contender.read`."""
         with self.open(setting, first_query) as cache:
-            losses = token_losses(self.lm.model, tokens, first_token, cache)
-            cache.settle()
-            return Reading(*losses, cache.footprint, cache.peak_bytes, stored_share(self.lm, cache, len(tokens) - 1))
+            return read_with(self.lm, cache, tokens, first_token)
 
     def open(self, setting: Any, first_query: int) -> LifespanCache:
         """Open a LifespanCache with the solved policy; see `Decoding.open`."""
         policy = HybridPolicy.from_dict(setting)
         gates = self.gates if policy.gated else None
-        return LifespanCache(self.lm.model, gates, policy, first_query=first_query, bits=self.bits)
+        return LifespanCache(self.lm.model, gates, policy, first_query=first_query, bits=self.bits, rollback=0)
+
+
+@dataclass
+class BudgetContender:
+    """A policy whose price floats, so that a share of the keys of the whole text is a budget.
+
+    Attributes:
+        lm: the model.
+        gates: that tell what a key is worth.
+        policy: its price is open.
+        bits, at_once: as in `PolicyContender`.
+    """
+
+    lm: Backbone
+    gates: GateBank | None
+    policy: HybridPolicy
+    bits: tuple[int, int] | None = None
+    at_once: int | None = None
+    kind = "ours"
+    needs = "keys"
+
+    @property
+    def name(self) -> str:
+        """The policy's name with `@budget` behind it, and the bits behind that."""
+        return self.policy.name + BUDGET + bits_in_name(self.bits)
+
+    def solved(self, footprint: float) -> Any:
+        """Return the budget, which needs no solving; see `Contender.solved`."""
+        return {"budget": footprint}
+
+    def read(self, setting: Any, tokens: Tensor, first_token: int, first_query: int, prefill: int | None) -> Reading:
+        """Read a text whose length is the plan; see `Contender.read`."""
+        with self._cache(setting, first_query, len(tokens) - 1) as cache:
+            return read_with(self.lm, cache, tokens, first_token)
+
+    def open(self, setting: Any, first_query: int) -> LifespanCache:
+        """Open a LifespanCache, whose plan is what `generate` is asked for, else the prompt; see `Decoding.open`."""
+        return self._cache(setting, first_query, None)
+
+    def _cache(self, setting: Any, first_query: int, plan: int | None) -> LifespanCache:
+        return LifespanCache(
+            self.lm.model,
+            self.gates,
+            self.policy,
+            first_query=first_query,
+            bits=self.bits,
+            footprint=setting["budget"],
+            plan=plan,
+            rollback=0,
+        )
+
+
+def bits_in_name(bits: tuple[int, int] | None) -> str:
+    """Return what bits of keys and of values add to a contender's name: `+8bit`, `+k6v4`; nothing for None."""
+    if bits is None:
+        return ""
+    key, value = bits
+    return f"+{f'{key}bit' if key == value else f'k{key}v{value}'}"
+
+
+def read_with(lm: Backbone, cache: LifespanCache, tokens: Tensor, first_token: int) -> Reading:
+    """Read a text with a new cache and score its tokens; see `Contender.read`."""
+    losses, read = token_losses(lm.model, tokens, first_token, cache), len(tokens) - 1
+    cache.settle()
+    stored, held = stored_share(lm, cache, read), held_share(lm, cache, read)
+    return Reading(*losses, cache.footprint, cache.peak_bytes, stored, held)

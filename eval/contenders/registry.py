@@ -11,7 +11,7 @@ from eval.common.options import Model
 from eval.contenders.base import Contender, EvictionProtocol, FullCache
 from eval.contenders.baselines import BASELINES, SEEDS, baseline
 from eval.contenders.kvpress import PREFIX, PressContender, check_press
-from eval.contenders.policies import PolicyContender
+from eval.contenders.policies import BUDGET, BudgetContender, PolicyContender
 from eval.contenders.quantised import QuantisedContender
 from eval.contenders.scored import GateScores, ScoredContender, Scores
 from smartkv.baselines.oracles import oracle_labels
@@ -95,7 +95,10 @@ def make_contenders(
             )
         else:
             name, bits = _without_bits(name)
-            policy = _policy(name, lm.architecture, gates)
+            floats, policy = name.endswith(BUDGET), _policy(name, lm.architecture, gates)
+            if floats:
+                contenders.append(BudgetContender(lm, gates, policy, bits))
+                continue
             if protocol == "once" and policy.gated:
                 contenders.append(scored(name, "ours", "keys", _gate_scores(lm, gates)))
             elif protocol == "once":
@@ -144,6 +147,8 @@ def check_contenders(
             plain, bits = _without_bits(name)
             if bits and protocol == "once":
                 raise SmartKVError(f"contender '{name}' packs while it reads: it is for --protocol stream")
+            if plain.endswith(BUDGET) and protocol == "once":
+                raise SmartKVError(f"contender '{name}' holds its budget while it reads: it is for --protocol stream")
             _policy(plain, model, gates)
 
 
@@ -193,9 +198,15 @@ def _quantised(lm: Backbone, gates: GateBank | None, name: str) -> QuantisedCont
 
 
 def _policy(name: str, model: Architecture, gates: GateBank | None) -> HybridPolicy:
-    """Return the policy of a name, which fits the model and the gates."""
-    policy = _own_policy(gates) if name == OWN_POLICY else read_policy(name, model.layers)
+    """Return the policy of a name, which fits the model and the gates. With `@budget` behind it, its price is open."""
+    plain = name.removesuffix(BUDGET)
+    policy = _own_policy(gates) if plain == OWN_POLICY else read_policy(plain, model.layers)
     policy.check(model, gates)
+    if plain != name and policy.open != "price":
+        raise SmartKVError(
+            f"contender '{name}' needs a policy that leaves its price open, '{plain}' leaves "
+            f"{policy.open or 'nothing'} open: expected {OWN_POLICY}{BUDGET}"
+        )
     return policy
 
 

@@ -45,7 +45,8 @@ def compare(
         out: folder for compare.json and the pictures.
         gates: folder of exported gates, hub id, or the name of gates that come with SmartKV. Null: only contenders
             without gates.
-        contenders: `gates` (the policy stored with them), named policies or YAML files. With +8bit behind a name the
+        contenders: `gates` (the policy stored with them), named policies or YAML files. With @budget behind `gates` the
+            price floats, and a footprint is a budget of the whole text. With +8bit behind a name the
             keys that stay are packed in 8 bits; with +k6v4 keys take 6 bits and values 4. Rules: random, key_norm,
             keydiff, snapkv, tova, h2o, expected_attention. Nulls: null:constant, null:position, null:token_table.
             Oracles: oracle:lifespan, oracle:attention. Quantised caches, in which every key stays: quant:fp16, int8,
@@ -249,5 +250,10 @@ class Runner:
 
 
 def _figures(reading: Reading) -> dict[str, Any]:
-    figures = {"footprint": reading.footprint, "peak_bytes": reading.peak_bytes, "stored": reading.stored}
+    figures = {
+        "footprint": reading.footprint,
+        "peak_bytes": reading.peak_bytes,
+        "stored": reading.stored,
+        "held": reading.held,
+    }
     return {"nll": float(reading.nll.double().mean())} | figures

@@ -29,7 +29,7 @@ class Row:
         needs: see `eval.contenders.base.Contender`.
         target: footprint that was asked for.
         setting: setting that was solved for it.
-        texts: by kind of text, the figures of each window: nll, footprint, peak_bytes, stored.
+        texts: by kind of text, the figures of each window: nll, footprint, peak_bytes, stored, held.
         recall: the same figures of each trial, `right`, and the `kind` of its text. The full cache is asked all trials,
             others only those that the full cache gets right.
     """
@@ -55,6 +55,7 @@ class Curve:
         delta_nll_window: `delta_nll` of each window.
         peak_bytes: largest of the windows; None: simulated by a mask, nothing was freed.
         stored: bytes held at the end ÷ bytes of a full cache in float16, mean over windows; None: simulated by a mask.
+        held: keys held at the end ÷ keys of a full cache, mean over windows; None: simulated by a mask.
     """
 
     row: Row
@@ -64,6 +65,7 @@ class Curve:
     delta_nll_window: list[float]
     peak_bytes: int | None
     stored: float | None = None
+    held: float | None = None
 
 
 def curve(row: Row, text: str, full: Row, owners: list[int]) -> Curve:
@@ -81,9 +83,14 @@ def curve(row: Row, text: str, full: Row, owners: list[int]) -> Curve:
     windows = row.texts[text]
     peaks = [w["peak_bytes"] for w in windows if w["peak_bytes"] is not None]
     footprint = sum(w["footprint"] for w in windows) / len(windows)
-    stored = [w["stored"] for w in windows if w.get("stored") is not None]
-    share = sum(stored) / len(stored) if stored else None
-    return Curve(row, footprint, float(delta.mean()), interval, delta.tolist(), max(peaks, default=None), share)
+    peak, (stored, held) = max(peaks, default=None), (_mean_of(windows, name) for name in ("stored", "held"))
+    return Curve(row, footprint, float(delta.mean()), interval, delta.tolist(), peak, stored, held)
+
+
+def _mean_of(windows: list[dict[str, Any]], name: str) -> float | None:
+    """Return the mean of a figure over the windows that have it; None: none has."""
+    figures = [window[name] for window in windows if window.get(name) is not None]
+    return sum(figures) / len(figures) if figures else None
 
 
 def seeds_together(rows: list[Row]) -> list[Row]:
@@ -169,6 +176,7 @@ def report(
 UNITS = {
     "nll": "nats a token of the full cache",
     "footprint": "keys seen ÷ keys of a full cache, over the queries whose next token is scored",
+    "held": "keys held when the text was read ÷ keys of a full cache; null: simulated by a mask",
     "delta_nll": "nats a token above the full cache",
     "interval": "95 %, bootstrap over documents (recall: over trials)",
     "ratio": "footprint ÷ the window's at equal ΔNLL",
@@ -196,6 +204,7 @@ def _figures(own: Curve, curves: list[Curve], owners: list[int]) -> dict[str, An
         "interval": list(own.interval),
         "peak_bytes": own.peak_bytes,
         "stored": own.stored,
+        "held": own.held,
         "delta_nll_window": own.delta_nll_window,
     }
     if own.row.contender != REFERENCE and (ratio := equal_loss_ratio(own, reference, owners)):
@@ -230,6 +239,7 @@ def _table(title: str, curves: list[Curve], shares: dict[int, dict[str, Any]], o
         "",
         "needs",
         "footprint",
+        "held",
         "ΔNLL (95 %)",
         "÷ window's (95 %)",
         "gap recovered",
@@ -245,6 +255,7 @@ def _table(title: str, curves: list[Curve], shares: dict[int, dict[str, Any]], o
             own.row.contender,
             own.row.needs,
             f"{own.footprint:.3f}",
+            "" if own.held is None else f"{own.held:.3f}",
             f"{own.delta_nll:+.4f} ({own.interval[0]:+.4f} to {own.interval[1]:+.4f})",
             f"{figures['ratio']:.2f} ({figures['ratio_interval'][0]:.2f} to {figures['ratio_interval'][1]:.2f})"
             if "ratio" in figures

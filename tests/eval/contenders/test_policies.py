@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from eval.contenders.policies import PolicyContender
-from smartkv import GateBank
+from eval.contenders.policies import BudgetContender, PolicyContender
+from smartkv import GateBank, HybridPolicy, LayerRule
 from smartkv.metrics.perplexity import token_losses
 from smartkv.policies.budgets import Calibration
 from smartkv.policies.named import read_policy
@@ -50,3 +50,33 @@ def test_bits_stand_behind_the_name_and_save_bytes(
     assert packed.name == name
     shares = [c.read(plain.solved(0.5), token_ids(TOKENS), FIRST, FIRST - 1, None).stored for c in (packed, plain)]
     assert shares[0] < shares[1] if bits else shares[0] == shares[1]
+
+
+def budget_contender(lm: Any, gates: Path, bits: tuple[int, int] | None = None) -> BudgetContender:
+    policy = HybridPolicy((LayerRule("all", "gated", 8),), sinks=2, name="gates")
+    return BudgetContender(lm, GateBank.from_pretrained(gates), policy, bits)
+
+
+def test_a_budget_is_a_share_of_the_whole_text_and_is_held_when_it_was_read(tiny_lm: Any, random_gates: Path) -> None:
+    budget, text = budget_contender(tiny_lm, random_gates), token_ids(193, 3)
+    assert budget.name == "gates@budget" and budget.solved(0.25) == {"budget": 0.25}
+    reading = budget.read(budget.solved(0.25), text, FIRST, FIRST - 1, None)
+    assert reading.held == pytest.approx(0.25, abs=0.005)
+    assert reading.footprint > reading.held  # all keys stay until the budget is reached
+    everything = budget.read(budget.solved(1.0), text, FIRST, FIRST - 1, None)
+    torch.testing.assert_close(everything.nll, token_losses(tiny_lm.model, text, FIRST).nll, atol=1e-4, rtol=0)
+
+
+def test_a_budget_in_few_bits_says_so_and_saves_bytes(tiny_lm: Any, random_gates: Path) -> None:
+    packed, plain = (budget_contender(tiny_lm, random_gates, bits) for bits in ((6, 4), None))
+    assert packed.name == "gates@budget+k6v4"
+    stored = [each.read(each.solved(0.5), token_ids(129), FIRST, FIRST - 1, None).stored for each in (packed, plain)]
+    assert stored[0] < stored[1]
+
+
+def test_what_a_fixed_price_holds_in_the_end_is_told_too(tiny_lm: Any, random_gates: Path) -> None:
+    window = contender(tiny_lm, random_gates, "window")
+    reading = window.read(window.solved(0.5), token_ids(TOKENS), FIRST, FIRST - 1, None)
+    with window.open(window.solved(0.5), 0) as cache, torch.no_grad():
+        tiny_lm.model(token_ids(TOKENS - 1)[None], past_key_values=cache)
+        assert reading.held == float(cache.live_keys.double().mean()) / (TOKENS - 1)

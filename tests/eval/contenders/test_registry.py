@@ -39,6 +39,8 @@ WRONG = {
     "window+9bit": "bits",
     "press:knorm": "it is for --protocol once",
     "gates": "there are none: give --gates",
+    "gates@budget": "there are none: give --gates",
+    "window@budget": "needs a policy that leaves its price open, 'window' leaves window open: expected gates@budget",
     "all-gated": "but no gates were given",
     "quant:adaptive_gates": "needs gates: give --gates",
 }
