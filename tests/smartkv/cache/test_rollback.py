@@ -37,7 +37,7 @@ def never_saw(kind: str, ids: torch.Tensor, real: torch.Tensor) -> tuple[torch.T
     return fed(MODEL, cache, ids, real, []), cache
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(
     st.sampled_from(list(CACHES)), st.integers(0, 10**6), st.integers(1, 20), st.sampled_from([1, 7, 64]), st.booleans()
 )

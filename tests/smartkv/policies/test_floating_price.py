@@ -50,7 +50,7 @@ def cuts(tokens: int, seed: int) -> list[int]:
     return sizes
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     st.integers(1, 400),
     st.integers(0, 10**6),
