@@ -1,6 +1,7 @@
 """Changes of what a cache holds: rows of the batch, the latest tokens, and pins."""
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, TypeVar
@@ -52,8 +53,9 @@ class CacheEdits(CacheUsage, AttachedCache):
     asked_pins: Pins
     first_columns: int = 0
 
+    @abstractmethod
     def _judge_of(self, layer: int) -> Judge:
-        raise NotImplementedError
+        """Return the function that decides about the layer's new keys."""
 
     @_outside_autograd
     def settle(self) -> None:
