@@ -3,7 +3,7 @@
 import copy
 import gc
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +21,14 @@ from tests.smartkv.cache.fixtures import GATED, MODELS, Recording, random_gates,
 
 IDS = token_ids(12).clamp(min=1)[None]
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> Iterator[None]:
+    """Collections look at what these tests make alone, and not at all that was imported: they are many."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def fresh() -> Any:
