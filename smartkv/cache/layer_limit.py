@@ -49,8 +49,6 @@ class LayerLimit:
 
     def start(self, rows: int, device: torch.device) -> None:
         """Set the price at which everything stays, for `rows` rows."""
-        if self.budget is not None:
-            self.budget = self.budget.to(device)
         if self.floats:
             self.prices = self._coming_prices = Prices.of(rows, device)
 
@@ -95,6 +93,7 @@ class LayerLimit:
             return self.rule.ends(position, expiry, score, start.repeat_interleave(heads), queries)
         if self.budget is None or score is None:
             raise RuntimeError("set the budget before the first token, and give scores")
+        self.budget = self.budget.to(start.device)  # whoever sets it knows no device
         stored = position.masked_fill(position >= known.repeat_interleave(heads)[:, None], HOLE)  # not a spare slot
         deaths = self.rule.ends(stored, expiry, score, start, known, until, queries, self.budget, self.prices)
         self._coming_prices = deaths.prices
