@@ -1,6 +1,6 @@
 """A conversation that one cache reads turn by turn, and a cache that records its decisions."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jinja2
@@ -16,7 +16,9 @@ from smartkv.gates.bank import GateBank
 from smartkv.metrics.perplexity import full_cache_bytes
 from smartkv.models.backbone import Backbone
 from smartkv.policies.capacity import Cap
+from smartkv.policies.floating_price import FloatingPrice, Prices
 from smartkv.policies.hybrid import HybridPolicy
+from smartkv.policies.planned_budget import Budget
 
 QUERIES_AT_ONCE = 128  # queries for which the deaths under a cap are computed together
 ANSWER = "\ue000"  # placeholder of an answer in a rendered template; no template writes this character
@@ -29,6 +31,7 @@ class RecordingCache(LifespanCache):
         """Take the arguments of `LifespanCache`; nothing is recorded yet."""
         super().__init__(*args, **kwargs)
         self.recorded: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in self.rules]
+        self.worth: list[list[Tensor]] = [[] for _ in self.rules]  # float16 `[kv_heads, tokens, ages]` under a budget
 
     @torch.no_grad()
     def expiry(self, layer: int, keys: Tensor, position: Tensor, sliding_window: int | None) -> Tensor:
@@ -45,6 +48,12 @@ class RecordingCache(LifespanCache):
         self.recorded[layer].append((position[0].cpu(), prediction[0].float().cpu(), expiry[0].cpu()))
         return expiry
 
+    def _rank(self, layer: int, keys: Tensor, position: Tensor) -> Tensor:
+        rank = super()._rank(layer, keys, position)
+        if self.storage[layer].limit.floats:
+            self.worth[layer].append(rank[0].cpu())
+        return rank
+
     def decisions(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Return what was decided about the keys of the first `tokens` positions.
 
@@ -59,10 +68,11 @@ class RecordingCache(LifespanCache):
                 predictions[layer][:, position] = prediction
                 expiries[layer][:, position] = expiry.long()
             read = sum(len(position) for position, *_ in parts)
-            cap = self.storage[layer].limit.rule
-            if isinstance(cap, Cap):  # the deaths under a cap follow from expiries and predictions
-                decided = expiries[layer, :, :read]
-                decided.copy_(_capped(cap, decided, predictions[layer, :, :read].nan_to_num(0)))
+            limit, decided = self.storage[layer].limit, expiries[layer, :, :read]
+            if isinstance(limit.rule, Cap):  # the deaths under a cap follow from expiries and predictions
+                decided.copy_(_capped(limit.rule, decided, predictions[layer, :, :read].nan_to_num(0)))
+            elif isinstance(limit.rule, FloatingPrice) and limit.budget is not None:
+                decided.copy_(_budgeted(limit.rule, decided, torch.cat(self.worth[layer], dim=1), limit.budget.cpu()))
         return predictions, expiries
 
 
@@ -74,6 +84,22 @@ def _capped(cap: Cap, expiry: Tensor, score: Tensor) -> Tensor:
         first, steps = torch.full((heads,), start), min(QUERIES_AT_ONCE, tokens + 1 - start)
         ends = torch.minimum(ends, cap.ends(position, expiry, score if cap.heads > 1 else None, first, steps))
     return ends
+
+
+def _budgeted(price: FloatingPrice, expiry: Tensor, worth: Tensor, budget: Tensor) -> Tensor:
+    """Return expiries `[kv_heads, tokens]`, earlier where the floating price lets a key go.
+
+    Args:
+        price: the rule of the layer.
+        expiry: int64 `[kv_heads, tokens]`.
+        worth: `[kv_heads, tokens, ages]`.
+        budget: int64 `[1]`, keys of all heads.
+    """
+    heads, tokens = expiry.shape
+    start, end = torch.tensor([0]), torch.tensor([tokens])
+    position = torch.arange(tokens).expand(heads, -1)
+    prices = Prices.of(1, expiry.device)
+    return price.ends(position, expiry, worth, start, end, end, tokens + 1, budget, prices).ends
 
 
 @dataclass(frozen=True)
@@ -129,17 +155,25 @@ class Conversation:
     Args:
         lm: the model.
         gates: its gates; None for a policy without gated layers.
-        policy: a solved policy, with no open window or price.
+        policy: a solved policy, with no open window or price; under a budget its price is open.
         chat: turns use the tokenizer's chat template.
+        budget: what the cache may hold; None: the policy decides.
 
     Raises:
-        SmartKVError: model, gates and policy do not fit together.
+        SmartKVError: model, gates, policy and budget do not fit together.
     """
 
-    def __init__(self, lm: Backbone, gates: GateBank | None, policy: HybridPolicy, chat: bool = False) -> None:
+    def __init__(
+        self,
+        lm: Backbone,
+        gates: GateBank | None,
+        policy: HybridPolicy,
+        chat: bool = False,
+        budget: Budget | None = None,
+    ) -> None:
         """Start with an empty cache."""
         self.lm, self.chat = lm, chat
-        self.cache = RecordingCache(lm.model, gates, policy)
+        self.cache = RecordingCache(lm.model, gates, policy, **(asdict(budget) if budget else {}))
         self.ids: list[int] = []
         self.generated: list[bool] = []
         self.turns: list[Turn] = []
@@ -208,7 +242,15 @@ class Conversation:
             keys = float(self.cache.live_keys.double().mean()) / tokens
             held = f"KV {_size(stored)} with spare slots, full {_size(full)}, {keys:.0%} of the keys"
         line = f"{held} · {tokens:,} tokens".replace("%", " %")
+        report = self.cache.report()
+        if report.budget is not None:
+            line += f" · {report.held:,.0f} of {report.budget:,.0f} keys a head"
         return line if ms_per_token is None else f"{line} · {ms_per_token:.0f} ms/token"
+
+    @property
+    def budgets(self) -> list[float | None]:
+        """Keys a KV head that each layer may hold; None: its policy alone decides."""
+        return [layer.budget for layer in self.cache.report().layers]
 
     def token_texts(self) -> list[str]:
         """Return the text of each token; the empty string where a character continues in the next token."""

@@ -1,6 +1,5 @@
 """`python -m eval generate`: complete a text or chat with an evicting cache, and write a page of what it kept."""
 
-import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.progress import Progress
 from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
+from eval.chat.choice import Choice, choose, shipped_gates
 from eval.chat.conversation import Conversation, check_room, encode
 from eval.chat.page import write_page
 from eval.chat.terminal import ask, is_terminal
@@ -20,15 +20,11 @@ from eval.common.results import write_result
 from eval.common.score_scale import ScoreScale
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
-from smartkv.gates.pretrained import pretrained_gates
 from smartkv.labels.lifespans import check_window
 from smartkv.metrics.perplexity import full_cache_bytes
-from smartkv.models.architecture import Architecture
 from smartkv.models.backbone import Backbone
 from smartkv.models.key_hooks import read_keys
-from smartkv.policies.budgets import Calibration, policy_of, solve
-from smartkv.policies.hybrid import HybridPolicy, LayerRule
-from smartkv.policies.named import read_policy
+from smartkv.policies.budgets import Calibration
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
 
@@ -42,7 +38,10 @@ def generate(
     prompt_file: str | None = None,
     chat: bool = False,
     policy: str | None = None,
-    footprint: float = 0.25,
+    footprint: float | None = None,
+    max_tokens: int | None = None,
+    max_bytes: str | None = None,
+    plan: int | None = None,
     price: float | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008 - jsonargparse shows it
     calibration: CalibrationWindows = CalibrationWindows([SourceConfig("builtin")], windows=2),  # noqa: B008
@@ -61,45 +60,50 @@ def generate(
         prompt: text to go on with, or to answer.
         prompt_file: a file that holds it.
         chat: answer by the model's chat template; one cache for the whole conversation.
-        policy: named (all-gated, default, lifespan, window, full) or a YAML file. Null: the one that is stored with the
-            gates, and all-gated for gates without one.
-        footprint: share of the full cache's keys. Gates that remember prices have one for it; else the policy's open
-            windows and price are solved for it.
-        price: of a key, in place of that: the prediction above which it stays, in the unit of the gates (log4 of tokens
-            for gates that predict lifespans, log of nats for gates that judge for ages).
+        policy: named (all-gated, default, lifespan, window, full) or a YAML file: its open windows and price are solved
+            for the footprint. Null: the one that is stored with the gates (all-gated for gates without one) under a
+            budget, which its price is moved to hold.
+        footprint: budget as a share of the full cache's keys at the planned length. Null: a quarter, if no other figure
+            says how much may be kept.
+        max_tokens: budget as keys a KV head, in place of a footprint.
+        max_bytes: budget as bytes, such as 20MB, in place of a footprint.
+        plan: length in tokens, prompt and answer, of which the footprint is a share. Null: those of the prompt and of
+            max_new_tokens; 2,048 for a chat. A longer text stays within the same budget.
+        price: of a key, in place of all that: the prediction above which it stays, in the unit of the gates (log4 of
+            tokens for gates that predict lifespans, log of nats for gates that judge for ages).
         sampling: how an answer is generated.
-        calibration: texts on which open windows and an open price are solved.
+        calibration: texts on which open windows, an open price and, for gates that do not remember it, each layer's
+            part of a budget are solved.
         model: the frozen language model.
         seed: of sampling, and of the choice of windows.
     """
     text = _prompt(prompt, prompt_file)
     _check(sampling, min(calibration.window - 1, calibration.windows))
     architecture = model.architecture()
-    gates = _shipped(architecture) if gates == SHIPPED else gates
+    gates = shipped_gates(architecture) if gates == SHIPPED else gates
     bank = GateBank.from_pretrained(gates) if gates else None
-    chosen = _policy(policy, price, footprint, bank, architecture.layers)
-    chosen.check(architecture, bank)
-    if chosen.open and not 0 < footprint <= 1:
-        raise SmartKVError(f"a footprint is a share of the full cache above 0 and at most 1, got {footprint}")
+    chosen = choose(policy, price, footprint, max_tokens, max_bytes, plan, chat, bank, architecture.layers)
+    chosen.policy.check(architecture, bank)
     if not is_terminal():  # stdout has the answer alone, and stderr one line
         disable_progress_bar()
     lm = model.load()
     if bank is not None:
         lm.fingerprint.check(bank.fingerprint, f"the gates in {gates}")
         bank = bank.to(model.device)
+        chosen = replace(chosen, gates=bank)
     first = encode(lm.tokenizer, text or "…", chat, first=True)  # an error here comes before anything takes long
     check_room(len(first), sampling.max_new_tokens, architecture.max_positions)
     texts = []
-    if chosen.open:
+    if chosen.needs_texts:
         check_window(lm.model, calibration.window)
         counts = {"train": calibration.windows}
-        plan = plan_windows(calibration.sources, counts, lm.tokenizer, calibration.window, seed=seed, say=_tell)
-        chosen = solve(chosen, footprint, _calibration(lm, bank if chosen.gated else None, plan.of_split("train")))
-        texts = plan.sources
+        windows = plan_windows(calibration.sources, counts, lm.tokenizer, calibration.window, seed=seed, say=_tell)
+        chosen = chosen.solved(_calibration(lm, bank if chosen.policy.gated else None, windows.of_split("train")))
+        texts = windows.sources
     torch.manual_seed(seed)
     scale = ScoreScale.of(bank)
-    _tell(_describe(chosen, scale, gates))
-    conversation = _talk(lm, bank, chosen, text, chat, _generation(lm, sampling))
+    _tell(chosen.describe(scale, gates))
+    conversation = _talk(lm, chosen, text, chat, _generation(lm, sampling))
     if conversation is None:
         return
     settings = {
@@ -107,8 +111,9 @@ def generate(
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "gates": gates,
         "chat": chat,
-        "policy": chosen.to_dict(),
-        "footprint": footprint,
+        "policy": chosen.policy.to_dict(),
+        "budget": None if chosen.budget is None else asdict(chosen.budget),
+        "footprint": chosen.footprint if chosen.budget is None else chosen.budget.footprint,
         **asdict(sampling),
         "texts": texts,
         "calibration_window": calibration.window,
@@ -117,12 +122,14 @@ def generate(
     }
     figures = _figures(conversation)
     result = write_result(Path(out), "generate", settings, figures)
+    _tell(str(conversation.cache.report()))
     page = write_page(
         Path(out) / "lifespans.html",
         conversation.token_texts(),
         *conversation.cache.decisions(len(conversation.ids)),
-        policy=chosen,
+        policy=chosen.policy,
         model=lm.name,
+        budgets=conversation.budgets,
         generated=conversation.generated,
         scale=scale,
     )
@@ -153,34 +160,6 @@ def _check(sampling: Sampling, calibration: int) -> None:
         raise SmartKVError(f"top_p must be above 0 and at most 1, got {sampling.top_p}")
     if calibration < 1:
         raise SmartKVError("calibration needs at least 1 window of at least 2 tokens")
-
-
-def _shipped(architecture: Architecture) -> str | None:
-    """Return the name of the gates that come with SmartKV for a model of this architecture; None: there are none."""
-    shape = (architecture.model_type, architecture.layers, architecture.kv_heads, architecture.head_dim)
-    for name in pretrained_gates():
-        made_for = GateBank.from_pretrained(name).fingerprint
-        if shape == (made_for.model_type, made_for.layers, made_for.kv_heads, made_for.head_dim):
-            return name
-    return None
-
-
-def _policy(
-    name: str | None, price: float | None, footprint: float, gates: GateBank | None, layers: int
-) -> HybridPolicy:
-    """Return the policy of a name, else the one stored with the gates, with a price that is given or remembered."""
-    stored = gates.details if gates is not None and name is None else {}
-    if "policy" not in stored:
-        chosen = read_policy(name or "all-gated", layers)
-    elif price is None and gates is not None and stored.get("prices"):
-        return policy_of(gates, footprint)
-    else:
-        chosen = HybridPolicy.from_dict(stored["policy"])
-    if price is None:
-        return chosen
-    if not chosen.gated:
-        raise SmartKVError(f"policy '{chosen.name}' asks no gates: it takes no price")
-    return replace(chosen, price=price)
 
 
 @torch.inference_mode()
@@ -214,8 +193,7 @@ def _generation(lm: Backbone, sampling: Sampling) -> GenerationConfig | None:
 
 def _talk(
     lm: Backbone,
-    gates: GateBank | None,
-    policy: HybridPolicy,
+    chosen: Choice,
     text: str | None,
     chat: bool,
     generation: GenerationConfig | None,
@@ -227,11 +205,13 @@ def _talk(
     """
     conversation = None
     if text is not None:
-        conversation = Conversation(lm, gates, policy, chat)
+        conversation = Conversation(lm, chosen.gates, chosen.policy, chat, chosen.budget)
         conversation.say(text, generation)
         return conversation
     while (line := ask()) is not None:
-        current = conversation if conversation is not None and chat else Conversation(lm, gates, policy, chat)
+        current = conversation
+        if current is None or not chat:
+            current = Conversation(lm, chosen.gates, chosen.policy, chat, chosen.budget)
         try:
             turn = current.say(line, generation)
         except SmartKVError as error:  # the conversation goes on after a line that does not fit
@@ -240,23 +220,6 @@ def _talk(
         conversation = current
         _tell(conversation.status(turn.ms_per_token))
     return conversation
-
-
-def _describe(policy: HybridPolicy, scale: ScoreScale, gates: str | None) -> str:
-    """Return the policy in words, its prices in the unit of the gates."""
-    gated = [rule for rule in policy.rules if rule.rule == "gated"]
-    windows = sorted({rule.window for rule in policy.rules if rule.window is not None})
-    prices = sorted({price for rule in gated if (price := _price(rule, policy)) is not None and math.isfinite(price)})
-    parts = [f"policy {policy.name}"]
-    if gated:
-        parts.append(f"gates {gates}")
-    if windows:
-        parts.append(f"window {windows[0]}" if len(windows) == 1 else f"windows {windows[0]}-{windows[-1]}")
-    return ", ".join([*parts, *map(scale.describe_price, prices)])
-
-
-def _price(rule: LayerRule, policy: HybridPolicy) -> float | None:
-    return policy.price if rule.price is None else rule.price
 
 
 def _figures(conversation: Conversation) -> dict[str, Any]:
@@ -269,6 +232,7 @@ def _figures(conversation: Conversation) -> dict[str, Any]:
             "bytes_by_layer": "bytes at the end, dead slots and tables included",
             "live_keys_by_layer": "keys at the end, mean over KV heads",
             "ms_per_token": "milliseconds a token after each answer's first",
+            "report": "what the cache holds at the end beside its budget, keys a KV head (see CacheReport)",
             "tokens": "tokens that the cache has read; the last one made is not among them",
         },
         "turns": [asdict(turn) for turn in conversation.turns],
@@ -280,6 +244,7 @@ def _figures(conversation: Conversation) -> dict[str, Any]:
             "full": full_cache_bytes(conversation.lm.model, tokens),
         },
         "footprint": cache.footprint,
+        "report": cache.report().to_dict(),
         "bytes_by_layer": cache.bytes_by_layer.tolist(),
         "live_keys_by_layer": cache.live_keys.double().mean(dim=(1, 2)).tolist(),
         "ms_per_token": sum(ms * n for ms, n in times) / sum(n for _, n in times) if times else None,

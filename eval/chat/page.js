@@ -1,7 +1,7 @@
 "use strict";
 // What the page shows: predictions and expiries of every key, of one head or of several at once, at a time `t`.
 const data = JSON.parse(document.getElementById("data").textContent);
-const { layers, heads, sinks, steps, scale, rules } = data;
+const { layers, heads, sinks, steps, scale, rules, budgets } = data;
 const count = data.tokens.length;
 const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 const predictions = bytes(data.predictions); // [layers, heads, tokens], codes of scores, see `score`; NONE: no gates
@@ -227,8 +227,14 @@ function drawRule() {
     window: () => `each key is kept ${rule.window} tokens`,
     gated: () => `each key is kept ${rule.window} tokens${longer}`,
   };
-  const text = rule ? words[rule.rule]() : "rules differ by layer", cap = rules[0].cap;
+  const text = rule ? words[rule.rule]() : "rules differ by layer", cap = budget() ?? rules[0].cap;
   at("rule").textContent = cap ? `${text}, ${cap}` : text;
+}
+function budget() {
+  const here = state.layer === "mean" ? budgets : [budgets[state.layer]];
+  if (here.includes(null)) return null;
+  const keys = here.reduce((sum, each) => sum + each, 0) / here.length;
+  return `within a budget of ${Math.round(keys).toLocaleString("en")} keys a head`;
 }
 function drawAll() {
   readTheme();

@@ -37,6 +37,7 @@ def write_page(
     model: str,
     generated: list[bool] | None = None,
     scale: ScoreScale = LIFESPAN,
+    budgets: list[float | None] | None = None,
 ) -> Path:
     """Write the page of one text.
 
@@ -50,6 +51,7 @@ def write_page(
         model: its name.
         generated: which tokens the model made; None: none.
         scale: unit and words of the scores.
+        budgets: keys a KV head that each layer may hold, None where its policy alone decides; None: all of them.
 
     Returns:
         `path`.
@@ -77,6 +79,7 @@ def write_page(
         "steps": scale.steps,
         "scale": scale.to_dict(),
         "rules": rules,
+        "budgets": budgets or [None] * layers,
         "predictions": _base64(encode_predictions(predictions, scale)),
         "expiry": _base64(encode_expiry(expiry)),
     }

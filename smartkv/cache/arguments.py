@@ -51,7 +51,7 @@ def resolve_arguments(
     check_gates(gates)
     if policy is not None:
         check_policy(policy)
-    budget = _budget(footprint, max_tokens, max_bytes, plan)
+    budget = budget_of(footprint, max_tokens, max_bytes, plan)
     if policy is None and budget is None:
         raise SmartKVError(
             "expected a policy or a budget, got neither: for example "
@@ -70,16 +70,23 @@ def resolve_arguments(
     if policy is not None and policy.gated and gates is None:
         policy.check(architecture, None)  # says that it asks gates, which comes before any open figure
     if policy is not None:
-        _check_open(policy, budget, given, gates)
+        check_open(policy, budget, given, gates)
     bank = resolve_gates(model, gates)
     if policy is None:
-        policy = _own_policy(bank)
+        policy = own_policy(bank)
     policy.check(architecture, bank)
     return architecture, bank, policy, budget
 
 
-def _budget(footprint: Any, max_tokens: Any, max_bytes: Any, plan: Any) -> Budget | None:
-    """Return the budget that a user gives; None: none."""
+def budget_of(footprint: Any, max_tokens: Any, max_bytes: Any, plan: Any) -> Budget | None:
+    """Return the budget that a user gives; None: none.
+
+    Args:
+        footprint, max_tokens, max_bytes, plan: as in `Budget`, in every form that a user may give.
+
+    Raises:
+        SmartKVError: two figures, a plan without any, or a figure that is out of range.
+    """
     if footprint is not None:
         check_footprint(footprint)
     figures = {"footprint": footprint, "max_tokens": max_tokens, "max_bytes": max_bytes}
@@ -93,7 +100,7 @@ def _budget(footprint: Any, max_tokens: Any, max_bytes: Any, plan: Any) -> Budge
     return Budget(max_tokens, None if max_bytes is None else parse_bytes(max_bytes), footprint, plan)
 
 
-def _check_open(policy: HybridPolicy, budget: Budget | None, given: str, gates: Any) -> None:
+def check_open(policy: HybridPolicy, budget: Budget | None, given: str, gates: Any) -> None:
     """Check that a policy leaves its price open where there is a budget, and else nothing.
 
     Args:
@@ -124,7 +131,7 @@ def _check_open(policy: HybridPolicy, budget: Budget | None, given: str, gates: 
     )
 
 
-def _own_policy(gates: GateBank | None) -> HybridPolicy:
+def own_policy(gates: GateBank | None) -> HybridPolicy:
     """Return the policy that gates remember, with its price open; else one that gates every layer."""
     remembered = None if gates is None else gates.details.get("policy")
     if remembered is None:

@@ -24,7 +24,7 @@ class LayerLimit:
 
     budget: Tensor | None = None
     prices: Prices
-    _coming_prices: Prices
+    _coming_prices: Prices | None = None  # of the last call of `ends`, until `commit`
 
     def __init__(self, rule: Rule | None) -> None:
         self.rule = rule
@@ -36,11 +36,8 @@ class LayerLimit:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tensors of a layer that has seen a token, each once."""
-        if self.budget is None:
-            return []
-        tensors = [self.budget, *self.prices, *self._coming_prices]
-        return list({tensor.data_ptr(): tensor for tensor in tensors}.values())
+        """All tensors of a layer that has seen a token."""
+        return [] if self.budget is None else [self.budget, *self.prices]
 
     @property
     def ranked(self) -> bool:
@@ -50,11 +47,11 @@ class LayerLimit:
     def start(self, rows: int, device: torch.device) -> None:
         """Set the price at which everything stays, for `rows` rows."""
         if self.floats:
-            self.prices = self._coming_prices = Prices.of(rows, device)
+            self.prices, self._coming_prices = Prices.of(rows, device), None
 
     def take_over(self, budget: Tensor, prices: Prices) -> None:
         """Go on with the budget int64 `[batch]` and the prices of another layer."""
-        self.budget, self.prices, self._coming_prices = budget, prices, prices
+        self.budget, self.prices, self._coming_prices = budget, prices, None
 
     def no_scores(self, device: torch.device) -> Tensor | None:
         """Return the scores of no keys: float32 `[0]`, float16 `[0, ages]` under a floating price, None if unranked."""
@@ -101,11 +98,11 @@ class LayerLimit:
 
     def commit(self) -> None:
         """Take over the price of the last call of `ends`, whose deaths have happened."""
-        if self.floats:
-            self.prices = self._coming_prices
+        if self._coming_prices is not None:
+            self.prices, self._coming_prices = self._coming_prices, None
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, int64 `[rows]`, which may repeat."""
         if self.budget is not None:
-            self.prices = self._coming_prices = Prices(*(price.index_select(0, rows) for price in self.prices))
+            self.prices, self._coming_prices = Prices(*(each.index_select(0, rows) for each in self.prices)), None
             self.budget = self.budget.index_select(0, rows)

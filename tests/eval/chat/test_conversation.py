@@ -23,7 +23,8 @@ from tests.eval.conftest import TEMPLATE
 
 PROMPT = "the river ran down to an old mill where nobody had lived since winter"
 FULL = read_policy("full", 2)
-STATUS = r"KV [\d.]+ [KM]iB of [\d.]+ [KM]iB full \(\d+ %\) · [\d,]+ tokens( · \d+ ms/token)?"
+KEPT = r"( · [\d,]+ of [\d,]+ keys a head)?"
+STATUS = rf"KV [\d.]+ [KM]iB of [\d.]+ [KM]iB full \(\d+ %\) · [\d,]+ tokens{KEPT}( · \d+ ms/token)?"
 
 
 def lines(monkeypatch: pytest.MonkeyPatch, *typed: str) -> None:

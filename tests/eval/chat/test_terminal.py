@@ -76,7 +76,7 @@ def test_a_terminal_shows_what_the_cache_holds_below_the_text(run: Any, monkeypa
     monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
     with os.fdopen(slave, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
-        written = run(prompt=PROMPT)
+        written = run(prompt=PROMPT, policy="all-gated")
         monkeypatch.undo()
     reader.join()
     os.close(master)

@@ -159,7 +159,8 @@ def test_saved_and_copied_caches_go_on_bit_for_bit(moment: int, tmp_path: Path) 
         model(ids[:, -1:], past_key_values=cache)
     save_cache(cache, tmp_path / "c.safetensors")
     loaded, twin = load_cache(tmp_path / "c.safetensors", model, gates), copy.deepcopy(cache)
-    assert str(loaded.report()).splitlines()[1:3] == str(cache.report()).splitlines()[1:3]
+    held, again = ([replace(layer, bytes=0) for layer in each.report().layers] for each in (cache, loaded))
+    assert held == again
     outputs = []
     for each in (cache, loaded, twin):
         each.crop(-3)
