@@ -106,7 +106,7 @@ def choose(
         if policy.open != "price":
             raise SmartKVError(
                 f"policy '{policy.name}' leaves {policy.open or 'nothing'} open, and a budget ({budget}) moves the "
-                "price: leave out the policy for the one that is stored with the gates, or name all-gated"
+                "price: leave out the policy for the one that is stored with the gates"
             )
     if chat and budget is not None and budget.footprint is not None and plan is None:
         budget = replace(budget, plan=CHAT_PLAN)

@@ -84,6 +84,9 @@ STYLES = {
     "gates": _ours("SmartKV gates", BLUE, "o"),
     "gates+8bit": _ours("SmartKV gates, 8 bits", "#332288", "P"),
     "gates+k6v4": _ours("SmartKV gates, keys 6 and values 4 bits", "#44AA99", "X"),
+    "gates+pinned": _ours("SmartKV gates, prompt pinned", BLUE, "X"),
+    "gates@budget": _ours("SmartKV gates, budget", "#004488", "P"),
+    "gates@budget+pinned": _ours("SmartKV gates, budget, prompt pinned", "#004488", "X"),
     "all-gated": _ours("SmartKV, all layers gated", "#3B9BD9", "D"),
     "default": _ours("SmartKV, named hybrid", "#88CCEE", "^"),
     "lifespan": _ours("SmartKV, lifespan policy", "#6699CC", "v"),
@@ -98,6 +101,8 @@ STYLES = {
     "h2o": ContenderStyle("H2O", "#D55E00", "h"),
     "random": ContenderStyle("Random keys", "#777777", "x", line="-.", order=1),
     "random_pinned": ContenderStyle("Random keys, question pinned", "#777777", "+", line="-.", order=1),
+    "random@budget": ContenderStyle("Random keys, budget", "#777777", "1", line="-.", order=1),
+    "random@budget+pinned": ContenderStyle("Random keys, budget, prompt pinned", "#777777", "2", line="-.", order=1),
     # nulls and oracles
     "null:token_table": _null("Token-id table (null)", GREY, "s"),
     "null:position": _null("Position only (null)", GREY, "^"),
@@ -201,6 +206,9 @@ def _readable(name: str) -> str:
     if name.startswith("quant:") and "@" in name:
         scheme, _, latest = name.partition("@")
         return f"{contender_label(scheme)}, latest {latest} exact{rest}"
+    for ending, said in (("+pinned", "prompt pinned"), ("@budget", "budget")):
+        if name.endswith(ending):
+            return f"{contender_label(name.removesuffix(ending))}, {said}{rest}"
     policy, _, ending = name.rpartition("+")
     bits = re.fullmatch(r"(\d)bit|k(\d)v(\d)", ending)
     if policy and bits:

@@ -168,7 +168,7 @@ class CompressingRule:
                     f"contender '{self.name}' keeps instruction and question, and these texts do not say which tokens "
                     "these are: leave it out"
                 )
-            sinks, window = max(sinks, text[0]), max(1, tokens - text[1])
+            sinks, window = min(max(sinks, text[0]), tokens - 1), max(1, tokens - text[1])
         budget = max(sinks + window, round(setting["share"] * tokens))
         return Once(tokens, budget, window, sinks)  # type: ignore[return-value]
 

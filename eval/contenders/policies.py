@@ -4,13 +4,14 @@ There are two protocols. `stream`: keys are evicted while the text is read. `onc
 with a full cache; then each of their keys stays for good or is evicted, and all later keys stay.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from eval.contenders.base import Reading, held_share, stored_share
+from eval.contenders.random_keys import RandomCache
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.gates.bank import GateBank
 from smartkv.metrics.perplexity import token_losses
@@ -19,6 +20,9 @@ from smartkv.policies.budgets import Calibration, solve
 from smartkv.policies.hybrid import HybridPolicy
 
 BUDGET = "@budget"  # behind a policy's name: its price floats, and the footprint is a budget of the whole text
+RANDOM = "random"  # behind it `@budget`: random keys, under the same budget
+PINNED = "+pinned"  # behind a name: instruction and question of a prompt stay whatever they are worth
+Pins = Sequence[tuple[int, int]]  # first of some tokens, and last + 1
 
 
 @dataclass
@@ -33,6 +37,7 @@ class PolicyContender:
         kind: ours with gates, rule without.
         bits: of keys and of values; None: both stay as they are.
         at_once: see `Decoding`.
+        pinned: whether instruction and question of a prompt stay.
     """
 
     lm: Backbone
@@ -42,11 +47,12 @@ class PolicyContender:
     kind: str = "ours"
     bits: tuple[int, int] | None = None
     at_once: int | None = None
+    pinned: bool = False
 
     @property
     def name(self) -> str:
-        """The policy's name, with the bits behind it: `gates+8bit`, `gates+k6v4`."""
-        return self.policy.name + bits_in_name(self.bits)
+        """The policy's name, with the bits behind it: `gates+8bit`, `gates+k6v4`, `gates+k6v4+pinned`."""
+        return self.policy.name + bits_in_name(self.bits) + PINNED * self.pinned
 
     @property
     def needs(self) -> str:
@@ -63,11 +69,18 @@ class PolicyContender:
         with self.open(setting, first_query) as cache:
             return read_with(self.lm, cache, tokens, first_token)
 
-    def open(self, setting: Any, first_query: int) -> LifespanCache:
-        """Open a LifespanCache with the solved policy; see `Decoding.open`."""
+    def open(self, setting: Any, first_query: int, plan: int | None = None, pins: Pins = ()) -> LifespanCache:
+        """Open a LifespanCache with the solved policy; see `Decoding.open`.
+
+        Args:
+            setting, first_query: as in `Decoding.open`.
+            plan: not needed.
+            pins: instruction and question of the prompt, which a contender keeps that is pinned.
+        """
         policy = HybridPolicy.from_dict(setting)
         gates = self.gates if policy.gated else None
-        return LifespanCache(self.lm.model, gates, policy, first_query=first_query, bits=self.bits, rollback=0)
+        cache = LifespanCache(self.lm.model, gates, policy, first_query=first_query, bits=self.bits, rollback=0)
+        return pinned_in(cache, pins if self.pinned else ())
 
 
 @dataclass
@@ -76,23 +89,33 @@ class BudgetContender:
 
     Attributes:
         lm: the model.
-        gates: that tell what a key is worth.
-        policy: its price is open.
-        bits, at_once: as in `PolicyContender`.
+        gates: that tell what a key is worth; None: it is drawn at random, the same for every layer.
+        policy: its price is open; None without gates.
+        bits, at_once, pinned: as in `PolicyContender`.
     """
 
     lm: Backbone
     gates: GateBank | None
-    policy: HybridPolicy
+    policy: HybridPolicy | None
     bits: tuple[int, int] | None = None
     at_once: int | None = None
-    kind = "ours"
-    needs = "keys"
+    pinned: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Ours with gates, null without."""
+        return "null" if self.policy is None else "ours"
+
+    @property
+    def needs(self) -> str:
+        """Input at inference; see `Contender`."""
+        return "nothing" if self.policy is None else "keys"
 
     @property
     def name(self) -> str:
-        """The policy's name with `@budget` behind it, and the bits behind that."""
-        return self.policy.name + BUDGET + bits_in_name(self.bits)
+        """The policy's name with `@budget` behind it, and behind that the bits and what is pinned."""
+        plain = RANDOM if self.policy is None else self.policy.name
+        return plain + BUDGET + bits_in_name(self.bits) + PINNED * self.pinned
 
     def solved(self, footprint: float) -> Any:
         """Return the budget, which needs no solving; see `Contender.solved`."""
@@ -100,24 +123,32 @@ class BudgetContender:
 
     def read(self, setting: Any, tokens: Tensor, first_token: int, first_query: int, prefill: int | None) -> Reading:
         """Read a text whose length is the plan; see `Contender.read`."""
-        with self._cache(setting, first_query, len(tokens) - 1) as cache:
+        with self.open(setting, first_query, len(tokens) - 1) as cache:
             return read_with(self.lm, cache, tokens, first_token)
 
-    def open(self, setting: Any, first_query: int) -> LifespanCache:
-        """Open a LifespanCache, whose plan is what `generate` is asked for, else the prompt; see `Decoding.open`."""
-        return self._cache(setting, first_query, None)
+    def open(self, setting: Any, first_query: int, plan: int | None = None, pins: Pins = ()) -> LifespanCache:
+        """Open a cache that holds the budget; see `Decoding.open`.
 
-    def _cache(self, setting: Any, first_query: int, plan: int | None) -> LifespanCache:
-        return LifespanCache(
-            self.lm.model,
-            self.gates,
-            self.policy,
-            first_query=first_query,
-            bits=self.bits,
-            footprint=setting["budget"],
-            plan=plan,
-            rollback=0,
-        )
+        Args:
+            setting, first_query: as in `Decoding.open`.
+            plan: tokens of prompt and answer; None: those of the first call.
+            pins: instruction and question of the prompt, which a contender keeps that is pinned.
+        """
+        options: dict[str, Any] = {"first_query": first_query, "bits": self.bits, "rollback": 0}
+        options |= {"footprint": setting["budget"], "plan": plan}
+        if self.policy is None:
+            cache: LifespanCache = RandomCache(self.lm.model, **options)
+        else:
+            cache = LifespanCache(self.lm.model, self.gates, self.policy, **options)
+        return pinned_in(cache, pins if self.pinned else ())
+
+
+def pinned_in(cache: LifespanCache, pins: Pins) -> LifespanCache:
+    """Pin ranges of tokens in a new cache; empty ranges are left out."""
+    for start, stop in pins:
+        if start < stop:
+            cache.pin(start, stop)
+    return cache
 
 
 def bits_in_name(bits: tuple[int, int] | None) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -11,11 +12,12 @@ from eval.common.options import Model
 from eval.contenders.base import Contender, EvictionProtocol, FullCache
 from eval.contenders.baselines import BASELINES, SEEDS, baseline
 from eval.contenders.kvpress import PREFIX, PressContender, check_press
-from eval.contenders.policies import BUDGET, BudgetContender, PolicyContender
+from eval.contenders.policies import BUDGET, PINNED, RANDOM, BudgetContender, PolicyContender
 from eval.contenders.quantised import QuantisedContender
 from eval.contenders.scored import GateScores, ScoredContender, Scores
 from smartkv.baselines.oracles import oracle_labels
 from smartkv.cache.adaptive_cache import AdaptiveCache
+from smartkv.cache.arguments import own_policy
 from smartkv.cache.quantized_cache import QuantizedCache, QuantizedLayer, scheme
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
@@ -62,7 +64,7 @@ def make_contenders(
     Raises:
         SmartKVError: see `check_contenders`.
     """
-    check_contenders(names, lm.architecture, gates, protocol)
+    check_contenders(names, lm.architecture, gates, protocol, prompts=True)
     tokens = len(windows[0])
     counted = prefill if protocol == "once" else query_before(first_token)
     contenders: list[Contender] = [FullCache(lm)]
@@ -94,10 +96,14 @@ def make_contenders(
                 scored(name, "oracle", "the text to come", _true_labels(lm, name), name == "oracle:lifespan")
             )
         else:
-            name, bits = _without_bits(name)
-            floats, policy = name.endswith(BUDGET), _policy(name, lm.architecture, gates)
-            if floats:
-                contenders.append(BudgetContender(lm, gates, policy, bits))
+            pinned = name.endswith(PINNED)
+            name, bits = _without_bits(name.removesuffix(PINNED))
+            if name == RANDOM + BUDGET:
+                contenders.append(BudgetContender(lm, None, None, bits, pinned=pinned))
+                continue
+            policy = _policy(name, lm.architecture, gates)
+            if name.endswith(BUDGET):
+                contenders.append(BudgetContender(lm, gates, policy, bits, pinned=pinned))
                 continue
             if protocol == "once" and policy.gated:
                 contenders.append(scored(name, "ours", "keys", _gate_scores(lm, gates)))
@@ -105,7 +111,8 @@ def make_contenders(
                 contenders.append(scored(name, "rule", "nothing", _recency(lm)))
             else:
                 kind = "ours" if policy.gated else "rule"
-                contenders.append(PolicyContender(lm, gates, policy, partial(calibrate, policy.gated), kind, bits))
+                calibrated = partial(calibrate, policy.gated)
+                contenders.append(PolicyContender(lm, gates, policy, calibrated, kind, bits, pinned=pinned))
     return contenders
 
 
@@ -115,7 +122,11 @@ def names_or_default(names: Sequence[str] | None, default: Sequence[str], gates:
 
 
 def check_contenders(
-    names: Sequence[str], model: Architecture, gates: GateBank | None, protocol: EvictionProtocol = "stream"
+    names: Sequence[str],
+    model: Architecture,
+    gates: GateBank | None,
+    protocol: EvictionProtocol = "stream",
+    prompts: bool = False,
 ) -> None:
     """Check that all names are those of contenders, before a model or a text is loaded for them.
 
@@ -124,6 +135,7 @@ def check_contenders(
         model: architecture of the model.
         gates: None: there are none.
         protocol: stream or once.
+        prompts: whether the texts are prompts, of which instruction and question are known.
 
     Raises:
         SmartKVError: an unknown name, a name that needs gates when there are none, or one of the other protocol.
@@ -144,28 +156,39 @@ def check_contenders(
             if name not in (*NULLS, *ORACLES):
                 raise SmartKVError(f"there is no contender '{name}': expected {', '.join((*NULLS, *ORACLES))}")
         elif name not in BASELINES:
-            plain, bits = _without_bits(name)
+            plain, bits = _without_bits(name.removesuffix(PINNED))
+            if name.endswith(PINNED) and (protocol == "once" or not prompts):
+                raise SmartKVError(
+                    f"contender '{name}' keeps instruction and question of a prompt while it reads: it is for the "
+                    "tasks needle, ruler and reasoning"
+                )
             if bits and protocol == "once":
                 raise SmartKVError(f"contender '{name}' packs while it reads: it is for --protocol stream")
             if plain.endswith(BUDGET) and protocol == "once":
                 raise SmartKVError(f"contender '{name}' holds its budget while it reads: it is for --protocol stream")
-            _policy(plain, model, gates)
+            if plain != RANDOM + BUDGET:
+                _policy(plain, model, gates)
 
 
 def load_for(
-    names: Sequence[str], model: Model, gates: str | None, protocol: EvictionProtocol = "stream"
+    names: Sequence[str],
+    model: Model,
+    gates: str | None,
+    protocol: EvictionProtocol = "stream",
+    prompts: bool = False,
 ) -> tuple[Backbone, GateBank | None]:
     """Load a model and its gates, after checking all names of contenders by the model's config.
 
     Args:
-        names, protocol: as for `check_contenders`.
+        names, protocol, prompts: as for `check_contenders`.
         model: the frozen language model.
         gates: folder of exported gates, hub id or name; None: no gates.
 
     Raises:
         SmartKVError: as `check_contenders`; or a model or gates that cannot be loaded, or do not fit together.
     """
-    check_contenders(names, model.architecture(), GateBank.from_pretrained(gates) if gates else None, protocol)
+    bank = GateBank.from_pretrained(gates) if gates else None
+    check_contenders(names, model.architecture(), bank, protocol, prompts)
     lm = model.load()
     return lm, GateBank.from_pretrained(gates, lm.model).to(model.device) if gates else None
 
@@ -200,7 +223,10 @@ def _quantised(lm: Backbone, gates: GateBank | None, name: str) -> QuantisedCont
 def _policy(name: str, model: Architecture, gates: GateBank | None) -> HybridPolicy:
     """Return the policy of a name, which fits the model and the gates. With `@budget` behind it, its price is open."""
     plain = name.removesuffix(BUDGET)
-    policy = _own_policy(gates) if plain == OWN_POLICY else read_policy(plain, model.layers)
+    if gates is not None and name == OWN_POLICY + BUDGET:
+        policy = replace(own_policy(gates), name=OWN_POLICY)
+    else:
+        policy = _own_policy(gates) if plain == OWN_POLICY else read_policy(plain, model.layers)
     policy.check(model, gates)
     if plain != name and policy.open != "price":
         raise SmartKVError(

@@ -12,6 +12,7 @@ from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 
 from eval.contenders.base import Contender, stored_share
 from eval.contenders.compressed import CompressedCache
+from eval.contenders.policies import BudgetContender, PolicyContender
 from smartkv.cache.attached import AttachedCache
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.quantized_cache import QuantizedCache
@@ -35,7 +36,7 @@ class Sample:
         marked: first of the prompt's tokens that must stay in the cache, and last + 1; None: not known.
         ordered: the reference's parts have one right order; without it `right` has no meaning.
         text: first of the prompt's tokens that are text, and last + 1: those before are the instruction, those after
-            the question; None: not known.
+            the question; None: not known. A prompt that is all question has an empty text at its end.
         held_back: the cache is compressed after the text, and the question comes then.
         cluster: samples of one cluster, such as a file, are drawn together by a bootstrap; None: each by itself.
     """
@@ -50,6 +51,11 @@ class Sample:
     text: tuple[int, int] | None = None
     held_back: bool = False
     cluster: str | None = None
+
+    @property
+    def pins(self) -> list[tuple[int, int]]:
+        """Instruction and question: the first token of each, and last + 1; empty where they are not known."""
+        return [] if self.text is None else [(0, self.text[0]), (self.text[1], len(self.prompt))]
 
     @property
     def compressed(self) -> int:
@@ -105,7 +111,7 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
         }
     model = lm.model
     prompt = torch.tensor([sample.prompt], device=model.device)
-    with _opened(contender, setting, sample) as cache:
+    with _opened(contender, setting, sample, new_tokens) as cache:
         _read_prompt(lm, cache, sample, at_once)
         figures = _usage(lm, cache, len(sample.prompt) - 1, sample)
         if sample.answer:
@@ -125,8 +131,11 @@ def answered(lm: Backbone, contender: Contender, setting: Any, sample: Sample, n
         return figures | {"generated": text, "ended": len(new) < new_tokens}
 
 
-def _opened(contender: Any, setting: Any, sample: Sample) -> AbstractContextManager[Cache]:
+def _opened(contender: Any, setting: Any, sample: Sample, new_tokens: int) -> AbstractContextManager[Cache]:
     """Open a contender's cache: an empty one, or one that holds the compressed beginning of the prompt."""
+    if isinstance(contender, BudgetContender | PolicyContender):
+        plan = len(sample.prompt) + max(len(sample.answer), new_tokens)
+        return contender.open(setting, counted_from(sample), plan, sample.pins)
     if hasattr(contender, "compress"):
         beginning = sample.prompt[: sample.compressed]
         return nullcontext(contender.compress(setting, beginning, counted_from(sample), sample.text))

@@ -165,7 +165,7 @@ def _samples(
             whole, special = prompt_text(tokenizer, examples + _with_instruction(problem, name, instruction), False)
         prompt = tuple(tokenizer(whole, add_special_tokens=special)["input_ids"])
         answer = continuation_ids(tokenizer, solution if chat else f" {solution}") if likelihood else ()
-        made.append(Sample(prompt, answer, (solution,), (name,)))
+        made.append(Sample(prompt, answer, (solution,), (name,), text=(len(prompt), len(prompt))))
     return made
 
 

@@ -16,6 +16,7 @@ from eval.common.results import machine, write_result, write_tables
 from eval.common.resume import Measurements, digest, digest_of_model, digests
 from eval.contenders.base import Contender, EvictionProtocol
 from eval.contenders.compressed import COMPRESSING, RANDOM_PINNED, compressing_rule
+from eval.contenders.policies import PINNED
 from eval.contenders.registry import ADAPTIVE_BY_GATES, load_for, make_contenders, names_or_default
 from eval.contenders.solving import solved_setting
 from eval.tasks.answers import Sample, answered, counted_from
@@ -68,7 +69,7 @@ def _cell(contender: Contender, setting: Any, sample: Sample, new_tokens: int, w
     key = [contender.name, setting, sample.prompt, sample.answer, new_tokens, counted_from(sample)]
     key.append(weights if learned else {})
     if contender.kind not in ("full", "quantised"):  # these keep every key, whenever the question comes
-        more = ["text", sample.text] if hasattr(contender, "compress") else []
+        more = ["text", sample.text] if hasattr(contender, "compress") or contender.name.endswith(PINNED) else []
         key += [*more, *(["held back after", sample.compressed] if sample.held_back else [])]
     return key
 
@@ -118,7 +119,7 @@ class Suite:
                 "--rules_protocol once, or leave it out"
             )
         known = [name for name in self.names if not self._compresses(name)]
-        self.lm, self.bank = load_for(known, model, gates)
+        self.lm, self.bank = load_for(known, model, gates, prompts=True)
         self.device = model.device
         self.settings: dict[str, Any] = {
             "backbone": model.backbone,
@@ -235,9 +236,10 @@ class Suite:
     def _check(self, part: Part) -> None:
         self.check_lengths(part.by_length, part.new_tokens)
         samples = [sample for group in part.by_length.values() for sample in group]
-        if RANDOM_PINNED in self.names and any(sample.text is None for sample in samples):
+        pinned = [name for name in self.names if name == RANDOM_PINNED or name.endswith(PINNED)]
+        if pinned and any(sample.text is None for sample in samples):
             raise SmartKVError(
-                f"contender '{RANDOM_PINNED}' keeps instruction and question, and this task does not say which tokens "
+                f"contender '{pinned[0]}' keeps instruction and question, and this task does not say which tokens "
                 "these are: leave it out"
             )
 

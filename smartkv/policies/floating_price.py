@@ -23,7 +23,7 @@ from torch import Tensor
 from smartkv.policies.lifetimes import HOLE
 
 MOVES = 64  # tokens between two moves
-MARGIN = 0.1  # of the budget, by which the price lets in more than fits, so that a move can choose among them
+MARGIN = 0.1  # least share of the budget by which the price lets in more than fits, so that a move chooses among them
 CHEAPEST = float("-inf")  # the price at which everything stays
 PINNED = float("inf")  # the worth of keys that stay whatever the price
 
@@ -212,7 +212,8 @@ class FloatingPrice:
         values, order = values.sort(dim=1, stable=True)
         gone = shares.gather(1, order).masked_fill(values == PINNED, 0).cumsum(dim=1)
         expected = stays.sum(dim=1) + MOVES * self.heads
-        excess = expected - budget * (1 + MARGIN)
+        # where all keys of a text compete on equal terms, the new ones get MOVES / move of the budget
+        excess = expected - budget * (1 + (MOVES / move).clamp(min=MARGIN))
         enough = gone >= excess[:, None]
         first = torch.where(enough.any(dim=1), enough.int().argmax(dim=1), (values < PINNED).sum(dim=1) - 1)
         price = values.gather(1, first.clamp(min=0)[:, None])[:, 0]

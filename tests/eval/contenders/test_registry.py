@@ -41,6 +41,9 @@ WRONG = {
     "gates": "there are none: give --gates",
     "gates@budget": "there are none: give --gates",
     "window@budget": "needs a policy that leaves its price open, 'window' leaves window open: expected gates@budget",
+    "gates@budget+pinned": "it is for the tasks needle, ruler and reasoning",
+    "random@budget+pinned": "it is for the tasks needle, ruler and reasoning",
+    "random@budget+9bit": "bits",
     "all-gated": "but no gates were given",
     "quant:adaptive_gates": "needs gates: give --gates",
 }

@@ -61,6 +61,40 @@ def test_what_is_kept_of_marked_tokens_is_what_the_window_holds(lm: Any) -> None
             assert np.allclose(kept_share(cache, start, stop), share)
 
 
+@pytest.mark.parametrize("name", ["gates@budget", "random@budget", "all-gated"])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_instruction_and_question_stay_where_they_are_pinned(
+    name: str, pinned: bool, lm: Any, long_gates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gates, shares = GateBank.from_pretrained(long_gates), list[float]()
+
+    def measured(cache: LifespanCache, start: int, stop: int) -> list[list[float]]:
+        shares.extend(float(np.mean(kept_share(cache, *place))) for place in ((start, stop), (0, 30), (290, 300)))
+        return [[0.0]]
+
+    monkeypatch.setattr("eval.tasks.answers.kept_share", measured)
+    prompt = tuple(token_ids(321, 1).tolist())
+    sample = Sample(prompt, (), ("x",), (), marked=(30, 290), text=(30, 290))
+    ending = "+pinned" if pinned else ""
+    _, contender = make_contenders([name + ending], lm, gates, [token_ids(384, 5)], 30)
+    assert contender.name == name + ending
+    answered(lm, contender, contender.solved(0.5), sample, new_tokens=63)
+    text, instruction, question = shares
+    assert text < 0.9, "nothing of the text was evicted: the test shows nothing"
+    assert bool(instruction == question == 1) is pinned
+
+
+def test_a_budget_is_planned_for_prompt_and_answer(lm: Any, long_gates: Path) -> None:
+    gates, plans = GateBank.from_pretrained(long_gates), list[int]()
+    _, contender = make_contenders(["gates@budget"], lm, gates, [token_ids(96)], 30)
+    opened = contender.open
+    contender.open = lambda setting, first, plan, pins: (plans.append(plan), opened(setting, first, plan, pins))[1]
+    for answer in ((), tuple(token_ids(90, 2).tolist())):
+        sample = Sample(tuple(token_ids(40, 1).tolist()), answer, ("x",), ())
+        answered(lm, contender, contender.solved(0.5), sample, new_tokens=20)
+    assert plans == [60, 130]
+
+
 def test_a_chat_is_asked_in_the_model_s_template(chatty: Path) -> None:
     tokenizer = load_backbone(str(chatty), "float32").tokenizer
     assert tokenizer.decode(prompt_ids(tokenizer, "Who?", True, " It is")) == "<user>Who?\n<assistant> It is"

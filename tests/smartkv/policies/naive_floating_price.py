@@ -64,7 +64,7 @@ def forecast(
     for head in range(len(worth)):
         for key in range(now - delay, now):
             weights.append((float(worth[head, key, 0]), max(0, MOVES - ages[0]) / delay))
-    excess = stays + MOVES * len(worth) - budget * (1 + MARGIN)
+    excess = stays + MOVES * len(worth) - budget * (1 + max(MARGIN, MOVES / now))
     if excess <= 0:
         return -math.inf
     gone, price = 0.0, -math.inf
