@@ -1,6 +1,7 @@
 """Perplexity of the LM under eviction by the gates that are being trained."""
 
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -13,6 +14,7 @@ from datamodules.lifespan_shards import LifespanShards
 from datamodules.online_keys import OnlineKeys
 from eval.common.footprint_figures import Point, frontier
 from lightning_modules.gates import LifespanGates
+from smartkv.cache.arguments import own_policy
 from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.metrics.bootstrap import bootstrap, mean_over
@@ -22,6 +24,20 @@ from smartkv.models.key_hooks import read_keys
 from smartkv.policies.budgets import Calibration, solve
 from smartkv.policies.hybrid import HybridPolicy
 from smartkv.policies.named import named_policy, read_policy
+from smartkv.policies.planned_budget import shares_at
+
+BUDGET = "gates@budget"  # the policy whose price floats; `eval compare` has the same name for it
+
+
+def _named(name: str, layers: int) -> HybridPolicy:
+    """Return a policy by its name or file."""
+    return replace(own_policy(None), name=BUDGET) if name == BUDGET else read_policy(name, layers)
+
+
+def _always_kept() -> int:
+    """Return how many keys a head the floating price never lets go: sinks and the latest ones."""
+    policy = own_policy(None)
+    return policy.sinks + max(rule.window or 1 for rule in policy.rules)
 
 
 class HybridCachePerplexity(L.Callback):
@@ -29,12 +45,14 @@ class HybridCachePerplexity(L.Callback):
 
     The frozen LM reads held-out windows of the harvest under the policy at each footprint, under a sliding window of
     equal footprint, and with a full cache. The callback logs `val_perplexity/…`, `val_delta_nll/…` (nats a token),
-    `val_footprint/…` and `val_peak_bytes/…` of `full`, `window_0.22`, `all-gated_0.22` and so on, and draws
+    `val_footprint/…` (keys that scored queries saw), `val_held/…` (keys held at the end) and `val_peak_bytes/…` of
+    `full`, `window_0.22`, `all-gated_0.22` and so on, where the figure is what was asked for, and draws
     `eviction/frontier`. Windows are divided among processes.
 
     Args:
         footprints: shares of the full cache, each in (0, 1].
-        policy: a named one (all-gated, default, lifespan) or a YAML file; or a list of them, each of which is measured.
+        policy: a named one (all-gated, default, lifespan), a YAML file, or gates@budget: gates in all layers, and a
+            price that floats so that the footprint is held; or a list of them, each of which is measured.
         windows: validation windows to measure, over all processes.
         calibration_windows: training windows on which the policy's open figures are solved.
         score_from: first token of a window that is scored. Null: the middle one.
@@ -88,10 +106,15 @@ class HybridCachePerplexity(L.Callback):
             raise SmartKVError(
                 f"score_from must be at least 1 and below the window of {window} tokens, got {self.first_token}"
             )
-        self.policies = [read_policy(name, fingerprint.layers) for name in self.policy_names]
+        self.policies = [_named(name, fingerprint.layers) for name in self.policy_names]
         names = [policy.name for policy in self.policies]
         if not names or len(set(names)) < len(names):
             raise SmartKVError(f"policy must be one policy, or a list of policies with different names, got {names}")
+        if BUDGET in names and (least := _always_kept()) > min(self.footprints) * (window - 1):
+            raise SmartKVError(
+                f"{BUDGET} always keeps {least} keys a head, more than a footprint of {min(self.footprints):g} of windows "
+                f"of {window} tokens: give larger footprints"
+            )
         with torch.device("meta"):  # the gates of the run, without weights, so that no random numbers are drawn here
             gates = GateBank(fingerprint, rows.layers, details={"inputs": rows.inputs})
         for policy in self.policies:
@@ -141,11 +164,15 @@ class HybridCachePerplexity(L.Callback):
         calibration = Calibration.of(gates, self.keys, query_before(self.first_token), own)
         measured = {"full": self.full, **self.reference}
         for policy, footprint in product(self.policies, self.footprints):
+            budget, solved = footprint if policy.name == BUDGET else None, policy
             try:
-                solved = solve(policy, footprint, calibration)
+                if budget is None:
+                    solved = solve(policy, footprint, calibration)
+                else:
+                    gates.details = gates.details | {"layer_shares": shares_at(policy, [footprint], calibration)}
             except FootprintOutOfReach:  # the gates of an early epoch may have no price for so much or so little
                 continue
-            measured[f"{policy.name}_{footprint:g}"] = self._windows(trainer, gates, solved)
+            measured[f"{policy.name}_{footprint:g}"] = self._windows(trainer, gates, solved, budget)
         self._draw(trainer, measured)
         self.measured_step = trainer.global_step
         self.spent += time.monotonic() - start
@@ -165,22 +192,27 @@ class HybridCachePerplexity(L.Callback):
             policy = solve(named_policy("window", layers), footprint, calibration)
             self.reference[f"window_{footprint:g}"] = self._windows(trainer, None, policy)
 
-    def _windows(self, trainer: L.Trainer, gates: GateBank | None, policy: HybridPolicy | None) -> Tensor:
-        """Return NLL, footprint and peak bytes of every window, float64 `[windows, 3]`, the same on every process.
+    def _windows(
+        self, trainer: L.Trainer, gates: GateBank | None, policy: HybridPolicy | None, budget: float | None = None
+    ) -> Tensor:
+        """Return NLL, footprint, peak bytes and held keys of every window, float64 `[windows, 4]`.
+
+        It is the same on every process.
 
         Each window is measured by one process and added to the others' zeros, so the sum is exact.
         """
         assert self.lm is not None, "_prepare loads the model"
         model, rank, world = self.lm.model, trainer.global_rank, trainer.world_size
-        rows = torch.zeros(len(self.held_out), 3, dtype=torch.float64, device=model.device)
+        rows = torch.zeros(len(self.held_out), 4, dtype=torch.float64, device=model.device)
         for number in range(rank, len(self.held_out), world):
             tokens = self.held_out[number]
             if policy is None:
-                row = (window_nll(model, tokens, self.first_token), 1.0, full_cache_bytes(model, len(tokens) - 1))
+                full = window_nll(model, tokens, self.first_token)
+                row = (full, 1.0, full_cache_bytes(model, len(tokens) - 1), 1.0)
             else:
                 bank = gates if policy.gated else None
-                window = evicted_nll(model, bank, policy, tokens, self.first_token, self.chunk)
-                row = (window.nll, window.overall, window.peak_bytes)
+                window = evicted_nll(model, bank, policy, tokens, self.first_token, self.chunk, budget)
+                row = (window.nll, window.overall, window.peak_bytes, window.held or 0.0)
             rows[number] = torch.tensor(row, dtype=torch.float64)
         return trainer.strategy.reduce(rows, reduce_op="sum").cpu()
 
@@ -194,6 +226,7 @@ class HybridCachePerplexity(L.Callback):
             if name != "full":
                 figures[f"val_delta_nll/{name}"] = float(nll - full)
                 figures[f"val_footprint/{name}"] = float(footprint)
+                figures[f"val_held/{name}"] = float(rows[:, 3].mean())
         return figures
 
     def _draw(self, trainer: L.Trainer, measured: dict[str, Tensor]) -> None:

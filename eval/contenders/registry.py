@@ -101,7 +101,7 @@ def make_contenders(
             if name == RANDOM + BUDGET:
                 contenders.append(BudgetContender(lm, None, None, bits, pinned=pinned))
                 continue
-            policy = _policy(name, lm.architecture, gates)
+            policy = policy_called(name, lm.architecture, gates)
             if name.endswith(BUDGET):
                 contenders.append(BudgetContender(lm, gates, policy, bits, pinned=pinned))
                 continue
@@ -167,7 +167,7 @@ def check_contenders(
             if plain.endswith(BUDGET) and protocol == "once":
                 raise SmartKVError(f"contender '{name}' holds its budget while it reads: it is for --protocol stream")
             if plain != RANDOM + BUDGET:
-                _policy(plain, model, gates)
+                policy_called(plain, model, gates)
 
 
 def load_for(
@@ -220,8 +220,18 @@ def _quantised(lm: Backbone, gates: GateBank | None, name: str) -> QuantisedCont
     return QuantisedContender(lm, name, lambda: QuantizedCache(lm.model, codec, residual))
 
 
-def _policy(name: str, model: Architecture, gates: GateBank | None) -> HybridPolicy:
-    """Return the policy of a name, which fits the model and the gates. With `@budget` behind it, its price is open."""
+def policy_called(name: str, model: Architecture, gates: GateBank | None) -> HybridPolicy:
+    """Return the policy of a name, which fits the model and the gates.
+
+    Args:
+        name: `gates`, the policy that is stored with the gates; a named policy; or a YAML file. With `@budget` behind
+            it, its price is open.
+        model: architecture of the model.
+        gates: None: there are none.
+
+    Raises:
+        SmartKVError: there is no such policy, it does not fit, or a budget cannot move it.
+    """
     plain = name.removesuffix(BUDGET)
     if gates is not None and name == OWN_POLICY + BUDGET:
         policy = replace(own_policy(gates), name=OWN_POLICY)

@@ -36,6 +36,7 @@ class Point:
         footprint_by_head: `[layers][kv_heads]`.
         delta_nll_window: `delta_nll` of each window.
         settings: the policy as it was used.
+        held: keys held when the window was read ÷ those of a full cache, mean over windows; None: not measured.
     """
 
     policy: str
@@ -49,6 +50,7 @@ class Point:
     footprint_by_head: list[list[float]]
     delta_nll_window: list[float]
     settings: dict[str, Any]
+    held: float | None = None
 
     @classmethod
     def of(
@@ -83,6 +85,7 @@ class Point:
             heads.tolist(),
             delta.tolist(),
             policy.to_dict(),
+            None if windows[0].held is None else sum(window.held or 0 for window in windows) / len(windows),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def read_points(folder: Path) -> list[Point]:
         return []
     names = [field.name for field in fields(Point)]
     try:
-        return [Point(**{name: row[name] for name in names}) for row in read_result(path)["frontier"]]
+        return [Point(**{name: row[name] for name in names if name in row}) for row in read_result(path)["frontier"]]
     except (KeyError, TypeError) as error:
         raise SmartKVError(f"{path} is not what `eval perplexity` writes ({error}): run it again") from error
 
@@ -208,7 +211,17 @@ def _footprint_at(curve_loss: Tensor, loss: Tensor, log_footprint: Tensor) -> Te
 def frontier_table(points: list[Point], title: str) -> Table:
     """Make a table of points, a section for each policy."""
     table = Table(title=title)
-    columns = ("policy", "footprint", "ΔNLL (95 %)", "perplexity", "peak KV", "of full", f"÷ {REFERENCE}'s (95 %)")
+    columns = (
+        "policy",
+        "asked",
+        "footprint",
+        "held",
+        "ΔNLL (95 %)",
+        "perplexity",
+        "peak KV",
+        "of full",
+        f"÷ {REFERENCE}'s (95 %)",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     reference = [point for point in points if point.policy == REFERENCE]
@@ -218,7 +231,9 @@ def frontier_table(points: list[Point], title: str) -> Table:
         ratio = None if point.policy == REFERENCE else equal_loss_ratio(point, reference)
         table.add_row(
             point.policy,
+            "" if point.target is None else f"{point.target:g}",
             f"{point.footprint:.3f}",
+            "" if point.held is None else f"{point.held:.3f}",
             f"{point.delta_nll:+.3f} ({point.interval[0]:+.3f} to {point.interval[1]:+.3f})",
             f"{point.perplexity:.2f}",
             f"{point.peak_bytes / 2**20:.1f} MiB",
@@ -226,6 +241,7 @@ def frontier_table(points: list[Point], title: str) -> Table:
             "" if ratio is None else f"{ratio[0]:.2f} ({ratio[1][0]:.2f} to {ratio[1][1]:.2f})",
         )
     table.caption = (
+        "Footprint: keys that scored queries saw ÷ a full cache's; held: the same of the keys at the end. "
         "ΔNLL: nats a token above the full cache. "
         f"÷ {REFERENCE}'s: footprint over the {REFERENCE}'s at equal ΔNLL, where it was measured."
     )

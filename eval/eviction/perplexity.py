@@ -1,7 +1,8 @@
 """`python -m eval perplexity`: measures what a model loses when keys are evicted, by policy and footprint."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import Progress
@@ -12,7 +13,10 @@ from eval.common.footprint_figures import frontier
 from eval.common.options import Measure, Model, Texts
 from eval.common.results import save_picture, write_result
 from eval.common.resume import Measurements, digest, digests
+from eval.contenders.policies import BUDGET
+from eval.contenders.registry import policy_called
 from eval.eviction.frontier import REFERENCE, Point, equal_loss_ratio, frontier_table
+from smartkv.cache.arguments import own_policy
 from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.labels.lifespans import check_window
@@ -20,7 +24,7 @@ from smartkv.metrics.perplexity import EvictedWindow, evicted_nll, full_cache_by
 from smartkv.models.backbone import Backbone
 from smartkv.policies.budgets import Calibration, solve
 from smartkv.policies.hybrid import HybridPolicy
-from smartkv.policies.named import read_policy
+from smartkv.policies.planned_budget import shares_at
 from smartkv.texts.windows import plan_windows
 
 CELLS = "perplexity.cells"
@@ -43,7 +47,8 @@ def perplexity(
         out: folder for perplexity.json and the pictures.
         gates: folder of exported gates, hub id, or the name of gates that come with SmartKV. Null: only policies
             without gates.
-        policies: named policies (default, all-gated, lifespan, window, full) or YAML files.
+        policies: named policies (default, all-gated, lifespan, window, full) or YAML files; gates: the policy that is
+            stored with the gates; gates@budget: the same under a budget of the whole window, by a floating price.
         footprints: shares of the full cache for which a policy's open figure is solved. A policy that leaves nothing
             open is measured as it is.
         texts: windows that are measured. Prices are solved on train texts (on validation texts for split train).
@@ -60,10 +65,8 @@ def perplexity(
         raise SmartKVError("windows, calibration_windows and chunk must be at least 1")
     architecture = model.architecture()
     bank = GateBank.from_pretrained(gates) if gates else None
-    chosen = [read_policy(name, architecture.layers) for name in policies]
-    for policy in chosen:
-        policy.check(architecture, bank)
-    if any(policy.open for policy in chosen) and not (footprints and all(0 < f <= 1 for f in footprints)):
+    chosen = [_Chosen(policy_called(name, architecture, bank), name.endswith(BUDGET)) for name in policies]
+    if any(each.policy.open for each in chosen) and not (footprints and all(0 < f <= 1 for f in footprints)):
         raise SmartKVError(f"footprints are shares of the full cache above 0 and at most 1, got {footprints}")
     lm = model.load()
     check_window(lm.model, window)
@@ -88,22 +91,38 @@ def perplexity(
         "chunk": chunk,
         "seed": measure.seed,
     }
-    wanted = [(policy, target) for policy in chosen for target in (sorted(set(footprints)) if policy.open else [None])]
+    targets = sorted(set(footprints))
     with Progress(console=console) as progress:
         calibrated = progress.add_task("Calibration", total=None)
         calibration = Calibration.measure(lm.model, bank, plan.of_split(learn), query_before(score_from))
         progress.remove_task(calibrated)
+        if bank is not None and any(each.floats for each in chosen):
+            bank.details.setdefault("layer_shares", shares_at(own_policy(bank), targets, calibration))
         solved = []
-        for policy, target in wanted:
-            try:
-                solved.append((policy if target is None else solve(policy, target, calibration), target))
-            except FootprintOutOfReach as error:  # the other footprints are still measured
-                progress.console.print(f"left out: {error}", highlight=False)
+        for each in chosen:
+            for target in targets if each.policy.open else [None]:
+                try:
+                    solved.append(each.solved(target, calibration))
+                except FootprintOutOfReach as error:  # the other footprints are still measured
+                    progress.console.print(f"left out: {error}", highlight=False)
         if not solved:
             raise SmartKVError("no policy can keep any of the footprints: give larger ones")
         runner = _Runner(lm, bank, plan.of_split(split), settings, Path(out), progress, len(solved) + 1)
-        full, points = runner.full(), [runner.point(policy, target) for policy, target in solved]
+        full, points = runner.full(), [runner.point(*each) for each in solved]
     _write(console, Path(out), settings, full, points)
+
+
+class _Chosen(NamedTuple):
+    """A policy, and whether its price floats."""
+
+    policy: HybridPolicy
+    floats: bool
+
+    def solved(self, target: float | None, calibration: Calibration) -> tuple[HybridPolicy, float | None, float | None]:
+        """Return the policy, what was asked for, and the budget; None: its price stands."""
+        if self.floats:
+            return replace(self.policy, name=self.policy.name + BUDGET), target, target
+        return self.policy if target is None else solve(self.policy, target, calibration), target, None
 
 
 class _Runner:
@@ -139,21 +158,24 @@ class _Runner:
         ]
         return self.nll
 
-    def point(self, policy: HybridPolicy, target: float | None) -> Point:
-        """Measure a policy over all windows."""
+    def point(self, policy: HybridPolicy, target: float | None, budget: float | None) -> Point:
+        """Measure a policy over all windows; under a budget its price is open."""
         self.progress.update(self.task, description=policy.name if target is None else f"{policy.name} at {target:g}")
         gates = self.gates if policy.gated else None
 
         def measure(tokens: torch.Tensor) -> dict[str, Any]:
             window = evicted_nll(
-                self.lm.model, gates, policy, tokens, self.settings["score_from"], self.settings["chunk"]
+                self.lm.model, gates, policy, tokens, self.settings["score_from"], self.settings["chunk"], budget
             )
-            share = {"footprint": window.footprint.tolist(), "share": window.overall}
+            share = {"footprint": window.footprint.tolist(), "share": window.overall, "held": window.held}
             return {"nll": window.nll, **share, "peak_bytes": window.peak_bytes}
 
-        cells = [self._measured(policy.to_dict(), number, measure) for number in range(len(self.windows))]
+        key = policy.to_dict() | ({} if budget is None else {"budget": budget})
+        cells = [self._measured(key, number, measure) for number in range(len(self.windows))]
         windows = [
-            EvictedWindow(c["nll"], torch.tensor(c["footprint"]).double(), c["peak_bytes"], c.get("share"))
+            EvictedWindow(
+                c["nll"], torch.tensor(c["footprint"]).double(), c["peak_bytes"], c.get("share"), c.get("held")
+            )
             for c in cells
         ]
         full_bytes = full_cache_bytes(self.lm.model, self.windows.shape[1] - 1)
@@ -171,6 +193,7 @@ def _write(console: Any, out: Path, settings: dict[str, Any], full: list[float],
     units = {
         "delta_nll": "nats a token",
         "footprint": "keys seen ÷ keys of a full cache, over the queries whose next token is scored",
+        "held": "keys held when the window was read ÷ keys of a full cache",
         "peak_bytes": "bytes of one sequence's cache, the chunk at work included",
         "interval": "95 %, bootstrap over windows",
     }

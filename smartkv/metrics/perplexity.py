@@ -107,12 +107,14 @@ class EvictedWindow:
         peak_bytes: Largest storage in bytes, with the chunk being written.
         share: Footprint over all layers and heads. None: their mean, as in a model whose layers would hold equally many
             keys in a full cache.
+        held: Keys held after the window ÷ those of a full cache. None: not measured.
     """
 
     nll: float
     footprint: Tensor
     peak_bytes: int
     share: float | None = None
+    held: float | None = None
 
     @property
     def overall(self) -> float:
@@ -127,23 +129,29 @@ def evicted_nll(
     tokens: Tensor,
     first_token: int = 1,
     chunk: int = 1024,
+    budget: float | None = None,
 ) -> EvictedWindow:
     """Score one window with a new `LifespanCache`.
 
     Args:
         model: The model.
         gates: Its gates. None for a policy without gates.
-        policy: The policy of the cache.
+        policy: The policy of the cache; with a budget its price is open.
         tokens: Token ids of the window, `[tokens]`.
         first_token: Index of the first scored token, at least 1.
         chunk: Tokens per chunk of the prefill.
+        budget: Share of the keys of the whole window that a floating price holds. None: nothing in the policy is open.
 
     Raises:
         SmartKVError: There is no token to score, or gates and policy do not fit the model.
     """
-    with LifespanCache(model, gates, policy, chunk, first_query=query_before(first_token), rollback=0) as cache:
+    read = len(tokens) - 1
+    first_query, plan = query_before(first_token), None if budget is None else read
+    with LifespanCache(model, gates, policy, chunk, first_query, footprint=budget, plan=plan, rollback=0) as cache:
         nll = window_nll(model, tokens, first_token, cache)
-    return EvictedWindow(nll, cache.footprint_by_head, cache.peak_bytes, cache.footprint)
+        cache.settle()
+    held = float(cache.live_keys.sum()) / Architecture.of(model.config).keys_of_full_cache(read)
+    return EvictedWindow(nll, cache.footprint_by_head, cache.peak_bytes, cache.footprint, held)
 
 
 def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int:

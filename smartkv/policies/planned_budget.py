@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from smartkv.errors import SmartKVError
+from smartkv.errors import FootprintOutOfReach, SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.io.checks import describe
+from smartkv.policies.budgets import Calibration, solve
 from smartkv.policies.figures import check_tokens
+from smartkv.policies.hybrid import HybridPolicy
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -85,6 +87,27 @@ def layer_weights(gates: GateBank | None, footprint: float, layers: int) -> list
     if not remembered:
         return [1.0] * layers
     return [max(share, 1e-6) for share in min(remembered, key=lambda entry: abs(math.log(entry[0] / footprint)))[1]]
+
+
+def shares_at(policy: HybridPolicy, footprints: Sequence[float], calibration: Calibration) -> list[list[Any]]:
+    """Return what each layer keeps of its own full cache where one price keeps a footprint of the model's.
+
+    Args:
+        policy: its price is open.
+        footprints: shares of the full cache.
+        calibration: on which the price of each is solved.
+
+    Returns:
+        [footprint, shares] of each that is in reach: `layer_shares` as gates remember them.
+    """
+    shares: list[list[Any]] = []
+    for footprint in footprints:
+        try:
+            solved = solve(policy, footprint, calibration)
+        except FootprintOutOfReach:
+            continue
+        shares.append([footprint, calibration.layer_shares(solved)])
+    return shares
 
 
 def divide(total: int, weights: Sequence[float], least: Sequence[int], most: Sequence[int]) -> list[int]:

@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from smartkv import HybridPolicy, LayerRule, load_backbone
 from smartkv.metrics.perplexity import evicted_nll, full_cache_bytes, window_nll
+from smartkv.policies import floating_price
 from smartkv.texts.windows import read_plan
 from tests.lightning_fixtures import (
     ROOT,
@@ -50,7 +51,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
 
 def test_every_validation_gives_figures_of_each_policy_and_footprint(fitted: Path) -> None:
     names = [f"{policy}_{footprint}" for policy in ("window", "all-gated") for footprint in (0.3, 0.6)]
-    for figure in ("perplexity", "delta_nll", "footprint", "peak_bytes"):
+    for figure in ("perplexity", "delta_nll", "footprint", "held", "peak_bytes"):
         found = [row for row in logged(fitted) if f"val_{figure}/window_0.3" in row]
         assert len(found) == 2  # epochs
         assert all(f"val_{figure}/{name}" in row for name in names for row in found)
@@ -106,6 +107,24 @@ def test_each_of_several_policies_is_measured(tmp_path: Path, tiny_shards: Path)
         assert f"val_delta_nll/{name}" in found
 
 
+def test_a_budget_is_held_and_stands_beside_what_was_asked(
+    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(floating_price, "MOVES", 7)  # windows of 64 tokens would see no move before their end
+    policies = ["gates@budget", "all-gated"]
+    fit(
+        tiny_shards,
+        tmp_path / "run",
+        trainer={"max_epochs": 1},
+        callbacks=[callback(policy=policies, footprints=[0.5, 0.7])],
+    )
+    found = last_logged(tmp_path / "run")
+    for asked in (0.5, 0.7):
+        assert found[f"val_held/gates@budget_{asked}"] == pytest.approx(asked, abs=0.02)
+        assert 0 < found[f"val_held/all-gated_{asked}"] < 1
+        assert found[f"val_footprint/gates@budget_{asked}"] > asked  # all keys stay until the budget is reached
+
+
 def test_validate_measures_too(tmp_path: Path, tiny_shards: Path) -> None:
     root = tmp_path / "run"
     keep = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(root / "checkpoints"), "save_last": True}}
@@ -127,7 +146,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path: Path, tiny_shards: Path
         run_command("fit", "-c", config)
     one, two = (last_logged(tmp_path / f"run{devices}") for devices in (1, 2))
     for name in one:
-        if name.startswith(("val_delta_nll", "val_footprint", "val_perplexity", "val_peak_bytes")):
+        if name.startswith(("val_delta_nll", "val_footprint", "val_held", "val_perplexity", "val_peak_bytes")):
             tolerance = 1e-6 if "all-gated" not in name else 1e-3  # gates differ in the last bits
             assert two[name] == pytest.approx(one[name], rel=tolerance, abs=tolerance), name
 
@@ -137,6 +156,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path: Path, tiny_shards: Path
     [
         ({"footprints": [0.0]}, "shares of the full cache"),
         ({"windows": 0}, "at least 1"),
+        ({"policy": "gates@budget"}, "gates@budget always keeps 20 keys a head, more than a footprint of 0.3"),
         ({"max_share": 2.0}, "max_share is a share"),
         ({"score_from": 64}, "below the window of 64 tokens"),
         ({"policy": "nothing"}, "neither one of"),

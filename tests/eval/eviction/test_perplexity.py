@@ -12,6 +12,7 @@ from eval.__main__ import main
 from eval.eviction import perplexity as command
 from smartkv import GateBank, load_backbone
 from smartkv.metrics.perplexity import window_nll
+from smartkv.policies.floating_price import MOVES
 from smartkv.policies.named import read_policy
 from smartkv.texts.sources import SourceConfig
 from tests.lightning_fixtures import ROOT, write_texts
@@ -67,6 +68,15 @@ def test_every_policy_is_measured_at_every_footprint_that_it_can_keep(measured: 
     for row in rows[:-1]:
         assert row["footprint"] == pytest.approx(row["target"], abs=0.05)
         assert row["interval"][0] <= row["delta_nll"] <= row["interval"][1]
+
+
+def test_a_budget_holds_what_was_asked(tmp_path: Path, tiny_backbone: Path, texts: Path, random_gates: Path) -> None:
+    options = {"policies": '["gates@budget"]', "window": 4 * MOVES + 1, "windows": 2}
+    rows = measure(tmp_path, tiny_backbone, texts, gates=random_gates, **options)["frontier"]
+    assert [row["policy"] for row in rows] == 3 * ["gates@budget"]
+    for row in rows:
+        assert row["held"] == pytest.approx(row["target"], abs=0.002)
+        assert row["footprint"] > row["held"]  # all keys stay until the budget is reached
 
 
 def test_a_full_policy_loses_nothing_and_costs_no_less_than_the_full_cache(measured: Path) -> None:
