@@ -112,8 +112,8 @@ class HybridCachePerplexity(L.Callback):
             raise SmartKVError(f"policy must be one policy, or a list of policies with different names, got {names}")
         if BUDGET in names and (least := _always_kept()) > min(self.footprints) * (window - 1):
             raise SmartKVError(
-                f"{BUDGET} always keeps {least} keys a head, more than a footprint of {min(self.footprints):g} of windows "
-                f"of {window} tokens: give larger footprints"
+                f"{BUDGET} always keeps {least} keys a head, more than a footprint of {min(self.footprints):g} of "
+                f"windows of {window} tokens: give larger footprints"
             )
         with torch.device("meta"):  # the gates of the run, without weights, so that no random numbers are drawn here
             gates = GateBank(fingerprint, rows.layers, details={"inputs": rows.inputs})

@@ -16,6 +16,7 @@ from eval.chat.generate import generate
 from eval.common.aliases import expand_aliases
 from eval.common.mistyped import OneLineParser
 from eval.eviction.auto import auto
+from eval.eviction.budgets import budgets
 from eval.eviction.compare import compare
 from eval.eviction.gains import gains
 from eval.eviction.kinds import kinds
@@ -39,6 +40,7 @@ from smartkv.errors import one_line_errors
 from smartkv.io.hub import limit_hub_waiting
 
 RESUMED = (
+    "budgets",
     "code_completion",
     "compare",
     "kinds",
@@ -52,6 +54,7 @@ COMMANDS: dict[str, Any] = {
     "anchors": anchors,
     "auto": auto,
     "baselines": baselines,
+    "budgets": budgets,
     "calibrate": calibrate,
     "code_completion": code_completion,
     "compare": compare,

@@ -89,6 +89,13 @@ def small(command: str, work: dict[str, Path], out: Path) -> dict[str, Any]:
             "calibration": mine,
             "calibration_windows": 1,
         },
+        "budgets": {
+            **model,
+            "gates": work["gates"],
+            "lengths": [128],
+            "footprints": [0.5],
+            "texts": [{"name": "books", "split": "test", "windows": 1, "sources": mine}],
+        },
         "gates": {"gates": work["lifespan_gates"], "shards": work["shards"], "out": out},
         "generate": {
             **model,

@@ -30,6 +30,7 @@ FLAT_NAMES: dict[str, dict[str, str]] = {  # command -> flat name -> the option'
     "anchors": MODEL | _of("texts", "sources", "split", "windows"),
     "auto": MODEL | MEASURE,
     "baselines": _of("model", "dtype", "device", "trust_remote_code"),
+    "budgets": MODEL,
     "calibrate": MODEL,
     "code_completion": MODEL,
     "compare": MODEL
