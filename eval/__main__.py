@@ -31,6 +31,7 @@ from eval.report import report
 from eval.speed.decode import decode
 from eval.speed.gate_training import training
 from eval.speed.harvest import speed
+from eval.speed.lookup import lookup
 from eval.tasks.code_completion import code_completion
 from eval.tasks.longbench import longbench
 from eval.tasks.needle import needle
@@ -66,6 +67,7 @@ COMMANDS: dict[str, Any] = {
     "kinds": kinds,
     "layers": layers,
     "longbench": longbench,
+    "lookup": lookup,
     "needle": needle,
     "objectives": objectives,
     "perplexity": perplexity,

@@ -117,6 +117,14 @@ def small(command: str, work: dict[str, Path], out: Path) -> dict[str, Any]:
         },
         "layers": {"shards": work["shards"], "gates": work["lifespan_gates"], "out": out, "windows": [8, 16]},
         "longbench": {k: v for k, v in tasks.items() if k != "haystack"},
+        "lookup": {
+            **model,
+            "gates": work["gates"],
+            "texts": [{"name": "books", "split": "test", "windows": 1, "sources": mine}],
+            "context": 64,
+            "new_tokens": 4,
+            "footprints": [0.5],
+        },
         "needle": {**tasks, "lengths": [512], "depths": 1, "samples": 1, "new_tokens": 2},
         "perplexity": {
             **model,

@@ -46,6 +46,7 @@ FLAT_NAMES: dict[str, dict[str, str]] = {  # command -> flat name -> the option'
     | {"calibration_window": "calibration.window", "calibration_windows": "calibration.windows"},
     "kinds": MODEL | MEASURE | _of("model", "adapter") | _of("measure", "windows_per_document"),
     "longbench": MODEL,
+    "lookup": MODEL,
     "needle": MODEL,
     "perplexity": MODEL | MEASURE | _of("texts", "sources", "split", "windows"),
     "reasoning": MODEL,
