@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smartkv.policies.lifetimes import HOLE
+from smartkv.policies.lifetimes import FOREVER, HOLE
 
 MOVES = 64  # tokens between two moves
 MARGIN = 0.1  # least share of the budget by which the price lets in more than fits, so that a move chooses among them
@@ -90,6 +90,7 @@ class FloatingPrice:
     def __init__(self, ages: Sequence[int], heads: int, window: int) -> None:
         self.ages, self.heads = tuple(max(age, window) for age in ages or (window,)), heads
         self.delay = min(self.youngest, MOVES - 1)
+        self._ages = torch.tensor(self.ages)
 
     @property
     def youngest(self) -> int:
@@ -153,12 +154,10 @@ class FloatingPrice:
             price: float32 `[rows]`.
         """
         position, ends, worth = keys
-        for number, age in enumerate(self.ages):
-            reached = position + age
-            judged = (position != HOLE) & (reached > since[:, None]) & (reached < until[:, None])
-            goes = judged & (worth[..., number] <= price[:, None])
-            ends = torch.where(goes, torch.minimum(ends, reached), ends)
-        return keys._replace(ends=ends)
+        reached = self._reached(position)
+        goes = (reached > since[:, None, None]) & (reached < until[:, None, None]) & (worth <= price[:, None, None])
+        first = reached.masked_fill(~goes, FOREVER).amin(dim=-1)
+        return keys._replace(ends=torch.where(position == HOLE, ends, torch.minimum(ends, first)))
 
     def _move(self, keys: Keys, move: Tensor, due: Tensor, coming: Tensor, budget: Tensor) -> Keys:
         """Let the least worthy keys go that do not fit.
@@ -171,8 +170,7 @@ class FloatingPrice:
             budget: int64 `[rows]`.
         """
         position, ends, worth = keys
-        held, age = _held(keys, move), move[:, None] - position
-        reached = torch.stack([age >= each for each in self.ages]).sum(dim=0)
+        held, reached = _held(keys, move), (self._reached(position) <= move[:, None, None]).sum(dim=-1)
         here = worth.gather(2, (reached - 1).clamp(min=0)[..., None])[..., 0]
         here = here.masked_fill(reached == 0, PINNED).masked_fill(~held, CHEAPEST)
         order = here.argsort(dim=1, descending=True, stable=True)
@@ -181,6 +179,11 @@ class FloatingPrice:
         fits = (budget - coming * self.heads).clamp(min=0)
         goes = held & (rank >= fits[:, None]) & (here < PINNED) & due[:, None]
         return keys._replace(ends=torch.where(goes, torch.minimum(ends, move[:, None]), ends))
+
+    def _reached(self, position: Tensor) -> Tensor:
+        """Return where each key reaches each age, int64 `[rows, keys, ages]`."""
+        self._ages = self._ages.to(position.device)  # once, as a copy to a GPU waits for it
+        return position[..., None] + self._ages
 
     def _price(self, keys: Keys, move: Tensor, budget: Tensor, standing: Tensor) -> Tensor:
         """Choose a price so that the budget will hold at the next move, if the coming keys are like the youngest.
@@ -198,12 +201,10 @@ class FloatingPrice:
         position, ends, worth = self._age(keys, move, change, standing)
         held = _held(keys, move)
         stays = held & (ends > after[:, None])
-        # what each key must be worth at the last age that it reaches while the new price stands
-        judged = torch.full_like(worth[..., 0], PINNED)
-        for number, age in enumerate(self.ages):
-            reached = position + age
-            here = stays & (reached >= change[:, None]) & (reached <= after[:, None])
-            judged = torch.where(here, worth[..., number], judged)
+        # what each key is worth at the last age that it reaches while the new price stands: the least of its worths
+        reached = self._reached(position)
+        here = (reached >= change[:, None, None]) & (reached <= after[:, None, None])
+        judged = worth.masked_fill(~here, PINNED).amin(dim=-1)
         # each of the youngest keys stands for several of the coming ones that will be judged before the next move
         young = (position >= (move - self.delay)[:, None]) & (position < move[:, None])
         likeness = max(0, MOVES - self.youngest) / self.delay

@@ -29,6 +29,7 @@ def quick_collections() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+    gc.freeze()
 
 
 def fresh() -> Any:
