@@ -65,15 +65,18 @@ $(RUN)/perplexity/perplexity.json: configs/demo/perplexity.yaml $(RUN)/gates/don
 	rm -f $(RUN)/report.json
 	$(PY) -m eval perplexity --config configs/demo/perplexity.yaml --out $(@D)
 
-# The gates that come with SmartKV, made anew: harvest, lifespans, distillation. About an hour on 2 cores; a killed run goes
-# on where it stopped when the command is given again.
+# The gates that come with SmartKV, made anew: harvest, lifespans, distillation on novels (the gates whose name ends with
+# -books), and from these on every kind of text. About two hours on 2 cores; a killed run goes on where it stopped when the
+# command is given again.
 SHIPPED := smartkv/pretrained/smollm2-135m-instruct
 pretrained: install
 	$(PY) main.py predict -c configs/harvest/recall.yaml
 	$(PY) main.py fit -c configs/gates/recall.yaml --ckpt_path last
 	$(PY) main.py fit -c configs/gates/distilled.yaml --ckpt_path last
-	mkdir -p $(SHIPPED)
-	cp runs/recall/distilled/export/* $(SHIPPED)
+	mkdir -p $(SHIPPED)-books $(SHIPPED)
+	cp runs/recall/distilled/export/* $(SHIPPED)-books
+	$(PY) main.py fit -c configs/gates/distilled.yaml -c configs/gates/distilled/mixed.yaml --ckpt_path last
+	cp runs/mixed/export/* $(SHIPPED)
 
 # Gates for any model. MODEL: hub id, folder, .gguf file or name. OUT: folder for all that is made. SIZE: tiny, small, standard
 # or large. ARGS: further options of `python -m cli.make_gates`. The same command goes on after a kill.

@@ -63,6 +63,24 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def write_all_kinds(folder: Path) -> None:
+    """Write a little of every kind of text of the default mix beside books, in the forms of `$SMARTKV_DATA`."""
+    for name in ("webtext", "gsm8k", "math"):
+        (folder / name).mkdir(exist_ok=True)
+    records = {
+        "webtext/c4_sample.jsonl": [{"id": str(i), "text": prose(600, i)} for i in range(40)],
+        "webtext/fineweb_edu.jsonl": [{"id": str(i), "text": prose(600, i)} for i in range(40)],
+        "gsm8k/train.jsonl": [{"question": prose(80, i), "answer": "4"} for i in range(200)],
+        "gsm8k/test.jsonl": [{"question": prose(80, i), "answer": "4"} for i in range(40)],
+        "math/math500.jsonl": [{"unique_id": str(i), "problem": prose(80, i), "solution": "4"} for i in range(200)],
+    }
+    for name, lines in records.items():
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    article = "".join(f" = Title {i} = \n \n {prose(900, i)} \n \n" for i in range(20))
+    for name in ("wikitext-2.valid.txt", "wikitext-2-raw.test.txt"):
+        (folder / "webtext" / name).write_text(article)
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
     folder = tmp_path_factory.mktemp("configs")
@@ -195,6 +213,8 @@ def test_a_distillation_config_runs_on_a_tiny_model_of_its_family(
     for split in ("train", "validation", "test"):
         (tmp_path / "data" / "books" / split).mkdir(parents=True)
         (tmp_path / "data" / "books" / split / f"{split}.txt").write_text(prose(8000, len(split)))
+    if path.stem == "mixed":
+        write_all_kinds(tmp_path / "data")
     written = merged(path)["model"]["init_args"]
     save_random_gates(tiny_backbone, tmp_path / written["gates"])
     small = {"data.init_args.window": 512, "data.init_args.windows": '{"train": 4, "validation": 1, "test": 0}',
