@@ -22,6 +22,7 @@ from eval.common.footprint_figures import DELTA_NLL, Point, contenders_figure, f
 from eval.common.results import read_result, save_picture
 from eval.eviction.compare_report import BYTES
 from eval.eviction.gains_figure import GainBar, gains_picture
+from eval.eviction.kinds_figure import KindBar, kinds_picture
 from eval.gates.report import r2_by_layer_picture
 from eval.speed.decode_report import decode_picture
 from eval.speed.harvest_report import harvest_picture
@@ -147,6 +148,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "frontier": _frontier,
     "gains": lambda content: gains_picture([GainBar(**row) for row in content["rows"]]),
     "heads": _heads,
+    "kinds": lambda content: kinds_picture([KindBar(**row) for row in content["rows"]]),
     "lines": _lines,
     "panels": _panels,
     "predicted_against_true": lambda content: predicted_against_true(
