@@ -21,6 +21,7 @@ from tests.models import save_tiny_backbone
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 
+
 def pytest_collection_finish() -> None:
     """Take what the imports left out of garbage collection: walking it at each collection takes a third of some tests.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,20 +139,16 @@ class _Runner:
         """Measure one budget on the windows `[windows, tokens]` of one kind and length."""
         first = max(1, windows.shape[1] - round(self.scored * windows.shape[1]))
         full, floating, fixed = [], [], []
+        budget = Budget(footprint=footprint, plan=windows.shape[1] - 1)
+
+        def under_budget(tokens: Tensor) -> dict[str, float]:
+            return self._read(tokens, first, budget=budget)
+
         for tokens in windows:
             full.append(self._measured(["full"], tokens, lambda tokens: window_nll(self.lm.model, tokens, first)))
-            budget = Budget(footprint=footprint, plan=len(tokens) - 1)
-            floating.append(
-                self._measured(
-                    [asdict(budget)], tokens, lambda tokens, budget=budget: self._read(tokens, first, budget=budget)
-                )
-            )
-            held = floating[-1]["held"]
-            fixed.append(
-                self._measured(
-                    ["fixed", held], tokens, lambda tokens, held=held: self._at_fixed_price(tokens, first, held)
-                )
-            )
+            floating.append(self._measured([asdict(budget)], tokens, under_budget))
+            at_price = partial(self._at_fixed_price, first=first, held=floating[-1]["held"])
+            fixed.append(self._measured(["fixed", floating[-1]["held"]], tokens, at_price))
         whole = torch.tensor(full, dtype=torch.float64)
         loss, other = (
             torch.tensor([each["nll"] for each in read], dtype=torch.float64) - whole for read in (floating, fixed)
@@ -221,7 +218,7 @@ class _Runner:
         self, tokens: Tensor, first: int, policy: HybridPolicy | None = None, budget: Budget | None = None
     ) -> dict[str, float]:
         """Read a window at a fixed price, or under a budget."""
-        options = {} if budget is None else {"footprint": budget.footprint, "plan": budget.plan}
+        options: dict[str, Any] = {} if budget is None else {"footprint": budget.footprint, "plan": budget.plan}
         chosen = self.policy if policy is None else replace(policy, name="fixed")
         with LifespanCache(
             self.lm.model, self.gates, chosen, first_query=query_before(first), rollback=0, **options

@@ -181,11 +181,12 @@ class KeyStorage:
         """Repeat a value per row for each KV head: `[batch]` -> `[pairs]`."""
         return rows.repeat_interleave(self.kv_heads)
 
-    def _ends(self, queries: int) -> tuple[Tensor, Tensor]:
+    def _ends(self, queries: int, lasting: bool = False) -> tuple[Tensor, Tensor]:
         """Return when keys go, and from when on that is not final.
 
         Args:
             queries: number of queries from `seen` on, within which the limit may let keys go.
+            lasting: `commit` of the limit follows.
 
         Returns:
             The first position whose query does not see the key in each slot, int `[slots]`: its expiry, or earlier if
@@ -200,6 +201,8 @@ class KeyStorage:
         score = None if fields.score is None else fields.score[index]
         expiry = fields.expiry[index]
         ends = self.limit.ends(position, expiry, score, self.final, known, final, self._back() + queries)
+        if not lasting:
+            self.limit.forget()
         flat = fields.expiry.long()
         flat[index[filled]] = ends[filled]
         return flat, final
@@ -257,7 +260,7 @@ class KeyStorage:
         old, old_bytes = self.store, self.storage_bytes
         if expiry is not None:
             old.judge(expiry.flatten(0, 1), None if score is None else score.flatten(0, 1))  # type: ignore[union-attr]
-        (ends, self.final), pair = self._ends(self.pending + min(MAX_SPARE, self.min_lifetime)), old.pair()
+        (ends, self.final), pair = self._ends(self.pending + min(MAX_SPARE, self.min_lifetime), True), old.pair()
         self.count = self._counted(ends, pair)
         self.limit.commit()
         self.seen, self.pending, self.pending_keys = self.seen + self.pending, 0, []

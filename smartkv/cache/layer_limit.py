@@ -96,6 +96,10 @@ class LayerLimit:
         self._coming_prices = deaths.prices
         return deaths.ends
 
+    def forget(self) -> None:
+        """Forget the price of the last call of `ends`, which only asked."""
+        self._coming_prices = None
+
     def commit(self) -> None:
         """Take over the price of the last call of `ends`, whose deaths have happened."""
         if self._coming_prices is not None:

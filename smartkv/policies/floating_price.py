@@ -90,7 +90,6 @@ class FloatingPrice:
     def __init__(self, ages: Sequence[int], heads: int, window: int) -> None:
         self.ages, self.heads = tuple(max(age, window) for age in ages or (window,)), heads
         self.delay = min(self.youngest, MOVES - 1)
-        self._ages = torch.tensor(self.ages)
 
     @property
     def youngest(self) -> int:
@@ -182,8 +181,7 @@ class FloatingPrice:
 
     def _reached(self, position: Tensor) -> Tensor:
         """Return where each key reaches each age, int64 `[rows, keys, ages]`."""
-        self._ages = self._ages.to(position.device)  # once, as a copy to a GPU waits for it
-        return position[..., None] + self._ages
+        return torch.stack([position + age for age in self.ages], dim=-1)  # ages as a tensor would wait for a GPU
 
     def _price(self, keys: Keys, move: Tensor, budget: Tensor, standing: Tensor) -> Tensor:
         """Choose a price so that the budget will hold at the next move, if the coming keys are like the youngest.

@@ -20,6 +20,7 @@ from eval.chat import generate as command
 from eval.chat.choice import CHAT_PLAN, Choice, choose, shipped_gates
 from smartkv import GateBank, HybridPolicy, LayerRule, load_backbone, pretrained_gates
 from smartkv.metrics.perplexity import full_cache_bytes
+from smartkv.policies.floating_price import MOVES
 from tests.eval.chat.test_conversation import PROMPT, STATUS, lines
 from tests.eval.chat.test_page import embedded
 from tests.lightning_fixtures import ROOT
@@ -68,7 +69,7 @@ def test_a_budget_is_held_and_shown_beside_what_was_kept(
 ) -> None:
     report = run(prompt=PROMPT * 3, **budget)["report"]
     assert report["budget"] == pytest.approx(keys, abs=0.5)
-    assert 0.8 * keys < report["held"] <= 1.1 * keys + 1, "near the budget between two moves"
+    assert 0.8 * keys < report["held"] <= keys + MOVES / 2, "near the budget between two moves"
     assert f"{report['held']:.0f} of {report['budget']:.0f} keys a head" in capsys.readouterr().err
 
 
@@ -119,7 +120,7 @@ def test_the_page_tells_the_same_footprint_as_the_cache(policy: str | None, run:
     tokens = written["tokens"]
     seen = sum(int((ends[:, : t + 1] > t).sum()) for t in range(tokens))
     assert seen / (4 * sum(range(1, tokens + 1))) == pytest.approx(written["footprint"], abs=1e-9)
-    assert written["footprint"] < 0.7, "nothing was evicted: the test shows nothing"
+    assert written["footprint"] < 0.8, "nothing was evicted: the test shows nothing"
     held = [(ends[2 * layer : 2 * layer + 2, :tokens] > tokens).sum() / 2 for layer in range(2)]
     assert written["live_keys_by_layer"] == held
 

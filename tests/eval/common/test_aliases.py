@@ -61,7 +61,7 @@ def test_every_key_of_before_is_taken_from_a_file(command: str, parser: Argument
     assert missing(command, parse(parser, command, "--config", str(tmp_path / "flat.yaml"))) == []
 
 
-NEW = {"code_completion", "kinds"}  # commands that 0.1.0 did not have
+NEW = {"budgets", "code_completion", "kinds", "lookup"}  # commands that 0.1.0 did not have
 
 
 def as_word(value: Any) -> str:
