@@ -14,6 +14,8 @@ from smartkv.quantization.per_token import Bits, PackedRows
 
 USUAL_PLAN = 2048  # tokens; only the layers' shares depend on it, where max_tokens or max_bytes come without a plan
 LARGEST = 2**40  # keys; no layer holds so many
+LAYER_BYTES, ROW_BYTES, PAIR_BYTES = 64, 48, 32  # of what is stored beside the keys: positions, counts, budgets, prices
+INDEX_BYTES = 8  # of an int64
 
 
 class CacheBudget:
@@ -27,6 +29,7 @@ class CacheBudget:
         bits: of packed keys and values; None: they are not packed.
         dtype: of the model.
         pinned: keys a head that stay whatever their worth, sinks and window excluded, as far as is known yet.
+        rollback: tokens for which keys stay longer, hidden.
 
     Attributes:
         prices: the floating price of each layer, None where the policy keeps the same at any price.
@@ -44,7 +47,9 @@ class CacheBudget:
         bits: Bits | None,
         dtype: torch.dtype,
         pinned: int = 0,
+        rollback: int = 0,
     ) -> None:
+        self.rollback = rollback
         self.budget, self.architecture, self.gates, self.policy, self.bits = budget, architecture, gates, policy, bits
         self.rules = policy.rules_for(architecture.layers, architecture.sliding_windows)
         ages = gates.ages if gates is not None else ()
@@ -126,15 +131,20 @@ class CacheBudget:
         if budget.footprint is not None and planned is not None:
             return budget.footprint * model.keys_of_full_cache(planned) / (model.layers * model.kv_heads)
         youngest = min(price.youngest for price in self.prices if price is not None)
-        pairs, largest = rows * model.layers * model.kv_heads, budget.max_bytes or 0
+        pairs = rows * model.layers * model.kv_heads
+        largest = max(0, (budget.max_bytes or 0) - model.layers * (LAYER_BYTES + ROW_BYTES * rows) - PAIR_BYTES * pairs)
 
-        def slots(keys: int) -> int:  # with those of a text between two moves, and the spare ones of pages
-            return keys + MOVES + spare_tokens(keys, youngest) + page_size(keys)
+        def pair_bytes(keys: int) -> int:
+            spare, size = spare_tokens(keys, youngest), page_size(keys)
+            # with those of a text between two moves, those that are hidden, and the spare ones of pages
+            slots = keys + MOVES + self.rollback + spare + size
+            tables = INDEX_BYTES * (2 * (slots // size + 1) + 2 * spare)  # of pages, and of the tokens to come
+            return slots * self._slot_bytes() + tables + youngest * model.head_dim * self.dtype.itemsize  # to be judged
 
         few, many = 0, largest
         while many - few > 1:
             middle = (few + many) // 2
-            few, many = (middle, many) if pairs * slots(middle) * self._slot_bytes() <= largest else (few, middle)
+            few, many = (middle, many) if pairs * pair_bytes(middle) <= largest else (few, middle)
         return few
 
     def _slot_bytes(self) -> int:

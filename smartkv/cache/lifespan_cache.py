@@ -106,7 +106,9 @@ class LifespanCache(CacheEdits):
         self.budget = None
         if budget is not None:
             pinned = self.pins.most(self.policy.sinks) + pin_last_prompt
-            self.budget = CacheBudget(budget, architecture, self.gates, self.policy, bits, model.dtype, pinned)
+            self.budget = CacheBudget(
+                budget, architecture, self.gates, self.policy, bits, model.dtype, pinned, self.rollback
+            )
         caps = self.policy.caps(architecture)
         prices = self.budget.prices if self.budget else [None] * architecture.layers
         self.storage = []

@@ -75,7 +75,7 @@ def test_a_budget_is_held_and_shown_beside_what_was_kept(
 
 def test_a_budget_of_bytes_is_held(run: Any) -> None:
     written = run(prompt=PROMPT * 5, footprint=None, max_bytes="60kB", max_new_tokens=60)
-    assert 30_000 < written["kv_bytes"]["live"] <= 60_000 < written["kv_bytes"]["full"] * 2
+    assert 20_000 < written["kv_bytes"]["live"] <= 60_000 < written["kv_bytes"]["full"] * 2
 
 
 def test_a_chat_is_planned_for_its_whole_length(run: Any, chatty: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_share_is_one_of_prompt_and_answer_in_generate_and_of_the_first_call_e
             ids, past_key_values=cache, max_new_tokens=80, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert cache.report().budget == expected
-        assert float(cache.live_keys.double().mean()) <= expected * 1.1 + 1
+        assert float(cache.live_keys.double().mean()) <= expected * (1 + MOVES / 128) + 1
     cache = LifespanCache(model, aged_gates(model), POLICY, footprint=0.5)
     with torch.no_grad():
         model(ids, past_key_values=cache)

@@ -7,6 +7,7 @@ import torch
 
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.errors import SmartKVError
+from smartkv.policies.floating_price import MOVES
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from tests.models import token_ids
 from tests.smartkv.cache.budget_fixtures import POLICY, aged_gates
@@ -41,7 +42,7 @@ def test_the_beginning_and_the_end_of_the_prompt_stay_through_a_long_answer(kind
         assert set(range(7)) | set(range(85, 90)) <= held
         assert not set(range(7, 85)) <= held
     if kind == "budget":
-        assert float(cache.live_keys.double().mean()) <= 44
+        assert float(cache.live_keys.double().mean()) <= 40 * (1 + MOVES / 192)  # two moves after the budget
 
 
 @pytest.mark.parametrize("kind", CACHES)
