@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,16 @@ def write_all_kinds(folder: Path) -> None:
     """Write a little of every kind of text of the default mix beside books, in the forms of `$SMARTKV_DATA`."""
     for name in ("webtext", "gsm8k", "math"):
         (folder / name).mkdir(exist_ok=True)
+    for book in folder.glob("books/*/*.txt"):  # chats are drawn from paragraphs of sentences
+        words = iter(prose(12000, 5).split())
+        sentences = [f"The {' '.join(islice(words, 11))}." for _ in range(150)]
+        book.write_text("\n\n".join(" ".join(sentences[at : at + 6]) for at in range(0, 150, 6)))
+    solution = "She has 3 + 4 = <<3+4=7>>7.\nThen 7 * 2 = <<7*2=14>>14.\n#### 14"
     records = {
         "webtext/c4_sample.jsonl": [{"id": str(i), "text": prose(600, i)} for i in range(40)],
         "webtext/fineweb_edu.jsonl": [{"id": str(i), "text": prose(600, i)} for i in range(40)],
-        "gsm8k/train.jsonl": [{"question": prose(80, i), "answer": "4"} for i in range(200)],
-        "gsm8k/test.jsonl": [{"question": prose(80, i), "answer": "4"} for i in range(40)],
+        "gsm8k/train.jsonl": [{"question": prose(80, i), "answer": solution} for i in range(200)],
+        "gsm8k/test.jsonl": [{"question": prose(80, i), "answer": solution} for i in range(40)],
         "math/math500.jsonl": [{"unique_id": str(i), "problem": prose(80, i), "solution": "4"} for i in range(200)],
     }
     for name, lines in records.items():
