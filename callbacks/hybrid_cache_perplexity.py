@@ -168,8 +168,10 @@ class HybridCachePerplexity(L.Callback):
             try:
                 if budget is None:
                     solved = solve(policy, footprint, calibration)
+                elif shares := shares_at(policy, [footprint], calibration):
+                    gates.details = gates.details | {"layer_shares": shares}
                 else:
-                    gates.details = gates.details | {"layer_shares": shares_at(policy, [footprint], calibration)}
+                    continue
             except FootprintOutOfReach:  # the gates of an early epoch may have no price for so much or so little
                 continue
             measured[f"{policy.name}_{footprint:g}"] = self._windows(trainer, gates, solved, budget)

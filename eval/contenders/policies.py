@@ -74,7 +74,7 @@ class PolicyContender:
 
         Args:
             setting, first_query: as in `Decoding.open`.
-            plan: not needed.
+            plan: of `BudgetContender.open`; a price that was solved beforehand needs none.
             pins: instruction and question of the prompt, which a contender keeps that is pinned.
         """
         policy = HybridPolicy.from_dict(setting)
