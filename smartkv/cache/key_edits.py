@@ -5,6 +5,7 @@ from torch import Tensor
 
 from smartkv.cache.footprint_count import count_queries
 from smartkv.cache.key_storage import KeyStorage
+from smartkv.cache.paged import Pages
 from smartkv.cache.ragged import Ragged
 from smartkv.policies.floating_price import PINNED
 from smartkv.policies.lifetimes import FOREVER
@@ -42,6 +43,15 @@ class EditableKeys(KeyStorage):
         fields.expiry[here] = FOREVER
         if self.limit.floats and fields.score is not None:
             fields.score[here] = PINNED
+
+    def drop_pending(self, tokens: int) -> None:
+        """Forget the latest tokens of each row, all of them pending; their slots take the next ones."""
+        if not isinstance(self.store, Pages):
+            raise RuntimeError("only tokens of `step` are pending")
+        self.store.take_back(self.pending - tokens, self.pending)
+        self.pending, self.columns = self.pending - tokens, self.columns - tokens
+        keys = torch.cat(self.pending_keys, dim=2)[:, :, : self.pending]
+        self.pending_keys = [keys.clone()] if self.pending else []
 
     def drop_latest(self, columns: int, tokens: Tensor) -> None:
         """Forget the latest tokens, as if they had never come. The layer must be settled.

@@ -2,7 +2,7 @@
 
 * `chunk` (prefill): many tokens at once, `QUERIES` of which attend together. After each of these tiles the keys that no
   later query sees are freed, so only live keys are stored.
-* `step` (decode): one token per row of the batch. Keys lie in pages with spare slots. When the spare slots are used up,
+* `step` (decode): one token per row of the batch, or a few. Keys lie in pages with spare slots. When these are used up,
   `free_dead` frees the dead keys and packs the live ones again. Until then a dead key is hidden, so no logit depends on
   when it is freed.
 """
@@ -38,7 +38,7 @@ class KeyStorage:
     Attributes:
         store: the keys: `Ragged` after a chunk, `Pages` between steps.
         pending: number of pending tokens.
-        pending_keys: pre-RoPE keys of each pending token, `[batch, kv_heads, 1, head_dim]`.
+        pending_keys: pre-RoPE keys of the pending tokens by call, `[batch, kv_heads, tokens, head_dim]`.
         seen: int64 `[batch]`, real tokens of each row, pending ones excluded.
         final: int64 `[batch]`, position before which deaths are final: no `crop` goes back behind it.
         columns: tokens so far, padding and pending ones included.
@@ -146,9 +146,9 @@ class KeyStorage:
     @property
     def cached_storage_bytes(self) -> int:
         """`storage_bytes` without visiting all tensors: `resting_bytes` plus the pending keys."""
-        return self.resting_bytes + (
-            len(self.pending_keys) * storage_bytes(self.pending_keys[:1]) if self.pending_keys else 0
-        )
+        if not self.pending_keys:
+            return self.resting_bytes
+        return self.resting_bytes + self.pending * storage_bytes(self.pending_keys[:1]) // self.pending_keys[0].shape[2]
 
     @property
     def live(self) -> Tensor:
@@ -211,7 +211,7 @@ class KeyStorage:
         """Return how many queries may have seen keys whose deaths are not final."""
         return int((self.seen - self.final).max()) if self.rollback else 0
 
-    # -- decode: one token per row ------------------------------------------------------------------------------------
+    # -- decode: a token per row, or a few ----------------------------------------------------------------------------
 
     @property
     def settled(self) -> bool:
@@ -219,35 +219,35 @@ class KeyStorage:
         return isinstance(self.store, Ragged)
 
     @property
-    def can_step(self) -> bool:
-        """Whether a spare slot is left for `step`; `free_dead(…, pack=True)` makes new ones."""
-        return isinstance(self.store, Pages) and self.pending < self.store.spare
+    def spare_slots(self) -> int:
+        """Tokens of each row that `step` has room for; `free_dead(…, pack=True)` makes new room."""
+        return self.store.spare - self.pending if isinstance(self.store, Pages) else 0
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        """Store one more token per row, and compute its attention.
+        """Store one more token per row or a few, at most `spare_slots`, and compute their attention.
 
         Args:
-            query: `[batch, query_heads, 1, head_dim]`.
-            key, value: `[batch, kv_heads, 1, head_dim]`.
+            query: `[batch, query_heads, tokens, head_dim]`.
+            key, value: `[batch, kv_heads, tokens, head_dim]`.
             softmax: the step from products of queries and keys to probabilities.
 
         Returns:
             Shaped like `query`.
         """
-        pairs, head_dim = len(self.store.counts), key.shape[-1]
-        grouped, key, value = query.reshape(pairs, -1, head_dim), key.reshape(pairs, -1), value.reshape(pairs, -1)
+        pairs, (tokens, head_dim) = len(self.store.counts), key.shape[2:]
+        grouped = query.reshape(pairs, -1, tokens, head_dim).transpose(1, 2).flatten(1, 2)  # [pairs, tokens · group, …]
+        key, value = key.reshape(pairs, tokens, head_dim), value.reshape(pairs, tokens, head_dim)
         if self.packed is not None:
-            grouped, key, value = self.packed.encode(grouped, key[:, None], value[:, None])
-            key, value = key[:, 0], value[:, 0]
-        self.store.write(self.pending, key, value)  # type: ignore[union-attr]
+            grouped, key, value = self.packed.encode(grouped, key, value)
+        bias = self.store.write(self.pending, key, value)  # type: ignore[union-attr]
         if softmax.learned_sinks is not None:
             softmax = softmax.of_pairs(torch.arange(pairs, device=key.device), self.kv_heads)
-        output = self.store.attend(grouped, softmax)  # type: ignore[union-attr]
+        output = self.store.attend(grouped, softmax, bias)  # type: ignore[union-attr]
         if self.packed is not None:
             output = self.packed.rotate_back(output)
-        self.pending += 1
-        self.columns += 1
-        return output.reshape(query.shape)
+        self.pending += tokens
+        self.columns += tokens
+        return output.unflatten(1, (tokens, -1)).transpose(1, 2).reshape(query.shape)
 
     def free_dead(self, expiry: Tensor | None, score: Tensor | None, pack: bool) -> None:
         """Free the dead keys.

@@ -3,9 +3,9 @@
 The life of a key has four steps. It is stored when its token comes. It is *judged* once: its expiry is decided. It is
 hidden from the queries at and after its expiry. It is freed when its layer next packs its keys.
 
-The tokens of a chunk are judged at once. Single tokens stay *pending* until the spare slots are used up, and are then
-judged together. No logit depends on that, because every key is visible for `min_lifetime` tokens and no more tokens
-than that are pending.
+The tokens of a chunk are judged at once. Single tokens, and those of a short call such as a drafted continuation, stay
+*pending* until the spare slots are used up, and are then judged together. No logit depends on that, because every key
+is visible for `min_lifetime` tokens and no more tokens than that are pending.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from smartkv.cache.forward_pass import EvictionStep
 from smartkv.cache.key_edits import EditableKeys
+from smartkv.cache.paged import LEAST_SPARE
 from smartkv.cache.ragged import Fields
 from smartkv.errors import SmartKVError
 from smartkv.policies.lifetimes import FOREVER, HOLE
@@ -60,8 +61,9 @@ class LifespanLayer(EditableKeys, CacheLayerMixin):
                 f"the model was given {len(step.key)} rows and computes in {step.key.dtype}"
             )
         self.call_peak_bytes, tokens = 0, step.key.shape[2]
-        if tokens == 1 and step.real is None:
-            if not self.can_step:
+        few = tokens == 1 or (self.columns > 0 and tokens <= min(LEAST_SPARE, self.min_lifetime))
+        if few and step.real is None:
+            if tokens > self.spare_slots:
                 self.settle(judge, pack=True)
             self.pending_keys.append(step.pre_rope)
             return self.step(step.query, step.key, step.value, step.softmax)
@@ -101,6 +103,9 @@ class LifespanLayer(EditableKeys, CacheLayerMixin):
             judge: decides about the pending tokens.
         """
         self.call_peak_bytes = 0
+        if columns <= self.pending:
+            self.drop_pending(columns)
+            return
         self.settle(judge)
         settling_peak_bytes = self.call_peak_bytes
         self.drop_latest(columns, tokens)

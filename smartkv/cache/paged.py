@@ -3,7 +3,7 @@
 A *pair* is one row of the batch and one KV head. Pairs hold different numbers of keys, and none is padded to the
 longest. `smartkv.cache.ragged.Ragged` holds the keys of all pairs one after another, as a chunk leaves them. `Pages`
 holds the same keys in pages of few slots, each of one pair, with spare slots for the next tokens. Attention of one
-query per head is then two batched products over all pages, whatever the lengths of the pairs.
+query per head, or a few, is then two batched products over all pages, whatever the lengths of the pairs.
 """
 
 import torch
@@ -17,7 +17,7 @@ from smartkv.quantization.per_token import PackedRows
 
 # at most so many pairs, with on average fewer keys than this, attend faster one by one
 FEW_PAIRS, FEW_KEYS = 4, 768
-MAX_SPARE = 64  # largest number of tokens between two repackings
+LEAST_SPARE, MAX_SPARE = 16, 64  # smallest and largest number of tokens between two repackings, if keys live as long
 
 
 class Pages:
@@ -132,26 +132,40 @@ class Pages:
         """Return the number of keys that the last of `steps` queries saw, int64 `[pairs]`."""
         return self.counts - self.hidden + steps - self.deaths[:steps].sum(dim=0)
 
-    def write(self, step: int, key: Tensor, value: Tensor) -> None:
-        """Store the key and value of one more token per pair, and hide the keys that its query does not see.
+    def write(self, step: int, key: Tensor, value: Tensor) -> Tensor:
+        """Store keys and values of the next tokens, and hide the keys that their queries do not see.
 
         Args:
-            step: index of the token since keys were packed, 0 … spare − 1.
-            key, value: `[pairs, head_dim]`, or packed `[pairs, row bytes]`.
-        """
-        slots = self.new_slots[step]
-        self.fields.key.index_copy_(0, slots, key)
-        self.fields.value.index_copy_(0, slots, value)
-        self.bias.view(-1).index_copy_(0, *self._bias_changes[step])
+            step: index of the first token since keys were packed, 0 … spare − 1.
+            key, value: `[pairs, tokens, head_dim]`, or packed `[pairs, tokens, row bytes]`.
 
-    def attend(self, query: Tensor, softmax: Softmax) -> Tensor:
-        """Compute attention of one query per head over the keys that it sees.
+        Returns:
+            The bias of each token's query, `[pages, tokens, size]`.
+        """
+        tokens = key.shape[1]
+        slots = self.new_slots[step : step + tokens].flatten()
+        self.fields.key.index_copy_(0, slots, key.transpose(0, 1).flatten(0, 1))
+        self.fields.value.index_copy_(0, slots, value.transpose(0, 1).flatten(0, 1))
+        seen = []
+        for changes in self._bias_changes[step : step + tokens]:
+            self.bias.view(-1).index_copy_(0, *changes)
+            seen.append(self.bias if tokens == 1 else self.bias.clone())
+        return seen[0] if tokens == 1 else torch.cat(seen, dim=1)
+
+    def take_back(self, start: int, stop: int) -> None:
+        """Hide the tokens from `start` to before `stop`, the latest written, and show again what they hid."""
+        for slots, value in reversed(self._bias_changes[start:stop]):
+            self.bias.view(-1).index_copy_(0, slots, torch.where(value == 0, float("-inf"), 0.0).to(value.dtype))
+
+    def attend(self, query: Tensor, softmax: Softmax, bias: Tensor) -> Tensor:
+        """Compute attention of a few queries per head over the keys that they see.
 
         All pages of a pair subtract the pair's largest score before the exponential, so that their sums can be added.
 
         Args:
-            query: `[pairs, group, head_dim]`, for the query heads of a pair's group.
+            query: `[pairs, tokens · group, head_dim]`, for each token the query heads of a pair's group.
             softmax: of the pairs, the step from products of queries and keys to probabilities.
+            bias: what `write` returned for these tokens.
 
         Returns:
             Shaped like `query`, in its dtype.
@@ -159,28 +173,31 @@ class Pages:
         keys, values = (tensor.view(-1, self.size, tensor.shape[-1]) for tensor in self.fields[:2])
         if self.packed is not None:
             keys, values = self.packed.decode(keys, values, query.dtype, None if softmax.plain else self.owner)
-        if self._pair_views and softmax.plain:
+        if self._pair_views and softmax.plain and bias.shape[1] == 1:
             pairs = zip(query.unsqueeze(1).split(1), self._pair_views, strict=True)
             outputs = [
                 F.scaled_dot_product_attention(q, k, v, attn_mask=b, scale=softmax.scaling) for q, (k, v, b) in pairs
             ]
             return torch.cat(outputs).squeeze(1)
         queries, keys = query.index_select(0, self.owner), keys.transpose(1, 2)
+        tokens = bias.shape[1]
+        if tokens > 1:
+            bias = bias.repeat_interleave(query.shape[1] // tokens, dim=1)
         if softmax.plain:
-            scores = torch.baddbmm(self.bias, queries, keys, alpha=softmax.scaling)
+            scores = torch.baddbmm(bias, queries, keys, alpha=softmax.scaling)
         else:
-            scores = softmax.scores(queries @ keys).add_(self.bias)
-        largest = self._by_pair(scores.amax(dim=-1)).amax(dim=1)  # [pairs, group]
+            scores = softmax.scores(queries @ keys).add_(bias)
+        largest = self._by_pair(scores.amax(dim=-1)).amax(dim=1)  # [pairs, tokens · group]
         if softmax.learned_sinks is not None:
-            learned_sinks = softmax.learned_sinks.to(largest.dtype).view(largest.shape)
+            learned_sinks = softmax.learned_sinks.to(largest.dtype).view(len(largest), -1).repeat(1, tokens)
             largest = torch.maximum(largest, learned_sinks)
         weights = scores.sub_(largest.index_select(0, self.owner)[..., None]).exp_()
-        total = self._by_pair(weights.sum(dim=-1, dtype=torch.float32)).sum(dim=1)  # [pairs, group]
+        total = self._by_pair(weights.sum(dim=-1, dtype=torch.float32)).sum(dim=1)  # [pairs, tokens · group]
         if softmax.learned_sinks is not None:
             total += (learned_sinks - largest).exp_()
         mixed = self._by_pair(torch.bmm(weights.to(values.dtype), values)).sum(
             dim=1, dtype=torch.float32
-        )  # [pairs, group, head_dim]
+        )  # [pairs, tokens · group, head_dim]
         return mixed.div_(total[..., None]).to(query.dtype)
 
     def _by_pair(self, tensor: Tensor) -> Tensor:
@@ -233,4 +250,4 @@ def spare_tokens(keys: float, min_lifetime: int) -> int:
         keys: of a pair, on average.
         min_lifetime: number of tokens for which every new key is visible. Before that no new key can die.
     """
-    return max(1, min(max(16, int(keys) // 16), MAX_SPARE, min_lifetime))
+    return max(1, min(max(LEAST_SPARE, int(keys) // 16), MAX_SPARE, min_lifetime))

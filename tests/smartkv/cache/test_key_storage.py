@@ -32,28 +32,57 @@ def prompted(bits: int | None = None) -> EditableKeys:
     return storage
 
 
-def stepped(storage: KeyStorage, token: int) -> Tensor:
-    """One more token; room is made where there is none."""
-    if not storage.can_step:
+def stepped(storage: KeyStorage, token: int, tokens: int = 1) -> Tensor:
+    """One more token or a few; room is made where there is too little."""
+    if storage.spare_slots < tokens:
         first = storage.columns - storage.pending
         expiry = EXPIRY[:, :, first : storage.columns] if storage.pending else None
         storage.free_dead(expiry, None, pack=True)
-    here = slice(token, token + 1)
+    here = slice(token, token + tokens)
     storage.pending_keys.append(KEY[:, :, here].clone())
     return storage.step(QUERY[:, :, here], KEY[:, :, here], VALUE[:, :, here], SOFTMAX)
 
 
-def test_single_tokens_after_a_chunk_attend_to_the_keys_that_have_not_expired() -> None:
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_tokens_after_a_chunk_attend_to_the_keys_that_have_not_expired(together: int) -> None:
     storage = prompted()
+    outputs = [stepped(storage, token, together) for token in range(PROMPT, TOKENS, together)]
+    output = torch.cat(outputs, dim=2)
+    assert int(storage.live.sum()) == int((EXPIRY > TOKENS - 1).sum())
     for token in range(PROMPT, TOKENS):
-        output = stepped(storage, token)
         for row in range(BATCH):
             for head in range(HEADS):
                 seen = [j for j in range(token + 1) if int(EXPIRY[row, head, j]) > token]
                 keys = [(KEY[row, head, j], VALUE[row, head, j]) for j in seen]
                 want = plain_attention(QUERY[row, head, token], keys, SOFTMAX)
-                torch.testing.assert_close(output[row, head, 0], want, atol=1e-5, rtol=0)
-                assert int(storage.live[row, head]) == len(seen)
+                torch.testing.assert_close(output[row, head, token - PROMPT], want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_the_live_keys_are_those_that_the_last_query_saw(together: int) -> None:
+    storage = prompted()
+    for token in range(PROMPT, TOKENS, together):
+        stepped(storage, token, together)
+        last = token + together - 1
+        assert torch.equal(storage.live, (EXPIRY[:, :, : last + 1] > last).sum(dim=2))
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_pending_tokens_are_dropped_without_moving_a_key(together: int) -> None:
+    storage, untouched = prompted(), prompted()
+    for each in (storage, untouched):
+        each.free_dead(None, None, pack=True)
+        stepped(each, PROMPT)
+    for token in range(PROMPT + 1, PROMPT + 3, together):
+        stepped(storage, token, together)
+    place = storage.store.fields.key.data_ptr()
+    storage.drop_pending(2)
+    assert storage.store.fields.key.data_ptr() == place
+    assert (storage.pending, storage.columns) == (1, PROMPT + 1)
+    assert storage.cached_storage_bytes == storage.storage_bytes == untouched.storage_bytes
+    for token in range(PROMPT + 1, TOKENS):
+        torch.testing.assert_close(stepped(storage, token), stepped(untouched, token))
+    assert torch.equal(storage.counted().visible, untouched.counted().visible)
 
 
 def test_freeing_leaves_the_keys_that_the_next_query_sees_and_no_slot_beside_them() -> None:
@@ -121,7 +150,7 @@ def test_selected_rows_go_on_as_they_would_have(bits: int | None) -> None:
 def test_pages_cannot_take_a_chunk_or_select_rows() -> None:
     storage = prompted()
     storage.free_dead(None, None, pack=True)
-    assert storage.can_step and not storage.settled
+    assert storage.spare_slots == WINDOW and not storage.settled
     for call in (lambda: storage.chunk(QUERY, None, None, SOFTMAX), lambda: storage.select(torch.tensor([0]))):  # type: ignore[arg-type]
         with pytest.raises(RuntimeError, match="call free_dead"):
             call()

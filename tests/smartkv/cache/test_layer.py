@@ -1,4 +1,4 @@
-"""Many single tokens: repacking keys again and again changes no logit."""
+"""Many single tokens and short calls: repacking keys again and again changes no logit."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -37,23 +37,25 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> list[LifespanLayer]:
     return found
 
 
-def one_by_one(model: PreTrainedModel, ttl: Tensor, window: int, sinks: int, ids: Tensor, real: Tensor) -> Tensor:
-    """Logits of a cache that evicts by `ttl`."""
+def one_by_one(
+    model: PreTrainedModel, ttl: Tensor, window: int, sinks: int, ids: Tensor, real: Tensor, together: int = 1
+) -> Tensor:
+    """Logits of a cache that evicts by `ttl`, given one token after the other, or a few at a time."""
     cache = Injected(model, None, recent(window, sinks), chunk=16)
     cache.table = ttl
-    return fed(model, cache, ids, real, range(PROMPT, ids.shape[1]))
+    return fed(model, cache, ids, real, range(PROMPT, ids.shape[1], together))
 
 
-@pytest.mark.parametrize("window", [1, 24])
+@pytest.mark.parametrize(("window", "together"), [(1, 1), (24, 1), (24, 5)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_past_many_packings_are_those_of_a_masked_full_cache(
-    family: str, window: int, packings: list[LifespanLayer]
+    family: str, window: int, together: int, packings: list[LifespanLayer]
 ) -> None:
     """Three rows, two of them padded on the left."""
     model, ids, real = MODELS[family], token_ids(3 * TOKENS, 1).view(3, TOKENS), torch.ones(3, TOKENS).bool()
     real[:, :PROMPT] = padding(3, PROMPT, "left", 2)
     ttl = random_ttl(model, 3, TOKENS, 3)
-    got = one_by_one(model, ttl, window, 2, ids, real)
+    got = one_by_one(model, ttl, window, 2, ids, real, together)
     assert len(packings) >= 5 * model.config.num_hidden_layers
     masks = [visibility(layer, window, 2, real, sliding(model)) for layer in ttl]
     torch.testing.assert_close(got[real], masked_logits(model, ids, masks, real)[real], atol=1e-4, rtol=0)
@@ -139,3 +141,15 @@ def test_a_layer_tells_transformers_that_it_sees_all_tokens_and_has_no_limit(mak
     layer = cache.layers[0]
     assert layer.get_mask_sizes(3) == layer.get_mask_sizes(torch.arange(5, 8)) == (8, 0)
     assert layer.get_max_length() == layer.get_max_cache_shape() == -1
+
+
+def test_a_drafted_continuation_that_is_dropped_moves_no_key(packings: list[LifespanLayer]) -> None:
+    model, ids = MODELS["llama"], token_ids(TOKENS, 4)[None]
+    cache = LifespanCache(model, None, recent(24, 2))
+    with cache, torch.no_grad():
+        model(ids[:, :60], past_key_values=cache)
+        for start in range(60, 72, 2):  # of each draft of five, two tokens are right
+            model(ids[:, start : start + 5], past_key_values=cache)
+            cache.crop(-3)
+        assert len(packings) == 2  # once a layer
+        assert not any(layer.settled for layer in cache.storage)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from smartkv.cache.paged import FEW_KEYS, MAX_SPARE, Pages, page_size, spare_tokens
 from smartkv.cache.ragged import Ragged
+from smartkv.models.softmax import Softmax
 from smartkv.policies.lifetimes import FOREVER, HOLE
 from tests.smartkv.cache.stores import HEAD_DIM, keys_of, plain_attention, random_store, softmaxes
 
@@ -24,33 +25,57 @@ def pages_of(store: Ragged, spare: int = SPARE) -> Pages:
 
 
 def tokens(pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values `[spare, pairs, head_dim]`, queries `[spare, pairs, 2, head_dim]`."""
+    """Keys and values `[pairs, spare, head_dim]`, queries `[pairs, spare, 2, head_dim]`."""
     generator = torch.Generator().manual_seed(5)
-    key, value = (torch.randn(SPARE, pairs, HEAD_DIM, generator=generator) for _ in range(2))
-    return key, value, torch.randn(SPARE, pairs, 2, HEAD_DIM, generator=generator)
+    key, value = (torch.randn(pairs, SPARE, HEAD_DIM, generator=generator) for _ in range(2))
+    return key, value, torch.randn(pairs, SPARE, 2, HEAD_DIM, generator=generator)
+
+
+def call(pages: Pages, here: slice, softmax: Softmax) -> Tensor:
+    """Attention of some of the tokens, `[pairs, tokens, 2, head_dim]`."""
+    key, value, query = (tensor[:, here] for tensor in tokens(len(pages.counts)))
+    bias = pages.write(here.start, key, value)
+    return pages.attend(query.flatten(1, 2), softmax, bias).unflatten(1, (-1, 2))
 
 
 @pytest.mark.parametrize("counts", [[20, 3, 0, 40], [7, 7], [0, 0], [60]])
 @pytest.mark.parametrize("one_by_one", [False, True])
 @pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("together", [1, 2, 5])
 def test_each_query_sees_its_token_the_earlier_ones_and_the_keys_that_have_not_expired(
-    counts: list[int], one_by_one: bool, kind: int
+    counts: list[int], one_by_one: bool, kind: int, together: int
 ) -> None:
     store, softmax = random_store(counts), softmaxes(2 * len(counts))[kind]
     with patch("smartkv.cache.paged.FEW_PAIRS", len(counts) if one_by_one else 0):
         pages = pages_of(store)
     key, value, query = tokens(len(counts))
+    starts = range(0, SPARE, together)
+    output = torch.cat([call(pages, slice(start, min(SPARE, start + together)), softmax) for start in starts], dim=1)
+    assert output.shape == query.shape
     for step in range(SPARE):
-        pages.write(step, key[step], value[step])
-        output = pages.attend(query[step], softmax)
-        assert output.shape == (len(counts), 2, HEAD_DIM)
         for pair in range(len(counts)):
             seen = [(k, v) for k, v, _, expiry in keys_of(store, pair) if expiry > NOW + step]
-            seen += [(key[earlier, pair], value[earlier, pair]) for earlier in range(step + 1)]
+            seen += [(key[pair, earlier], value[pair, earlier]) for earlier in range(step + 1)]
             assert int(pages.live(step + 1)[pair]) == len(seen)
             for head in range(2):
-                want = plain_attention(query[step, pair, head], seen, softmax, 2 * pair + head)
-                torch.testing.assert_close(output[pair, head], want, atol=1e-5, rtol=0)
+                want = plain_attention(query[pair, step, head], seen, softmax, 2 * pair + head)
+                torch.testing.assert_close(output[pair, step, head], want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("counts", [[20, 3, 0, 40], [7, 7]])
+@pytest.mark.parametrize("together", [1, 3])
+def test_tokens_that_are_taken_back_hide_nothing_and_are_not_seen(counts: list[int], together: int) -> None:
+    softmax, pages, untouched = Softmax(0.3), pages_of(random_store(counts)), pages_of(random_store(counts))
+    for each in (pages, untouched):
+        call(each, slice(0, 2), softmax)
+    for start in range(2, 11, together):
+        call(pages, slice(start, start + together), softmax)
+    before, want = pages.bias.clone(), untouched.bias.clone()
+    pages.take_back(2, 11)
+    assert not torch.equal(before, want) and torch.equal(pages.bias, want)
+    for step in range(2, SPARE):
+        here = slice(step, step + 1)
+        torch.testing.assert_close(call(pages, here, softmax), call(untouched, here, softmax))
 
 
 def test_pairs_share_no_page_and_the_table_finds_every_slot() -> None:
