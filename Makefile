@@ -13,7 +13,7 @@ PRESSES      := tests/smartkv/test_press.py tests/eval/contenders/test_kvpress.p
 export TOKENIZERS_PARALLELISM := false
 
 MATRIX := $(TRANSFORMERS:%=test-transformers-%)
-.PHONY: demo install pretrained gates qwen lint test test-slow test-gpu test-matrix test-kvpress test-docs mutation docs pictures bench bench-gpu $(MATRIX) clean-demo
+.PHONY: demo install pretrained pretrained-qwen gates qwen lint test test-slow test-gpu test-matrix test-kvpress test-docs mutation docs pictures bench bench-gpu $(MATRIX) clean-demo
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -77,6 +77,14 @@ pretrained: install
 	cp runs/recall/distilled/export/* $(SHIPPED)-books
 	$(PY) main.py fit -c configs/gates/distilled.yaml -c configs/gates/distilled/mixed.yaml --ckpt_path last
 	cp runs/mixed/export/* $(SHIPPED)
+
+SHIPPED_QWEN := smartkv/pretrained/qwen2.5-coder-0.5b-instruct
+pretrained-qwen: qwen
+	$(PY) main.py predict -c configs/harvest/qwen2.5-coder-0.5b.yaml
+	$(PY) main.py fit -c configs/gates/smollm2.yaml -c configs/gates/lifespans/qwen2.5-coder-0.5b.yaml --ckpt_path last
+	$(PY) main.py fit -c configs/gates/distilled.yaml -c configs/gates/distilled/qwen2.5-coder-0.5b.yaml --ckpt_path last
+	mkdir -p $(SHIPPED_QWEN)
+	cp runs/qwen2.5-coder-0.5b/distilled/export/* $(SHIPPED_QWEN)
 
 # Gates for any model. MODEL: hub id, folder, .gguf file or name. OUT: folder for all that is made. SIZE: tiny, small, standard
 # or large. ARGS: further options of `python -m cli.make_gates`. The same command goes on after a kill.

@@ -34,6 +34,19 @@ DISTILLED_ELSEWHERE = {
         {"name": "recall", "weight": 0.5, "origins": ["local", "hub"]},
     ],
 }
+MIX = [
+    {"name": "pg19", "weight": 0.15, "origins": ["local", "hub"]},
+    {"name": "recall", "weight": 0.1, "origins": ["local", "hub"]},
+    {"name": "code", "weight": 0.12, "origins": ["local", "hub"]},
+    {"name": "recall_code", "weight": 0.08, "origins": ["local", "hub"]},
+    {"name": "chat", "weight": 0.12, "origins": ["local", "hub", "drawn"]},
+    {"name": "recall_chat", "weight": 0.08, "origins": ["local", "hub", "drawn"]},
+    {"name": "encyclopaedia", "weight": 0.1, "origins": ["local", "hub"]},
+    {"name": "web", "weight": 0.1, "origins": ["local", "hub"]},
+    {"name": "gsm8k", "weight": 0.05, "origins": ["local", "hub"]},
+    {"name": "math500", "weight": 0.05, "origins": ["local", "hub"]},
+    {"name": "lists", "weight": 0.05},
+]
 CHANGES: dict[str, dict[str, Any]] = {  # the folders of the run aside
     "eviction_tuning/plain": {
         "model.dropping": "NoDropping",
@@ -71,6 +84,11 @@ CHANGES: dict[str, dict[str, Any]] = {  # the folders of the run aside
     "gates/lifespans/books": {},
     "gates/lifespans/books-post-rope": {"data.inputs": "keys_post_rope"},
     "gates/lifespans/qwen2.5-0.5b": {},
+    "gates/lifespans/qwen2.5-coder-0.5b": {
+        "trainer.max_epochs": 40,
+        "trainer.callbacks.EarlyStopping.patience": 8,
+        "model.hidden": 128,
+    },
     "gates/lifespans/qwen3-0.6b": {},
     "gates/distilled/lists": {
         "trainer.log_every_n_steps": 5,
@@ -94,22 +112,20 @@ CHANGES: dict[str, dict[str, Any]] = {  # the folders of the run aside
         "model.learning_rate": 0.0015,
         "model.calibration_windows": 8,
         "data.windows.train": 400,
-        "data.sources": [
-            {"name": "pg19", "weight": 0.15, "origins": ["local", "hub"]},
-            {"name": "recall", "weight": 0.1, "origins": ["local", "hub"]},
-            {"name": "code", "weight": 0.12, "origins": ["local", "hub"]},
-            {"name": "recall_code", "weight": 0.08, "origins": ["local", "hub"]},
-            {"name": "chat", "weight": 0.12, "origins": ["local", "hub", "drawn"]},
-            {"name": "recall_chat", "weight": 0.08, "origins": ["local", "hub", "drawn"]},
-            {"name": "encyclopaedia", "weight": 0.1, "origins": ["local", "hub"]},
-            {"name": "web", "weight": 0.1, "origins": ["local", "hub"]},
-            {"name": "gsm8k", "weight": 0.05, "origins": ["local", "hub"]},
-            {"name": "math500", "weight": 0.05, "origins": ["local", "hub"]},
-            {"name": "lists", "weight": 0.05},
-        ],
+        "data.sources": MIX,
     },
     "gates/distilled/qwen2.5-0.5b": DISTILLED_ELSEWHERE
     | {f"{part}.backbone": "Qwen/Qwen2.5-0.5B" for part in ("model", "data")},
+    "gates/distilled/qwen2.5-coder-0.5b": {
+        "trainer.callbacks.GateExport.name": "qwen2.5-coder-0.5b-instruct",
+        "model.backbone": "qwen2.5-coder-0.5b",
+        "model.scored_tokens": 256,
+        "model.learning_rate": 0.003,
+        "model.calibration_windows": 8,
+        "data.backbone": "qwen2.5-coder-0.5b",
+        "data.windows.train": 300,
+        "data.sources": MIX,
+    },
     "gates/distilled/qwen3-0.6b": DISTILLED_ELSEWHERE
     | {f"{part}.backbone": "Qwen/Qwen3-0.6B" for part in ("model", "data")},
 }

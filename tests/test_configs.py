@@ -65,14 +65,17 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_all_kinds(folder: Path) -> None:
-    """Write a little of every kind of text of the default mix beside books, in the forms of `$SMARTKV_DATA`."""
-    for name in ("webtext", "gsm8k", "math"):
-        (folder / name).mkdir(exist_ok=True)
-    for book in folder.glob("books/*/*.txt"):  # chats are drawn from paragraphs of sentences
-        words = iter(prose(12000, 5).split())
-        sentences = [f"The {' '.join(islice(words, 11))}." for _ in range(150)]
-        book.write_text("\n\n".join(" ".join(sentences[at : at + 6]) for at in range(0, 150, 6)))
+@pytest.fixture(scope="module")
+def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for SMARTKV_DATA with a little of every kind of text of the default mix."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for name in ("books/train", "books/validation", "books/test", "webtext", "gsm8k", "math"):
+        (folder / name).mkdir(parents=True)
+        if name.startswith("books"):  # chats are drawn from paragraphs of sentences
+            words = iter(prose(12000, 5).split())
+            sentences = [f"The {' '.join(islice(words, 11))}." for _ in range(150)]
+            book = "\n\n".join(" ".join(sentences[at : at + 6]) for at in range(0, 150, 6))
+            (folder / name / "book.txt").write_text(book)
     solution = "She has 3 + 4 = <<3+4=7>>7.\nThen 7 * 2 = <<7*2=14>>14.\n#### 14"
     records = {
         "webtext/c4_sample.jsonl": [{"id": str(i), "text": prose(600, i)} for i in range(40)],
@@ -86,6 +89,18 @@ def write_all_kinds(folder: Path) -> None:
     article = "".join(f" = Title {i} = \n \n {prose(900, i)} \n \n" for i in range(20))
     for name in ("wikitext-2.valid.txt", "wikitext-2-raw.test.txt"):
         (folder / "webtext" / name).write_text(article)
+    return folder
+
+
+def reads_all_kinds(path: Path) -> bool:
+    """Whether a config reads the default mix of `make gates`."""
+    return any(source["name"] == "recall_code" for source in merged(path)["data"]["init_args"]["sources"])
+
+
+def find_little_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the source `code` find a few small modules: a byte tokenizer is slow."""
+    few = {name: files for name, files in InstalledCode.find().files.items() if name < "d" and len(files) < 4}
+    monkeypatch.setattr(InstalledCode, "find", lambda: InstalledCode(few))
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +156,16 @@ def only(printed: Any, written: Any) -> Any:
 
 @pytest.mark.parametrize("path", runs("predict"))
 def test_a_harvest_config_runs(
-    path: Path, tiny_backbone: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, tiny_backbone: Path, tiny_data: Path, all_kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the configs write below runs/
     monkeypatch.setenv("SMARTKV_DATA", str(tiny_data))
-    small = {"data.init_args.window": 256, "data.init_args.windows": '{"train": 2, "validation": 1, "test": 0}',
+    window, not_files = 256, set[str]()
+    if reads_all_kinds(path):  # facts in chats need room
+        monkeypatch.setenv("SMARTKV_DATA", str(all_kinds))
+        find_little_code(monkeypatch)
+        window, not_files = 512, {"installed", "drawn"}
+    small = {"data.init_args.window": window, "data.init_args.windows": '{"train": 2, "validation": 1, "test": 0}',
              "model.init_args.follow_up": 32, "model.init_args.ages": "[8]", "model.init_args.threads": 1,
              "model.init_args.backbone": tiny_backbone, "data.init_args.backbone": tiny_backbone}  # fmt: skip
     overrides = [part for name, value in small.items() for part in (f"--{name}", str(value))]
@@ -155,7 +175,7 @@ def test_a_harvest_config_runs(
         "train": 2,
         "validation": 1,
     }
-    assert {source["origin"] for source in manifest.sources} == {"local"}
+    assert {source["origin"] for source in manifest.sources} - not_files == {"local"}
 
 
 @pytest.mark.parametrize("path", runs("fit"))
@@ -211,7 +231,7 @@ def test_an_objective_s_overlay_runs_and_changes_the_objective_alone(
 
 @pytest.mark.parametrize("path", runs("distil"))
 def test_a_distillation_config_runs_on_a_tiny_model_of_its_family(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, all_kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     family = next((name for name in ("qwen2", "qwen3") if path.name.startswith(name)), "llama")
@@ -220,11 +240,9 @@ def test_a_distillation_config_runs_on_a_tiny_model_of_its_family(
     for split in ("train", "validation", "test"):
         (tmp_path / "data" / "books" / split).mkdir(parents=True)
         (tmp_path / "data" / "books" / split / f"{split}.txt").write_text(prose(8000, len(split)))
-    if path.stem == "mixed":
-        write_all_kinds(tmp_path / "data")
-        all_code = InstalledCode.find()
-        few = {name: files for name, files in all_code.files.items() if name < "d" and len(files) < 4}
-        monkeypatch.setattr(InstalledCode, "find", lambda: InstalledCode(few))  # a byte tokenizer is slow
+    if reads_all_kinds(path):
+        monkeypatch.setenv("SMARTKV_DATA", str(all_kinds))
+        find_little_code(monkeypatch)
     written = merged(path)["model"]["init_args"]
     save_random_gates(tiny_backbone, tmp_path / written["gates"])
     small = {"data.init_args.window": 512, "data.init_args.windows": '{"train": 4, "validation": 1, "test": 0}',
