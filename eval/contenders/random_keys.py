@@ -31,7 +31,8 @@ class RandomCache(LifespanCache):
     def __init__(self, model: PreTrainedModel, seed: int = 0, **options: Any) -> None:
         """Make gates that nobody asks, because a floating price is one of gates."""
         self.seed, self.drawn = seed, dict[tuple[int, int], Tensor]()
-        gates = GateBank(Fingerprint.of(model), None, 1, 1, {"ages": [WINDOW]}).to(model.device)
+        with torch.random.fork_rng(devices=[]):  # whoever draws afterwards draws what it would have drawn
+            gates = GateBank(Fingerprint.of(model), None, 1, 1, {"ages": [WINDOW]}).to(model.device)
         policy = HybridPolicy((LayerRule("all", "gated", WINDOW),), name="random")
         super().__init__(model, gates, policy, **options)
 

@@ -27,6 +27,7 @@ PASSAGE_WORDS = (50, 160)  # range of the words of a passage
 MOST = {"problems": 4000, "texts": 24}  # read of a source
 OPENING = 6  # words that name a problem or a passage
 TRIES = 40  # places at which a passage is looked for
+LOOKS = 5  # how often a text is tried before it counts as one without passages
 
 FORMS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("drawn_chats.yaml").read_text(encoding="utf-8"))
 ABBREVIATIONS = "".join(rf"(?<!\b{each}\.)" for each in ("Mr", "Mrs", "Ms", "Dr", "St", "No", "Col", "e.g", "i.e"))
@@ -51,7 +52,7 @@ def drawn_chats(origins: Sequence[str]) -> tuple[Callable[[str], Iterator[Docume
 
     def documents(split: str) -> Iterator[Document]:
         solved = [] if problems is None else [parse(each.text) for each in islice(problems[0](split), MOST["problems"])]
-        prose = [document.text for document in islice(texts[0](split), MOST["texts"])]
+        prose = [each.text for each in islice(texts[0](split), MOST["texts"]) if has_passages(each.text)]
         for number in range(COUNT[split]):
             random = np.random.default_rng([SEEDS[split], number])
             if messages := Conversation([each for each in solved if each], prose, split, random).draw():
@@ -125,6 +126,12 @@ def cut_passage(text: str, random: Random) -> Passage | None:
         if PASSAGE_WORDS[0] <= len(words) <= PASSAGE_WORDS[1] and len(sentences) > 2 and well_formed:
             return Passage(sentences)
     return None
+
+
+def has_passages(text: str) -> bool:
+    """Return whether passages are found in a text. In one without paragraphs they would be looked for without end."""
+    random = np.random.default_rng(0)
+    return any(cut_passage(text, random) for _ in range(LOOKS))
 
 
 class Conversation:

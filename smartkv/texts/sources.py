@@ -35,6 +35,11 @@ LISTS = "lists"
 CODE = "code"
 BUILTIN = "builtin"  # the manual of Python itself
 NAMES = (*KNOWN, *ALTERNATIVES, CODE, BUILTIN, *RECALL, LISTS)  # sources that need no path
+ONE_PLACE = {  # sources that are nowhere else
+    CODE: "it is the code that is installed beside SmartKV",
+    LISTS: "its lists are drawn",
+    BUILTIN: "it is the manual that comes with Python",
+}
 
 
 @dataclass
@@ -73,6 +78,12 @@ class SourceConfig:
             raise SmartKVError(f"source '{self.name}': weight must be above 0, got {self.weight}")
         if self.path is None and self.name not in NAMES:
             raise SmartKVError(f"source '{self.name}' is unknown: expected {', '.join(NAMES)}, or give it a path")
+        text = RECALL[self.name][0] if self.name in RECALL else self.name
+        if self.path is None and text in ONE_PLACE and set(self.origins) == {"hub"}:
+            raise SmartKVError(
+                f"source '{self.name}' is not on the hub: {ONE_PLACE[text]}. Leave its origins out"
+                + (", or give it a path" if text == CODE else "")
+            )
         possible = ("local", "hub", DRAWN) if self.name in CHATS else ORIGINS
         for origin in self.origins:
             if origin not in possible:

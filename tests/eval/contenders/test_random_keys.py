@@ -53,3 +53,11 @@ def test_a_worth_is_the_same_however_many_positions_are_asked_for(lm: Any) -> No
 def test_pinned_tokens_stay_within_the_budget(lm: Any) -> None:
     held = kept(lm, [TOKENS], pin=(50, 80), footprint=0.25)
     assert held[:, 50:80].all() and int(held.sum()) == TOKENS // 4 * len(held)
+
+
+def test_others_draw_what_they_would_have_drawn(lm: Any) -> None:
+    torch.manual_seed(7)
+    want = torch.rand(3)
+    torch.manual_seed(7)
+    RandomCache(lm.model, max_tokens=40).detach()
+    assert torch.equal(torch.rand(3), want)

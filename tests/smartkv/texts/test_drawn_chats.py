@@ -1,6 +1,7 @@
 """Conversations that are drawn from problems and passages: their answers are those of the texts."""
 
 import re
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +11,16 @@ import pytest
 from smartkv.errors import SmartKVError
 from smartkv.shards.manifest import SPLITS
 from smartkv.texts.documents import Document
-from smartkv.texts.drawn_chats import COUNT, EXCHANGES, FORMS, Conversation, cut_passage, parse
+from smartkv.texts.drawn_chats import (
+    COUNT,
+    EXCHANGES,
+    FORMS,
+    Conversation,
+    cut_passage,
+    drawn_chats,
+    has_passages,
+    parse,
+)
 from smartkv.texts.sources import Source, SourceConfig, resolve_source
 from tests.smartkv.texts.fixtures import quiet, write_jsonl
 
@@ -128,3 +138,17 @@ def test_the_origin_is_for_conversations_alone(no_data: None) -> None:
         resolve_source(SourceConfig("chat", origins=["builtin"]), quiet)
     with pytest.raises(SmartKVError, match="add 'drawn' to its origins"):
         resolve_source(SourceConfig("chat"), quiet)
+
+
+@pytest.mark.parametrize("text", ["no paragraph " * 20_000, "not.\n\na sentence\n\n" * 5_000])
+def test_a_text_without_passages_is_left_out_at_once(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not has_passages(text)
+    for split in ("train", "validation", "test"):
+        (tmp_path / "books" / split).mkdir(parents=True)
+        (tmp_path / "books" / split / "book.txt").write_text(text)
+    monkeypatch.setenv("SMARTKV_DATA", str(tmp_path))
+    start = time.monotonic()
+    assert not list(drawn_chats(["local"])[0]("train"))
+    assert time.monotonic() - start < 10

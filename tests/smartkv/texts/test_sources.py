@@ -145,3 +145,9 @@ def test_a_weight_that_is_not_above_zero_is_refused(weight: float) -> None:
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(SmartKVError, match=f"'mine': path {tmp_path / 'gone'}"):
         resolve_source(SourceConfig("mine", path=str(tmp_path / "gone")), quiet)
+
+
+@pytest.mark.parametrize(("name", "why"), [("code", "installed"), ("recall_code", "installed"), ("lists", "drawn")])
+def test_a_source_that_is_in_one_place_is_not_looked_for_on_the_hub(name: str, why: str) -> None:
+    with pytest.raises(SmartKVError, match=f"source '{name}' is not on the hub: .*{why}.* Leave its origins out"):
+        resolve_source(SourceConfig(name, origins=["hub"]), lambda line: None)
