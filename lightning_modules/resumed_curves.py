@@ -6,16 +6,13 @@ is resumed from an older checkpoint, or that begins anew because it was killed b
 
 import csv
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from smartkv.io.atomic import write_atomically
 
@@ -111,7 +108,7 @@ class _TensorBoard:
         self.logger.experiment.flush()
         logged: set[Point] = set()
         for path in _event_files(self.folder) - self.earlier:
-            for event in map(Event.FromString, RawEventFileLoader(str(path)).Load()):
+            for _, event in _events(path):
                 logged |= {(value.tag, event.step) for value in event.summary.value}
         for path in self.earlier:
             _rewrite(path, lambda tag, step: (tag, step) in logged)
@@ -124,14 +121,25 @@ def _event_files(folder: Path) -> set[Path]:
     return set(folder.glob("events.out.tfevents.*"))
 
 
+def _events(path: Path) -> Iterator[tuple[bytes, Any]]:
+    """Yield the records of an event file, each with its event."""
+    # imported here, because a machine without curves may have no TensorBoard (`python -m eval.gpu`)
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    for record in RawEventFileLoader(str(path)).Load():
+        yield record, Event.FromString(record)
+
+
 def _rewrite(path: Path, drop: Callable[[str, int], bool]) -> None:
     """Write an event file without the points for which `drop(tag, step)` is true; leave it alone if there are none."""
     if not path.is_file():  # deleted since: a run that begins anew may delete what it replaces
         return
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
     content, changed = io.BytesIO(), False
     records = RecordWriter(content)
-    for record in RawEventFileLoader(str(path)).Load():
-        event = Event.FromString(record)
+    for record, event in _events(path):
         kept = [value for value in event.summary.value if not drop(value.tag, event.step)]
         if len(kept) == len(event.summary.value):
             records.write(record)

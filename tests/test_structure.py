@@ -31,7 +31,7 @@ FLOORS = [
     "sparsity",
     "baselines",
 ]
-EVAL = ["common", "contenders", "eviction", "tasks", "gates", "attention", "speed", "quantization", "chat"]
+EVAL = ["common", "contenders", "eviction", "tasks", "gates", "attention", "speed", "quantization", "chat", "gpu"]
 PACKAGES = {
     *(f"smartkv.{name}" for name in FLOORS if name != "errors"),
     *(f"eval.{name}" for name in EVAL),
@@ -48,6 +48,7 @@ WITHOUT_TESTS = {  # modules without a test module of their name, and why
     "smartkv.cache.cache_edits": "tests/smartkv/cache/test_pins.py and test_rollback.py have them",
     "smartkv.cache.key_edits": "tests/smartkv/cache/test_pins.py and test_rollback.py have them",
     "smartkv.cache.layer_limit": "tests/smartkv/cache/test_cache_budget.py and test_rollback.py have it",
+    "eval.gpu.__main__": "tests/eval/gpu/test_check.py runs it",
     "eval.__main__": "tests/eval/test_commands.py types its commands",
 } | dict.fromkeys(OLD_PATHS, "imports alone: tests/compatibility has them")
 

@@ -4,12 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from eval.__main__ import main
-from eval.speed.gate_training import SIZES, made_shards
-from smartkv.shards.manifest import Manifest
 
 
 @pytest.mark.usefixtures("measured")
@@ -27,15 +23,6 @@ def test_it_measures_both_ways_and_the_growth_of_heads(tmp_path: Path) -> None:
     assert "one by one" in (tmp_path / "page.md").read_text()
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     assert [way["together"], way["apart"]] == [*way["rounds"]["together"], *way["rounds"]["apart"]]
-
-
-def test_made_shards_are_read_as_harvested_ones_are(tmp_path: Path) -> None:
-    manifest = Manifest.read(made_shards(tmp_path, *SIZES["Qwen2.5-0.5B"], 64, 4))
-    assert [entry.split for entry in manifest.shards] == ["train"] * 4 + ["validation"]
-    manifest.verify(manifest.shards)
-    shard = load_file(tmp_path / manifest.shards[0].file)
-    assert shard["keys"].shape == (24, 2, 64, 64) and 1 <= int(shard["lifespan"].min()) <= int(shard["lifespan"].max())
-    assert torch.equal(shard["horizon"], torch.arange(63, -1, -1))
 
 
 @pytest.mark.parametrize(("name", "value"), [("models", '["GPT-7"]'), ("steps", "0"), ("batches", "[]")])
