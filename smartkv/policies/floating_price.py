@@ -65,12 +65,14 @@ class Keys(NamedTuple):
     """The keys of each row, all heads side by side.
 
     Attributes:
-        position, ends: int64 `[rows, keys]`.
+        position, ends: int64 `[rows, keys]`; `ends` is `HOLE` where there is no key.
+        reached: int64 `[rows, keys, ages]`, the position at which each key reaches each age.
         worth: float32 `[rows, keys, ages]`.
     """
 
     position: Tensor
     ends: Tensor
+    reached: Tensor
     worth: Tensor
 
 
@@ -125,38 +127,30 @@ class FloatingPrice:
             budget: int64 `[rows]`, keys that all heads of the layer may hold together.
             prices: at `start`.
         """
-        rows, shape = len(start), position.shape
-        place, ends = (tensor.long().reshape(rows, -1) for tensor in (position, expiry))
-        keys = Keys(place, torch.where(place == HOLE, HOLE, ends), worth.float().reshape(rows, -1, worth.shape[-1]))
-        last, since, move, result = start + steps - 1, start, _next_move(start), prices
-        while True:
-            stop, change = torch.minimum(move, last + 1), move - MOVES + self.delay
-            keys = self._age(keys, since, torch.minimum(change, stop), prices.now)
-            keys = self._age(keys, torch.maximum(since, change - 1), stop, prices.next)
-            due = move <= last
-            if not due.any():
+        rows, shape, first_change = len(start), position.shape, start // MOVES * MOVES + self.delay
+        place, expires = (tensor.long().reshape(rows, -1) for tensor in (position, expiry))
+        keys = Keys(
+            place,
+            torch.where(place == HOLE, HOLE, expires),
+            torch.stack([place + age for age in self.ages], dim=-1),  # ages as a tensor would wait for a GPU
+            worth.float().reshape(rows, -1, worth.shape[-1]),
+        )
+        last, move, result = start + steps - 1, _next_move(start), prices
+        standing = torch.where(keys.reached < _by_key(first_change), _by_key(prices.now), _by_key(prices.next))
+        keys = _age(keys, start, torch.minimum(move, last + 1), standing)
+        for _ in range(-(-steps // MOVES)):  # as many moves as there can be
+            due, change = move <= last, move + self.delay
+            if due.device.type == "cpu" and not due.any():  # elsewhere an answer would have to be waited for
                 break
             keys = self._move(keys, move, due, (move - known).clamp(min=0), budget)
-            moved = Prices(prices.next, self._price(keys, move, budget, prices.next))
+            keys = _age(keys, move, torch.where(due, change, move), _by_key(prices.next))
+            moved = Prices(prices.next, self._price(keys, move, budget))
             prices = moved.where(due, prices)
             result = moved.where(due & (move <= until), result)
-            since, move = move, move + MOVES
+            move = move + MOVES
+            keys = _age(keys, change - 1, torch.minimum(move, last + 1), _by_key(prices.next))
         changed = until >= until // MOVES * MOVES + self.delay
         return Deaths(keys.ends.view(shape), Prices(torch.where(changed, result.next, result.now), result.next))
-
-    def _age(self, keys: Keys, since: Tensor, until: Tensor, price: Tensor) -> Keys:
-        """Let the keys go that reach an age after `since` and before `until` with a worth that is not above the price.
-
-        Args:
-            keys: those of a row.
-            since, until: int64 `[rows]`.
-            price: float32 `[rows]`.
-        """
-        position, ends, worth = keys
-        reached = self._reached(position)
-        goes = (reached > since[:, None, None]) & (reached < until[:, None, None]) & (worth <= price[:, None, None])
-        first = reached.masked_fill(~goes, FOREVER).amin(dim=-1)
-        return keys._replace(ends=torch.where(position == HOLE, ends, torch.minimum(ends, first)))
 
     def _move(self, keys: Keys, move: Tensor, due: Tensor, coming: Tensor, budget: Tensor) -> Keys:
         """Let the least worthy keys go that do not fit.
@@ -168,63 +162,68 @@ class FloatingPrice:
             coming: int64 `[rows]`, tokens before `move` that are not among the keys yet.
             budget: int64 `[rows]`.
         """
-        position, ends, worth = keys
-        held, reached = _held(keys, move), (self._reached(position) <= move[:, None, None]).sum(dim=-1)
-        here = worth.gather(2, (reached - 1).clamp(min=0)[..., None])[..., 0]
-        here = here.masked_fill(reached == 0, PINNED).masked_fill(~held, CHEAPEST)
-        order = here.argsort(dim=1, descending=True, stable=True)
+        position, ends, reached, worth = keys
+        held = (position < move[:, None]) & (ends > move[:, None])
+        # what each key is worth at its age: the least so far, since worth does not rise with age
+        here = torch.where(reached <= _by_key(move), worth, PINNED).amin(dim=-1)
+        order = torch.where(held, here, CHEAPEST).argsort(dim=1, descending=True, stable=True)
         places = torch.arange(order.shape[1], device=order.device).expand_as(order)
         rank = torch.empty_like(order).scatter_(1, order, places)
         fits = (budget - coming * self.heads).clamp(min=0)
         goes = held & (rank >= fits[:, None]) & (here < PINNED) & due[:, None]
         return keys._replace(ends=torch.where(goes, torch.minimum(ends, move[:, None]), ends))
 
-    def _reached(self, position: Tensor) -> Tensor:
-        """Return where each key reaches each age, int64 `[rows, keys, ages]`."""
-        return torch.stack([position + age for age in self.ages], dim=-1)  # ages as a tensor would wait for a GPU
-
-    def _price(self, keys: Keys, move: Tensor, budget: Tensor, standing: Tensor) -> Tensor:
+    def _price(self, keys: Keys, move: Tensor, budget: Tensor) -> Tensor:
         """Choose a price so that the budget will hold at the next move, if the coming keys are like the youngest.
 
         Args:
-            keys: those of a row, after the move. All keys before `move` are known.
+            keys: those of a row, after the move, and without those that go before the new price stands. All keys before
+                `move` are known.
             move: int64 `[rows]`, the position of the move.
             budget: int64 `[rows]`.
-            standing: float32 `[rows]`, the price until the new one takes effect.
 
         Returns:
             float32 `[rows]`.
         """
         change, after = move + self.delay, move + MOVES
-        position, ends, worth = self._age(keys, move, change, standing)
-        held = _held(keys, move)
-        stays = held & (ends > after[:, None])
+        position, ends, reached, worth = keys
+        known = position < move[:, None]
+        stays = known & (ends > after[:, None])
         # what each key is worth at the last age that it reaches while the new price stands: the least of its worths
-        reached = self._reached(position)
-        here = (reached >= change[:, None, None]) & (reached <= after[:, None, None])
-        judged = worth.masked_fill(~here, PINNED).amin(dim=-1)
+        here = (reached >= _by_key(change)) & (reached <= _by_key(after)) & stays[..., None]
+        judged = torch.where(here, worth, PINNED).amin(dim=-1)
         # each of the youngest keys stands for several of the coming ones that will be judged before the next move
-        young = (position >= (move - self.delay)[:, None]) & (position < move[:, None])
+        young = known & (position >= (move - self.delay)[:, None])
         likeness = max(0, MOVES - self.youngest) / self.delay
-        values = torch.cat([judged.masked_fill(~stays, PINNED), worth[..., 0].masked_fill(~young, PINNED)], dim=1)
-        shares = torch.cat([torch.ones_like(judged), torch.full_like(judged, likeness)], dim=1)
-        values, order = values.sort(dim=1, stable=True)
-        gone = shares.gather(1, order).masked_fill(values == PINNED, 0).cumsum(dim=1)
+        values, order = torch.cat([judged, torch.where(young, worth[..., 0], PINNED)], dim=1).sort(dim=1, stable=True)
+        weight, lasts = torch.where(order < judged.shape[1], 1.0, likeness), values == PINNED
+        gone = weight.masked_fill(lasts, 0).cumsum(dim=1)
         expected = stays.sum(dim=1) + MOVES * self.heads
         # where all keys of a text compete on equal terms, the new ones get MOVES / move of the budget
         excess = expected - budget * (1 + (MOVES / move).clamp(min=MARGIN))
-        enough = gone >= excess[:, None]
-        first = torch.where(enough.any(dim=1), enough.int().argmax(dim=1), (values < PINNED).sum(dim=1) - 1)
+        first = torch.minimum((gone < excess[:, None]).sum(dim=1), (~lasts).sum(dim=1) - 1)
         price = values.gather(1, first.clamp(min=0)[:, None])[:, 0]
-        return price.masked_fill((excess <= 0) | (first < 0) | (price == PINNED), CHEAPEST)
+        return price.masked_fill((excess <= 0) | (first < 0), CHEAPEST)
+
+
+def _age(keys: Keys, since: Tensor, until: Tensor, price: Tensor) -> Keys:
+    """Let the keys go that reach an age after `since` and before `until` with a worth that is not above the price.
+
+    Args:
+        keys: those of a row.
+        since, until: int64 `[rows]`.
+        price: float32 `[rows, keys or 1, ages or 1]`.
+    """
+    goes = (keys.reached > _by_key(since)) & (keys.reached < _by_key(until)) & (keys.worth <= price)
+    first = torch.where(goes, keys.reached, FOREVER).amin(dim=-1)
+    return keys._replace(ends=torch.minimum(keys.ends, first))
+
+
+def _by_key(rows: Tensor) -> Tensor:
+    """Return a figure of each row, `[rows]`, as `[rows, 1, 1]`."""
+    return rows[:, None, None]
 
 
 def _next_move(position: Tensor) -> Tensor:
     """Return the first move after a position."""
     return (position // MOVES + 1) * MOVES
-
-
-def _held(keys: Keys, position: Tensor) -> Tensor:
-    """Return which keys the query at a position sees, the key of its own token excluded, bool `[rows, keys]`."""
-    came = (keys.position != HOLE) & (keys.position < position[:, None])
-    return came & (keys.ends > position[:, None])
