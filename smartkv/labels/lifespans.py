@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
-from smartkv.io.checks import all_finite, describe
+from smartkv.io.checks import describe
 from smartkv.models.architecture import Architecture, check_model
-from smartkv.models.observation import in_own_dtype, observe_attention
+from smartkv.models.observation import FiniteChecks, in_own_dtype, observe_attention, on_cpu
 from smartkv.models.wrappers import input_device, language_model
 
 
@@ -89,6 +89,19 @@ class LayerLabels:
             self._update_attention(row, age, first_query, strongest)
 
     def _update_lifespans(self, first_query: int, strongest: Tensor) -> None:
+        update = self._search_columns if _columns_pay(strongest.device) else self._search_all
+        update(first_query, strongest)
+
+    def _search_all(self, first_query: int, strongest: Tensor) -> None:
+        """Find the last hit of every key."""
+        queries, keys = strongest.shape[1:]
+        place = torch.arange(1, queries + 1, dtype=torch.int32, device=strongest.device)[:, None]
+        before = first_query - torch.arange(keys, dtype=torch.int32, device=strongest.device)
+        for lifespan, threshold in zip(self.lifespan[..., :keys], self.spec.thresholds, strict=True):
+            last = ((strongest > threshold) * place).amax(dim=1)  # 1-based in the tile, 0 without a hit
+            lifespan.copy_(torch.where(last > 0, before + last, lifespan))
+
+    def _search_columns(self, first_query: int, strongest: Tensor) -> None:
         # Few keys are hit in a tile. One maximum finds them, and only their columns are searched for the last hit.
         head, key = (strongest.amax(dim=1) > min(self.spec.thresholds)).nonzero(as_tuple=True)
         columns = strongest[head, :, key]  # [hit keys, queries]
@@ -150,7 +163,9 @@ class WindowLabels:
 
 
 class _WindowObserver:
-    """Attention observer that collects keys and labels, layer by layer."""
+    """Attention observer that collects keys and labels, layer by layer. `finite` checks the keys."""
+
+    finite: FiniteChecks
 
     def __init__(self, spec: LabelSpec, post_rope: bool) -> None:
         self.spec, self.post_rope = spec, post_rope
@@ -159,40 +174,35 @@ class _WindowObserver:
         self.labels: list[LayerLabels] = []
 
     def on_keys(self, layer: int, keys: Tensor) -> None:
-        self.keys.append(_to_half(keys, layer))
+        self.keys.append(self._half(keys, layer))
         self.labels.append(LayerLabels(self.spec, keys.shape[0], keys.shape[1], keys.device))
 
     def on_rotated_keys(self, layer: int, keys: Tensor) -> None:
         if self.post_rope:
-            self.rotated.append(_to_half(keys, layer))
+            self.rotated.append(self._half(keys, layer))
 
     def on_tile(self, layer: int, first_query: int, probabilities: Tensor) -> None:
         self.labels[layer].update(first_query, probabilities)
 
+    def _half(self, keys: Tensor, layer: int) -> Tensor:
+        half = keys.to(torch.float16, copy=True)
+        self.finite.add(f"layer {layer} gave keys that are NaN, infinite or beyond float16", half)
+        return half
+
     def labelled(self, length: int) -> WindowLabels:
-        # on the CPU one by one: the layers of a model may lie on several devices
-        future = [labels.future_attention().cpu() for labels in self.labels] if self.spec.ages else None
+        future = [labels.future_attention() for labels in self.labels] if self.spec.ages else None
         return WindowLabels(
-            keys=torch.stack(self.keys),
-            keys_post_rope=torch.stack(self.rotated) if self.post_rope else None,
-            lifespan=torch.stack([labels.lifespan.cpu() for labels in self.labels], dim=1),
+            keys=on_cpu(self.keys),
+            keys_post_rope=on_cpu(self.rotated) if self.post_rope else None,
+            lifespan=on_cpu([labels.lifespan for labels in self.labels], dim=1),
             horizon=torch.arange(length - 1, -1, -1, dtype=torch.int32),
-            future_attention=None if future is None else torch.stack(future, dim=1),
+            future_attention=None if future is None else on_cpu(future, dim=1),
         )
 
 
-def _to_half(keys: Tensor, layer: int) -> Tensor:
-    """Return the keys as float16 on the CPU.
-
-    Raises:
-        SmartKVError: They are not finite in float16.
-    """
-    half = keys.to("cpu", torch.float16)
-    if not all_finite(half):
-        raise SmartKVError(
-            f"layer {layer} gave keys that are NaN, infinite or beyond float16: check the model's weights and dtype"
-        )
-    return half
+def _columns_pay(device: torch.device) -> bool:
+    """Return whether it pays to look for hits in few columns: not on a GPU, which must be waited for to know them."""
+    return device.type == "cpu"
 
 
 @torch.inference_mode()
@@ -222,7 +232,7 @@ def label_window(
     check_window(lm, ids.shape[1])
     observer = _WindowObserver(spec, post_rope)
     with in_own_dtype(input_device(lm)):
-        with observe_attention(lm, observer):
+        with observe_attention(lm, observer) as observer.finite:
             lm.base_model(input_ids=ids, use_cache=False)
         return observer.labelled(ids.shape[1])
 

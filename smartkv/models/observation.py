@@ -7,7 +7,7 @@ Memory grows with tokens × queries of a tile, not with tokens².
 The attention that works on an evicting cache is in `smartkv.cache.forward_pass`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
-from smartkv.io.checks import all_finite
 from smartkv.models.attention_interface import AttentionInputs, attention_switched_to, register_attention
 from smartkv.models.key_hooks import hook_keys
 from smartkv.models.softmax import Softmax
 from smartkv.models.wrappers import attention_layer, input_device, language_model
 
 OBSERVED = "smartkv_observed"
-TILE_ELEMENTS = 2**22  # most probabilities of a tile, over all heads: 16 MiB in float32
+TILE_ELEMENTS = 2**22  # most probabilities of a tile, over all heads: 16 MiB in float32, which a CPU's caches hold
+GPU_TILE_ELEMENTS = 2**28  # the same elsewhere: 1 GiB, because there each tile costs the start of a dozen kernels
 _OBSERVER = "_smartkv_observer"
 
 
@@ -51,12 +51,19 @@ class AttentionObserver(Protocol):
         """
 
 
+def tile_queries(query_heads: int, tokens: int, device: torch.device) -> int:
+    """Return the queries of a tile: 16 to 128 on a CPU, and elsewhere as many as memory allows."""
+    if device.type == "cpu":
+        return max(16, min(128, TILE_ELEMENTS // (query_heads * tokens)))
+    return max(128, min(tokens, GPU_TILE_ELEMENTS // (query_heads * tokens)))
+
+
 def attention_tiles(
     query: Tensor, key: Tensor, softmax: Softmax, sliding_window: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """Compute causal attention probabilities, one tile of queries at a time.
 
-    A tile has 16 to 128 queries, as many as `TILE_ELEMENTS` allows.
+    A tile has as many queries as `tile_queries` says.
 
     Args:
         query: `[query_heads, tokens, head_dim]`.
@@ -71,7 +78,7 @@ def attention_tiles(
     query_heads, tokens, _ = query.shape
     kv_heads = key.shape[0]
     grouped = query.unflatten(0, (kv_heads, query_heads // kv_heads))
-    tile = max(16, min(128, TILE_ELEMENTS // (query_heads * tokens)))
+    tile = tile_queries(query_heads, tokens, key.device)
     future = torch.full((tile, tile), float("-inf"), dtype=torch.float32, device=key.device).triu_(1)
     unread = key.new_empty(())  # baddbmm wants an addend; with beta=0 it does not read it
     for start in range(0, tokens, tile):
@@ -89,12 +96,8 @@ def attention_tiles(
 
 
 def _attend(inputs: AttentionInputs) -> Tensor:
-    """Compute the attention of one layer over one sequence and report it to the observer on the module.
-
-    Raises:
-        SmartKVError: The output is NaN or infinite.
-    """
-    observer: AttentionObserver = getattr(inputs.module, _OBSERVER)
+    """Compute the attention of one layer over one sequence and report it to the observer on the module."""
+    observer, finite = getattr(inputs.module, _OBSERVER)
     query, key, value = inputs.query[0], inputs.key[0], inputs.value[0]
     observer.on_rotated_keys(inputs.layer, key)
     output = torch.empty_like(query)
@@ -103,18 +106,46 @@ def _attend(inputs: AttentionInputs) -> Tensor:
         queries, keys = probabilities.shape[2:]
         mixed = torch.matmul(probabilities.to(value.dtype).flatten(1, 2), value[:, :keys])
         output[:, start : start + queries] = mixed.view(query.shape[0], queries, -1)
-    if not all_finite(output):  # a NaN probability exceeds no threshold: its key would be labelled as never hit
-        raise SmartKVError(
-            f"layer {inputs.layer} gave attention that is NaN or infinite: check the model's weights and dtype"
-        )
+    # a NaN probability exceeds no threshold: its key would be labelled as never hit
+    finite.add(f"layer {inputs.layer} gave attention that is NaN or infinite", output)
     return output[None]
 
 
 register_attention(OBSERVED, _attend)
 
 
+class FiniteChecks:
+    """Notes whether tensors are finite, and tells it once at the end: on a GPU each answer must be waited for."""
+
+    def __init__(self) -> None:
+        self._noted: list[tuple[str, Tensor]] = []
+
+    def add(self, fault: str, tensor: Tensor) -> None:
+        """Note a tensor that is not empty. `fault` is what the error says if it is not finite."""
+        self._noted.append((fault, torch.stack(tensor.aminmax())))  # a NaN makes both of them NaN
+
+    def check(self) -> None:
+        """Check all tensors that were noted since the last check.
+
+        Raises:
+            SmartKVError: One is NaN or infinite. The message has the first fault.
+        """
+        noted, self._noted = self._noted, []
+        extremes = on_cpu([each.float() for _, each in noted]) if noted else torch.empty(0, 2)
+        for (fault, _), finite in zip(noted, extremes.isfinite().all(dim=1).tolist(), strict=True):
+            if not finite:
+                raise SmartKVError(f"{fault}: check the model's weights and dtype")
+
+
+def on_cpu(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Stack tensors, which may lie on several devices, on the CPU; those of one device travel together."""
+    if len({tensor.device for tensor in tensors}) == 1:
+        return torch.stack(list(tensors), dim=dim).cpu()
+    return torch.stack([tensor.cpu() for tensor in tensors], dim=dim)
+
+
 @contextmanager
-def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> Iterator[None]:
+def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> Iterator[FiniteChecks]:
     """Context manager in which forward passes of `model` report to `observer`.
 
     Each forward pass takes one sequence without padding and without a cache. It is computed in the model's own dtype,
@@ -126,8 +157,12 @@ def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> It
 
     Raises:
         ValueError: A forward pass has more than one sequence.
-        SmartKVError: A layer's attention is NaN or infinite.
+        SmartKVError: On exit: a layer's attention was NaN or infinite.
+
+    Yields:
+        Checks that are made on exit, to which others may be added.
     """
+    finite = FiniteChecks()
 
     def on_keys(module: nn.Module, keys: Tensor) -> None:
         if keys.shape[0] != 1:
@@ -137,10 +172,11 @@ def observe_attention(model: PreTrainedModel, observer: AttentionObserver) -> It
     lm = language_model(model)
     with (
         hook_keys(lm, on_keys),
-        attention_switched_to(lm, OBSERVED, _OBSERVER, observer),
+        attention_switched_to(lm, OBSERVED, _OBSERVER, (observer, finite)),
         in_own_dtype(input_device(lm)),
     ):
-        yield
+        yield finite
+        finite.check()
 
 
 @contextmanager

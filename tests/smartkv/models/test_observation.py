@@ -1,5 +1,6 @@
 """Observed attention against the models' own eager attention."""
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from smartkv.errors import SmartKVError
 from smartkv.models import observation
 from smartkv.models.architecture import attention_modules
-from smartkv.models.observation import attention_tiles, observe_attention
+from smartkv.models.observation import FiniteChecks, attention_tiles, observe_attention, on_cpu, tile_queries
 from smartkv.models.softmax import Softmax
 from tests.models import FAMILIES, llama, qwen2, token_ids
 
@@ -286,3 +288,38 @@ def test_the_default_dtype_is_float32_inside_and_restored_after_an_error() -> No
         assert torch.get_default_dtype() == torch.bfloat16
     finally:
         torch.set_default_dtype(before)
+
+
+def test_a_gpu_takes_as_many_queries_at_once_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    assert tile_queries(9, 2048, gpu) == 2048
+    assert tile_queries(32, 32_768, gpu) == 256
+    assert tile_queries(64, 131_072, gpu) == 128
+    monkeypatch.undo()
+    assert tile_queries(9, 2048, torch.device("cpu")) == 128
+
+
+def test_checks_name_the_first_fault_and_forget() -> None:
+    checks = FiniteChecks()
+    checks.check()
+    for fault, value in (("a is bad", 1.0), ("b is bad", math.inf), ("c is bad", math.nan)):
+        checks.add(fault, torch.tensor([0.0, value]).to(torch.bfloat16))
+    with pytest.raises(SmartKVError, match="b is bad: check the model's weights"):
+        checks.check()
+    checks.check()
+
+
+def test_further_checks_are_made_on_leaving() -> None:
+    model = llama()
+    with pytest.raises(SmartKVError, match="mine is bad"), observe_attention(model, Recorder()) as checks:
+        checks.add("mine is bad", torch.tensor([math.nan]))
+
+
+def test_an_error_inside_is_not_hidden_by_what_was_noted() -> None:
+    with pytest.raises(ZeroDivisionError), observe_attention(llama(), Recorder()) as checks:
+        checks.add("mine is bad", torch.tensor([math.nan]))
+        raise ZeroDivisionError
+
+
+def test_tensors_are_stacked_along_the_dimension_that_was_asked_for() -> None:
+    assert on_cpu([torch.ones(2), 2 * torch.ones(2)], dim=1).tolist() == [[1, 2], [1, 2]]
