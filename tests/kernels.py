@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-VIEWS = set(  # operations that start no kernel
-    "to reshape contiguous chunk narrow view _unsafe_view expand transpose permute unsqueeze squeeze select slice split "  # noqa: SIM905
-    "split_with_sizes unbind t detach alias as_strided reshape_alias _reshape_alias unflatten numpy_T diagonal "
-    "lift_fresh scalar_tensor empty empty_like new_empty empty_strided new_empty_strided".split()
+_NO_KERNEL = (
+    "to reshape contiguous chunk narrow view _unsafe_view expand transpose permute unsqueeze squeeze select slice "
+    "split split_with_sizes unbind t detach alias as_strided reshape_alias _reshape_alias unflatten numpy_T diagonal "
+    "lift_fresh scalar_tensor empty empty_like new_empty empty_strided new_empty_strided"
 )
+VIEWS = frozenset(_NO_KERNEL.split())  # operations that start no kernel
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "bincount"}
 
 
