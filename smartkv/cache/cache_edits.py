@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from smartkv.cache.attached import AttachedCache
+from smartkv.cache.autocast import without_autocast
 from smartkv.cache.cache_budget import CacheBudget
 from smartkv.cache.layer import Judge
 from smartkv.cache.linear_layers import linear_layers, select_states
@@ -29,7 +30,7 @@ def _outside_autograd(function: F) -> F:
 
     @functools.wraps(function)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.in_use(), torch.inference_mode(False), torch.no_grad():
+        with self.in_use(), torch.inference_mode(False), torch.no_grad(), without_autocast(self.model.device):
             return function(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from smartkv.cache.autocast import as_autocast, without_autocast
 from smartkv.errors import SmartKVError
 from smartkv.models.attention_interface import AttentionInputs, register_attention
 from smartkv.models.softmax import Softmax
@@ -149,9 +150,11 @@ def _attend(inputs: AttentionInputs) -> Tensor:
             "model(ids, past_key_values=cache): set another one with model.set_attn_implementation('sdpa')"
         )
     pre_rope, window = forward_pass.keys.pop(inputs.module), inputs.sliding_window
-    step = EvictionStep(inputs.query, inputs.key, inputs.value, pre_rope, forward_pass.real, inputs.softmax, window)
+    query, key, value, pre_rope = as_autocast(inputs.query, inputs.key, inputs.value, pre_rope)
+    step = EvictionStep(query, key, value, pre_rope, forward_pass.real, inputs.softmax, window)
     forward_pass.attended.add(inputs.layer)
-    return forward_pass.cache.attend(inputs.layer, step)
+    with without_autocast(step.key.device):
+        return forward_pass.cache.attend(inputs.layer, step)
 
 
 register_attention(EVICTING, _attend)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from smartkv.cache.autocast import as_autocast, without_autocast
 from smartkv.cache.linear_layers import forget_states, layers_of_model, linear_layers, select_states
 from smartkv.cache.no_gradients import refuse_backward
 from smartkv.cache.ragged import storage_bytes
@@ -83,6 +84,7 @@ class QuantizedLayer(CacheLayerMixin):
             Keys and values `[batch, kv_heads, all tokens, head_dim]` in the model's dtype. A backward pass through them
             raises a SmartKVError.
         """
+        key_states, value_states = as_autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.dtype != key_states.dtype or len(self.keys) != len(key_states):
@@ -90,13 +92,14 @@ class QuantizedLayer(CacheLayerMixin):
                 f"the cache holds {len(self.keys)} rows in {self.dtype}, "
                 f"the model was given {len(key_states)} rows and computes in {key_states.dtype}"
             )
-        if self.residual:
-            self._encode(self.residual)
-        self.keys = torch.cat([self.keys, key_states.detach()], dim=2)
-        self.values = torch.cat([self.values, value_states.detach()], dim=2)
-        if not self.residual:
-            self._encode(0)
-        key, value = self.read()
+        with without_autocast(key_states.device):
+            if self.residual:
+                self._encode(self.residual)
+            self.keys = torch.cat([self.keys, key_states.detach()], dim=2)
+            self.values = torch.cat([self.values, value_states.detach()], dim=2)
+            if not self.residual:
+                self._encode(0)
+            key, value = self.read()
         if torch.is_grad_enabled() and key_states.requires_grad:
             return refuse_backward(key, "QuantizedCache"), refuse_backward(value, "QuantizedCache")
         return key, value
