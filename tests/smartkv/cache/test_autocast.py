@@ -69,5 +69,5 @@ def test_a_cache_that_was_begun_under_autocast_is_not_continued_without() -> Non
     model = FAMILIES["llama"]()
     cache = LifespanCache(model, None, recent(8))
     logits(model, cache)
-    with pytest.raises(SmartKVError, match="in torch.bfloat16, .* computes in torch.float32"):
+    with pytest.raises(SmartKVError, match=r"in torch.bfloat16, .* computes in torch.float32"):
         model(token_ids(1)[None], past_key_values=cache)
