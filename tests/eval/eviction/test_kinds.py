@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from eval.__main__ import main
 from eval.eviction import kinds as command
@@ -15,7 +16,7 @@ from smartkv.policies.budgets import policy_of
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
 from smartkv.texts.sources import SourceConfig
 from smartkv.texts.windows import plan_windows
-from tests.lightning_fixtures import write_texts
+from tests.lightning_fixtures import ROOT, write_texts
 
 WINDOW, FIRST, TARGETS = 64, 20, [0.6, 0.45]
 
@@ -158,3 +159,15 @@ def test_gates_without_a_policy_are_refused(
     with pytest.raises(SystemExit):
         measure(tmp_path, tiny_backbone, texts, random_gates)
     assert "remember no policy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["kinds", "kinds_qwen"])
+def test_a_config_prints_what_it_sets(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "configs/eval" / f"{name}.yaml"
+    with pytest.raises(SystemExit) as stop:
+        main(["kinds", "--config", str(path), "--print_config"])
+    assert stop.value.code == 0
+    printed, written = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(path.read_text())
+    assert [text["name"] for text in printed["texts"]] == [text["name"] for text in written["texts"]]
+    for key in ("out", "gates", "footprints", "measure", "model"):
+        assert printed[key] == written[key]
