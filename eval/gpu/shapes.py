@@ -86,7 +86,13 @@ def random_gates(model: PreTrainedModel) -> GateBank:
 
 
 def ragged_store(
-    pairs: int, keys: int, context: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    pairs: int,
+    keys: int,
+    context: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    judged: bool = False,
 ) -> Ragged:
     """Return random keys that live for good.
 
@@ -96,6 +102,7 @@ def ragged_store(
         context: tokens so far; the keys' positions lie before it.
         head_dim: of a key.
         device, dtype: of keys and values.
+        judged: whether they have a worth at each of `AGES`, as under a budget.
     """
     generator = torch.Generator().manual_seed(1)
     share = 1 + SPREAD * (2 * torch.rand(pairs, generator=generator) - 1)
@@ -104,28 +111,35 @@ def ragged_store(
     last = torch.arange(total) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     position = (last * context // counts.repeat_interleave(counts)).int().to(device)
     key, value = (torch.randn(total, head_dim, device=device, dtype=dtype) for _ in range(2))
-    return Ragged(Fields(key, value, position, torch.full_like(position, FOREVER)), counts.to(device))
+    worth = torch.randn(total, len(AGES), device=device).cummin(dim=-1).values.half() if judged else None
+    return Ragged(Fields(key, value, position, torch.full_like(position, FOREVER), worth), counts.to(device))
 
 
-def evicting_cache(model: PreTrainedModel, gates: GateBank, batch: int, context: int, share: float) -> LifespanCache:
+def evicting_cache(
+    model: PreTrainedModel, gates: GateBank, batch: int, context: int, share: float, budget: bool = False
+) -> LifespanCache:
     """Return a cache that holds a share of a text that was never read.
 
     Args:
         model: the model.
-        gates: of the model; they judge the tokens to come at the price 0.
+        gates: of the model, which judge the tokens to come.
         batch: rows.
         context: tokens so far.
         share: of them that are stored, mean over heads.
+        budget: whether the share is a budget, which the tokens to come must share; else the price is 0 for them.
     """
-    policy = HybridPolicy((LayerRule("all", "gated", AGES[0]),), price=0.0)
-    cache = LifespanCache(model, gates, policy, rollback=0)
-    heads = model.config.num_key_value_heads
-    for layer in cache.storage:
-        store = ragged_store(
-            batch * heads, int(share * context), context, model.config.head_dim, model.device, model.dtype
-        )
-        layer.restore(store, torch.full((batch,), context, device=model.device), model.dtype)
-        layer.columns = context
+    keys, config = int(share * context), model.config
+    rules = (LayerRule("all", "gated", AGES[0]),)
+    if budget:
+        cache = LifespanCache(model, gates, HybridPolicy(rules), max_tokens=keys, rollback=0)
+    else:
+        cache = LifespanCache(model, gates, HybridPolicy(rules, price=0.0), rollback=0)
+    by_row = cache.budget.keys_by_row([context] * batch, 0) if cache.budget else [None] * len(cache.storage)
+    pairs, seen = batch * config.num_key_value_heads, torch.full((batch,), context, device=model.device)
+    for layer, held in zip(cache.storage, by_row, strict=True):
+        store = ragged_store(pairs, keys, context, config.head_dim, model.device, model.dtype, budget)
+        layer.restore(store, seen, model.dtype)
+        layer.columns, layer.limit.budget = context, held
     return cache
 
 

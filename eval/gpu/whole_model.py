@@ -30,9 +30,9 @@ def enough_memory(model: PreTrainedModel, batch: int, context: int) -> bool:
 def decode_steps(model: PreTrainedModel, batch: int, context: int, share: float) -> Iterator[dict[str, Any]]:
     """Yield each way's milliseconds a step, eager and, where it can be captured, as a graph; and its cache's bytes."""
     gates = random_gates(model)
-    for way in ("SmartKV", "static", "dynamic"):
-        if way == "SmartKV":
-            cache: Cache = evicting_cache(model, gates, batch, context, share)
+    for way in ("SmartKV", "SmartKV, budget", "static", "dynamic"):
+        if way.startswith("SmartKV"):
+            cache: Cache = evicting_cache(model, gates, batch, context, share, "budget" in way)
         else:
             cache = full_cache(model, way, batch, context, context + ROOM)
         step = _step(model, cache, batch, context)

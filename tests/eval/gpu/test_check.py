@@ -39,7 +39,7 @@ def test_a_bare_machine_runs_all_parts(tmp_path: Path) -> None:
     pages = rows_of(found, "one_layer", "SmartKV, pages")
     assert [(row["shape"], row["batch"]) for row in pages] == cells
     assert all(row["microseconds"] > 0 and row["error"] < 1e-5 for row in pages)
-    for way in ("SmartKV", "static", "dynamic"):
+    for way in ("SmartKV", "SmartKV, budget", "static", "dynamic"):
         steps = rows_of(found, "steps", way)
         assert [(row["shape"], row["batch"]) for row in steps] == cells and all(row["eager_ms"] > 0 for row in steps)
     for part, ways in (("prefill", 2), ("harvest", 3)):

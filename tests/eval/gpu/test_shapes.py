@@ -39,9 +39,9 @@ def test_filled_caches_go_on_like_read_ones() -> None:
     model = build(TINY["tiny Llama"], CPU, torch.float32, 300)
     place = torch.full((2, 1), 128)
     with torch.no_grad():
-        for way in ("SmartKV", "static", "dynamic"):
-            if way == "SmartKV":
-                cache = evicting_cache(model, random_gates(model), 2, 128, 0.25)
+        for way in ("SmartKV", "SmartKV, budget", "static", "dynamic"):
+            if way.startswith("SmartKV"):
+                cache = evicting_cache(model, random_gates(model), 2, 128, 0.25, "budget" in way)
                 assert 0.2 < float(cache.live_keys.float().mean()) / 128 < 0.3
             else:
                 cache = full_cache(model, way, 2, 128, 140)
@@ -54,3 +54,13 @@ def test_the_bytes_of_a_full_cache() -> None:
     cache = full_cache(model, "dynamic", 3, 10, 0)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert keys_bytes(model, 3, 10) == held
+
+
+def test_a_budget_is_held_by_what_comes() -> None:
+    model = build(TINY["tiny Llama"], CPU, torch.float32, 600)
+    cache = evicting_cache(model, random_gates(model), 2, 128, 0.25, budget=True)
+    before = float(cache.live_keys.float().mean())
+    with torch.no_grad():
+        for place in range(128, 258):
+            model(torch.zeros(2, 1, dtype=torch.long), past_key_values=cache, position_ids=torch.full((2, 1), place))
+    assert before == pytest.approx(32, abs=8) and float(cache.live_keys.float().mean()) == pytest.approx(32, abs=3)

@@ -23,8 +23,9 @@ def test_all_ways_decode_so_many_tokens(model: torch.nn.Module) -> None:
         hook = model.register_forward_hook(lambda *_: seen.append(1))
         rows = list(decode_steps(model, 2, 128, 0.25))
         hook.remove()
-    assert [row["way"] for row in rows] == ["SmartKV", "static", "dynamic"] and len(seen) == 3 * STEPS
-    assert [row["bytes"] for row in rows[1:]] == [keys_bytes(model, 2, 128)] * 2
+    assert [row["way"] for row in rows] == ["SmartKV", "SmartKV, budget", "static", "dynamic"]
+    assert len(seen) == 4 * STEPS
+    assert [row["bytes"] for row in rows[2:]] == [keys_bytes(model, 2, 128)] * 2
     assert all(row["eager_ms"] == 1e3 / STEPS for row in rows)
 
 
