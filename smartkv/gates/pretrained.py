@@ -21,6 +21,7 @@ from smartkv.io.hub import connection_error, hub_trouble, is_local
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 PRETRAINED = Path(str(files("smartkv"))) / "pretrained"
+EXAMPLE = "smollm2-135m-instruct"  # the gates that messages name
 
 
 def pretrained_gates() -> list[str]:
@@ -46,7 +47,7 @@ def find_file(folder_or_id: str | Path, name: str, revision: str | None) -> Path
         SmartKVError: This is no name, the file does not exist, or the hub cannot be reached.
     """
     if not isinstance(folder_or_id, str | Path) or not str(folder_or_id):
-        raise SmartKVError(f"expected {_EXPECTED}, got {describe(folder_or_id)}: for example '{pretrained_gates()[0]}'")
+        raise SmartKVError(f"expected {_EXPECTED}, got {describe(folder_or_id)}: for example '{EXAMPLE}'")
     folder = Path(folder_or_id).expanduser()
     if not folder.is_dir() and str(folder_or_id) in pretrained_gates():
         folder = PRETRAINED / str(folder_or_id)

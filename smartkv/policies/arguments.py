@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
-from smartkv.gates.pretrained import pretrained_gates
+from smartkv.gates.pretrained import EXAMPLE
 from smartkv.io.checks import describe
 from smartkv.models.wrappers import key_devices
 from smartkv.policies.figures import is_number
@@ -51,7 +51,7 @@ def check_gates(gates: Any) -> None:
     misplaced_policy = isinstance(gates, str) and gates in NAMED and not Path(gates).is_dir()
     if gates is None or (isinstance(gates, GateBank | str | Path) and gates != "" and not misplaced_policy):
         return
-    advice = f"for example gates='{pretrained_gates()[0]}'"
+    advice = f"for example gates='{EXAMPLE}'"
     if isinstance(gates, str | Path) and not misplaced_policy:  # ""
         advice = f"give a name, {advice}, or gates=None for a policy that needs none"
     elif misplaced_policy:
@@ -129,7 +129,7 @@ def check_first_query(position: Any) -> int:
 
 def example_gates(gates: Any) -> str:
     """Return the gates in the example call of a message."""
-    return "gates" if gates is not None else f"gates='{pretrained_gates()[0]}'"
+    return "gates" if gates is not None else f"gates='{EXAMPLE}'"
 
 
 def check_counted(lengths: list[int], first_query: int) -> int:

@@ -18,7 +18,6 @@ from smartkv.cache.quantized_cache import QuantizedCache
 from smartkv.cache.serialization import load_cache, save_cache
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
-from smartkv.gates.pretrained import pretrained_gates
 from smartkv.models.architecture import Fingerprint
 from smartkv.models.backbone import Backbone
 from smartkv.policies.arguments import resolve_gates
@@ -62,9 +61,13 @@ def test_loaded_gates_move_to_the_models_device(tmp_path: Path) -> None:
     assert gates is not None and gates.device.type == "meta"
 
 
-def test_gates_by_name_are_those_that_come_with_smartkv() -> None:
-    with pytest.raises(SmartKVError, match=r"30 layers × 3 KV heads .* but the model is llama, 2 layers"):
-        LifespanCache(MODEL, pretrained_gates()[0], footprint=0.25)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("smollm2-135m-instruct", "30 layers × 3 KV heads"), ("qwen2.5-coder-0.5b-instruct", "24 layers × 2 KV heads")],
+)
+def test_gates_by_name_are_those_that_come_with_smartkv(name: str, shape: str) -> None:
+    with pytest.raises(SmartKVError, match=rf"{shape} .* but the model is llama, 2 layers"):
+        LifespanCache(MODEL, name, footprint=0.25)
 
 
 def test_an_adaptive_cache_and_load_cache_take_gates_of_a_folder_too(tmp_path: Path) -> None:
