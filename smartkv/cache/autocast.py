@@ -14,7 +14,7 @@ from torch import Tensor
 @contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
     """Context manager in which autocast is off on a device."""
-    if not torch.is_autocast_enabled(device.type):  # the usual case, in every layer of every token
+    if not _enabled(device.type):  # the usual case, in every layer of every token
         yield
         return
     with torch.autocast(device.type, enabled=False):
@@ -24,7 +24,12 @@ def without_autocast(device: torch.device) -> Iterator[None]:
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return tensors in the dtype to which autocast takes attention, where it is on; else as they are."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not _enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _enabled(kind: str) -> bool:
+    """Return whether autocast is on for a type of device; some, such as that of weights on a disk, have none."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -18,6 +18,7 @@ from smartkv.cache.pins import Pins
 from smartkv.cache.seen_tokens import PADDING
 from smartkv.cache.usage import CacheUsage
 from smartkv.errors import SmartKVError
+from smartkv.models.wrappers import input_device
 from smartkv.policies.figures import check_tokens
 from smartkv.policies.hybrid import HybridPolicy
 from smartkv.quantization.per_token import Bits
@@ -30,7 +31,7 @@ def _outside_autograd(function: F) -> F:
 
     @functools.wraps(function)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.in_use(), torch.inference_mode(False), torch.no_grad(), without_autocast(self.model.device):
+        with self.in_use(), torch.inference_mode(False), torch.no_grad(), without_autocast(input_device(self.model)):
             return function(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
