@@ -20,7 +20,7 @@ from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
 from smartkv.models.backbone import Backbone, load_backbone
 from smartkv.models.gguf import PACKAGED
-from smartkv.models.key_hooks import read_keys
+from smartkv.models.key_hooks import hook_keys, read_keys
 from smartkv.models.layer_ranges import format_layers
 from smartkv.policies.budgets import Calibration, solve, solved_details
 from smartkv.policies.hybrid import HybridPolicy, LayerRule
@@ -28,6 +28,8 @@ from smartkv.policies.hybrid import HybridPolicy, LayerRule
 TARGET = "log worth"  # log of a key's worth, in nats per token for the whole cache
 # shares of the keys beyond the window that untrained gates keep at the lowest and the highest price
 START = {"low": 0.35, "high": 0.05}
+# shares of the keys beyond the window at which gates are compared in validation
+COMPARED = {"large": 0.2, "middle": 0.1, "small": 0.04}
 
 
 class DistilledGates(Resuming):
@@ -163,15 +165,25 @@ class DistilledGates(Resuming):
 
         The linear map makes the gates keep the shares `START` at the lowest and the highest price.
         """
-        h, keys, own = self.hparams, self._keys(), self.lm.architecture.sliding_windows
-        calibration = Calibration.of(gates, keys, self.first_query, own)
-        policy = HybridPolicy((LayerRule("all", "gated", h.ages[0]),), sinks=h.sinks)
-        in_full = float(footprint(torch.zeros(1, keys[0][0].shape[2], 1), h.ages[:1], h.sinks, self.first_query, own))
-        solved = {name: solve(policy, in_full + share * (1 - in_full), calibration) for name, share in START.items()}
-        prices: dict[str, Any] = {name: policy.price for name, policy in solved.items()}
+        h = self.hparams
+        prices = self._prices(START, Calibration.of(gates, self._keys(), self.first_query, self._own_windows))
         scale = math.log(h.price_high / h.price_low) / (prices["high"] - prices["low"])
         gates.weight2.mul_(scale)
         gates.bias2.mul_(scale).add_(math.log(h.price_high) - scale * prices["high"])
+
+    @property
+    def _own_windows(self) -> tuple[int | None, ...]:
+        """The model's own sliding window in each layer."""
+        return self.lm.architecture.sliding_windows
+
+    def _prices(self, shares: dict[str, float], calibration: Calibration) -> dict[str, float]:
+        """Return the prices, in the unit of the calibration's gates, that keep shares of the keys beyond the window."""
+        h, tokens = self.hparams, calibration.tokens
+        policy = HybridPolicy((LayerRule("all", "gated", h.ages[0]),), sinks=h.sinks)
+        nothing = torch.zeros(1, tokens, 1)
+        in_full = float(footprint(nothing, h.ages[:1], h.sinks, self.first_query, self._own_windows))
+        kept = {name: in_full + share * (1 - in_full) for name, share in shares.items()}
+        return {name: float(solve(policy, share, calibration).price) for name, share in kept.items()}  # type: ignore[arg-type]
 
     def _keys(self) -> list[list[Tensor]]:
         """Return the keys of the calibration windows, one `[1, kv_heads, tokens, head_dim]` per layer."""
@@ -185,7 +197,7 @@ class DistilledGates(Resuming):
     def details(self) -> dict[str, Any]:
         """Return the details in the exported gates' config, with prices and layer shares of the calibration windows."""
         data: TokenWindows = self.trainer.datamodule
-        h, own = self.hparams, self.lm.architecture.sliding_windows
+        h = self.hparams
         policy = HybridPolicy((LayerRule("all", "gated", h.ages[0]),), sinks=h.sinks, name="distilled")
         return {
             "target": TARGET,
@@ -193,7 +205,7 @@ class DistilledGates(Resuming):
             "sinks": h.sinks,
             "inputs": "keys",
             "policy": policy.to_dict(),
-            **solved_details(policy, Calibration.of(self.bank, self._keys(), self.first_query, own)),
+            **solved_details(policy, Calibration.of(self.bank, self._keys(), self.first_query, self._own_windows)),
             "training": {
                 "backbone": h.backbone,
                 "sources": data.plan.sources,
@@ -249,8 +261,7 @@ class DistilledGates(Resuming):
         with soft_eviction(self.lm.model, log_keep, h.ages, h.sinks):
             hidden = base(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         lost = divergence(hidden[places], teacher[places], self.lm.model.get_output_embeddings())
-        own = self.lm.architecture.sliding_windows
-        return lost, footprint(torch.cat(kept), h.ages, h.sinks, self.first_query, own)
+        return lost, footprint(torch.cat(kept), h.ages, h.sinks, self.first_query, self._own_windows)
 
     @torch.no_grad()
     def full(self, ids: Tensor) -> Tensor:
@@ -279,14 +290,20 @@ class DistilledGates(Resuming):
         return loss
 
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
-        """Log the loss at the lowest, the middle and the highest price, with keys kept or evicted as in the cache."""
-        low, high = math.log(self.hparams.price_low), math.log(self.hparams.price_high)
+        """Log the divergence at three footprints, with keys kept or evicted as in the cache.
+
+        Each window has prices of its own, which keep the shares `COMPARED` of it: at one price for all, gates that keep
+        more would be compared with gates that keep less. `val_loss` is the mean of divergence × footprint, in which the
+        three count about equally, as the divergence falls about as the footprint grows.
+        """
         for ids in batch.tokens:
-            places, total = torch.arange(self.first_query, len(ids), device=ids.device), 0.0
-            teacher = self.full(ids)
-            for name, price in (("low", low), ("middle", (low + high) / 2), ("high", high)):
+            places, total, keys = torch.arange(self.first_query, len(ids), device=ids.device), 0.0, []
+            with hook_keys(self.lm.model, lambda _, layer_keys: keys.append(layer_keys)):  # noqa: B023
+                teacher = self.full(ids)
+            prices = self._prices(COMPARED, Calibration.of(self.bank, [keys], self.first_query, self._own_windows))
+            for name, price in prices.items():
                 lost, kept = self.losses(ids, price, places, temperature=None, teacher=teacher)
-                total += float(lost + math.exp(price) * kept) / 3
+                total += float(lost * kept) / len(prices)
                 figures = {f"val_divergence/{name}": lost, f"val_footprint/{name}": kept}
                 self.log_dict(figures, batch_size=1, sync_dist=True)
             self.log("val_loss", total, prog_bar=True, batch_size=1, sync_dist=True)

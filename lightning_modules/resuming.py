@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 
+from lightning_modules.last_checkpoint import LastCheckpoint
 from lightning_modules.resumed_curves import ResumedCurves
 from lightning_modules.trainer_settings import SINGLE, check_batches, check_precision
 from smartkv.errors import SmartKVError
@@ -50,7 +51,7 @@ class Resuming(L.LightningModule):
         self.figures: dict[str, float] = {}
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callback that deletes what was logged after a checkpoint; this is a fit's first hook.
+        """Return the callbacks that write `last.ckpt` and delete what was logged after it; this is a fit's first hook.
 
         Raises:
             SmartKVError: the Trainer has settings that the module cannot work with.
@@ -60,7 +61,8 @@ class Resuming(L.LightningModule):
         if self.trainer.state.fn != "fit":
             return []
         check_batches(self.trainer)
-        return [ResumedCurves(self.trainer.loggers)] if self.trainer.is_global_zero else []
+        curves = [ResumedCurves(self.trainer.loggers)] if self.trainer.is_global_zero else []
+        return [*curves, LastCheckpoint()]
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that decide the result, as JSON values by their names in a config."""

@@ -131,7 +131,7 @@ def best_checkpoint(last: Path | str, callbacks: list[Any]) -> str:
     states = read_checkpoint(last).get("callbacks", {})
     for callback in callbacks:
         path = states.get(callback.state_key, {}).get("best_model_path")
-        if callback.monitor and path:
+        if path and callback.monitor:
             found = next((p for p in (Path(path), Path(last).parent / Path(path).name) if p.is_file()), None)
             if found is None:
                 raise SmartKVError(f"the best checkpoint {path} is gone: give 'last', or the path of another one")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from datamodules.token_windows import TokenWindows
+from datamodules.token_windows import TokenWindows, WindowBatch
 from lightning_modules.distillation import DistilledGates
 from smartkv import GateBank, HybridPolicy, LifespanCache, load_backbone, policy_of
 from smartkv.distillation.soft_keep import footprint
@@ -121,6 +121,29 @@ def test_at_the_start_the_prices_span_a_twentieth_to_a_third_of_what_is_beyond_t
     in_full = float(footprint(torch.zeros(1, TOKENS, 1), [2], 1, 24))
     beyond = [(float(share) - in_full) / (1 - in_full) for share in kept.values()]
     assert beyond == pytest.approx([0.35, 0.05], abs=0.06)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.7], ids=["as they are", "with another price in all they say"])
+def test_a_validation_compares_gates_at_equal_footprints_whatever_they_keep_at_a_price(
+    shift: float, tiny_backbone: Path, texts: Path, start: Path
+) -> None:
+    """Gates that hold every key dearer by a factor keep more at each price, and evict in the same order."""
+    module, data = module_of(tiny_backbone, texts, start, ages=(2,), sinks=1)
+    ids, logged = data.plan.of_split("validation").long()[:1], {}
+    module.log_dict = lambda figures, **_: logged.update(figures)
+    module.log = lambda name, value, **_: logged.update({name: value})
+    with torch.no_grad():
+        module.bank.bias2 += shift
+        module.validation_step(WindowBatch(ids, torch.zeros(1), 1), 0)
+        in_full = float(footprint(torch.zeros(1, TOKENS, 1), [2], 1, 24))
+        want = 0.0
+        for name, share in {"large": 0.2, "middle": 0.1, "small": 0.04}.items():
+            assert float(logged[f"val_footprint/{name}"]) == pytest.approx(in_full + share * (1 - in_full), abs=0.04)
+            want += float(logged[f"val_divergence/{name}"] * logged[f"val_footprint/{name}"]) / 3
+        assert logged["val_loss"] == pytest.approx(want)
+        module.bank.bias2 -= shift
+        module.validation_step(WindowBatch(ids, torch.zeros(1), 1), 0)
+        assert logged["val_loss"] == pytest.approx(want, rel=0.02)
 
 
 def module_of(backbone: Path, texts: Path, start: Path, **settings: Any) -> tuple[DistilledGates, TokenWindows]:
