@@ -1,6 +1,5 @@
 """Distillation of gates through the frozen language model, on its loss under eviction."""
 
-import copy
 import math
 from typing import Any
 
@@ -18,6 +17,7 @@ from smartkv.distillation.soft_keep import footprint, hard_keep, keep_share
 from smartkv.distillation.warm_start import one_output_per_age, single_output
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
+from smartkv.gates.standardization import key_moments
 from smartkv.models.backbone import Backbone, load_backbone
 from smartkv.models.gguf import PACKAGED
 from smartkv.models.key_hooks import hook_keys, read_keys
@@ -38,6 +38,11 @@ class DistilledGates(Resuming):
     Evicted keys are hidden by a soft visibility mask, through which gradients reach the gates. Each window draws its
     price log-uniformly. The gates therefore learn the log of each key's worth, and one training serves every footprint.
 
+    Attributes:
+        bank: the gates, on standardised keys.
+        key_mean: mean of the calibration windows' keys, float32 `[gates, head_dim]`.
+        key_std: their standard deviation, like `key_mean`.
+
     Args:
         gates: gates to start from: a folder, a hub id, or the name of shipped gates.
         backbone: hub id, local folder, .gguf file or smollm2-135m.
@@ -56,8 +61,8 @@ class DistilledGates(Resuming):
         scored_tokens: queries of a window compared with the teacher, drawn at random; null: all.
         learning_rate: of Adam after warm-up.
         warmup_steps: optimiser steps of linear warm-up; a cosine to 0 at the end of the run follows.
-        calibration_windows: training windows that scale the start to the unit of prices, and on which the prices of the
-            exported gates are solved.
+        calibration_windows: training windows whose keys are standardised, that scale the start to the unit of prices,
+            and on which the prices of the exported gates are solved.
         threads: CPU threads per process.
         trust_remote_code: run code that comes with the model.
     """
@@ -73,6 +78,9 @@ class DistilledGates(Resuming):
             "calibration_windows",
         }
     )
+
+    key_mean: Tensor
+    key_std: Tensor
 
     PRECISIONS = (SINGLE, "64-true")  # autocast would meet the soft mask's float32 inside the attention
 
@@ -137,9 +145,23 @@ class DistilledGates(Resuming):
                 f"distillation starts from gates of layers {format_layers(gated)} with one output, or one for each of "
                 f"{len(h.ages)} ages: those in {h.gates} have {start.outputs} for layers {format_layers(start.layers)}"
             )
+        keys = self._keys()
         if start.details.get("target") != TARGET:
-            self._in_nats(start)
+            self._in_nats(start, keys)
+        mean, std = (moment.to(device) for moment in key_moments(keys, start.layers))
+        # In units of raw keys one step would move a gate by the mean of its keys, in Qwen2.5 up to 400 times their
+        # spread, and gates that jump far from all prices have no gradient to come back by.
+        self.register_buffer("key_mean", mean)
+        self.register_buffer("key_std", std)
+        start = start.unfolded(mean, std)
         self.bank = one_output_per_age(start, h.ages, h.hidden).requires_grad_(True).train()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let a run go on that trained its gates on raw keys, as SmartKV 0.1 did."""
+        super().on_load_checkpoint(checkpoint)
+        if "key_mean" not in checkpoint["state_dict"]:
+            units = {"key_mean": torch.zeros_like(self.key_mean), "key_std": torch.ones_like(self.key_std)}
+            checkpoint["state_dict"] |= units
 
     def setup(self, stage: str) -> None:
         """Check the arguments against those of the datamodule.
@@ -160,13 +182,13 @@ class DistilledGates(Resuming):
             )
 
     @torch.no_grad()
-    def _in_nats(self, gates: GateBank) -> None:
+    def _in_nats(self, gates: GateBank, keys: list[list[Tensor]]) -> None:
         """Scale the outputs of gates with another target to the unit of prices.
 
         The linear map makes the gates keep the shares `START` at the lowest and the highest price.
         """
         h = self.hparams
-        prices = self._prices(START, Calibration.of(gates, self._keys(), self.first_query, self._own_windows))
+        prices = self._prices(START, Calibration.of(gates, keys, self.first_query, self._own_windows))
         scale = math.log(h.price_high / h.price_low) / (prices["high"] - prices["low"])
         gates.weight2.mul_(scale)
         gates.bias2.mul_(scale).add_(math.log(h.price_high) - scale * prices["high"])
@@ -191,8 +213,8 @@ class DistilledGates(Resuming):
         return [read_keys(self.lm.model, ids) for ids in windows]
 
     def gates(self) -> GateBank:
-        """Return a copy of the current gates."""
-        return copy.deepcopy(self.bank)
+        """Return a copy of the current gates, for raw keys."""
+        return self.bank.folded(self.key_mean, self.key_std)
 
     def details(self) -> dict[str, Any]:
         """Return the details in the exported gates' config, with prices and layer shares of the calibration windows."""
@@ -205,7 +227,7 @@ class DistilledGates(Resuming):
             "sinks": h.sinks,
             "inputs": "keys",
             "policy": policy.to_dict(),
-            **solved_details(policy, Calibration.of(self.bank, self._keys(), self.first_query, self._own_windows)),
+            **solved_details(policy, Calibration.of(self.gates(), self._keys(), self.first_query, self._own_windows)),
             "training": {
                 "backbone": h.backbone,
                 "sources": data.plan.sources,
@@ -247,7 +269,7 @@ class DistilledGates(Resuming):
         def log_keep(layer: int, keys: Tensor) -> Tensor | None:
             if layer not in self.bank.layers:
                 return None
-            worth = self.bank.predict(layer, keys.detach())
+            worth = self.bank.predict(layer, self._standardise(layer, keys.detach()))
             if temperature is None:
                 keep = hard_keep(worth, price).float()
                 log = HIDDEN * (1 - keep)
@@ -262,6 +284,12 @@ class DistilledGates(Resuming):
             hidden = base(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         lost = divergence(hidden[places], teacher[places], self.lm.model.get_output_embeddings())
         return lost, footprint(torch.cat(kept), h.ages, h.sinks, self.first_query, self._own_windows)
+
+    def _standardise(self, layer: int, keys: Tensor) -> Tensor:
+        """Return keys `[1, kv_heads, tokens, head_dim]` in float32 with mean 0 and standard deviation 1."""
+        first = self.bank.layers.index(layer) * keys.shape[1]
+        gates = slice(first, first + keys.shape[1])
+        return (keys.float() - self.key_mean[gates, None]) / self.key_std[gates, None]
 
     @torch.no_grad()
     def full(self, ids: Tensor) -> Tensor:
@@ -300,7 +328,7 @@ class DistilledGates(Resuming):
             places, total, keys = torch.arange(self.first_query, len(ids), device=ids.device), 0.0, []
             with hook_keys(self.lm.model, lambda _, layer_keys: keys.append(layer_keys)):  # noqa: B023
                 teacher = self.full(ids)
-            prices = self._prices(COMPARED, Calibration.of(self.bank, [keys], self.first_query, self._own_windows))
+            prices = self._prices(COMPARED, Calibration.of(self.gates(), [keys], self.first_query, self._own_windows))
             for name, price in prices.items():
                 lost, kept = self.losses(ids, price, places, temperature=None, teacher=teacher)
                 total += float(lost * kept) / len(prices)

@@ -220,6 +220,15 @@ class GateBank(nn.Module, ModelHubMixin):
         bank.bias1.copy_(self.bias1.double() - mean.double()[:, None, :] @ weight)
         return bank
 
+    @torch.no_grad()
+    def unfolded(self, mean: Tensor, std: Tensor) -> "GateBank":
+        """Return the bank of which this one is `folded(mean, std)`: it reads standardised keys; arguments as there."""
+        bank = copy.deepcopy(self)
+        weight = self.weight1.double()
+        bank.weight1.copy_(weight * std.double()[:, :, None])
+        bank.bias1.copy_(self.bias1.double() + mean.double()[:, None, :] @ weight)
+        return bank
+
     # -- files ----------------------------------------------------------------------------------------------------
 
     def _save_pretrained(self, save_directory: Path) -> None:

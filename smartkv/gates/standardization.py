@@ -1,9 +1,12 @@
 """Streamed mean and standard deviation of the keys of each head, which standardise the inputs of gates."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from smartkv.errors import SmartKVError
 
 
 @dataclass
@@ -68,3 +71,24 @@ class Moments:
         scale = mean.square() + 1
         std = torch.where(variance > 1e-10 * scale, variance.sqrt(), torch.ones_like(variance))
         return mean.float(), std.float(), (self.target_sum / self.target_count).float()
+
+
+def key_moments(keys: Iterable[list[Tensor]], layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Compute mean and standard deviation of the keys of some windows.
+
+    Args:
+        keys: Of each window, of each layer of the model `[1, kv_heads, tokens, head_dim]`, any float dtype.
+        layers: Indices of the layers that have gates.
+
+    Returns:
+        Both float32 `[gates, head_dim]`, on the CPU, ordered by layer and head.
+    """
+    moments = None
+    for window in keys:
+        rows = torch.cat([window[layer][0].cpu() for layer in layers])
+        moments = moments or Moments.zeros(rows.shape[0], rows.shape[2])
+        moments.update(rows, rows.new_empty(rows.shape[0], 0, 1))
+    if moments is None:
+        raise SmartKVError("mean and standard deviation of keys need at least one window")
+    mean, std, _ = moments.result()
+    return mean, std
