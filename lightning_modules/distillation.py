@@ -17,7 +17,7 @@ from smartkv.distillation.soft_keep import footprint, hard_keep, keep_share
 from smartkv.distillation.warm_start import one_output_per_age, single_output
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
-from smartkv.gates.standardization import key_moments
+from smartkv.gates.standardization import StandardizedGates
 from smartkv.models.backbone import Backbone, load_backbone
 from smartkv.models.gguf import PACKAGED
 from smartkv.models.key_hooks import hook_keys, read_keys
@@ -39,9 +39,7 @@ class DistilledGates(Resuming):
     price log-uniformly. The gates therefore learn the log of each key's worth, and one training serves every footprint.
 
     Attributes:
-        bank: the gates, on standardised keys.
-        key_mean: mean of the calibration windows' keys, float32 `[gates, head_dim]`.
-        key_std: their standard deviation, like `key_mean`.
+        bank: the gates, trained on standardised keys.
 
     Args:
         gates: gates to start from: a folder, a hub id, or the name of shipped gates.
@@ -79,9 +77,6 @@ class DistilledGates(Resuming):
         }
     )
 
-    key_mean: Tensor
-    key_std: Tensor
-
     PRECISIONS = (SINGLE, "64-true")  # autocast would meet the soft mask's float32 inside the attention
 
     def __init__(
@@ -107,7 +102,7 @@ class DistilledGates(Resuming):
         super().__init__()
         self.save_hyperparameters()
         self.frozen: list[Backbone] = []  # in a list, so that DDP and checkpoints do not see a submodule
-        self.bank: GateBank = None  # type: ignore[assignment] # until configure_model
+        self.bank: StandardizedGates = None  # type: ignore[assignment] # until configure_model
 
     @property
     def lm(self) -> Backbone:
@@ -148,20 +143,14 @@ class DistilledGates(Resuming):
         keys = self._keys()
         if start.details.get("target") != TARGET:
             self._in_nats(start, keys)
-        mean, std = (moment.to(device) for moment in key_moments(keys, start.layers))
-        # In units of raw keys one step would move a gate by the mean of its keys, in Qwen2.5 up to 400 times their
-        # spread, and gates that jump far from all prices have no gradient to come back by.
-        self.register_buffer("key_mean", mean)
-        self.register_buffer("key_std", std)
-        start = start.unfolded(mean, std)
-        self.bank = one_output_per_age(start, h.ages, h.hidden).requires_grad_(True).train()
+        gates = StandardizedGates(start, keys)
+        gates.bank = one_output_per_age(gates.bank, h.ages, h.hidden)
+        self.bank = gates.requires_grad_(True).train()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let a run go on that trained its gates on raw keys, as SmartKV 0.1 did."""
+        """Read the tensors of the gates, also by their old names."""
+        checkpoint["state_dict"] = self.bank.named_as_here(checkpoint["state_dict"], "bank.")
         super().on_load_checkpoint(checkpoint)
-        if "key_mean" not in checkpoint["state_dict"]:
-            units = {"key_mean": torch.zeros_like(self.key_mean), "key_std": torch.ones_like(self.key_std)}
-            checkpoint["state_dict"] |= units
 
     def setup(self, stage: str) -> None:
         """Check the arguments against those of the datamodule.
@@ -214,7 +203,7 @@ class DistilledGates(Resuming):
 
     def gates(self) -> GateBank:
         """Return a copy of the current gates, for raw keys."""
-        return self.bank.folded(self.key_mean, self.key_std)
+        return self.bank.raw()
 
     def details(self) -> dict[str, Any]:
         """Return the details in the exported gates' config, with prices and layer shares of the calibration windows."""
@@ -269,7 +258,7 @@ class DistilledGates(Resuming):
         def log_keep(layer: int, keys: Tensor) -> Tensor | None:
             if layer not in self.bank.layers:
                 return None
-            worth = self.bank.predict(layer, self._standardise(layer, keys.detach()))
+            worth = self.bank.predict(layer, keys.detach())
             if temperature is None:
                 keep = hard_keep(worth, price).float()
                 log = HIDDEN * (1 - keep)
@@ -285,12 +274,6 @@ class DistilledGates(Resuming):
         lost = divergence(hidden[places], teacher[places], self.lm.model.get_output_embeddings())
         return lost, footprint(torch.cat(kept), h.ages, h.sinks, self.first_query, self._own_windows)
 
-    def _standardise(self, layer: int, keys: Tensor) -> Tensor:
-        """Return keys `[1, kv_heads, tokens, head_dim]` in float32 with mean 0 and standard deviation 1."""
-        first = self.bank.layers.index(layer) * keys.shape[1]
-        gates = slice(first, first + keys.shape[1])
-        return (keys.float() - self.key_mean[gates, None]) / self.key_std[gates, None]
-
     @torch.no_grad()
     def full(self, ids: Tensor) -> Tensor:
         """Return the last hidden states under a full cache, `[tokens, hidden]`, of ids `[tokens]`."""
@@ -300,7 +283,7 @@ class DistilledGates(Resuming):
         """Return the mean loss over the windows of the batch, each at a random price."""
         low, high = math.log(self.hparams.price_low), math.log(self.hparams.price_high)
         temperature = self.temperature()
-        total = self.bank.bias2.sum() * 0  # a process without a window takes part in every step
+        total = self.bank.bank.bias2.sum() * 0  # a process without a window takes part in every step
         for number, ids in zip(batch.number.tolist(), batch.tokens, strict=True):
             # the draw depends on the step and the window, not on the number of processes
             generator = torch.Generator().manual_seed(self.global_step * 1_000_003 + number)

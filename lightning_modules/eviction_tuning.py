@@ -1,8 +1,8 @@
 """Eviction tuning: LoRA adapters trained while keys are dropped, so that the model adapts to a sparse cache."""
 
-import copy
 import json
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,6 +21,7 @@ from lightning_modules.resuming import Resuming
 from lightning_modules.trainer_settings import SINGLE
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
+from smartkv.gates.standardization import StandardizedGates
 from smartkv.io.class_names import bare_class_paths
 from smartkv.metrics.perplexity import losses_after
 from smartkv.models.backbone import Backbone, load_backbone
@@ -80,7 +81,7 @@ class EvictionTuning(Resuming):
     PRECISIONS = (SINGLE, "bf16-mixed", "16-mixed")  # the others would convert the language model too
 
     backbone_: Backbone
-    gates: GateBank | None
+    gates: StandardizedGates | None
 
     def __init__(
         self,
@@ -140,6 +141,7 @@ class EvictionTuning(Resuming):
         if lm.model.dtype == torch.float16:
             raise SmartKVError("float16 has too little range for gradients: give dtype bfloat16 or float32")
         self.dropping.prepare(lm)
+        self.dropping.begin(lm, self._calibration_windows())
         config = LoraConfig(
             r=h.rank, lora_alpha=h.alpha, target_modules=list(h.targets), lora_dropout=0.0, task_type="CAUSAL_LM"
         )
@@ -285,9 +287,14 @@ class EvictionTuning(Resuming):
     # -- checkpoints and export -----------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the trained parameters: adapters, and gates if they are trained too."""
+        """Return what is trained: adapters, and gates with the units of their keys if they are trained too."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
+        state = super().state_dict(*args, **kwargs).items()
+        return {name: value for name, value in state if name in trained or name.startswith("gates.")}
+
+    def _calibration_windows(self) -> Iterator[Tensor]:
+        """Yield token ids of the first training windows, int64 `[tokens]`, which are read only where gates learn."""
+        yield from self.trainer.datamodule.plan.of_split("train")[:CALIBRATION_WINDOWS]
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that decide the result, with the dtype that `auto` chose."""
@@ -316,8 +323,7 @@ class EvictionTuning(Resuming):
         """Return the trained gates with prices solved for the tuned model, or None if no gates are trained."""
         if self.gates is None:
             return None
-        gates = copy.deepcopy(self.gates).requires_grad_(False)
-        texts = self.trainer.datamodule.plan.of_split("train")[:CALIBRATION_WINDOWS]
+        gates, texts = self.gates.raw().requires_grad_(False), list(self._calibration_windows())
         keys = [read_keys(self.lm.model, ids) for ids in texts]
         calibration = Calibration.of(gates, keys, len(texts[0]) // 4, self.lm.architecture.sliding_windows)
         gates.details |= solved_details(HybridPolicy.from_dict(gates.details["policy"]), calibration)
@@ -330,7 +336,9 @@ class EvictionTuning(Resuming):
         checkpoint["run"] = self.described()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the schedule."""
+        """Restore the schedule, and read the tensors of trained gates also by their old names."""
+        if self.gates is not None:
+            checkpoint["state_dict"] = self.gates.named_as_here(checkpoint["state_dict"], "gates.")
         super().on_load_checkpoint(checkpoint)
         self.schedule.load_state_dict(checkpoint["schedule"])
         self.reached = checkpoint["global_step"], checkpoint["run"]["steps"]

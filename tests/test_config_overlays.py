@@ -117,13 +117,13 @@ CHANGES: dict[str, dict[str, Any]] = {  # the folders of the run aside
     "gates/distilled/qwen2.5-0.5b": DISTILLED_ELSEWHERE
     | {f"{part}.backbone": "Qwen/Qwen2.5-0.5B" for part in ("model", "data")},
     "gates/distilled/qwen2.5-coder-0.5b": {
+        "trainer.val_check_interval": 100,
         "trainer.callbacks.GateExport.name": "qwen2.5-coder-0.5b-instruct",
         "model.backbone": "qwen2.5-coder-0.5b",
         "model.scored_tokens": 256,
-        "model.learning_rate": 0.003,
         "model.calibration_windows": 8,
         "data.backbone": "qwen2.5-coder-0.5b",
-        "data.windows.train": 300,
+        "data.windows.train": 400,
         "data.sources": MIX,
     },
     "gates/distilled/qwen3-0.6b": DISTILLED_ELSEWHERE

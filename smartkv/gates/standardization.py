@@ -1,12 +1,17 @@
-"""Streamed mean and standard deviation of the keys of each head, which standardise the inputs of gates."""
+"""Mean and standard deviation of the keys of each head, which standardise the inputs of gates in training.
+
+The keys of some models have biases of hundreds of times their spread, as in layer 0 of Qwen2.5. On raw keys one step of
+Adam would throw such a gate far from all prices, where no gradient reaches it.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smartkv.errors import SmartKVError
+from smartkv.gates.bank import GateBank
 
 
 @dataclass
@@ -92,3 +97,59 @@ def key_moments(keys: Iterable[list[Tensor]], layers: Sequence[int]) -> tuple[Te
         raise SmartKVError("mean and standard deviation of keys need at least one window")
     mean, std, _ = moments.result()
     return mean, std
+
+
+class StandardizedGates(nn.Module):
+    """Gates that learn on standardised keys while they decide in a language model.
+
+    Args:
+        gates: Gates for raw keys. They say the same here.
+        keys: Keys whose mean and standard deviation are taken, as in `key_moments`.
+
+    Attributes:
+        bank: The gates on standardised keys, which are trained.
+        key_mean: Mean of the keys, float32 `[gates, head_dim]`.
+        key_std: Their standard deviation, like `key_mean`.
+    """
+
+    key_mean: Tensor
+    key_std: Tensor
+
+    def __init__(self, gates: GateBank, keys: Iterable[list[Tensor]]) -> None:
+        super().__init__()
+        mean, std = (moment.to(gates.device) for moment in key_moments(keys, gates.layers))
+        self.register_buffer("key_mean", mean)
+        self.register_buffer("key_std", std)
+        self.bank = gates.unfolded(mean, std)
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the layers that have gates."""
+        return self.bank.layers
+
+    def predict(self, layer: int, keys: Tensor) -> Tensor:
+        """Predict with the gates of one layer from raw keys, like `GateBank.predict`."""
+        first = self.layers.index(layer) * keys.shape[1]
+        gates = slice(first, first + keys.shape[1])
+        return self.bank.predict(layer, (keys.float() - self.key_mean[gates, None]) / self.key_std[gates, None])
+
+    def raw(self) -> GateBank:
+        """Return a copy for raw keys."""
+        return self.bank.folded(self.key_mean, self.key_std)
+
+    def named_as_here(self, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Return a checkpoint's tensors under the names of this module, also those of SmartKV 0.1.
+
+        Gates were then trained on raw keys. They go on with a mean of 0 and a standard deviation of 1.
+
+        Args:
+            state: Tensors by name.
+            prefix: Of this module's names, such as `bank.`.
+        """
+        if f"{prefix}weight1" not in state:
+            return state
+        names = ("weight1", "bias1", "weight2", "bias2")
+        moved = {f"{prefix}bank.{name}": state[f"{prefix}{name}"] for name in names}
+        units = {"key_mean": torch.zeros_like(self.key_mean), "key_std": torch.ones_like(self.key_std)}
+        rest = {name: tensor for name, tensor in state.items() if name.removeprefix(prefix) not in names}
+        return rest | moved | {f"{prefix}{name}": tensor for name, tensor in units.items()}

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
+from smartkv.gates.standardization import StandardizedGates
 from smartkv.io.class_names import Persisted
 from smartkv.models.backbone import Backbone
+from smartkv.models.key_hooks import read_keys
 from smartkv.sparsity.anchors import Anchors
 from smartkv.sparsity.key_dropout import GatedDropping, KeyDropout, Seen, Share, window_attention
 
@@ -23,7 +25,7 @@ class Dropping(Persisted, ABC):
         gates: Gates that are trained with the model. None if there are none.
     """
 
-    gates: GateBank | None = None
+    gates: StandardizedGates | None = None
 
     def price(self) -> float | None:
         """Return the price of the whole cache, in nats per token, for gates that are trained.
@@ -34,6 +36,15 @@ class Dropping(Persisted, ABC):
 
     def prepare(self, lm: Backbone) -> None:
         """Prepare for the model that will be trained; called once."""
+        return
+
+    def begin(self, lm: Backbone, windows: Iterable[Tensor]) -> None:
+        """Prepare what is trained with the model; called once, after `prepare` and before the model is changed.
+
+        Args:
+            lm: The model and its tokenizer.
+            windows: Token ids of some training windows, int64 `[tokens]` each.
+        """
         return
 
     @abstractmethod
@@ -150,8 +161,12 @@ class GateDropping(Dropping):
         """Load the gates for the model."""
         bank = GateBank.from_pretrained(self.name, lm.model).to(lm.model.device).float()
         bank.requires_grad_(self.train)
-        self.gates = bank if self.train else None
         self.rule = GatedDropping(bank, self.footprint, self.temperature)
+
+    def begin(self, lm: Backbone, windows: Iterable[Tensor]) -> None:
+        """Let the gates learn on standardised keys, if they are trained."""
+        if self.train:
+            self.gates = self.rule.standardize(read_keys(lm.model, ids) for ids in windows)
 
     def price(self) -> float | None:
         """Return the price of the whole cache, in nats per token, if the gates are trained."""

@@ -1,6 +1,6 @@
 """Rules by which keys are dropped while a model is trained: at random, by a sliding window, or by gates."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from smartkv.distillation.soft_attention import HIDDEN, soft_eviction
 from smartkv.distillation.soft_keep import footprint, hard_keep, keep_share
 from smartkv.errors import SmartKVError
 from smartkv.gates.bank import GateBank
+from smartkv.gates.standardization import StandardizedGates
 from smartkv.models.architecture import Architecture
 from smartkv.models.wrappers import language_model
 from smartkv.policies.budgets import policy_of
@@ -154,8 +155,23 @@ class GatedDropping:
                 f"dropping keys in training needs a policy that asks the gates in all layers from {gates.ages[0]} "
                 "tokens on, at one price: these gates go with a policy of other rules, windows or prices"
             )
-        self.gates, self.price, self.temperature = gates, policy.price, temperature
+        self.bank = gates
+        self.gates: GateBank | StandardizedGates = gates
+        self.ages, self.price, self.temperature = gates.ages, policy.price, temperature
         self.sinks = policy.sinks
+
+    def standardize(self, keys: Iterable[list[Tensor]]) -> StandardizedGates:
+        """Let the gates read standardised keys from now on, as they must where they learn.
+
+        Args:
+            keys: Keys of some windows, as for `key_moments`.
+
+        Returns:
+            The gates, to be trained.
+        """
+        standardized = StandardizedGates(self.bank, keys)
+        self.gates = standardized
+        return standardized
 
     def log_keep(self, layer: int, keys: Tensor) -> Tensor | None:
         """Compute the log of the share of each key that is kept from each age on.
@@ -169,7 +185,7 @@ class GatedDropping:
         """
         if layer not in self.gates.layers:
             return None
-        if not self.gates.weight2.requires_grad:
+        if not any(weight.requires_grad for weight in self.gates.parameters()):
             # Otherwise the model would learn to make its keys look worth keeping, at no cost to itself.
             keys = keys.detach()
         worth = self.gates.predict(layer, keys)
@@ -198,7 +214,7 @@ class GatedDropping:
 
         def seen(first_query: int) -> Tensor:
             keep = torch.cat([log.exp().movedim(0, -1).flatten(0, 1) for log in kept.values()])
-            return footprint(keep, self.gates.ages, self.sinks, first_query, own)
+            return footprint(keep, self.ages, self.sinks, first_query, own)
 
-        with soft_eviction(model, log_keep, self.gates.ages, self.sinks):
+        with soft_eviction(model, log_keep, self.ages, self.sinks):
             yield seen

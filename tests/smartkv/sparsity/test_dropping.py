@@ -83,9 +83,20 @@ def test_only_gates_that_are_trained_have_a_price_and_gradients(gates: str, lm: 
     fixed, trained = GateDropping(gates, 0.5, 0.5), GateDropping(gates, 0.5, 0.5, train=True)
     for dropping in (fixed, trained):
         dropping.prepare(lm)
+        dropping.begin(lm, IDS)
     assert fixed.price() is None and fixed.gates is None and NoDropping().price() is None
     assert trained.price() == pytest.approx(math.exp(PRICE))
-    assert trained.gates is not None and trained.gates.weight1.requires_grad
+    assert trained.gates is not None and all(weight.requires_grad for weight in trained.gates.parameters())
+
+
+def test_gates_that_are_trained_decide_as_before_on_standardised_keys(gates: str, lm: Backbone) -> None:
+    fixed, trained = GateDropping(gates, 0.5, 0.5), GateDropping(gates, 0.5, 0.5, train=True)
+    want, _ = logits_and_footprint(fixed, lm)
+    trained.prepare(lm)
+    trained.begin(lm, IDS)
+    with torch.no_grad(), trained.inside(lm, IDS, 1.0, [0] * len(IDS)):
+        torch.testing.assert_close(lm.model(IDS, use_cache=False).logits, want, atol=1e-4, rtol=1e-4)
+    assert trained.gates is not None and trained.gates.key_std.min() > 0
 
 
 @pytest.mark.parametrize(
