@@ -137,6 +137,12 @@ $(MATRIX): test-transformers-%: .venv-transformers-%/.installed
 test-kvpress: .venv-kvpress/.installed
 	$(<D)/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider $(PRESSES)
 
+# Triton's kernels without a GPU: in its interpreter, and compiled for sm_90. Then the tests of the cache on the storage that a
+# GPU has. torch for the CPU brings no Triton.
+test-triton: .venv-triton/.installed
+	TRITON_INTERPRET=1 $(<D)/bin/python -m pytest -n 2 -p no:cacheprovider tests/smartkv/kernels tests/smartkv/cache/test_ranges.py
+	$(<D)/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider --ranges tests/smartkv/cache
+
 # Changes of smartkv/$(PACKAGE) that its tests do not notice: build/mutation/$(PACKAGE). A killed run goes on where it stopped.
 # All four packages without PACKAGE. AGAIN=true also tests the survivors of earlier runs, for tests that are better now.
 mutation: .venv-mutation/.installed
@@ -151,8 +157,9 @@ test-docs: install
 	$(PY) -m pytest -m 'slow or not slow' tests/test_docs.py tests/test_docs_commands.py tests/test_docs_snippets.py
 
 .venv-docs/.installed: EXTRAS := docs
+.venv-triton/.installed: EXTRAS := dev,triton
 .venv-mutation/.installed: EXTRAS := dev,mutation
-.venv-docs/.installed .venv-mutation/.installed: pyproject.toml constraints.txt
+.venv-docs/.installed .venv-mutation/.installed .venv-triton/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@

@@ -22,6 +22,10 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ranges", action="store_true", help="caches decode from ranges, as on a GPU, and not from pages")
+
+
 def pytest_collection_finish() -> None:
     """Take what the imports left out of garbage collection: walking it at each collection takes a third of some tests.
 
@@ -37,6 +41,8 @@ import smartkv
 names = sorted(module.name for module in pkgutil.walk_packages(smartkv.__path__, "smartkv."))
 if importlib.util.find_spec("kvpress") is None:
     names.remove("smartkv.press")  # an extra
+if importlib.util.find_spec("triton") is None:
+    names = [name for name in names if not name.startswith("smartkv.kernels.")]  # an extra
 for name in names:
     importlib.import_module(name)
 roots = sorted({name.partition(".")[0] for name in sys.modules})
@@ -53,6 +59,12 @@ print(json.dumps({"imported": names, "roots": roots}))
 def one_thread() -> None:
     """Whatever an earlier test left: a forked process that computes with more than one hangs, if its parent did so."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def ranges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.config.getoption("--ranges"):
+        monkeypatch.setattr("smartkv.cache.ranges.ranges_serve", lambda device: True)
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ LIBRARY = sorted((ROOT / "smartkv").rglob("*.py"))
 def test_what_a_module_imports_is_installed_with_it(path: Path) -> None:
     """On import a module needs the library's dependencies, or those of its extra; later any extra."""
     tree = ast.parse(path.read_text())
-    extra = EXTRAS["kvpress"] if path.name == "press.py" else []
+    extra = EXTRAS["kvpress"] if path.name == "press.py" else EXTRAS["triton"] if path.parent.name == "kernels" else []
     functions = {id(node) for body in ast.walk(tree) if isinstance(body, ast.FunctionDef) for node in ast.walk(body)}
     at_once = imported(node for node in ast.walk(tree) if id(node) not in functions)
     assert at_once <= declared(PROJECT["dependencies"] + extra)

@@ -7,6 +7,7 @@ from smartkv.cache.footprint_count import count_queries
 from smartkv.cache.key_storage import KeyStorage
 from smartkv.cache.paged import Pages
 from smartkv.cache.ragged import Ragged
+from smartkv.cache.ranges import Ranges
 from smartkv.policies.floating_price import PINNED
 from smartkv.policies.lifetimes import FOREVER
 
@@ -46,7 +47,7 @@ class EditableKeys(KeyStorage):
 
     def drop_pending(self, tokens: int) -> None:
         """Forget the latest tokens of each row, all of them pending; their slots take the next ones."""
-        if not isinstance(self.store, Pages):
+        if not isinstance(self.store, Pages | Ranges):
             raise RuntimeError("only tokens of `step` are pending")
         self.store.take_back(self.pending - tokens, self.pending)
         self.pending, self.columns = self.pending - tokens, self.columns - tokens

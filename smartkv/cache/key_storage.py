@@ -15,6 +15,7 @@ from smartkv.cache.footprint_count import FootprintCount, count_deaths, count_qu
 from smartkv.cache.layer_limit import LayerLimit, Rule
 from smartkv.cache.paged import MAX_SPARE, Pages, spare_tokens
 from smartkv.cache.ragged import Fields, Ragged, storage_bytes
+from smartkv.cache.ranges import Ranges, decoding_store
 from smartkv.models.softmax import Softmax
 from smartkv.policies.lifetimes import FOREVER, HOLE
 from smartkv.quantization.per_token import Bits, PackedRows
@@ -36,7 +37,7 @@ class KeyStorage:
         rollback: number of latest tokens that `crop` may drop. Keys that went within them are hidden, and freed later.
 
     Attributes:
-        store: the keys: `Ragged` after a chunk, `Pages` between steps.
+        store: the keys: `Ragged` after a chunk; between steps `Pages`, or `Ranges` on a GPU.
         pending: number of pending tokens.
         pending_keys: pre-RoPE keys of the pending tokens by call, `[batch, kv_heads, tokens, head_dim]`.
         seen: int64 `[batch]`, real tokens of each row, pending ones excluded.
@@ -51,7 +52,7 @@ class KeyStorage:
     """
 
     is_initialized = False
-    store: Ragged | Pages
+    store: Ragged | Pages | Ranges
     seen: Tensor
     final: Tensor
     count: FootprintCount
@@ -221,7 +222,7 @@ class KeyStorage:
     @property
     def spare_slots(self) -> int:
         """Tokens of each row that `step` has room for; `free_dead(…, pack=True)` makes new room."""
-        return self.store.spare - self.pending if isinstance(self.store, Pages) else 0
+        return self.store.spare - self.pending if isinstance(self.store, Pages | Ranges) else 0
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         """Store one more token per row or a few, at most `spare_slots`, and compute their attention.
@@ -239,10 +240,10 @@ class KeyStorage:
         key, value = key.reshape(pairs, tokens, head_dim), value.reshape(pairs, tokens, head_dim)
         if self.packed is not None:
             grouped, key, value = self.packed.encode(grouped, key, value)
-        bias = self.store.write(self.pending, key, value)  # type: ignore[union-attr]
+        seen = self.store.write(self.pending, key, value)  # type: ignore[union-attr]
         if softmax.learned_sinks is not None:
             softmax = softmax.of_pairs(torch.arange(pairs, device=key.device), self.kv_heads)
-        output = self.store.attend(grouped, softmax, bias)  # type: ignore[union-attr]
+        output = self.store.attend(grouped, softmax, seen)  # type: ignore[union-attr, arg-type]
         if self.packed is not None:
             output = self.packed.rotate_back(output)
         self.pending += tokens
@@ -268,12 +269,12 @@ class KeyStorage:
         stored = (position != HOLE) & (position < now[pair])
         alive = stored & (ends > self._of_pairs(self.final)[pair])
         self.deaths = self.deaths + count_deaths(position, ends, stored & ~alive)
-        live = alive.nonzero().flatten()
+        live = alive.nonzero().flatten() if pack or isinstance(old, Ragged | Pages) else old.in_order(alive)
         counts = torch.bincount(pair[live], minlength=len(now))
         if pack:
             spare = spare_tokens(len(live) / len(counts), self.min_lifetime)
             ages = (ends - now[pair])[live]
-            self.store = Pages(old.fields, live, counts, ages, now, spare, self.dtype, self.packed)
+            self.store = decoding_store(old.fields, live, counts, ages, now, spare, self.dtype, self.packed)
         else:
             self.store = Ragged(old.fields.at(live), counts)
         self.resting_bytes = self.storage_bytes
