@@ -1,6 +1,6 @@
 """Counts of keys: how many queries saw them, how many a full cache would have held, and how old the freed ones were."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,54 +10,32 @@ from smartkv.policies.lifetimes import HOLE
 DEATH_AGES = (16, 64, 256, 1024, 4096)  # tokens; bounds of the ages by which freed keys are counted
 
 
-@dataclass(frozen=True)
-class FootprintCount:
+class FootprintCount(NamedTuple):
     """The keys that the counted queries of one layer saw so far.
 
     Attributes:
         visible: int64 `[batch, kv_heads]`, the sum over counted queries of the keys that each saw.
         full: int64 `[batch]`, the same sum for a full cache.
-        first_query: position of the first counted query.
     """
 
     visible: Tensor
     full: Tensor
-    first_query: int
 
-    @classmethod
-    def zeros(cls, batch: int, kv_heads: int, first_query: int, device: torch.device) -> "FootprintCount":
-        """Return the count before the first query."""
-        visible = torch.zeros(batch, kv_heads, dtype=torch.int64, device=device)
-        return cls(visible, visible.new_zeros(batch), first_query)
 
-    def plus(self, visible: Tensor, start: Tensor, end: Tensor, sliding_window: int) -> "FootprintCount":
-        """Return the count with the queries `start ≤ i < end` added.
+def count_full(seen: Tensor, first_query: int, sliding_window: int) -> Tensor:
+    """Return the sum over counted queries of the keys that each sees in a full cache, int64 `[batch]`.
 
-        Args:
-            visible: int64 `[pairs]`, the keys that the counted ones among these queries saw (see `count_queries`).
-            start, end: int64 `[batch]`, positions.
-            sliding_window: largest number of keys that a full cache would hold.
-        """
-        full = self._full(start, end, sliding_window)
-        return FootprintCount(self.visible + visible.view(self.visible.shape), self.full + full, self.first_query)
+    Args:
+        seen: int64 `[batch]`, real tokens of each row so far.
+        first_query: position of the first counted query.
+        sliding_window: largest number of keys that a full cache would hold.
+    """
 
-    def minus(self, visible: Tensor, start: Tensor, end: Tensor, sliding_window: int) -> "FootprintCount":
-        """Return the count without the queries `start ≤ i < end`; the arguments are those of `plus`."""
-        full = self._full(start, end, sliding_window)
-        return FootprintCount(self.visible - visible.view(self.visible.shape), self.full - full, self.first_query)
+    def keys(query: Tensor) -> Tensor:  # Σ min(i + 1, sliding_window) over i < query
+        growing = query.clamp(max=sliding_window)
+        return growing * (growing + 1) // 2 + (query - growing) * sliding_window
 
-    def _full(self, start: Tensor, end: Tensor, sliding_window: int) -> Tensor:
-        """Return the keys that the counted ones among the queries `start ≤ i < end` see in a full cache, `[batch]`."""
-
-        def full_keys(query: Tensor) -> Tensor:  # Σ min(i + 1, sliding_window) over i < query
-            growing = query.clamp(max=sliding_window)
-            return growing * (growing + 1) // 2 + (query - growing) * sliding_window
-
-        return full_keys(end) - full_keys(torch.minimum(start.clamp(min=self.first_query), end))
-
-    def select(self, rows: Tensor) -> "FootprintCount":
-        """Return the count of these rows of the batch, int64 `[rows]`."""
-        return FootprintCount(self.visible.index_select(0, rows), self.full.index_select(0, rows), self.first_query)
+    return keys(seen) - keys(seen.clamp(max=first_query))
 
 
 def count_queries(position: Tensor, ends: Tensor, start: Tensor, end: Tensor, first_query: int) -> Tensor:

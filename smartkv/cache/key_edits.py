@@ -70,7 +70,7 @@ class EditableKeys(KeyStorage):
         before, now = (self._of_pairs(rows) for rows in (after, self.seen))
         seen = count_queries(position, self._ends(1)[0], before[pair], now[pair], self.first_query)
         visible = torch.zeros_like(now).index_add_(0, pair, seen)
-        self.count = self.count.minus(visible, after, self.seen, self.sliding_window)
+        self.visible_keys = self.visible_keys - visible.view(self.visible_keys.shape)
         stays = (position < before[pair]).nonzero().flatten()
         self.store = Ragged(self.store.fields.at(stays), torch.bincount(pair[stays], minlength=len(now)))
         self.seen, self.columns = after, self.columns - columns
@@ -89,7 +89,7 @@ class EditableKeys(KeyStorage):
         if self.packed is not None:
             self.packed.select(pairs.flatten())
         self.seen, self.final = self.seen.index_select(0, rows), self.final.index_select(0, rows)
-        self.count = self.count.select(rows)
+        self.visible_keys = self.visible_keys.index_select(0, rows)
         self.limit.select(rows)
         self.resting_bytes = self.storage_bytes
         self.call_peak_bytes = old_bytes + self.resting_bytes

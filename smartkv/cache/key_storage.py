@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smartkv.cache.chunk_attention import Span, chunk_attention
-from smartkv.cache.footprint_count import FootprintCount, count_deaths, count_queries, no_deaths
+from smartkv.cache.footprint_count import FootprintCount, count_deaths, count_full, count_queries, no_deaths
 from smartkv.cache.layer_limit import LayerLimit, Rule
 from smartkv.cache.paged import MAX_SPARE, Pages, spare_tokens
 from smartkv.cache.ragged import Fields, Ragged, storage_bytes
@@ -43,7 +43,7 @@ class KeyStorage:
         seen: int64 `[batch]`, real tokens of each row, pending ones excluded.
         final: int64 `[batch]`, position before which deaths are final: no `crop` goes back behind it.
         columns: tokens so far, padding and pending ones included.
-        count: keys that the queries of the `seen` tokens saw.
+        visible_keys: int64 `[batch, kv_heads]`, `visible` of a `FootprintCount`, for the queries of the `seen` tokens.
         deaths: int64 `[ages]`, keys that were freed, by age (see `count_deaths`).
         sliding_window: largest number of keys that a full cache would hold.
         packed: packs keys and values; None: they are not packed.
@@ -55,7 +55,7 @@ class KeyStorage:
     store: Ragged | Pages | Ranges
     seen: Tensor
     final: Tensor
-    count: FootprintCount
+    visible_keys: Tensor
     deaths: Tensor
 
     def __init__(
@@ -105,7 +105,7 @@ class KeyStorage:
         """
         self.store, self.seen, self.final, self.dtype = store, seen, seen.clone(), dtype
         self.kv_heads = len(store.counts) // len(seen)
-        self.count = FootprintCount.zeros(len(seen), self.kv_heads, self.first_query, seen.device)
+        self.visible_keys = seen.new_zeros(len(seen), self.kv_heads)
         self.deaths = no_deaths(seen.device)
         self.limit.start(len(seen), seen.device)
         self.is_initialized = True
@@ -128,8 +128,7 @@ class KeyStorage:
             self.seen,
             self.final,
             self.deaths,
-            self.count.visible,
-            self.count.full,
+            self.visible_keys,
             *self.limit.tensors,
             *self.pending_keys,
             centre,
@@ -167,16 +166,16 @@ class KeyStorage:
         return self.store.slots.view(-1, self.kv_heads)
 
     def counted(self) -> FootprintCount:
-        """Return `count` with the queries of the pending tokens added."""
-        return self._counted(self._ends(self.pending)[0], self.store.pair()) if self.pending else self.count
+        """Return the keys that the counted queries saw, those of the pending tokens among them."""
+        visible = self._visible(self._ends(self.pending)[0], self.store.pair()) if self.pending else self.visible_keys
+        return FootprintCount(visible, count_full(self.seen + self.pending, self.first_query, self.sliding_window))
 
-    def _counted(self, ends: Tensor, pair: Tensor) -> FootprintCount:
-        """Return the same as `counted`, given each slot's end (see `_ends`) and pair."""
-        after = self.seen + self.pending
-        start, end = self._of_pairs(self.seen), self._of_pairs(after)
+    def _visible(self, ends: Tensor, pair: Tensor) -> Tensor:
+        """Return `visible_keys` with the pending tokens added, given each slot's end (see `_ends`) and pair."""
+        start = self._of_pairs(self.seen)
+        end = start + self.pending
         seen = count_queries(self.store.fields.position, ends, start[pair], end[pair], self.first_query)
-        visible = torch.zeros_like(start).index_add_(0, pair, seen)
-        return self.count.plus(visible, self.seen, after, self.sliding_window)
+        return self.visible_keys + torch.zeros_like(start).index_add_(0, pair, seen).view(self.visible_keys.shape)
 
     def _of_pairs(self, rows: Tensor) -> Tensor:
         """Repeat a value per row for each KV head: `[batch]` -> `[pairs]`."""
@@ -262,7 +261,7 @@ class KeyStorage:
         if expiry is not None:
             old.judge(expiry.flatten(0, 1), None if score is None else score.flatten(0, 1))  # type: ignore[union-attr]
         (ends, self.final), pair = self._ends(self.pending + min(MAX_SPARE, self.min_lifetime), True), old.pair()
-        self.count = self._counted(ends, pair)
+        self.visible_keys = self._visible(ends, pair)
         self.limit.commit()
         self.seen, self.pending, self.pending_keys = self.seen + self.pending, 0, []
         now, position = self._of_pairs(self.seen), old.fields.position
@@ -338,7 +337,7 @@ class KeyStorage:
             padded=real is not None,
         )
         self.call_peak_bytes = self.storage_bytes + result.peak_bytes
-        self.count = self.count.plus(result.visible, self.seen, after, self.sliding_window)
+        self.visible_keys = self.visible_keys + result.visible.view(self.visible_keys.shape)
         self.deaths = self.deaths + result.deaths
         self.store, self.seen, self.final = result.store, after, final
         self.limit.commit()

@@ -39,7 +39,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartkv.cache.first_tokens import differing_layer
-from smartkv.cache.footprint_count import FootprintCount
 from smartkv.cache.lifespan_cache import LifespanCache
 from smartkv.cache.linear_layers import linear_layers, restore_states, states_of
 from smartkv.cache.ragged import Fields, Ragged
@@ -110,8 +109,8 @@ def _contents(cache: LifespanCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
         store = layer.store
         tensors_of_layer = {**store.fields._asdict(), "counts": store.counts, "seen": layer.seen}
         tensors_of_layer |= {
-            "visible": layer.count.visible,
-            "held": layer.count.full,
+            "visible": layer.visible_keys,
+            "held": layer.counted().full,
             "centre": layer.packed.centre if layer.packed else None,
             "final": layer.final,
             "prices": torch.stack(layer.limit.prices) if layer.limit.floats else None,
@@ -185,7 +184,7 @@ def load_cache(path: str | Path, model: PreTrainedModel, gates: GateBank | str |
                 layer.packed.centre = own["centre"]
                 if own["centre"].shape != (len(own["counts"]), cache.architecture.head_dim):
                     raise SmartKVError(f"{path} does not hold a whole cache: the centre of layer {number} does not fit")
-            layer.count = FootprintCount(own["visible"], own["held"], cache.first_query)
+            layer.visible_keys = own["visible"]
             layer.set_sliding_window(header["sliding_window"][number])
             layer.columns, layer.final = header["columns"], own.get("final", own["seen"])
             layer.deaths = own.get("deaths", layer.deaths)

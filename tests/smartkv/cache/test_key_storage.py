@@ -136,7 +136,7 @@ def test_selected_rows_go_on_as_they_would_have(bits: int | None) -> None:
     assert storage.call_peak_bytes == before + storage.storage_bytes == before + storage.resting_bytes
     assert twice.seen.tolist() == [PROMPT] * 2
     assert torch.equal(twice.live, storage.live.repeat(2, 1))
-    assert torch.equal(twice.count.visible, storage.count.visible.repeat(2, 1))
+    assert torch.equal(twice.visible_keys, storage.visible_keys.repeat(2, 1))
     want = stepped(whole, PROMPT)[1]
     here = slice(PROMPT, PROMPT + 1)
     for each, rows in ((twice, [1, 1]), (storage, [1])):
