@@ -1,4 +1,4 @@
-"""Attention of one layer for one token a row: SmartKV's pages, flash over ranges, and dense attention over all keys."""
+"""Attention of one layer for one token a row: SmartKV's ranges and pages, flash over ranges, and over all keys."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from eval.gpu.shapes import Shape, pairs_of, ragged_store
 from eval.gpu.timing import first_line, replay_seconds
 from smartkv.cache.paged import LEAST_SPARE, Pages
+from smartkv.cache.ranges import Ranges
 from smartkv.models.softmax import Softmax
 from smartkv.policies.lifetimes import FOREVER
 
+SPLITS = (1, 8, 16)  # programs that share a range, which are tried
 WORST = 0.02  # largest relative error against float64 that counts as right in bfloat16
 
 
@@ -40,6 +42,11 @@ def one_layer(
     want = torch.stack([_exact(queries[pair], *seen, scale) for pair, seen in enumerate(by_pair())])
     needed = (len(live) + pairs) * 2 * head_dim * dtype.itemsize
     yield _timed("SmartKV, pages", lambda: pages.attend(queries, Softmax(scale), bias), needed, device, want)
+    ranges = Ranges(store.fields, live, store.counts, lasting, now, LEAST_SPARE)
+    ranges.write(0, *new)
+    for splits in SPLITS:
+        over = _triton_over_ranges(queries, ranges, scale, splits)
+        yield _timed(f"SmartKV, ranges in {splits} parts", over, needed, device, want)
     lengths = (store.counts + 1).int()
     keys, values = (torch.cat(parts).unsqueeze(1) for parts in zip(*by_pair(), strict=True))
     yield _timed("flash over ranges", _flash_over_ranges(queries, keys, values, lengths, scale), needed, device, want)
@@ -57,6 +64,27 @@ def _exact(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Compute attention of `[group, head_dim]` over the keys of one pair, in float64."""
     scores = query.double() @ key.double().mT * scale
     return scores.softmax(dim=-1) @ value.double()
+
+
+def _triton_over_ranges(queries: Tensor, ranges: Ranges, scale: float, splits: int) -> Callable[[], Tensor]:
+    """Return SmartKV's kernel, each range divided among `splits` programs; without Triton it says so when it is called.
+
+    Args:
+        queries: `[pairs, group, head_dim]`.
+        ranges: after the first token was written.
+        scale: on the products.
+        splits: a power of 2.
+    """
+
+    def attend() -> Tensor:
+        if not ranges.kernels:
+            raise RuntimeError("needs a GPU with Triton")
+        from smartkv.kernels.range_attention import range_attention  # an extra
+
+        starts, lengths = ranges.starts[0], ranges.lengths[0]
+        return range_attention(queries, *ranges.fields[:2], starts, lengths, scale, splits=splits)
+
+    return attend
 
 
 def _flash_over_ranges(

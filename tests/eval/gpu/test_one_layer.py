@@ -12,9 +12,11 @@ CPU = torch.device("cpu")
 
 
 def test_the_pages_are_right_and_a_kernel_that_lacks_is_noted() -> None:
-    pages, ranges, dense = one_layer(TINY["tiny Llama"], 2, 128, 0.25, CPU, torch.float32)
+    pages, *ranges, flash, dense = one_layer(TINY["tiny Llama"], 2, 128, 0.25, CPU, torch.float32)
     assert pages["error"] < 1e-5 and pages["microseconds"] > 0
-    assert ranges.keys() == {"way", "note"} and "CPU" in ranges["note"]
+    assert [row["way"] for row in ranges] == [f"SmartKV, ranges in {parts} parts" for parts in (1, 8, 16)]
+    assert all(row["note"] == "needs a GPU with Triton" for row in ranges)
+    assert flash.keys() == {"way", "note"} and "CPU" in flash["note"]
     assert dense["gb_per_s"] > 0 and dense["error"] is None
 
 
