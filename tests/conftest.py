@@ -65,6 +65,7 @@ def one_thread() -> None:
 def ranges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.config.getoption("--ranges"):
         monkeypatch.setattr("smartkv.cache.ranges.ranges_serve", lambda device: True)
+        monkeypatch.setattr("smartkv.cache.ragged_chunk_attention.QUERIES_ON_GPU", 16)
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ OLD_PATHS = {  # what version 0.1 called them: each only imports from the new pl
 }
 WITHOUT_TESTS = {  # modules without a test module of their name, and why
     "smartkv.policies.lifetimes": "two constants",
+    "smartkv.kernels.launching": "the tests of the kernels have it",
     "smartkv.cache.cache_edits": "tests/smartkv/cache/test_pins.py and test_rollback.py have them",
     "smartkv.cache.key_edits": "tests/smartkv/cache/test_pins.py and test_rollback.py have them",
     "smartkv.cache.layer_limit": "tests/smartkv/cache/test_cache_budget.py and test_rollback.py have it",

@@ -96,7 +96,7 @@ def chunk_attention(
     grouped = query.reshape(pairs, -1, tokens, head_dim)  # [pairs, group, tokens, head_dim]
     output = torch.empty_like(grouped)
     visible, counts, deaths = torch.zeros_like(start), torch.zeros_like(start), no_deaths(device)
-    limited = None if limit is None else _limited(store, new, limit)
+    limited = None if limit is None else limited_ends(store, new, limit)
     stored = store.sizes
     survivors: dict[int, Fields] = {}  # by pair
     peak = survivor_bytes = 0
@@ -213,7 +213,7 @@ def group_by_length(counts: list[int], tokens: int) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def _limited(store: Ragged, new: Fields, limit: Limit) -> Tensor:
+def limited_ends(store: Ragged, new: Fields, limit: Limit) -> Tensor:
     """Return the first position whose query does not see each key, int64 `[pairs, longest + tokens]`."""
     position, expiry, score = new.position, new.expiry, new.score
     if len(store.fields.position):

@@ -1,7 +1,7 @@
 """Storage of one layer's keys and values, with two write paths.
 
-* `chunk` (prefill): many tokens at once, `QUERIES` of which attend together. After each of these tiles the keys that no
-  later query sees are freed, so only live keys are stored.
+* `chunk` (prefill): many tokens at once, `tile_tokens` of which attend together. After each of these tiles the keys
+  that no later query sees are freed, so only live keys are stored.
 * `step` (decode): one token per row of the batch, or a few. Keys lie in pages with spare slots. When these are used up,
   `free_dead` frees the dead keys and packs the live ones again. Until then a dead key is hidden, so no logit depends on
   when it is freed.
@@ -10,17 +10,16 @@
 import torch
 from torch import Tensor
 
-from smartkv.cache.chunk_attention import Span, chunk_attention
+from smartkv.cache.chunk_attention import Span
 from smartkv.cache.footprint_count import FootprintCount, count_deaths, count_full, count_queries, no_deaths
 from smartkv.cache.layer_limit import LayerLimit, Rule
 from smartkv.cache.paged import MAX_SPARE, Pages, spare_tokens
 from smartkv.cache.ragged import Fields, Ragged, storage_bytes
+from smartkv.cache.ragged_chunk_attention import attend_chunk, tile_tokens
 from smartkv.cache.ranges import Ranges, decoding_store
 from smartkv.models.softmax import Softmax
 from smartkv.policies.lifetimes import FOREVER, HOLE
 from smartkv.quantization.per_token import Bits, PackedRows
-
-QUERIES = 256  # of a chunk that attend together; fewer free dead keys earlier, but copy the live ones more often
 
 
 class KeyStorage:
@@ -305,8 +304,9 @@ class KeyStorage:
             query, key, value = self.packed.encode(query, new.key, new.value, padding)
             new = new._replace(key=key, value=value)
         outputs, peak = [], 0
-        for first in range(0, query.shape[2], QUERIES):
-            here = slice(first, first + QUERIES)
+        together = tile_tokens(query.device, self.packed)
+        for first in range(0, query.shape[2], together):
+            here = slice(first, first + together)
             tile = new.map(lambda tensor: tensor[:, here])  # noqa: B023
             outputs.append(self._attend_tile(query[:, :, here], tile, None if real is None else real[:, here], softmax))
             peak = max(peak, self.call_peak_bytes)
@@ -325,7 +325,7 @@ class KeyStorage:
         def limited(position: Tensor, expiry: Tensor, score: Tensor | None) -> Tensor:
             return self.limit.ends(position, expiry, score, self.final, after, final, queries)
 
-        result = chunk_attention(
+        result = attend_chunk(
             query,
             self.store,  # type: ignore[arg-type]
             new,

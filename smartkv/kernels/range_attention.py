@@ -12,19 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smartkv.errors import SmartKVError
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise SmartKVError(
-        "smartkv.kernels needs Triton, which comes with torch for CUDA: pip install 'smartkv[triton]'"
-    ) from error
+from smartkv.kernels.launching import BLOCKS, interpreted, padded, tl, triton
 
 SPLITS = 8  # programs that share the range of a pair
-BLOCKS = {2: 64, 4: 32}  # slots that a program reads at once, by bytes of a number; more would spill registers
-LEAST_DOT = 16  # rows and columns that tl.dot multiplies at least
 
 
 @triton.jit
@@ -136,7 +126,7 @@ def range_attention(
         Shaped like `query`, in its dtype.
     """
     pairs, group, head_dim = query.shape
-    group_pad, head_dim_pad = (max(LEAST_DOT, triton.next_power_of_2(size)) for size in (group, head_dim))
+    group_pad, head_dim_pad = padded(group), padded(head_dim)
     partial: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     tops = torch.empty(pairs, splits, group_pad, **partial)
     totals = torch.empty_like(tops)
@@ -147,8 +137,7 @@ def range_attention(
         _attend_split[pairs, splits](
             query.contiguous(), keys, values, starts, lengths, tops, totals, mixes, scaling, cap or 1.0,
             **sizes, BLOCK=block or BLOCKS[query.element_size()], SPLITS=splits, CAPPED=cap is not None,
-            # the interpreter multiplies the bits of bfloat16 as if they were integers
-            WIDE=bool(triton.knobs.runtime.interpret) and query.dtype == torch.bfloat16,
+            WIDE=interpreted() and query.dtype == torch.bfloat16,
         )  # fmt: skip
         sinks = tops if learned_sinks is None else learned_sinks.contiguous()
         _merge_splits[pairs, group](

@@ -55,7 +55,7 @@ def test_logits_are_those_of_a_masked_full_cache(form: str) -> None:
         ids, real = token_ids(3 * TOKENS, seed).view(3, TOKENS), padding(3, TOKENS, side, seed)
         ttl, cache = random_ttl(model, 3, TOKENS, seed), Injected(model, None, recent(3, 2), chunk=5)
         cache.table = ttl
-        with patch("smartkv.cache.key_storage.QUERIES", 4):
+        with patch("smartkv.cache.ragged_chunk_attention.QUERIES", 4):
             got = fed(model, cache, ids, real, [8, 9, 10])
         masks = [visibility(*layer, real, own) for layer, own in rules(ttl, model)]
         want = masked_logits(model, ids, masks, real)

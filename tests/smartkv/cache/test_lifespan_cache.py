@@ -50,7 +50,7 @@ def test_logits_are_those_of_a_masked_full_cache(
     real, ttl = padding(batch, tokens, side, seed), random_ttl(model, batch, tokens, seed)
     cache = Injected(model, None, recent(window, sinks), chunk=chunk)
     cache.table = ttl
-    with patch("smartkv.cache.key_storage.QUERIES", together):
+    with patch("smartkv.cache.ragged_chunk_attention.QUERIES", together):
         got = fed(model, cache, ids, real, [cut for cut in cuts if cut < tokens])
     masks = [visibility(layer, window, sinks, real, sliding(model)) for layer in ttl]
     want = masked_logits(model, ids, masks, real)
@@ -140,8 +140,8 @@ def test_what_is_stored_is_what_the_next_query_sees() -> None:
         assert storage.live.tolist() == storage.slots.tolist() == seen.tolist()
         live, width = int(seen.sum()), model.config.hidden_size // model.config.num_attention_heads
         assert storage.store.fields.key.untyped_storage().nbytes() == live * width * 4
-        # keys of each head, and seen; tokens of each row, final ones, and those of a full cache; deaths by age
-        counts = 2 * seen.numel() + 3 * 2 + 6
+        # keys of each head, and seen; tokens of each row, and final ones; deaths by age
+        counts = 2 * seen.numel() + 2 * 2 + 6
         assert storage.storage_bytes == live * (2 * width * 4 + 2 * 4) + counts * 8
     assert cache.live_keys.shape == (2, 2, 2)
     assert cache.peak_bytes > cache.storage_bytes == sum(layer.storage_bytes for layer in cache.storage)
@@ -158,7 +158,7 @@ def test_memory_follows_the_policy_and_not_the_prompt() -> None:
 
 def test_keys_that_die_within_a_chunk_are_freed_before_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     model, peaks = MODELS["llama"], []
-    monkeypatch.setattr("smartkv.cache.key_storage.QUERIES", 16)
+    monkeypatch.setattr("smartkv.cache.ragged_chunk_attention.QUERIES", 16)
     for chunk in (16, 192):
         cache = LifespanCache(model, None, recent(8, 2), chunk=chunk)
         fed(model, cache, token_ids(192)[None], torch.ones(1, 192, dtype=torch.bool), [])

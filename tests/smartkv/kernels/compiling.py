@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smartkv.kernels import range_attention as kernels
+from smartkv.kernels import chunk_attention, range_attention
+from smartkv.kernels.launching import BLOCKS
 
 SHAPES = {"smollm2-135m": (3, 64), "qwen2.5-0.5b": (7, 64), "llama-3.1-8b": (4, 128)}  # group, head_dim
 TYPES = {"bfloat16": "*bf16", "float32": "*fp32"}
@@ -23,16 +24,22 @@ POINTERS = ("queries", "keys", "values", "outputs")  # in the model's dtype
 
 
 def compiled(
-    kernel: Any, dtype: str, integers: tuple[str, ...], numbers: tuple[str, ...], constants: dict[str, Any]
+    kernel: Any,
+    dtype: str,
+    integers: tuple[str, ...],
+    numbers: tuple[str, ...],
+    constants: dict[str, Any],
+    warps: int = 4,
 ) -> dict[str, int]:
     """Compile a kernel whose pointers are aligned to 16 bytes, as torch's are."""
     names = kernel.arg_names
     signature = dict.fromkeys(names, "*fp32")
     signature |= {name: TYPES[dtype] for name in names if name in POINTERS} | dict.fromkeys(integers, "*i32")
+    signature |= {"tokens": "i32"} if "tokens" in names else {}
     signature |= dict.fromkeys(numbers, "fp32") | dict.fromkeys(constants, "constexpr")
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     with TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(binary.asm["cubin"])
@@ -54,11 +61,18 @@ def main() -> None:
     for dtype, width in (("bfloat16", 2), ("float32", 4)):
         for model, (group, head_dim) in SHAPES.items():
             pads = {"GROUP": group, "GROUP_PAD": 16, "HEAD_DIM": head_dim, "HEAD_DIM_PAD": head_dim, "SPLITS": 8}
-            attend = pads | {"BLOCK": kernels.BLOCKS[width], "CAPPED": False, "WIDE": False}
+            attend = pads | {"BLOCK": BLOCKS[width], "CAPPED": False, "WIDE": False}
             found = {
-                "attend": compiled(kernels._attend_split, dtype, ("starts", "lengths"), ("scaling", "cap"), attend),
-                "merge": compiled(kernels._merge_splits, dtype, (), (), pads | {"SINKS": False}),
+                "attend": compiled(
+                    range_attention._attend_split, dtype, ("starts", "lengths"), ("scaling", "cap"), attend
+                ),
+                "merge": compiled(range_attention._merge_splits, dtype, (), (), pads | {"SINKS": False}),
             }
+            sizes = {"GROUP": group, "HEAD_DIM": head_dim, "HEAD_DIM_PAD": head_dim, "BLOCK": BLOCKS[width]}
+            rows, warps = chunk_attention.rows_and_warps(width, head_dim)
+            chunk = sizes | {"ROWS": rows, "CAPPED": False, "SINKS": False, "WIDE": False}
+            whole, numbers = ("positions", "ends", "firsts", "counts", "places"), ("scaling", "cap")
+            found["chunk"] = compiled(chunk_attention._attend_tile, dtype, whole, numbers, chunk, warps)
             for kernel, figures in found.items():
                 print(json.dumps({"kernel": kernel, "dtype": dtype, "model": model} | figures))
 

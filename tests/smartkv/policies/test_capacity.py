@@ -66,7 +66,7 @@ def test_logits_are_those_of_keys_dropped_token_by_token(
     policy = capped(window, sinks, room, per, heads)
     cache = Injected(model, None, policy, chunk=chunk)
     cache.table, cache.score_table = ttl, scores
-    with patch("smartkv.cache.key_storage.QUERIES", together):
+    with patch("smartkv.cache.ragged_chunk_attention.QUERIES", together):
         got = fed(model, cache, ids, real, [cut for cut in cuts if cut < tokens])
     masks = []
     for layer, score in zip(ttl, scores, strict=True):
