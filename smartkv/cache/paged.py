@@ -143,9 +143,7 @@ class Pages:
             The bias of each token's query, `[pages, tokens, size]`.
         """
         tokens = key.shape[1]
-        slots = self.new_slots[step : step + tokens].flatten()
-        self.fields.key.index_copy_(0, slots, key.transpose(0, 1).flatten(0, 1))
-        self.fields.value.index_copy_(0, slots, value.transpose(0, 1).flatten(0, 1))
+        self.fields.put(self.new_slots[step : step + tokens], key, value)
         seen = []
         for changes in self._bias_changes[step : step + tokens]:
             self.bias.view(-1).index_copy_(0, *changes)
@@ -213,10 +211,7 @@ class Pages:
             expiry: int64 `[pairs, tokens]`.
             score: float32 `[pairs, tokens]`, or None: no score is stored.
         """
-        slots = self.new_slots[: expiry.shape[1]].T
-        self.fields.expiry[slots] = expiry.int()
-        if self.fields.score is not None and score is not None:
-            self.fields.score[slots] = score
+        self.fields.judge(self.new_slots[: expiry.shape[1]].T, expiry, score)
 
     def pair(self) -> Tensor:
         """Return the pair of each slot, int64 `[pages · size]`."""

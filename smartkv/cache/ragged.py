@@ -42,6 +42,24 @@ class Fields(NamedTuple):
             return self.map(lambda tensor: tensor.index_select(0, index))
         return self.map(lambda tensor: tensor[index])
 
+    def put(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store keys and values `[pairs, tokens, head_dim]`, or packed, in slots int64 `[tokens, pairs]`."""
+        flat = slots.flatten()
+        self.key.index_copy_(0, flat, key.transpose(0, 1).flatten(0, 1))
+        self.value.index_copy_(0, flat, value.transpose(0, 1).flatten(0, 1))
+
+    def judge(self, slots: Tensor, expiry: Tensor, score: Tensor | None) -> None:
+        """Store the decision about the keys in some slots.
+
+        Args:
+            slots: int64 `[pairs, tokens]`.
+            expiry: int64, like `slots`.
+            score: float32, like `slots`, or None: no score is stored.
+        """
+        self.expiry[slots] = expiry.int()
+        if self.score is not None and score is not None:
+            self.score[slots] = score
+
     def row(self, index: int, stop: int | None = None) -> "Fields":
         """Return views `tensor[index]`, or `tensor[index:stop]`, of every tensor."""
         return self.map(lambda tensor: tensor[index] if stop is None else tensor[index:stop])

@@ -99,9 +99,7 @@ class Ranges:
             What their queries see.
         """
         tokens = key.shape[1]
-        slots = self.new_slots[step : step + tokens].flatten()
-        self.fields.key.index_copy_(0, slots, key.transpose(0, 1).flatten(0, 1))
-        self.fields.value.index_copy_(0, slots, value.transpose(0, 1).flatten(0, 1))
+        self.fields.put(self.new_slots[step : step + tokens], key, value)
         return slice(step, step + tokens)
 
     def take_back(self, start: int, stop: int) -> None:
@@ -144,9 +142,7 @@ class Ranges:
                 if softmax.plain:
                     mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], scale=softmax.scaling)
                 else:
-                    own = (
-                        softmax if sinks is None else softmax._replace(learned_sinks=sinks.view(len(queries), -1)[pair])
-                    )
+                    own = softmax if sinks is None else softmax._replace(learned_sinks=sinks[pair])
                     all_of_it = torch.ones(1, 1, 1, length, dtype=torch.bool)
                     mixed = own.attend(query[None, None, :, None], key[None, None], value[None, None], all_of_it)
                 output[pair, token] = mixed.view_as(query)
@@ -159,10 +155,7 @@ class Ranges:
             expiry: int64 `[pairs, tokens]`.
             score: float32 `[pairs, tokens]`, or None: no score is stored.
         """
-        slots = self.new_slots[: expiry.shape[1]].T
-        self.fields.expiry[slots] = expiry.int()
-        if self.fields.score is not None and score is not None:
-            self.fields.score[slots] = score
+        self.fields.judge(self.new_slots[: expiry.shape[1]].T, expiry, score)
 
     def pair(self) -> Tensor:
         """Return the pair of each slot, int64 `[slots]`."""
